@@ -1,0 +1,113 @@
+"""The batch of one step: what a backend computes. numpy only; built by `engine.builder`, read by `model.*_backend`.
+
+A *pool slot* is `page * page_size + offset`: the place of one token's keys and values in every layer.
+A *state slot* is the backend's memory of one running request: its last sampled token, or its beams. It makes the
+contract asynchronous: a step can be submitted whose inputs the step before it has not yet produced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoplm.request import Sampling, Select, SelectOutput
+
+
+@dataclass(frozen=True, slots=True)
+class SampleReadout:
+    """Draw one token from the text rows. `index` counts the request's produced tokens and varies the seed."""
+
+    sampling: Sampling
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class SelectReadout:
+    """Extend the beams by one level of the trie; the last level yields the items. Level 0 starts the beams."""
+
+    select: Select
+    level: int
+
+
+@dataclass(frozen=True, slots=True)
+class PredictReadout:
+    """Evaluate the bundle's heads on the last hidden state and these dense features."""
+
+    features: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedReadout:
+    """Return the last hidden state, after the final norm."""
+
+
+Readout = SampleReadout | SelectReadout | PredictReadout | EmbedReadout
+
+
+@dataclass(frozen=True, slots=True)
+class BeamStep:
+    """The beams of one request at one position. Their tokens and parents are in the backend's state."""
+
+    step: int  # 1 .. depth - 1: how many codes each lane has chosen
+    own_slots: NDArray[np.int64]  # [depth - 1, lanes]: pool slot of lane b's code of step s + 1; filled by the engine
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The part of a step that belongs to one request."""
+
+    state_slot: int
+    query_start: int  # first of its tokens in the flat arrays
+    query_len: int  # new tokens; for beams, lanes
+    pages: NDArray[np.int32]  # pages of the prompt and answer in order; read-only for beams
+    kv_len: int  # tokens readable through `pages`, including those written in this step; for beams, the prompt's length
+    token_from_state: bool = False  # the single token is the one that the state slot's last step drew
+    beam: BeamStep | None = None
+    readout: Readout | None = None  # of the last token, or of every lane; None: the prompt goes on in a later step
+
+    @property
+    def query_end(self) -> int:
+        return self.query_start + self.query_len
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step, tokens of all rows in one flat axis."""
+
+    tokens: NDArray[np.int32]  # [T]; 0 where the token comes from a state slot
+    positions: NDArray[np.int32]  # [T]
+    slots: NDArray[np.int64]  # [T] pool slot that each token's keys and values are written to
+    rows: tuple[Row, ...]
+
+    def __post_init__(self) -> None:
+        total = len(self.tokens)
+        if len(self.positions) != total or len(self.slots) != total:
+            raise ValueError(f"flat arrays differ: {total} tokens, {len(self.positions)} positions, {len(self.slots)} slots")
+        end = 0
+        for row in self.rows:
+            if row.query_start != end or row.query_len < 1:
+                raise ValueError(f"row of state slot {row.state_slot} does not continue the flat axis at {end}")
+            if row.token_from_state and row.query_len != 1:
+                raise ValueError(f"row of state slot {row.state_slot}: only a single token can come from the state")
+            if row.beam is not None and row.beam.own_slots.shape[1] != row.query_len:
+                raise ValueError(f"row of state slot {row.state_slot}: {row.query_len} lanes but other own_slots")
+            end = row.query_end
+        if end != total:
+            raise ValueError(f"rows cover {end} of {total} tokens")
+
+
+RowOutput = int | SelectOutput | tuple[float, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step produced, aligned with the batch's rows.
+
+    int: the sampled token. SelectOutput: the items (last level). tuple: head outputs or hidden state.
+    None: nothing to read yet (no readout, or a level of the trie before the last).
+    """
+
+    outputs: tuple[RowOutput, ...]
+    step_seconds: float

@@ -1,0 +1,106 @@
+"""Every error that ShopLM raises on purpose.
+
+    ShopLMError
+    ├── InvalidRequestError      a field of a request is wrong      -> INVALID_ARGUMENT + BadRequest
+    ├── UnauthenticatedError     no or a wrong token                -> UNAUTHENTICATED
+    ├── NotServingError          this server has no such service    -> UNIMPLEMENTED / FAILED_PRECONDITION
+    ├── OverloadedError          a queue or memory bound is reached -> RESOURCE_EXHAUSTED + RetryInfo
+    ├── ExpiredError             the deadline passed in the queue   -> DEADLINE_EXCEEDED
+    ├── CancelledByCallerError   the caller has gone                -> CANCELLED
+    ├── EngineUnavailableError   the engine died or is draining     -> UNAVAILABLE + RetryInfo
+    ├── EngineFailureError       a step failed                      -> INTERNAL
+    └── ConfigurationError       a setting, a bundle or a base model cannot be used; raised at start, never in a call
+        ├── BundleError
+        └── BaseModelError
+
+The one table from these to gRPC status codes is in `shoplm.api.status`.
+"""
+
+from __future__ import annotations
+
+
+class ShopLMError(Exception):
+    """Base of all of them. `reason` is a stable UPPER_SNAKE code for machines."""
+
+    reason = "INTERNAL"
+
+
+class InvalidRequestError(ShopLMError):
+    """One or more fields are wrong. `violations` holds (field path, what is wrong with which value)."""
+
+    reason = "INVALID_REQUEST"
+
+    def __init__(self, *violations: tuple[str, str]) -> None:
+        if not violations:
+            raise ValueError("InvalidRequestError needs at least one violation")
+        self.violations = violations
+        super().__init__("; ".join(f"{field}: {text}" for field, text in violations))
+
+
+class UnauthenticatedError(ShopLMError):
+    """The call carries no valid token."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class NotServingError(ShopLMError):
+    """The server does not offer this, for example recommendations without a bundle."""
+
+    reason = "NOT_SERVING"
+
+
+class OverloadedError(ShopLMError):
+    """A bound on queued requests, tokens or memory is reached; worth trying again after `retry_seconds`."""
+
+    reason = "OVERLOADED"
+
+    def __init__(self, message: str, *, reason: str = "OVERLOADED", retry_seconds: float = 1.0) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_seconds = retry_seconds
+
+
+class ExpiredError(ShopLMError):
+    """The deadline passed before the work was done."""
+
+    reason = "EXPIRED"
+
+
+class CancelledByCallerError(ShopLMError):
+    """The caller cancelled or disconnected."""
+
+    reason = "CANCELLED"
+
+
+class EngineUnavailableError(ShopLMError):
+    """The engine process died, is starting or is draining; worth trying again after `retry_seconds`."""
+
+    reason = "ENGINE_UNAVAILABLE"
+
+    def __init__(self, message: str, *, retry_seconds: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
+
+
+class EngineFailureError(ShopLMError):
+    """A step raised; the message names the exception."""
+
+    reason = "ENGINE_FAILURE"
+
+
+class ConfigurationError(ShopLMError):
+    """A setting, file or model cannot be used; the message says which value and what to do."""
+
+    reason = "CONFIGURATION"
+
+
+class BundleError(ConfigurationError):
+    """A bundle is missing, damaged or made for another base model."""
+
+    reason = "BUNDLE"
+
+
+class BaseModelError(ConfigurationError):
+    """A base model is missing, damaged or of an unsupported architecture."""
+
+    reason = "BASE_MODEL"

@@ -1,0 +1,218 @@
+"""What travels between the API process and the engine: requests one way, outputs the other.
+
+Plain frozen msgspec structs: no torch, no protobuf. Times are seconds of the machine's monotonic clock
+(`time.monotonic`, shared by the processes of one machine), so a deadline means the same on both sides.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class Service(StrEnum):
+    """Who asked; the `service` label of every metric."""
+
+    RECOMMENDATION = "recommendation"
+    CHAT = "chat"
+    PREDICTION = "prediction"
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How a token is drawn from the text rows of the LM head."""
+
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Generate(msgspec.Struct, frozen=True, tag=True):
+    """Chat: many steps, one token each."""
+
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    stop_token_ids: tuple[int, ...] = ()  # ends the answer and is not part of it; empty: only max_tokens ends it
+
+
+class ItemFilter(msgspec.Struct, frozen=True):
+    """Which items may be selected. Hashable, so that the engine can keep the masks of common filters."""
+
+    include_categories: tuple[str, ...] = ()
+    exclude_categories: tuple[str, ...] = ()
+    min_price: float | None = None
+    max_price: float | None = None
+    in_stock: bool = False
+
+
+class Select(msgspec.Struct, frozen=True, tag=True):
+    """Recommendation: the best items of a trie, or the scores of given ones."""
+
+    count: int
+    beam_width: int
+    trie: str = ""  # "": the bundle's catalogue
+    item_filter: ItemFilter = ItemFilter()
+    exclude_items: tuple[int, ...] = ()  # item rows
+    candidates: tuple[int, ...] | None = None  # item rows to score (Rank); None: search
+    own_items: tuple[int, ...] = ()  # item rows the customer bought, from the untruncated history
+    own_counts: tuple[float, ...] = ()  # time-decayed counts, aligned with own_items
+
+    def __post_init__(self) -> None:
+        if len(self.own_items) != len(self.own_counts):
+            raise ValueError(f"own_items has {len(self.own_items)} rows but own_counts {len(self.own_counts)}")
+
+
+class Predict(msgspec.Struct, frozen=True, tag=True):
+    """Prediction: heads on the last hidden state and the dense features of the untruncated history."""
+
+    features: tuple[float, ...]
+
+
+class Embed(msgspec.Struct, frozen=True, tag=True):
+    """Training: the last hidden state itself (after the final norm)."""
+
+
+Task = Generate | Select | Predict | Embed
+
+
+class Request(msgspec.Struct, frozen=True):
+    """One unit of work for the engine. `tokens` ends with the task's suffix."""
+
+    request_id: str
+    service: Service
+    tokens: tuple[int, ...]
+    task: Task
+    arrival_seconds: float
+    deadline_seconds: float | None = None  # absolute; None: the caller set none
+    history_tokens: int = 0  # leading tokens that are the customer's prefix
+    cache_root: str = ""  # base, bundle version, adapter, tenant: nothing is shared across roots
+    tenant: str = ""
+    priority: int = 0  # larger is sooner, within a tenant
+
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            raise ValueError(f"request {self.request_id}: tokens is empty")
+        if not 0 <= self.history_tokens <= len(self.tokens):
+            raise ValueError(f"request {self.request_id}: history_tokens {self.history_tokens} outside the prompt")
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class SelectOutput(msgspec.Struct, frozen=True):
+    """Items with the exact terms of their scores: score = model + repeat + popularity, in nats; best first."""
+
+    items: tuple[int, ...]  # item rows
+    scores: tuple[float, ...]
+    model: tuple[float, ...]
+    repeat: tuple[float, ...]
+    popularity: tuple[float, ...]
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """Seconds since the request's arrival."""
+
+    queue_seconds: float
+    first_seconds: float
+    total_seconds: float
+
+
+class TokensOutput(msgspec.Struct, frozen=True, tag=True):
+    """New tokens of a chat answer."""
+
+    request_id: str
+    tokens: tuple[int, ...]
+
+
+class FinishedOutput(msgspec.Struct, frozen=True, tag=True):
+    """The end of a request that was served. Exactly one output per request is Finished or Failed, and it is the last."""
+
+    request_id: str
+    timings: Timings
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    finish_reason: FinishReason = FinishReason.STOP
+    selected: SelectOutput | None = None  # for Select
+    values: tuple[float, ...] = ()  # for Predict: head outputs; for Embed: the hidden state
+    degraded: bool = False
+
+
+class FailureKind(StrEnum):
+    OVERLOADED = "overloaded"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+    INVALID = "invalid"
+    UNAVAILABLE = "unavailable"
+    INTERNAL = "internal"
+
+
+class FailedOutput(msgspec.Struct, frozen=True, tag=True):
+    """The end of a request that was not served."""
+
+    request_id: str
+    kind: FailureKind
+    message: str
+    reason: str  # stable UPPER_SNAKE code
+    retry_seconds: float = 0.0
+
+
+class StepStats(msgspec.Struct, frozen=True):
+    """Counts since the last message, and gauges; the API process turns them into Prometheus metrics."""
+
+    step_seconds: tuple[float, ...] = ()  # one entry per step
+    tokens: dict[str, int] = {}  # by service
+    rows: dict[str, int] = {}  # by service, summed over the steps
+    mixed_steps: int = 0  # steps that served more than one service
+    queue_seconds: dict[str, tuple[float, ...]] = {}  # by service, one entry per request first computed
+    first_seconds: dict[str, tuple[float, ...]] = {}
+    inter_token_seconds: tuple[float, ...] = ()
+    total_seconds: dict[str, tuple[float, ...]] = {}
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    evicted_pages: int = 0
+    failures: dict[str, int] = {}  # "service:kind" -> count
+    queued_requests: dict[str, int] = {}
+    running_requests: dict[str, int] = {}
+    queued_tokens: int = 0
+    pages_used: int = 0
+    pages_cached: int = 0
+    pages_free: int = 0
+
+
+class StatsOutput(msgspec.Struct, frozen=True, tag=True):
+    """Statistics of the engine, sent a few times a second while it works."""
+
+    stats: StepStats
+
+
+class ReadyOutput(msgspec.Struct, frozen=True, tag=True):
+    """The engine is loaded. Sent once, before anything else."""
+
+    pages: int
+    page_size: int
+    max_context_tokens: int
+    backend: str
+    load_seconds: float
+    tries: dict[str, int]  # name -> items
+
+
+EngineOutput = TokensOutput | FinishedOutput | FailedOutput | StatsOutput | ReadyOutput
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    request: Request
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+
+
+class Drain(msgspec.Struct, frozen=True, tag=True):
+    """Finish what was submitted, then exit."""
+
+
+EngineInput = Submit | Cancel | Drain
