@@ -1,0 +1,185 @@
+"""What the attention ops read: the paged pool of one layer, the rows of a batch, and groups of beams.
+
+Each type validates its tensors once, when it is made: `PagedKv` when the pool is allocated, the others once per step
+for all layers. Nothing here reads a device value, so nothing waits for the device. No Triton is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from shoplm.kernels.tile_config import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
+
+QUANTISED_DTYPES = (torch.int8, torch.float8_e4m3fn)
+KV_DTYPES = (torch.float16, torch.bfloat16, torch.float32, *QUANTISED_DTYPES)
+
+Sizes = tuple[int | None, ...]
+
+
+def check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    *,
+    shape: Sizes,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    contiguous: bool = True,
+    aligned: bool = False,
+) -> None:
+    """Raise `ValueError` naming `name` and the offending value unless the tensor is as described.
+
+    `shape` holds one entry per dimension, None for any size. `aligned` asks for a 16-byte aligned start, which the
+    vector loads assume (a pointer that is aligned only sometimes would also recompile the kernel).
+    """
+    if tensor.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, tensor.shape)):
+        wanted = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} must have dtype {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} with the other tensors, got {tensor.device}")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for shape {list(tensor.shape)}")
+    if aligned and tensor.data_ptr() % 16:
+        raise ValueError(f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}")
+
+
+@dataclass(frozen=True, slots=True)
+class PagedKv:
+    """One layer's KV pool. Slot `page * page_size + offset` of head h is element [page, h, offset].
+
+    Raises:
+        ValueError: a shape, dtype, device or scale is wrong; the message names the field and its value.
+    """
+
+    k: torch.Tensor  # [num_pages, kv_heads, page_size, head_dim], fp16 | bf16 | fp32 | int8 | float8_e4m3fn
+    v: torch.Tensor  # as k
+    k_scale: torch.Tensor | None = None  # [num_pages, kv_heads, page_size] fp32 | fp16: value = stored * scale
+    v_scale: torch.Tensor | None = None  # as k_scale; both with int8 and float8, neither otherwise
+
+    def __post_init__(self) -> None:
+        check_tensor(
+            "k", self.k, shape=(None, None, None, None), dtypes=KV_DTYPES, device=self.k.device, aligned=True
+        )
+        check_tensor(
+            "v", self.v, shape=tuple(self.k.shape), dtypes=(self.k.dtype,), device=self.k.device, aligned=True
+        )
+        if self.page_size not in SUPPORTED_PAGE_SIZES:
+            raise ValueError(f"page_size (k.shape[2]) must be one of {SUPPORTED_PAGE_SIZES}, got {self.page_size}")
+        if self.head_dim not in SUPPORTED_HEAD_DIMS:
+            raise ValueError(f"head_dim (k.shape[3]) must be one of {SUPPORTED_HEAD_DIMS}, got {self.head_dim}")
+        pool_rows = self.k.numel() // self.head_dim
+        if pool_rows >= 2**31:
+            raise ValueError(f"k has {pool_rows} (token, head) rows; kernels index fewer than 2**31, split the pool")
+        for name, scale in (("k_scale", self.k_scale), ("v_scale", self.v_scale)):
+            if (scale is not None) != self.quantised:
+                raise ValueError(f"{name} must be given for, and only for, {QUANTISED_DTYPES}; k is {self.k.dtype}")
+            if scale is not None:
+                dtypes = (torch.float32, torch.float16)
+                shape = tuple(self.k.shape[:3])
+                check_tensor(name, scale, shape=shape, dtypes=dtypes, device=self.k.device, aligned=True)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the pool holds int8 or float8 values with scales."""
+        return self.k.dtype in QUANTISED_DTYPES
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of KV heads."""
+        return self.k.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self.k.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        """Elements per head."""
+        return self.k.shape[3]
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedRows:
+    """The rows of one step: chunks of prompts and single decode tokens in any mix. One per step, for all layers.
+
+    Row r's new tokens are `query_start[r] .. query_start[r + 1] - 1` of the flat batch and sit at the end of its
+    `kv_len[r]` tokens. A row with no new tokens computes nothing. The `max_*` bounds pick grids only and must hold for
+    every row: they are not checked against the device's values.
+
+    Raises:
+        ValueError: a shape, dtype, device or bound is wrong; the message names the field and its value.
+    """
+
+    page_table: torch.Tensor  # int32 [rows, max_pages]; entries past a row's length are never read
+    kv_len: torch.Tensor  # int32 [rows], tokens readable through pages, new ones included
+    query_start: torch.Tensor  # int32 [rows + 1], prefix sums of new tokens
+    max_query_len: int  # upper bound of a row's new tokens
+    max_kv_len: int  # upper bound of kv_len
+
+    def __post_init__(self) -> None:
+        device = self.page_table.device
+        check_tensor("page_table", self.page_table, shape=(None, None), dtypes=(torch.int32,), device=device)
+        check_tensor("kv_len", self.kv_len, shape=(self.rows,), dtypes=(torch.int32,), device=device)
+        check_tensor("query_start", self.query_start, shape=(self.rows + 1,), dtypes=(torch.int32,), device=device)
+        for name, value in (("max_query_len", self.max_query_len), ("max_kv_len", self.max_kv_len)):
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, padding rows of a captured graph included."""
+        return self.page_table.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class BeamGroups:
+    """Beams of several requests at one search step each. One per step, for all layers.
+
+    Group g has `width[g]` beams, at tokens `query_start[g] + b` of the flat batch and all at position
+    `prompt_len[g] + step[g]`. They share the prompt's pages. A beam's own tokens stay in the slots where they were
+    written: beam b at step s came from beam `parents[g, s, b]` at step s - 1, so ancestors are found by walking up.
+
+    Raises:
+        ValueError: a shape, dtype, device or bound is wrong; the message names the field and its value.
+    """
+
+    page_table: torch.Tensor  # int32 [groups, max_pages], the prompt's pages
+    prompt_len: torch.Tensor  # int32 [groups]
+    query_start: torch.Tensor  # int32 [groups + 1], non-decreasing; width[g] <= query_start[g + 1] - query_start[g]
+    width: torch.Tensor  # int32 [groups]; 0 for a padding group
+    step: torch.Tensor  # int32 [groups], own tokens before this step's; < max_steps
+    own_slots: torch.Tensor  # int64 [groups, max_steps, max_width], pool slot of (step, beam)
+    parents: torch.Tensor  # int32 [groups, max_steps, max_width]; the first step's entries are not read
+    max_prompt_len: int  # upper bound of prompt_len
+
+    def __post_init__(self) -> None:
+        device = self.page_table.device
+        counter = (torch.int32,)
+        check_tensor("page_table", self.page_table, shape=(None, None), dtypes=counter, device=device)
+        for name, tensor in (("prompt_len", self.prompt_len), ("width", self.width), ("step", self.step)):
+            check_tensor(name, tensor, shape=(self.groups,), dtypes=counter, device=device)
+        check_tensor("query_start", self.query_start, shape=(self.groups + 1,), dtypes=counter, device=device)
+        shape = (self.groups, None, None)
+        check_tensor("own_slots", self.own_slots, shape=shape, dtypes=(torch.int64,), device=device)
+        check_tensor("parents", self.parents, shape=tuple(self.own_slots.shape), dtypes=counter, device=device)
+        if self.max_prompt_len < 0:
+            raise ValueError(f"max_prompt_len must not be negative, got {self.max_prompt_len}")
+
+    @property
+    def groups(self) -> int:
+        """Number of groups, padding groups of a captured graph included."""
+        return self.page_table.shape[0]
+
+    @property
+    def max_steps(self) -> int:
+        """Most steps a beam may take."""
+        return self.own_slots.shape[1]
+
+    @property
+    def max_width(self) -> int:
+        """Most beams of a group."""
+        return self.own_slots.shape[2]

@@ -1,0 +1,109 @@
+# mypy: allow-untyped-decorators
+"""Prefill attention over paged KV: ragged, causal, chunked, with a cached prefix.
+
+For a row with `n` new tokens and `kv_len` readable ones, new token i has position p = kv_len - n + i and
+
+    out[i, h] = sum_j softmax_j(scale * q[i, h] . k[j, h // group]) v[j, h // group]   over p - window < j <= p
+
+Rows of the matrix product are packed (token, group head) pairs, so each key tile is read once for all heads that share
+it. Only rows with more than `SHORT_ROWS` packed rows are computed here; `decode.py` splits the keys of the others.
+
+Source: FlashAttention-2 (Dao 2023); packed heads as in FlashInfer (Ye et al. 2025).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from shoplm.kernels._online_softmax import attend_range, load_packed_queries, normalise
+from shoplm.kernels.aot import AotCell
+from shoplm.kernels.tile_config import SHORT_ROWS, TileConfig, padded_head_dim, tile_config
+
+if TYPE_CHECKING:
+    from shoplm.kernels.attention import PagedKv, RaggedRows
+
+
+@triton.jit(
+    do_not_specialize=["rows", "max_pages", "window", "score_scale", "query_start_ptr", "kv_len_ptr", "page_table_ptr",
+                       "lse_ptr"]
+)  # fmt: skip
+def _prefill_kernel(
+    q_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    k_scale_ptr: tl.tensor,
+    v_scale_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    query_start_ptr: tl.tensor,
+    kv_len_ptr: tl.tensor,
+    page_table_ptr: tl.tensor,
+    rows: tl.tensor,
+    max_pages: tl.tensor,
+    window: tl.tensor,
+    score_scale: tl.tensor,
+    Q_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SHORT: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    QUANTISED: tl.constexpr,
+) -> None:
+    slot = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    # Row r owns the tile slots from query_start[r] * GROUP // BLOCK_M + r on: enough for its tiles, whatever the rows
+    # before it, and non-decreasing in r, so the owner of a slot is found by counting.
+    row = -1
+    for first_row in range(0, rows, 128):
+        candidates = first_row + tl.arange(0, 128)
+        exists = candidates < rows
+        first_slot = tl.load(query_start_ptr + candidates, mask=exists, other=0) * GROUP // BLOCK_M + candidates
+        row += tl.sum((exists & (first_slot <= slot)).to(tl.int32), 0)
+    first_token = tl.load(query_start_ptr + row)
+    new_tokens = tl.load(query_start_ptr + row + 1) - first_token
+    packed_rows = new_tokens * GROUP
+    tiles = tl.cdiv(packed_rows, BLOCK_M)
+    local = slot - (first_token * GROUP // BLOCK_M + row)
+    if packed_rows <= SHORT or local >= tiles:
+        return
+    # The last tiles see the most keys: start them first so that they do not run alone at the end.
+    first_packed = (tiles - 1 - local) * BLOCK_M
+    packed = first_packed + tl.arange(0, BLOCK_M)
+    in_tile = packed < packed_rows
+    q = load_packed_queries(q_ptr, first_token, packed, in_tile, kv_head, Q_STRIDE, GROUP, HEAD_DIM, HEAD_DIM_PADDED)
+
+    kv_len = tl.load(kv_len_ptr + row)
+    offset = kv_len - new_tokens
+    first_position = offset + first_packed // GROUP
+    last_position = offset + (tl.minimum(first_packed + BLOCK_M, packed_rows) - 1) // GROUP
+    start = 0
+    if HAS_WINDOW:
+        start = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
+    acc = tl.zeros([BLOCK_M, HEAD_DIM_PADDED], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc, row_max, row_sum = attend_range(
+        q, acc, row_max, row_sum, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
+        page_table_ptr + row.to(tl.int64) * max_pages, kv_head, start, last_position + 1, first_position,
+        last_position, offset + packed // GROUP, window, score_scale, KV_HEADS, PAGE_SIZE, HEAD_DIM, HEAD_DIM_PADDED,
+        BLOCK_N, HAS_WINDOW, QUANTISED,
+    )  # fmt: skip
+
+    out, lse = normalise(acc, row_max, row_sum)
+    token = (first_token + packed // GROUP).to(tl.int64)
+    head = kv_head * GROUP + packed % GROUP
+    dims = tl.arange(0, HEAD_DIM_PADDED)
+    pointers = out_ptr + (token * OUT_STRIDE + head * HEAD_DIM)[:, None] + dims[None, :]
+    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=in_tile[:, None] & (dims[None, :] < HEAD_DIM))
+    if lse_ptr is not None:
+        tl.store(lse_ptr + token * (KV_HEADS * GROUP) + head, lse, mask=in_tile)
