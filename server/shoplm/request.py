@@ -57,6 +57,7 @@ class Select(msgspec.Struct, frozen=True, tag=True):
     candidates: tuple[int, ...] | None = None  # item rows to score (Rank); None: search
     own_items: tuple[int, ...] = ()  # item rows the customer bought, from the untruncated history
     own_counts: tuple[float, ...] = ()  # time-decayed counts, aligned with own_items
+    popularity_only: bool = False  # no history to read: score = popularity term alone, answered at level 0
 
     def __post_init__(self) -> None:
         if len(self.own_items) != len(self.own_counts):
@@ -128,7 +129,7 @@ class TokensOutput(msgspec.Struct, frozen=True, tag=True):
 
 
 class FinishedOutput(msgspec.Struct, frozen=True, tag=True):
-    """The end of a request that was served. Exactly one output per request is Finished or Failed, and it is the last."""
+    """The end of a request that was served. Every request ends with exactly one Finished or Failed."""
 
     request_id: str
     timings: Timings

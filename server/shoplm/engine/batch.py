@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
 from shoplm.request import Sampling, Select, SelectOutput
 
 
@@ -83,8 +82,9 @@ class Batch:
 
     def __post_init__(self) -> None:
         total = len(self.tokens)
-        if len(self.positions) != total or len(self.slots) != total:
-            raise ValueError(f"flat arrays differ: {total} tokens, {len(self.positions)} positions, {len(self.slots)} slots")
+        for name, array in (("positions", self.positions), ("slots", self.slots)):
+            if len(array) != total:
+                raise ValueError(f"{name} has {len(array)} entries for {total} tokens")
         end = 0
         for row in self.rows:
             if row.query_start != end or row.query_len < 1:

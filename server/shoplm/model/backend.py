@@ -1,4 +1,4 @@
-"""The contract between the engine and whatever computes: torch on a CPU, Triton on a GPU, a cost curve in a simulator."""
+"""The contract between the engine and whatever computes: torch on a CPU, Triton on a GPU, a cost curve in a test."""
 
 from __future__ import annotations
 

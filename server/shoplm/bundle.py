@@ -1,0 +1,138 @@
+"""A bundle on disk: what `shoplm train` writes and `shoplm serve` reads. Metadata only; no torch.
+
+shop.toml            everything in `ShopManifest`
+items.parquet        one row per known item: item_id, title, category, product_type, price, in_stock, row, type_index
+                     `row` is the catalogue row (null: too rare for a token of its own; `type_index` stands for it)
+types.parquet        one row per product type: title, description (in order of type_index)
+weights.safetensors  output rows, popularity, heads (see `shoplm.model.shop_weights`)
+customers.parquet    demo customers' events: customer_id, item_id, type, time, quantity, price, basket_id
+card.md              data, splits, metrics beside baselines, limits
+knowledge/*.md       the shop's own texts for chat
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from shoplm.errors import BundleError
+
+FORMAT = 1
+
+
+class BaseReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The base model that the bundle was trained on. A bundle fits one base."""
+
+    name: str
+    fingerprint: str  # of the base's weights; see shoplm.model.base
+    hidden_size: int
+    vocab_size: int
+
+
+class ScoreWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """score = log p_model + repeat_weight * log(1 + decayed own count) + popularity_weight * log popularity."""
+
+    repeat_weight: float
+    popularity_weight: float
+    decay_days: float
+
+
+class PromptSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a customer becomes a prompt."""
+
+    preamble: str
+    attributes: tuple[str, ...] = ()
+    history_budget_tokens: int = 1024
+    history_block_tokens: int = 256  # the oldest baskets are dropped in blocks of this, so that the prefix stays put
+
+
+class HeadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One target of PredictionService and how its raw head values become an answer (`shoplm.readout.targets`)."""
+
+    kind: str  # purchase | purchase_count | spend | churn | coupon_redemption
+    transform: str  # how to read the values: see shoplm.readout.targets
+    outputs: tuple[int, ...]  # indices into the head's raw values
+    base_rate: float
+    horizon_days: int = 0  # 0: no horizon
+    campaign_type: str = ""
+    parameters: dict[str, float] = {}  # calibration and interval parameters of the transform
+    active_within_days: float = 0.0  # 0: applies to everyone; else only to customers who bought within these days
+
+
+class DemoCustomer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A demo customer: events are in customers.parquet."""
+
+    customer_id: str
+    as_of: str  # RFC 3339
+    attributes: dict[str, str] = {}
+
+
+class ShopManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """shop.toml."""
+
+    format: int
+    name: str
+    version: str
+    title: str
+    currency: str
+    notice: str
+    trained_until: str  # RFC 3339: the last moment of the training data
+    base: BaseReference
+    score: ScoreWeights
+    prompt: PromptSchema
+    depth: int
+    level_sizes: tuple[int, ...]
+    type_count: int
+    feature_version: int
+    hashes: dict[str, str]  # file -> SHA-256, for every file but shop.toml, card.md and knowledge/
+    targets: tuple[HeadSpec, ...] = ()
+    customers: tuple[DemoCustomer, ...] = ()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path, *, verify: bool = True) -> ShopManifest:
+    """Read and check shop.toml. Raises BundleError naming the file and field that is wrong.
+
+    `verify` compares each file's SHA-256 with the manifest, so that a half-copied bundle is never served.
+    """
+    path = folder / "shop.toml"
+    if not path.is_file():
+        raise BundleError(f"{folder}: no bundle there (shop.toml is missing); make one with `shoplm train`")
+    try:
+        manifest = msgspec.convert(tomllib.loads(path.read_text("utf-8")), ShopManifest)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+        raise BundleError(f"{path}: {error}") from error
+    if manifest.format != FORMAT:
+        raise BundleError(f"{path}: bundle format {manifest.format}, this server reads {FORMAT}; train it again")
+    if len(manifest.level_sizes) != manifest.depth:
+        raise BundleError(f"{path}: depth {manifest.depth} but {len(manifest.level_sizes)} level_sizes")
+    for name, expected in manifest.hashes.items():
+        if Path(name).name != name:
+            raise BundleError(f"{path}: hashes names {name!r}, which is not a file of the bundle")
+        if not (folder / name).is_file():
+            raise BundleError(f"{folder / name}: missing")
+        if verify and file_hash(folder / name) != expected:
+            raise BundleError(f"{folder / name}: differs from its SHA-256 in shop.toml; copy or train the bundle again")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: ShopManifest) -> None:
+    """Write shop.toml, atomically."""
+    text = _to_toml(msgspec.to_builtins(manifest))
+    temporary = folder / ".shop.toml.partial"
+    temporary.write_text(text, "utf-8")
+    temporary.replace(folder / "shop.toml")
+
+
+def _to_toml(data: dict[str, Any]) -> str:
+    import tomli_w
+
+    return tomli_w.dumps(data)

@@ -1,0 +1,83 @@
+"""The shop's items: ids, titles, categories, prices. Columns in memory; polars reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from shoplm.errors import BundleError
+
+_COLUMNS = {
+    "item_id": pl.String,
+    "title": pl.String,
+    "category": pl.String,
+    "product_type": pl.String,
+    "price": pl.Float64,
+    "in_stock": pl.Boolean,
+    "row": pl.Int32,
+    "type_index": pl.Int32,
+}
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Columns of the items that have a row of their own [N], in row order, and where the rare ones map to."""
+
+    item_ids: list[str]
+    titles: list[str]
+    categories: list[str]
+    prices: NDArray[np.float64]  # NaN where unknown
+    in_stock: NDArray[np.bool_]
+    type_of_row: NDArray[np.int32]
+    type_titles: list[str]
+    type_texts: list[str]  # what the type is, in words: its input embedding is made from this
+    rare: dict[str, int]  # item_id -> product type index, for known items without a row
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """item_id -> row."""
+        return {item_id: row for row, item_id in enumerate(self.item_ids)}
+
+    @cached_property
+    def category_names(self) -> list[str]:
+        """Distinct categories, sorted."""
+        return sorted(set(self.categories))
+
+    def text(self, row: int) -> str:
+        """The words that the item's input embedding is made from."""
+        return f" {self.titles[row]}, {self.categories[row]}"
+
+
+def read_catalog(folder: Path) -> Catalog:
+    """Read items.parquet and types.parquet. Raises BundleError naming file and column."""
+    path = folder / "items.parquet"
+    try:
+        items = pl.read_parquet(path)
+        types = pl.read_parquet(folder / "types.parquet")
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise BundleError(f"{path}: {error}") from error
+    for name, dtype in _COLUMNS.items():
+        if items.schema.get(name) != dtype:
+            raise BundleError(f"{path}: column {name} is {items.schema.get(name)}, expected {dtype}")
+    with_row = items.filter(pl.col("row").is_not_null()).sort("row")
+    if with_row["row"].to_list() != list(range(len(with_row))):
+        raise BundleError(f"{path}: column row is not 0..{len(with_row) - 1}, each once")
+    without = items.filter(pl.col("row").is_null() & pl.col("type_index").is_not_null())
+    return Catalog(
+        item_ids=with_row["item_id"].to_list(),
+        titles=with_row["title"].to_list(),
+        categories=with_row["category"].to_list(),
+        prices=with_row["price"].fill_null(float("nan")).to_numpy().astype(np.float64),
+        in_stock=with_row["in_stock"].fill_null(True).to_numpy().astype(np.bool_),
+        type_of_row=with_row["type_index"].fill_null(0).to_numpy().astype(np.int32),
+        type_titles=types["title"].to_list(),
+        type_texts=[f" {text}" for text in types["description"].to_list()],
+        rare=dict(zip(without["item_id"].to_list(), without["type_index"].to_list(), strict=True)),
+    )

@@ -1,0 +1,109 @@
+"""A customer's history in the form that prompts, scores and heads read: one row per event, oldest first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+SECONDS_PER_DAY = 86_400.0
+
+
+class EventKind(IntEnum):
+    """What happened; the order is the canonical order inside a basket."""
+
+    PURCHASE = 0
+    CART = 1
+    VIEW = 2
+    RETURN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """Events sorted by (time, basket, kind, item), all before or at `as_of`. Arrays of one length [E].
+
+    An event's item is either a row of the catalogue (`item` >= 0 where `has_item`) or, for items too rare to have a
+    token of their own, a product type (`item` indexes the types where `has_item` is False).
+    """
+
+    item: NDArray[np.int32]
+    has_item: NDArray[np.bool_]
+    kind: NDArray[np.int8]  # EventKind
+    time: NDArray[np.float64]  # Unix seconds, UTC
+    quantity: NDArray[np.float32]
+    price: NDArray[np.float32]  # of one unit; NaN where unknown
+    basket: NDArray[np.int32]  # 0, 1, 2, … in order of time
+    as_of: float  # Unix seconds, UTC
+    attributes: tuple[tuple[str, str], ...] = field(default=())  # known profile attributes, sorted by name
+
+    def __post_init__(self) -> None:
+        count = len(self.item)
+        for name in ("has_item", "kind", "time", "quantity", "price", "basket"):
+            if len(getattr(self, name)) != count:
+                raise ValueError(f"History.{name} has {len(getattr(self, name))} entries for {count} events")
+
+    def __len__(self) -> int:
+        return len(self.item)
+
+    def before(self, moment: float) -> History:
+        """The history as it was at `moment` (Unix seconds): events strictly earlier, `as_of` = moment."""
+        keep = self.time < moment
+        columns = {
+            name: getattr(self, name)[keep]
+            for name in ("item", "has_item", "kind", "time", "quantity", "price", "basket")
+        }
+        return History(**columns, as_of=moment, attributes=self.attributes)
+
+    def own_counts(self, decay_days: float) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Distinct purchased item rows and their decayed counts, sum over purchases of exp(-age / decay_days).
+
+        Returns (rows [U] ascending, counts [U]). Age is measured from `as_of`.
+        """
+        bought = self.has_item & (self.kind == EventKind.PURCHASE)
+        age_days = np.maximum(self.as_of - self.time[bought], 0.0) / SECONDS_PER_DAY
+        rows, inverse = np.unique(self.item[bought], return_inverse=True)
+        counts = np.bincount(inverse, weights=np.exp(-age_days / decay_days), minlength=len(rows))
+        return rows.astype(np.int32), counts.astype(np.float32)
+
+
+def build_history(
+    item: NDArray[np.int32],
+    has_item: NDArray[np.bool_],
+    kind: NDArray[np.int8],
+    time: NDArray[np.float64],
+    quantity: NDArray[np.float32],
+    price: NDArray[np.float32],
+    basket_key: list[str] | NDArray[np.str_] | NDArray[np.int64],
+    as_of: float,
+    attributes: tuple[tuple[str, str], ...] = (),
+) -> History:
+    """Sort raw events of one customer into a History; the one way that training and serving both make one.
+
+    `basket_key` groups events into visits; an empty string means: the visit of that UTC day. A basket happens at the
+    time of its earliest event: its events are kept together, and the order does not depend on the order given.
+    """
+    count = len(item)
+    days = np.floor(time / SECONDS_PER_DAY).astype(np.int64)
+    keys = np.asarray([f"k{key}" if str(key) else f"d{day}" for key, day in zip(basket_key, days, strict=True)])
+    _, group = np.unique(keys, return_inverse=True) if count else (None, np.zeros(0, np.int64))
+    first = np.full(int(group.max()) + 1 if count else 0, np.inf)
+    np.minimum.at(first, group, time)
+    # Item rows before product types, then ascending: canonical, so the same basket gives the same tokens.
+    order = (
+        np.lexsort((price, quantity, item, ~has_item, kind, group, first[group])) if count else np.zeros(0, np.int64)
+    )
+    ordered = group[order]
+    basket = np.cumsum(np.concatenate([[0], ordered[1:] != ordered[:-1]])) if count else np.zeros(0, np.int64)
+    return History(
+        item=item[order].astype(np.int32),
+        has_item=has_item[order].astype(np.bool_),
+        kind=kind[order].astype(np.int8),
+        time=first[ordered],
+        quantity=quantity[order].astype(np.float32),
+        price=price[order].astype(np.float32),
+        basket=basket.astype(np.int32),
+        as_of=as_of,
+        attributes=tuple(sorted(attributes)),
+    )

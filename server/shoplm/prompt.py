@@ -1,0 +1,204 @@
+"""A customer becomes tokens: `shop preamble | profile | history, oldest first`, then the task.
+
+The first three are the customer's prefix. It is the same for the three services, so that its keys and values are
+computed once; everything volatile (the moment asked for, the conversation, passages) is in the suffix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from shoplm.bundle import PromptSchema
+from shoplm.history import SECONDS_PER_DAY, EventKind, History
+from shoplm.vocabulary import ShopVocabulary
+
+_MARKS = {EventKind.CART: "<cart>", EventKind.VIEW: "<view>", EventKind.RETURN: "<return>"}
+_SYSTEM = "system"
+
+
+class TextEncoder(Protocol):
+    """What the prompt needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text; control tokens in it are text."""
+        ...
+
+    def encode_template(self, text: str) -> list[int]:
+        """Token ids of template text; control tokens count."""
+        ...
+
+
+class TemplatePiece(Protocol):
+    """A part of a rendered chat template."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def message(self) -> int | None:
+        """Index of the message whose content this is; None: text of the template."""
+        ...
+
+
+class Template(Protocol):
+    """What the prompt needs of a chat template."""
+
+    def pieces(
+        self, messages: Sequence[tuple[str, str]], add_generation_prompt: bool = True
+    ) -> Sequence[TemplatePiece]:
+        """The conversation, rendered and split into template text and contents."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """The customer's part of a prompt."""
+
+    tokens: tuple[int, ...]
+    dropped_baskets: int  # oldest baskets left out to keep the history budget
+
+
+class PromptBuilder:
+    """Renders prompts for one base model and, where there is one, one bundle."""
+
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        template: Template,
+        schema: PromptSchema | None = None,
+        vocabulary: ShopVocabulary | None = None,
+        codes: NDArray[np.int32] | None = None,
+    ) -> None:
+        """`codes` [items, depth] are the items' codes; None where an item's code is its row (depth 1)."""
+        if (schema is None) != (vocabulary is None):
+            raise ValueError("a prompt schema and a shop vocabulary come together")
+        self._encoder = encoder
+        self._template = template
+        self._schema = schema
+        self._vocabulary = vocabulary
+        self._codes = codes
+
+    def prefix(self, history: History | None) -> Prefix:
+        """Preamble, profile and history; None or an empty history gives the shop's preamble alone."""
+        if self._schema is None:
+            return Prefix((), 0)
+        opening, _ = self._around_system(())
+        profile = "; ".join(f"{name}: {value}" for name, value in history.attributes) if history is not None else ""
+        text = self._schema.preamble + (f"\nCustomer profile: {profile}." if profile else "")
+        known = history is not None and len(history) > 0
+        tokens = opening + self._encoder.encode(text + ("\nPurchase history, oldest first." if known else ""))
+        dropped = 0
+        if history is not None and known:
+            baskets = self._baskets(history)
+            dropped = self._dropped([len(basket) for basket in baskets])
+            budget = self._schema.history_budget_tokens
+            tokens += [token for basket in baskets[dropped:] for token in basket][:budget]
+        return Prefix(tuple(tokens), dropped)
+
+    def recommend(self, prefix: Prefix, history: History | None) -> tuple[int, ...]:
+        """The prompt whose last hidden state selects items."""
+        return prefix.tokens + self._task_suffix("<rec>", history)
+
+    def predict(self, prefix: Prefix, history: History | None) -> tuple[int, ...]:
+        """The prompt whose last hidden state the heads read."""
+        return prefix.tokens + self._task_suffix("<predict>", history)
+
+    def chat(
+        self, prefix: Prefix, messages: Sequence[tuple[str, str]], passages: Sequence[str] = ()
+    ) -> tuple[int, ...]:
+        """The conversation after the prefix. The caller's leading system message and the passages join the prefix's
+        own system turn, behind the history; without a prefix this is the base model's plain chat template.
+        """
+        facts = "\n\nFacts of the shop:\n" + "\n".join(f"- {passage}" for passage in passages) if passages else ""
+        if not prefix.tokens:
+            if facts:
+                if messages and messages[0][0] == _SYSTEM:
+                    messages = [(_SYSTEM, messages[0][1] + facts), *messages[1:]]
+                else:
+                    messages = [(_SYSTEM, facts.strip()), *messages]
+            return tuple(self._encode(self._template.pieces(messages)))
+        if messages and messages[0][0] == _SYSTEM:
+            facts = f"\n\n{messages[0][1]}{facts}"
+            messages = messages[1:]
+        _, closing = self._around_system(messages)
+        return prefix.tokens + tuple(self._encoder.encode(facts) if facts else []) + tuple(closing)
+
+    def _around_system(self, messages: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
+        """Tokens before and after the content of a leading system message, which itself is left out."""
+        pieces = list(self._template.pieces([(_SYSTEM, "\u200b"), *(messages or [("user", "\u200b")])]))
+        at = next(index for index, piece in enumerate(pieces) if piece.message == 0)
+        return self._encode(pieces[:at]), self._encode(pieces[at + 1 :])
+
+    def _encode(self, pieces: Sequence[TemplatePiece]) -> list[int]:
+        tokens: list[int] = []
+        for piece in pieces:
+            encode = self._encoder.encode_template if piece.message is None else self._encoder.encode
+            tokens += encode(piece.text)
+        return tokens
+
+    def _task_suffix(self, name: str, history: History | None) -> tuple[int, ...]:
+        vocabulary = self._shop()
+        if history is None or not len(history):
+            return (vocabulary.special(name),)
+        days = (history.as_of - float(history.time[-1])) / SECONDS_PER_DAY
+        return (vocabulary.gap(days), vocabulary.special(name))
+
+    def _baskets(self, history: History) -> list[list[int]]:
+        """Tokens of each basket: the gap since the one before, then its items; each item once per kind."""
+        vocabulary = self._shop()
+        edges = np.flatnonzero(np.diff(history.basket)) + 1
+        baskets: list[list[int]] = []
+        last: float | None = None
+        for events in np.split(np.arange(len(history)), edges):
+            now = float(history.time[events[0]])
+            first = vocabulary.special("<basket>") if last is None else vocabulary.gap((now - last) / SECONDS_PER_DAY)
+            tokens = [first]
+            seen: set[tuple[int, bool, int]] = set()
+            marked = int(EventKind.PURCHASE)
+            for kind, known, item in zip(
+                history.kind[events].tolist(),
+                history.has_item[events].tolist(),
+                history.item[events].tolist(),
+                strict=True,
+            ):
+                if (kind, known, item) in seen:
+                    continue
+                seen.add((kind, known, item))
+                if kind != marked:
+                    tokens.append(vocabulary.special(_MARKS[EventKind(kind)]))
+                    marked = kind
+                tokens += self._item_tokens(item) if known else [vocabulary.product_type(item)]
+            baskets.append(tokens)
+            last = now
+        return baskets
+
+    def _item_tokens(self, row: int) -> list[int]:
+        starts = self._shop().level_starts
+        if self._codes is None:
+            return [starts[0] + row]
+        return [start + int(code) for start, code in zip(starts, self._codes[row], strict=True)]
+
+    def _dropped(self, lengths: Sequence[int]) -> int:
+        """How many of the oldest baskets go. Whole blocks of tokens, counted from the very first basket: a new event
+        changes the answer only once per block, so the prefix stays the same in between."""
+        assert self._schema is not None
+        budget, block = self._schema.history_budget_tokens, self._schema.history_block_tokens
+        excess = sum(lengths) - budget
+        if excess <= 0:
+            return 0
+        target = -(-excess // block) * block
+        gone = 0
+        for index, length in enumerate(lengths[:-1]):
+            if gone >= target:
+                return index
+            gone += length
+        return len(lengths) - 1
+
+    def _shop(self) -> ShopVocabulary:
+        if self._vocabulary is None:
+            raise ValueError("this prompt builder has no bundle: only chat without a customer is possible")
+        return self._vocabulary
