@@ -57,16 +57,16 @@ def load_rows(
     dims = tl.arange(0, HEAD_DIM_PADDED)
     pointers = base_ptr + rows.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
     if HEAD_DIM != HEAD_DIM_PADDED:
-        if MASKED:
-            tile = tl.load(pointers, mask=in_range[:, None] & (dims[None, :] < HEAD_DIM), other=0.0)
-        else:
-            tile = tl.load(pointers, mask=dims[None, :] < HEAD_DIM, other=0.0)
-    else:
-        if MASKED:
-            tile = tl.load(pointers, mask=in_range[:, None], other=0.0)
-        else:
-            tile = tl.load(pointers)
-    return tile
+        in_head = dims[None, :] < HEAD_DIM
+        return tl.load(pointers, mask=in_range[:, None] & in_head if MASKED else in_head, other=0.0)
+    return tl.load(pointers, mask=in_range[:, None], other=0.0) if MASKED else tl.load(pointers)
+
+
+@triton.jit
+def load_scales(scale_ptr: tl.tensor, rows: tl.tensor, in_range: tl.tensor, MASKED: tl.constexpr) -> tl.tensor:
+    """fp32 scales [rows] of quantised keys or values; masked rows read as 0."""
+    scales = tl.load(scale_ptr + rows, mask=in_range, other=0.0) if MASKED else tl.load(scale_ptr + rows)
+    return scales.to(tl.float32)
 
 
 @triton.jit
@@ -110,22 +110,15 @@ def attend_tiles(
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
         if QUANTISED:
             # One scale per (token, head): exact on the column of scores, after the product.
-            if MASKED:
-                k_scale = tl.load(k_scale_ptr + rows, mask=in_range, other=0.0)
-            else:
-                k_scale = tl.load(k_scale_ptr + rows)
-            scores = scores * k_scale.to(tl.float32)[None, :]
+            scores = scores * load_scales(k_scale_ptr, rows, in_range, MASKED)[None, :]
         if MASKED:
             visible = in_range[None, :] & (keys[None, :] <= query_position[:, None])
             if HAS_WINDOW:
                 visible = visible & (keys[None, :] > query_position[:, None] - window)
             scores = tl.where(visible, scores, float("-inf"))
         tile_max = tl.maximum(row_max, tl.max(scores, 1) * score_scale)
-        if MASKED:
-            # A row that has seen no key yet keeps -inf; subtracting it would give NaN.
-            shift = tl.where(tile_max == float("-inf"), 0.0, tile_max)
-        else:
-            shift = tile_max
+        # A row that has seen no key yet keeps -inf; subtracting it would give NaN.
+        shift = tl.where(tile_max == float("-inf"), 0.0, tile_max) if MASKED else tile_max
         weights = tl.exp2(scores * score_scale - shift[:, None])
         decay = tl.exp2(row_max - shift)
         row_sum = row_sum * decay + tl.sum(weights, 1)
@@ -133,11 +126,7 @@ def attend_tiles(
         v = load_rows(v_ptr, rows, in_range, HEAD_DIM, HEAD_DIM_PADDED, MASKED)
         if QUANTISED:
             # Scaling V, not the weights: weight * scale would fall into fp16's subnormals.
-            if MASKED:
-                v_scale = tl.load(v_scale_ptr + rows, mask=in_range, other=0.0)
-            else:
-                v_scale = tl.load(v_scale_ptr + rows)
-            v = (v.to(tl.float32) * v_scale.to(tl.float32)[:, None]).to(q.dtype)
+            v = (v.to(tl.float32) * load_scales(v_scale_ptr, rows, in_range, MASKED)[:, None]).to(q.dtype)
         else:
             v = v.to(q.dtype)
         acc = tl.dot(weights.to(q.dtype), v, acc, input_precision="ieee")
@@ -234,16 +223,19 @@ def load_packed_queries(
     packed: tl.tensor,
     in_tile: tl.tensor,
     kv_head: tl.tensor,
-    Q_STRIDE: tl.constexpr,
+    q_stride: tl.tensor,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
 ) -> tl.tensor:
-    """Load packed query rows [M, HEAD_DIM_PADDED]: packed row p is head `p % GROUP` of the token `p // GROUP`."""
+    """Load packed query rows [M, HEAD_DIM_PADDED]: packed row p is head `p % GROUP` of the token `p // GROUP`.
+
+    `q_stride` counts 16 elements: a run-time number that the compiler still knows to keep vectors aligned.
+    """
     dims = tl.arange(0, HEAD_DIM_PADDED)
     token = (first_token + packed // GROUP).to(tl.int64)
     head = kv_head * GROUP + packed % GROUP
-    pointers = q_ptr + (token * Q_STRIDE + head * HEAD_DIM)[:, None] + dims[None, :]
+    pointers = q_ptr + (token * (q_stride * 16) + head * HEAD_DIM)[:, None] + dims[None, :]
     mask = in_tile[:, None]
     if HEAD_DIM != HEAD_DIM_PADDED:
         mask = mask & (dims[None, :] < HEAD_DIM)

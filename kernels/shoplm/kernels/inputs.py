@@ -10,40 +10,22 @@ from dataclasses import dataclass
 
 import torch
 
+from shoplm.kernels._checks import check_tensor
 from shoplm.kernels.tile_config import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
 
 QUANTISED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 KV_DTYPES = (torch.float16, torch.bfloat16, torch.float32, *QUANTISED_DTYPES)
 
-Sizes = tuple[int | None, ...]
+COUNTER = (torch.int32,)
 
 
-def check_tensor(
-    name: str,
-    tensor: torch.Tensor,
-    *,
-    shape: Sizes,
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device,
-    contiguous: bool = True,
-    aligned: bool = False,
-) -> None:
-    """Raise `ValueError` naming `name` and the offending value unless the tensor is as described.
+def check_aligned(name: str, tensor: torch.Tensor) -> None:
+    """Raise `ValueError` unless the tensor starts at a multiple of 16 bytes, which the vector loads assume.
 
-    `shape` holds one entry per dimension, None for any size. `aligned` asks for a 16-byte aligned start, which the
-    vector loads assume (a pointer that is aligned only sometimes would also recompile the kernel).
+    A pointer that is aligned only sometimes would also compile the kernel a second time, in the middle of a step.
     """
-    if tensor.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, tensor.shape)):
-        wanted = ", ".join("*" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} must have dtype {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} with the other tensors, got {tensor.device}")
-    if contiguous and not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for shape {list(tensor.shape)}")
-    if aligned and tensor.data_ptr() % 16:
-        raise ValueError(f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}")
+    if tensor.data_ptr() % 16:
+        raise ValueError(f"{name} starts at address {tensor.data_ptr():#x}, expected a multiple of 16 bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +33,7 @@ class PagedKv:
     """One layer's KV pool. Slot `page * page_size + offset` of head h is element [page, h, offset].
 
     Raises:
-        ValueError: a shape, dtype, device or scale is wrong; the message names the field and its value.
+        ValueError, TypeError: a shape, dtype, device or scale is wrong; the message names the field and its value.
     """
 
     k: torch.Tensor  # [num_pages, kv_heads, page_size, head_dim], fp16 | bf16 | fp32 | int8 | float8_e4m3fn
@@ -60,12 +42,11 @@ class PagedKv:
     v_scale: torch.Tensor | None = None  # as k_scale; both with int8 and float8, neither otherwise
 
     def __post_init__(self) -> None:
-        check_tensor(
-            "k", self.k, shape=(None, None, None, None), dtypes=KV_DTYPES, device=self.k.device, aligned=True
-        )
-        check_tensor(
-            "v", self.v, shape=tuple(self.k.shape), dtypes=(self.k.dtype,), device=self.k.device, aligned=True
-        )
+        device = self.k.device
+        check_tensor("k", self.k, (None, None, None, None), KV_DTYPES, device, contiguous=True)
+        check_tensor("v", self.v, self.k.shape, (self.k.dtype,), device, contiguous=True)
+        check_aligned("k", self.k)
+        check_aligned("v", self.v)
         if self.page_size not in SUPPORTED_PAGE_SIZES:
             raise ValueError(f"page_size (k.shape[2]) must be one of {SUPPORTED_PAGE_SIZES}, got {self.page_size}")
         if self.head_dim not in SUPPORTED_HEAD_DIMS:
@@ -77,9 +58,8 @@ class PagedKv:
             if (scale is not None) != self.quantised:
                 raise ValueError(f"{name} must be given for, and only for, {QUANTISED_DTYPES}; k is {self.k.dtype}")
             if scale is not None:
-                dtypes = (torch.float32, torch.float16)
-                shape = tuple(self.k.shape[:3])
-                check_tensor(name, scale, shape=shape, dtypes=dtypes, device=self.k.device, aligned=True)
+                check_tensor(name, scale, self.k.shape[:3], (torch.float32, torch.float16), device, contiguous=True)
+                check_aligned(name, scale)
 
     @property
     def quantised(self) -> bool:
@@ -111,7 +91,7 @@ class RaggedRows:
     every row: they are not checked against the device's values.
 
     Raises:
-        ValueError: a shape, dtype, device or bound is wrong; the message names the field and its value.
+        ValueError, TypeError: a shape, dtype, device or bound is wrong; the message names the field and its value.
     """
 
     page_table: torch.Tensor  # int32 [rows, max_pages]; entries past a row's length are never read
@@ -122,9 +102,9 @@ class RaggedRows:
 
     def __post_init__(self) -> None:
         device = self.page_table.device
-        check_tensor("page_table", self.page_table, shape=(None, None), dtypes=(torch.int32,), device=device)
-        check_tensor("kv_len", self.kv_len, shape=(self.rows,), dtypes=(torch.int32,), device=device)
-        check_tensor("query_start", self.query_start, shape=(self.rows + 1,), dtypes=(torch.int32,), device=device)
+        check_tensor("page_table", self.page_table, (None, None), COUNTER, device, contiguous=True)
+        check_tensor("kv_len", self.kv_len, (self.rows,), COUNTER, device)
+        check_tensor("query_start", self.query_start, (self.rows + 1,), COUNTER, device)
         for name, value in (("max_query_len", self.max_query_len), ("max_kv_len", self.max_kv_len)):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
@@ -144,7 +124,7 @@ class BeamGroups:
     written: beam b at step s came from beam `parents[g, s, b]` at step s - 1, so ancestors are found by walking up.
 
     Raises:
-        ValueError: a shape, dtype, device or bound is wrong; the message names the field and its value.
+        ValueError, TypeError: a shape, dtype, device or bound is wrong; the message names the field and its value.
     """
 
     page_table: torch.Tensor  # int32 [groups, max_pages], the prompt's pages
@@ -158,14 +138,12 @@ class BeamGroups:
 
     def __post_init__(self) -> None:
         device = self.page_table.device
-        counter = (torch.int32,)
-        check_tensor("page_table", self.page_table, shape=(None, None), dtypes=counter, device=device)
+        check_tensor("page_table", self.page_table, (None, None), COUNTER, device, contiguous=True)
         for name, tensor in (("prompt_len", self.prompt_len), ("width", self.width), ("step", self.step)):
-            check_tensor(name, tensor, shape=(self.groups,), dtypes=counter, device=device)
-        check_tensor("query_start", self.query_start, shape=(self.groups + 1,), dtypes=counter, device=device)
-        shape = (self.groups, None, None)
-        check_tensor("own_slots", self.own_slots, shape=shape, dtypes=(torch.int64,), device=device)
-        check_tensor("parents", self.parents, shape=tuple(self.own_slots.shape), dtypes=counter, device=device)
+            check_tensor(name, tensor, (self.groups,), COUNTER, device)
+        check_tensor("query_start", self.query_start, (self.groups + 1,), COUNTER, device)
+        check_tensor("own_slots", self.own_slots, (self.groups, None, None), (torch.int64,), device, contiguous=True)
+        check_tensor("parents", self.parents, self.own_slots.shape, COUNTER, device, contiguous=True)
         if self.max_prompt_len < 0:
             raise ValueError(f"max_prompt_len must not be negative, got {self.max_prompt_len}")
 

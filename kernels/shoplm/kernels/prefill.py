@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 @triton.jit(
-    do_not_specialize=["rows", "max_pages", "window", "score_scale", "query_start_ptr", "kv_len_ptr", "page_table_ptr",
-                       "lse_ptr"]
+    do_not_specialize=["query_start_ptr", "kv_len_ptr", "page_table_ptr", "lse_ptr", "rows", "max_pages", "window",
+                       "score_scale", "q_stride", "out_stride"]
 )  # fmt: skip
 def _prefill_kernel(
     q_ptr: tl.tensor,
@@ -46,8 +46,8 @@ def _prefill_kernel(
     max_pages: tl.tensor,
     window: tl.tensor,
     score_scale: tl.tensor,
-    Q_STRIDE: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
+    q_stride: tl.tensor,
+    out_stride: tl.tensor,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -69,6 +69,8 @@ def _prefill_kernel(
         exists = candidates < rows
         first_slot = tl.load(query_start_ptr + candidates, mask=exists, other=0) * GROUP // BLOCK_M + candidates
         row += tl.sum((exists & (first_slot <= slot)).to(tl.int32), 0)
+    if row < 0:
+        return
     first_token = tl.load(query_start_ptr + row)
     new_tokens = tl.load(query_start_ptr + row + 1) - first_token
     packed_rows = new_tokens * GROUP
@@ -80,7 +82,7 @@ def _prefill_kernel(
     first_packed = (tiles - 1 - local) * BLOCK_M
     packed = first_packed + tl.arange(0, BLOCK_M)
     in_tile = packed < packed_rows
-    q = load_packed_queries(q_ptr, first_token, packed, in_tile, kv_head, Q_STRIDE, GROUP, HEAD_DIM, HEAD_DIM_PADDED)
+    q = load_packed_queries(q_ptr, first_token, packed, in_tile, kv_head, q_stride, GROUP, HEAD_DIM, HEAD_DIM_PADDED)
 
     kv_len = tl.load(kv_len_ptr + row)
     offset = kv_len - new_tokens
@@ -103,7 +105,35 @@ def _prefill_kernel(
     token = (first_token + packed // GROUP).to(tl.int64)
     head = kv_head * GROUP + packed % GROUP
     dims = tl.arange(0, HEAD_DIM_PADDED)
-    pointers = out_ptr + (token * OUT_STRIDE + head * HEAD_DIM)[:, None] + dims[None, :]
+    pointers = out_ptr + (token * (out_stride * 16) + head * HEAD_DIM)[:, None] + dims[None, :]
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=in_tile[:, None] & (dims[None, :] < HEAD_DIM))
     if lse_ptr is not None:
         tl.store(lse_ptr + token * (KV_HEADS * GROUP) + head, lse, mask=in_tile)
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    kv: PagedKv,
+    rows: RaggedRows,
+    out: torch.Tensor,
+    *,
+    tile: TileConfig,
+    score_scale: float,
+    window: int | None,
+    lse: torch.Tensor | None,
+) -> None:
+    """Launch over all rows with more than `SHORT_ROWS` packed rows; other rows' outputs are left untouched.
+
+    Shapes as in `attention.paged_attention`, which validates them. `score_scale` = softmax scale * log2(e).
+    """
+    group = q.shape[1] // kv.kv_heads
+    slots = q.shape[0] * group // tile.block_m + rows.rows
+    _prefill_kernel[(slots, kv.kv_heads)](
+        q, kv.k, kv.v, kv.k_scale, kv.v_scale, out, lse, rows.query_start, rows.kv_len, rows.page_table,
+        rows.rows, rows.page_table.shape[1], 0 if window is None else window, score_scale,
+        q.stride(0) // 16, out.stride(0) // 16,
+        GROUP=group, KV_HEADS=kv.kv_heads, PAGE_SIZE=kv.page_size,
+        HEAD_DIM=kv.head_dim, HEAD_DIM_PADDED=padded_head_dim(kv.head_dim), BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n, SHORT=SHORT_ROWS, HAS_WINDOW=window is not None, QUANTISED=kv.quantised,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip

@@ -43,7 +43,7 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 @functools.cache
-def tile_config(arch: int, head_dim: int, dtype: torch.dtype, rows: int) -> TileConfig:
+def tile_config(arch: int, head_dim: int, dtype: torch.dtype, rows: int, quantised_kv: bool = False) -> TileConfig:
     """Tile for `rows` packed query rows per program on compute capability `arch` (e.g. 90).
 
     At most 16 rows: decode, bound by memory. At most 64: short chunks and narrow beams. More: prefill and wide beams.
@@ -91,3 +91,12 @@ def split_tokens(arch: int) -> int:
 def wide_split_tokens(arch: int) -> int:
     """Least keys per split of a short chunk or beam group, whose tiles do up to 64 times the work per key."""
     return 2 * split_tokens(arch)
+
+
+@functools.cache
+def arch_of(device: torch.device) -> int:
+    """Compute capability of a device, e.g. 90; sm_90's for the interpreter on a CPU, so that it runs those tiles."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return major * 10 + minor
+    return 90

@@ -1,0 +1,98 @@
+# mypy: allow-untyped-decorators
+"""Merge the partial results of split-KV attention.
+
+A split s holds a normalised output o_s and its base-2 log-sum-exp L_s. With w_s = 2^(L_s - max L),
+
+    out = sum_s w_s o_s / sum_s w_s        L = max L + log2(sum_s w_s)
+
+Splits are read eight at a time in a fixed order, so the sum never depends on timing or on other rows.
+Source: Flash-Decoding (Dao et al. 2023).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from shoplm.kernels.tile_config import padded_head_dim
+
+if TYPE_CHECKING:
+    from shoplm.kernels.workspace import Partials
+
+
+@triton.jit(do_not_specialize=["splits", "out_stride", "count_ptr", "query_start_ptr", "lse_ptr"])
+def _merge_kernel(
+    partial_ptr: tl.tensor,
+    partial_lse_ptr: tl.tensor,
+    count_ptr: tl.tensor,
+    query_start_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    splits: tl.tensor,
+    out_stride: tl.tensor,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    PACKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> None:
+    packed = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    row = tl.program_id(2)
+    count = tl.load(count_ptr + row)
+    first_token = tl.load(query_start_ptr + row)
+    packed_rows = (tl.load(query_start_ptr + row + 1) - first_token) * GROUP
+    if count < 2 or packed >= packed_rows:
+        return
+    dims = tl.arange(0, HEAD_DIM_PADDED)
+    acc = tl.zeros([HEAD_DIM_PADDED], tl.float32)
+    total = tl.full([1], 0.0, tl.float32)
+    top = tl.full([1], float("-inf"), tl.float32)
+    for first_split in range(0, count, BLOCK_S):
+        split = first_split + tl.arange(0, BLOCK_S)
+        exists = split < count
+        index = ((row.to(tl.int64) * splits + split) * KV_HEADS + kv_head) * PACKED + packed
+        lse = tl.load(partial_lse_ptr + index, mask=exists, other=float("-inf"))
+        mask = exists[:, None] & (dims[None, :] < HEAD_DIM)
+        part = tl.load(partial_ptr + index[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        # Early tokens of a chunk see nothing of the last splits; all -inf so far must not become NaN.
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2(lse - shift)
+        decay = tl.exp2(top - shift)
+        acc = acc * decay + tl.sum(weight[:, None] * part, 0)
+        total = total * decay + tl.sum(weight, 0)
+        top = new_top
+    safe_total = tl.where(total == 0.0, 1.0, total)
+    token = (first_token + packed // GROUP).to(tl.int64)
+    head = kv_head * GROUP + packed % GROUP
+    out = (acc / safe_total).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * (out_stride * 16) + head * HEAD_DIM + dims, out, mask=dims < HEAD_DIM)
+    if lse_ptr is not None:
+        merged = tl.where(total == 0.0, float("-inf"), top + tl.log2(safe_total))
+        tl.store(lse_ptr + token * (KV_HEADS * GROUP) + head + tl.arange(0, 1), merged)
+
+
+def merge_splits(
+    partials: Partials, query_start: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None = None
+) -> None:
+    """Merge every row whose `partials.count` is 2 or more into `out` (and `lse`); leave all others untouched.
+
+    Args:
+        partials: fp32 [slots >= rows, splits, kv_heads, packed, head_dim]; packed row p of a row is group head
+            `p % group` of its new token `p // group`.
+        query_start: int32 [rows + 1], prefix sums of new tokens.
+        out: [tokens, q_heads, head_dim], fp32, fp16 or bf16.
+        lse: fp32 [tokens, q_heads], base 2.
+    """
+    _, _, kv_heads, packed, head_dim = partials.out.shape
+    padded = padded_head_dim(head_dim)
+    _merge_kernel[(packed, kv_heads, query_start.shape[0] - 1)](
+        partials.out, partials.lse, partials.count, query_start, out, lse, partials.splits, out.stride(0) // 16,
+        GROUP=out.shape[1] // kv_heads, KV_HEADS=kv_heads, PACKED=packed,
+        HEAD_DIM=head_dim, HEAD_DIM_PADDED=padded, BLOCK_S=8, num_warps=max(1, padded // 64), num_stages=2,
+    )  # fmt: skip
