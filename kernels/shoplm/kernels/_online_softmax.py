@@ -184,11 +184,40 @@ def attend_range(
         middle_end, end, query_position, window, score_scale, KV_HEADS, PAGE_SIZE, HEAD_DIM,
         HEAD_DIM_PADDED, BLOCK_N, False, HAS_WINDOW, QUANTISED,
     )  # fmt: skip
-    return attend_tiles(
+    acc, row_max, row_sum = attend_tiles(
         q, acc, row_max, row_sum, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, pages_ptr, kv_head, middle_end,
         end, end, query_position, window, score_scale, KV_HEADS, PAGE_SIZE, HEAD_DIM,
         HEAD_DIM_PADDED, BLOCK_N, True, HAS_WINDOW, QUANTISED,
     )  # fmt: skip
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def owning_row(
+    query_start_ptr: tl.tensor,
+    rows: tl.tensor,
+    slot: tl.tensor,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+) -> tl.tensor:
+    """The row that owns tile slot `slot`, or -1: rows are found by counting, since their first slots never decrease.
+
+    Row r owns the slots from `first_tile_slot` on, which is enough for its tiles whatever the rows before it.
+    """
+    row = tl.full([], -1, tl.int32)
+    for first_row in range(0, rows, 128):
+        candidates = first_row + tl.arange(0, 128)
+        exists = candidates < rows
+        start = tl.load(query_start_ptr + candidates, mask=exists, other=0)
+        first_slot = first_tile_slot(start, candidates, GROUP, BLOCK_M)
+        row += tl.sum((exists & (first_slot <= slot)).to(tl.int32), 0)
+    return row
+
+
+@triton.jit
+def first_tile_slot(first_token: tl.tensor, row: tl.tensor, GROUP: tl.constexpr, BLOCK_M: tl.constexpr) -> tl.tensor:
+    """First tile slot of a row: floor(a / b) + ceil(n / b) <= floor((a + n) / b) + 1, hence one spare per row."""
+    return first_token * GROUP // BLOCK_M + row
 
 
 @triton.jit
@@ -243,9 +272,7 @@ def load_packed_queries(
 
 
 @triton.jit
-def normalise(
-    acc: tl.tensor, row_max: tl.tensor, row_sum: tl.tensor
-) -> tuple[tl.tensor, tl.tensor]:
+def normalise(acc: tl.tensor, row_max: tl.tensor, row_sum: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Output rows and base-2 log-sum-exp; a row that saw no key gives 0 and -inf."""
     empty = row_sum == 0.0
     safe_sum = tl.where(empty, 1.0, row_sum)

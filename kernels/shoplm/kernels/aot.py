@@ -95,3 +95,114 @@ def make_cell(
     return AotCell(
         op, kernel, signature, constexprs, aligned, num_warps, num_stages, arch, head_dim, dtype, expect_wgmma, variant
     )
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What an attention kernel is specialised on, besides its tile."""
+
+    head_dim: int
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    page_size: int
+    group: int  # query heads per KV head
+    window: bool
+    kv_heads: int = 8
+
+    @property
+    def quantised(self) -> bool:
+        """Whether keys and values carry scales."""
+        return self.kv_dtype in (torch.int8, torch.float8_e4m3fn)
+
+    @property
+    def variant(self) -> str:
+        """The part of the cell's name that dtype and head_dim do not say."""
+        parts = [f"g{self.group}", f"p{self.page_size}"]
+        if self.quantised:
+            parts.append(f"kv-{TRITON_TYPE_NAMES[self.kv_dtype]}")
+        if self.window:
+            parts.append("window")
+        return "-".join(parts)
+
+    def types(self, kernel: Any) -> dict[str, str]:
+        """Signature types of the attention kernels' run-time arguments, by their common names."""
+        special = {
+            "q_ptr": pointer(self.dtype),
+            "out_ptr": pointer(self.dtype),
+            "k_ptr": pointer(self.kv_dtype),
+            "v_ptr": pointer(self.kv_dtype),
+            "own_slots_ptr": "*i64",
+            "score_scale": "fp32",
+        }
+        fp32 = ("k_scale_ptr", "v_scale_ptr", "partial_ptr", "partial_lse_ptr", "lse_ptr", "mass_ptr")
+        types = dict.fromkeys(fp32, "*fp32") | special
+        for name in kernel.arg_names:
+            if name.islower():
+                types.setdefault(name, "*i32" if name.endswith("_ptr") else "i32")
+        return types
+
+    def constexprs(self, kernel: Any) -> dict[str, Any]:
+        """The constants that follow from the shape alone."""
+        values: dict[str, Any] = {
+            "GROUP": self.group,
+            "GROUP_PADDED": 1 << (self.group - 1).bit_length(),
+            "KV_HEADS": self.kv_heads,
+            "PAGE_SIZE": self.page_size,
+            "HEAD_DIM": self.head_dim,
+            "HEAD_DIM_PADDED": 1 << (self.head_dim - 1).bit_length(),
+            "HAS_WINDOW": self.window,
+            "QUANTISED": self.quantised,
+        }
+        if not self.quantised:
+            values |= {"k_scale_ptr": None, "v_scale_ptr": None}
+        return {name: value for name, value in values.items() if name in kernel.arg_names}
+
+    def cell(
+        self,
+        op: str,
+        kernel: Any,
+        constexprs: Mapping[str, Any],
+        *,
+        arch: int,
+        num_warps: int,
+        num_stages: int,
+        expect_wgmma: bool,
+        label: str = "",
+    ) -> AotCell:
+        """The cell of one kernel at this shape. Every pointer that the launcher specialises is 16-byte aligned."""
+        constants = self.constexprs(kernel) | dict(constexprs)
+        bulk = ("q_ptr", "k_ptr", "v_ptr", "k_scale_ptr", "v_scale_ptr", "out_ptr", "partial_ptr", "partial_lse_ptr")
+        return make_cell(
+            op,
+            kernel,
+            self.types(kernel),
+            constants,
+            aligned=tuple(name for name in bulk if name in kernel.arg_names and name not in constants),
+            num_warps=num_warps,
+            num_stages=num_stages,
+            arch=arch,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            expect_wgmma=expect_wgmma,
+            variant=f"{label}-{self.variant}" if label else self.variant,
+        )
+
+
+def attention_shapes(arch: int, *, full: bool) -> list[AttentionShape]:
+    """Shapes to compile on `arch`: a few that between them touch every feature, or the whole matrix."""
+    half = torch.bfloat16
+    fp8 = [torch.float8_e4m3fn] if arch >= 89 else []
+    if full:
+        return [
+            AttentionShape(head_dim, half, kv_dtype, page_size, 7, window)
+            for head_dim in (64, 96, 128, 256)
+            for kv_dtype in (half, torch.int8, *fp8)
+            for page_size in (16, 64)
+            for window in (False, True)
+        ]
+    return [
+        AttentionShape(128, half, half, 64, 4, False),
+        AttentionShape(64, torch.float16, torch.float16, 16, 3, False),
+        AttentionShape(128, half, fp8[0] if fp8 else torch.int8, 16, 8, False),
+        AttentionShape(256, half, half, 32, 7, True),
+    ]

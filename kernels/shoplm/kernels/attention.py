@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 
 import torch
-
 from shoplm.kernels._checks import ACTIVATION_DTYPES, check_tensor
 from shoplm.kernels.beam import beam_rows
 from shoplm.kernels.decode import split_attention
@@ -139,7 +138,7 @@ def paged_attention(
 
     split_attention(
         q, kv, rows, out, workspace.decode, tile=tile_config(arch, kv.head_dim, q.dtype, group, kv.quantised),
-        split_tokens=split_tokens(arch), max_splits=0, splits=splits, score_scale=score_scale, window=window, lse=lse,
+        keys_per_split=split_tokens(arch), max_splits=0, splits=splits, score_scale=score_scale, window=window, lse=lse,
     )  # fmt: skip
     if splits > 1:
         merge_splits(workspace.decode, rows.query_start, out, lse)
@@ -150,7 +149,7 @@ def paged_attention(
     wide_splits = min(MAX_WIDE_SPLITS, max(1, -(-kv_bound // wide_tokens)))
     split_attention(
         q, kv, rows, out, workspace.short, tile=tile_config(arch, kv.head_dim, q.dtype, SHORT_ROWS, kv.quantised),
-        split_tokens=wide_tokens, max_splits=MAX_WIDE_SPLITS, splits=wide_splits, score_scale=score_scale,
+        keys_per_split=wide_tokens, max_splits=MAX_WIDE_SPLITS, splits=wide_splits, score_scale=score_scale,
         window=window, lse=lse,
     )  # fmt: skip
     if wide_splits > 1:
@@ -201,7 +200,7 @@ def beam_attention(
     # By the widest group there may ever be, not by this step's: the tile is part of a result's identity.
     tile = tile_config(arch, kv.head_dim, q.dtype, max(SHORT_ROWS, beams.max_width * group), kv.quantised)
     beam_rows(
-        q, kv, beams, out, workspace.beam, tile=tile, split_tokens=wide_split_tokens(arch), score_scale=score_scale,
+        q, kv, beams, out, workspace.beam, tile=tile, keys_per_split=wide_split_tokens(arch), score_scale=score_scale,
         window=window,
     )  # fmt: skip
     return out

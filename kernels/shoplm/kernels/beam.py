@@ -20,9 +20,23 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-
-from shoplm.kernels._online_softmax import attend_range, load_packed_queries, normalise, split_plan
-from shoplm.kernels.tile_config import MAX_WIDE_SPLITS, TileConfig, padded_head_dim
+from shoplm.kernels._online_softmax import (
+    attend_range,
+    first_tile_slot,
+    load_packed_queries,
+    normalise,
+    owning_row,
+    split_plan,
+)
+from shoplm.kernels.aot import AotCell, AttentionShape, attention_shapes
+from shoplm.kernels.tile_config import (
+    MAX_WIDE_SPLITS,
+    SHORT_ROWS,
+    TileConfig,
+    padded_head_dim,
+    tile_config,
+    wide_split_tokens,
+)
 
 if TYPE_CHECKING:
     from shoplm.kernels.inputs import BeamGroups, PagedKv
@@ -66,18 +80,12 @@ def _beam_prompt_kernel(
     slot = tl.program_id(0)  # fastest: the tiles of one split run together and share its pages through L2
     split = tl.program_id(1)
     kv_head = tl.program_id(2)
-    # As in prefill: group g owns the tile slots from query_start[g] * GROUP // BLOCK_M + g on.
-    group = -1
-    for first_group in range(0, groups, 128):
-        candidates = first_group + tl.arange(0, 128)
-        exists = candidates < groups
-        first_slot = tl.load(query_start_ptr + candidates, mask=exists, other=0) * GROUP // BLOCK_M + candidates
-        group += tl.sum((exists & (first_slot <= slot)).to(tl.int32), 0)
+    group = owning_row(query_start_ptr, groups, slot, GROUP, BLOCK_M)
     if group < 0:
         return
     first_token = tl.load(query_start_ptr + group)
     packed_rows = tl.load(width_ptr + group) * GROUP
-    first_packed = (slot - (first_token * GROUP // BLOCK_M + group)) * BLOCK_M
+    first_packed = (slot - first_tile_slot(first_token, group, GROUP, BLOCK_M)) * BLOCK_M
     prompt_len = tl.load(prompt_len_ptr + group)
     position = prompt_len + tl.load(step_ptr + group)
     start, split_tokens, count = split_plan(
@@ -150,7 +158,7 @@ def _beam_reduce_kernel(
 ) -> None:
     token = tl.program_id(0)
     kv_head = tl.program_id(1)
-    group = -1
+    group = tl.full([], -1, tl.int32)
     for first_group in range(0, groups, 128):
         candidates = first_group + tl.arange(0, 128)
         exists = candidates < groups
@@ -219,6 +227,12 @@ def _beam_reduce_kernel(
     tl.store(out_row + heads[:, None] * HEAD_DIM + dims[None, :], out, mask=mask)
 
 
+def _reduce_warps(head_dim: int, group: int) -> int:
+    """About 16 fp32 elements of each [group, head_dim] operand a thread."""
+    elements = padded_head_dim(head_dim) << (group - 1).bit_length()
+    return max(1, min(4, elements // 512))
+
+
 def beam_rows(
     q: torch.Tensor,
     kv: PagedKv,
@@ -227,18 +241,18 @@ def beam_rows(
     partials: Partials,
     *,
     tile: TileConfig,
-    split_tokens: int,
+    keys_per_split: int,
     score_scale: float,
     window: int | None,
 ) -> None:
     """Launch both kernels. Shapes as in `attention.beam_attention`, which validates them."""
     group = q.shape[1] // kv.kv_heads
     window_keys = 0 if window is None else window
-    splits = min(MAX_WIDE_SPLITS, -(-beams.max_prompt_len // split_tokens))
+    splits = min(MAX_WIDE_SPLITS, -(-beams.max_prompt_len // keys_per_split))
     shared = {
         "GROUP": group, "KV_HEADS": kv.kv_heads, "PAGE_SIZE": kv.page_size,
         "HEAD_DIM": kv.head_dim, "HEAD_DIM_PADDED": padded_head_dim(kv.head_dim), "BLOCK_N": tile.block_n,
-        "SPLIT_TOKENS": split_tokens, "MAX_SPLITS": MAX_WIDE_SPLITS, "HAS_WINDOW": window is not None,
+        "SPLIT_TOKENS": keys_per_split, "MAX_SPLITS": MAX_WIDE_SPLITS, "HAS_WINDOW": window is not None,
         "QUANTISED": kv.quantised,
     }  # fmt: skip
     if splits:
@@ -252,6 +266,30 @@ def beam_rows(
     _beam_reduce_kernel[(q.shape[0], kv.kv_heads)](
         q, kv.k, kv.v, kv.k_scale, kv.v_scale, out, partials.out, partials.lse, beams.prompt_len, beams.query_start,
         beams.width, beams.step, beams.own_slots, beams.parents, beams.groups, beams.max_steps, beams.max_width,
-        window_keys, score_scale, q.stride(0) // 16, out.stride(0) // 16, GROUP_PADDED=triton.next_power_of_2(group),
-        num_warps=4 if kv.head_dim * group >= 1024 else 1, num_stages=2, **shared,
+        window_keys, score_scale, q.stride(0) // 16, out.stride(0) // 16, GROUP_PADDED=1 << (group - 1).bit_length(),
+        num_warps=_reduce_warps(kv.head_dim, group), num_stages=2, **shared,
     )  # fmt: skip
+
+
+def beam_cells(shape: AttentionShape, arch: int, *, max_width: int) -> list[AotCell]:
+    """The cells of both kernels that `beam_rows` launches for groups of at most `max_width` beams."""
+    tile = tile_config(arch, shape.head_dim, shape.dtype, max(SHORT_ROWS, max_width * shape.group), shape.quantised)
+    splits = {"BLOCK_N": tile.block_n, "SPLIT_TOKENS": wide_split_tokens(arch), "MAX_SPLITS": MAX_WIDE_SPLITS}
+    prompt = shape.cell(
+        "beam", _beam_prompt_kernel, {"BLOCK_M": tile.block_m, **splits}, arch=arch, num_warps=tile.num_warps,
+        num_stages=tile.num_stages, expect_wgmma=arch == 90 and tile.block_m >= 64, label=f"w{max_width}",
+    )  # fmt: skip
+    reduce = shape.cell(
+        "beam", _beam_reduce_kernel, splits, arch=arch, num_warps=_reduce_warps(shape.head_dim, shape.group),
+        num_stages=2, expect_wgmma=False, label=f"w{max_width}",
+    )  # fmt: skip
+    return [prompt, reduce]
+
+
+def aot_cells(arch: int, *, full: bool = False) -> list[AotCell]:
+    """Cells of the budget table: wide groups at every shape, narrow groups at the first."""
+    shapes = attention_shapes(arch, full=full)
+    narrow = shapes if full else shapes[:1]
+    wide = shapes if full else shapes[:3]
+    cells = [cell for shape in wide for cell in beam_cells(shape, arch, max_width=256)]
+    return cells + [beam_cells(shape, arch, max_width=64 // shape.group)[0] for shape in narrow]

@@ -20,9 +20,17 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-
 from shoplm.kernels._online_softmax import attend_range, load_packed_queries, normalise, split_plan
-from shoplm.kernels.tile_config import TileConfig, padded_head_dim
+from shoplm.kernels.aot import AotCell, AttentionShape, attention_shapes
+from shoplm.kernels.tile_config import (
+    MAX_WIDE_SPLITS,
+    SHORT_ROWS,
+    TileConfig,
+    padded_head_dim,
+    split_tokens,
+    tile_config,
+    wide_split_tokens,
+)
 
 if TYPE_CHECKING:
     from shoplm.kernels.inputs import PagedKv, RaggedRows
@@ -125,7 +133,7 @@ def split_attention(
     partials: Partials,
     *,
     tile: TileConfig,
-    split_tokens: int,
+    keys_per_split: int,
     max_splits: int,
     splits: int,
     score_scale: float,
@@ -135,7 +143,7 @@ def split_attention(
     """Launch over the rows of one class; merge `partials` afterwards if `splits > 1`.
 
     Shapes as in `attention.paged_attention`, which validates them. `partials` of group heads per row selects the rows
-    with one new token, larger ones the short chunks. `max_splits` 0 keeps splits at `split_tokens` keys, otherwise
+    with one new token, larger ones the short chunks. `max_splits` 0 keeps splits at `keys_per_split` keys, otherwise
     they grow to stay within it. `splits` bounds the splits of any row.
     """
     packed = partials.out.shape[3]
@@ -147,7 +155,28 @@ def split_attention(
         q.stride(0) // 16, out.stride(0) // 16,
         GROUP=q.shape[1] // kv.kv_heads, KV_HEADS=kv.kv_heads,
         PAGE_SIZE=kv.page_size, HEAD_DIM=kv.head_dim, HEAD_DIM_PADDED=padded_head_dim(kv.head_dim),
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, PACKED=packed, SPLIT_TOKENS=split_tokens, MAX_SPLITS=max_splits,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, PACKED=packed, SPLIT_TOKENS=keys_per_split, MAX_SPLITS=max_splits,
         HAS_WINDOW=window is not None, QUANTISED=kv.quantised,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
+
+
+def split_cell(shape: AttentionShape, arch: int, *, short: bool) -> AotCell:
+    """The cell that `split_attention` launches for `shape` on `arch`: decode rows, or short chunks."""
+    rows = SHORT_ROWS if short else shape.group
+    tile = tile_config(arch, shape.head_dim, shape.dtype, rows, shape.quantised)
+    constexprs = {
+        "lse_ptr": None, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PACKED": rows,
+        "SPLIT_TOKENS": wide_split_tokens(arch) if short else split_tokens(arch),
+        "MAX_SPLITS": MAX_WIDE_SPLITS if short else 0,
+    }  # fmt: skip
+    return shape.cell(
+        "decode", _split_kernel, constexprs, arch=arch, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        expect_wgmma=arch == 90 and tile.block_m >= 64, label="short" if short else "token",
+    )  # fmt: skip
+
+
+def aot_cells(arch: int, *, full: bool = False) -> list[AotCell]:
+    """Cells of the budget table: representative shapes, or the whole matrix."""
+    shapes = attention_shapes(arch, full=full)
+    return [split_cell(shape, arch, short=short) for shape in shapes for short in (False, True)]

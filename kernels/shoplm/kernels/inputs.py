@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
 from shoplm.kernels._checks import check_tensor
 from shoplm.kernels.tile_config import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
 

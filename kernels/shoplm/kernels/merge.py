@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-
-from shoplm.kernels.tile_config import padded_head_dim
+from shoplm.kernels.aot import AotCell, attention_shapes
+from shoplm.kernels.tile_config import SHORT_ROWS, padded_head_dim
 
 if TYPE_CHECKING:
     from shoplm.kernels.workspace import Partials
+
+
+BLOCK_S = 8  # splits read at once
 
 
 @triton.jit(do_not_specialize=["splits", "out_stride", "count_ptr", "query_start_ptr", "lse_ptr"])
@@ -77,6 +80,11 @@ def _merge_kernel(
         tl.store(lse_ptr + token * (KV_HEADS * GROUP) + head + tl.arange(0, 1), merged)
 
 
+def _merge_warps(head_dim: int) -> int:
+    """One warp holds 8 splits of 64 elements in 16 registers a thread."""
+    return padded_head_dim(head_dim) // 64
+
+
 def merge_splits(
     partials: Partials, query_start: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None = None
 ) -> None:
@@ -90,9 +98,24 @@ def merge_splits(
         lse: fp32 [tokens, q_heads], base 2.
     """
     _, _, kv_heads, packed, head_dim = partials.out.shape
-    padded = padded_head_dim(head_dim)
     _merge_kernel[(packed, kv_heads, query_start.shape[0] - 1)](
         partials.out, partials.lse, partials.count, query_start, out, lse, partials.splits, out.stride(0) // 16,
         GROUP=out.shape[1] // kv_heads, KV_HEADS=kv_heads, PACKED=packed,
-        HEAD_DIM=head_dim, HEAD_DIM_PADDED=padded, BLOCK_S=8, num_warps=max(1, padded // 64), num_stages=2,
+        HEAD_DIM=head_dim, HEAD_DIM_PADDED=padded_head_dim(head_dim), BLOCK_S=BLOCK_S,
+        num_warps=_merge_warps(head_dim), num_stages=2,
     )  # fmt: skip
+
+
+def aot_cells(arch: int, *, full: bool = False) -> list[AotCell]:
+    """Cells of the budget table. Windows and the KV's type make no difference here."""
+    shapes = attention_shapes(arch, full=full)
+    plain = [shape for shape in shapes if full is False or not (shape.window or shape.quantised)]
+    rows = [(shape, packed) for shape in (plain if full else plain[:1]) for packed in (shape.group, SHORT_ROWS)]
+    return [
+        shape.cell(
+            "merge", _merge_kernel, {"lse_ptr": None, "PACKED": packed, "BLOCK_S": BLOCK_S}, arch=arch,
+            num_warps=_merge_warps(shape.head_dim), num_stages=2, expect_wgmma=False,
+            label="short" if packed == SHORT_ROWS else "token",
+        )
+        for shape, packed in rows
+    ]  # fmt: skip

@@ -18,9 +18,14 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-
-from shoplm.kernels._online_softmax import attend_range, load_packed_queries, normalise
-from shoplm.kernels.aot import AotCell
+from shoplm.kernels._online_softmax import (
+    attend_range,
+    first_tile_slot,
+    load_packed_queries,
+    normalise,
+    owning_row,
+)
+from shoplm.kernels.aot import AotCell, AttentionShape, attention_shapes
 from shoplm.kernels.tile_config import SHORT_ROWS, TileConfig, padded_head_dim, tile_config
 
 if TYPE_CHECKING:
@@ -61,21 +66,14 @@ def _prefill_kernel(
 ) -> None:
     slot = tl.program_id(0)
     kv_head = tl.program_id(1)
-    # Row r owns the tile slots from query_start[r] * GROUP // BLOCK_M + r on: enough for its tiles, whatever the rows
-    # before it, and non-decreasing in r, so the owner of a slot is found by counting.
-    row = -1
-    for first_row in range(0, rows, 128):
-        candidates = first_row + tl.arange(0, 128)
-        exists = candidates < rows
-        first_slot = tl.load(query_start_ptr + candidates, mask=exists, other=0) * GROUP // BLOCK_M + candidates
-        row += tl.sum((exists & (first_slot <= slot)).to(tl.int32), 0)
+    row = owning_row(query_start_ptr, rows, slot, GROUP, BLOCK_M)
     if row < 0:
         return
     first_token = tl.load(query_start_ptr + row)
     new_tokens = tl.load(query_start_ptr + row + 1) - first_token
     packed_rows = new_tokens * GROUP
     tiles = tl.cdiv(packed_rows, BLOCK_M)
-    local = slot - (first_token * GROUP // BLOCK_M + row)
+    local = slot - first_tile_slot(first_token, row, GROUP, BLOCK_M)
     if packed_rows <= SHORT or local >= tiles:
         return
     # The last tiles see the most keys: start them first so that they do not run alone at the end.
@@ -137,3 +135,18 @@ def prefill_attention(
         BLOCK_N=tile.block_n, SHORT=SHORT_ROWS, HAS_WINDOW=window is not None, QUANTISED=kv.quantised,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
+
+
+def prefill_cell(shape: AttentionShape, arch: int) -> AotCell:
+    """The cell that `prefill_attention` launches for `shape` on `arch`."""
+    tile = tile_config(arch, shape.head_dim, shape.dtype, 2 * SHORT_ROWS, shape.quantised)
+    constexprs = {"lse_ptr": None, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SHORT": SHORT_ROWS}
+    return shape.cell(
+        "prefill", _prefill_kernel, constexprs, arch=arch, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        expect_wgmma=arch == 90 and tile.block_m >= 64,
+    )  # fmt: skip
+
+
+def aot_cells(arch: int, *, full: bool = False) -> list[AotCell]:
+    """Cells of the budget table: representative shapes, or the whole matrix."""
+    return [prefill_cell(shape, arch) for shape in attention_shapes(arch, full=full)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import torch
-
 from shoplm.kernels.inputs import BeamGroups, PagedKv, RaggedRows
 
 
@@ -92,7 +91,7 @@ def span_mass(
         k, v = gather_slots(kv, row_slots(rows.page_table[row], kv_len, kv.page_size))
         position = torch.arange(kv_len, device=q.device)
         _, _, weights = attend(q[last - 1 : last], k, v, _visible(position[-1:], position, window), scale)
-        per_head = weights[0].unflatten(0, (kv.kv_heads, -1)).mean(1)
+        per_head = weights[0].reshape(kv.kv_heads, -1, kv_len).mean(1)
         for span, (start, end) in enumerate(zip(span_start[index].tolist(), span_end[index].tolist(), strict=True)):
             mass[index, :, span] = per_head[:, max(start, 0) : max(end, 0)].sum(-1)
     return mass

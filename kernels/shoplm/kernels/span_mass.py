@@ -14,11 +14,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
-from shoplm.kernels._checks import ACTIVATION_DTYPES, check_tensor
+from shoplm.kernels._checks import check_tensor
 from shoplm.kernels._online_softmax import key_rows, load_packed_queries, load_rows
+from shoplm.kernels.aot import AotCell, attention_shapes
 from shoplm.kernels.attention import check_queries, check_window, score_scale_of
-from shoplm.kernels.inputs import COUNTER, PagedKv, RaggedRows, check_aligned
+from shoplm.kernels.inputs import COUNTER, PagedKv, RaggedRows
 from shoplm.kernels.tile_config import arch_of, padded_head_dim, tile_config
 
 
@@ -144,3 +144,19 @@ def span_mass(
         HAS_WINDOW=window is not None, QUANTISED=kv.quantised, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out
+
+
+def aot_cells(arch: int, *, full: bool = False) -> list[AotCell]:
+    """Cells of the budget table: representative shapes, or the whole matrix."""
+    shapes = attention_shapes(arch, full=full)
+    cells = []
+    for shape in shapes if full else shapes[:2]:
+        tile = tile_config(arch, shape.head_dim, shape.dtype, shape.group, shape.quantised)
+        constexprs: dict[str, object] = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        cells.append(
+            shape.cell(
+                "span_mass", _span_mass_kernel, constexprs, arch=arch, num_warps=tile.num_warps,
+                num_stages=tile.num_stages, expect_wgmma=False,
+            )
+        )  # fmt: skip
+    return cells

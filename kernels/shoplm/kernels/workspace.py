@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
 from shoplm.kernels.tile_config import MAX_WIDE_SPLITS, SHORT_ROWS, arch_of, split_tokens
 
 
