@@ -6,6 +6,7 @@ initialises to a constant (biases, norms), so that a part of the model that is l
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -166,8 +167,8 @@ def _model_state(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _save_tiny_model(family: str, folder: Path) -> None:
     import torch
-    import transformers
 
+    transformers: Any = importlib.import_module("transformers")  # partly untyped
     config_class = {
         "llama": transformers.LlamaConfig,
         "smollm2": transformers.LlamaConfig,
