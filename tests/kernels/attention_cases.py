@@ -1,0 +1,251 @@
+"""Inputs for the attention tests: random page tables, poison wherever a kernel must not look, and error bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from shoplm.kernels import reference
+from shoplm.kernels.inputs import BeamGroups, PagedKv, RaggedRows
+from shoplm.kernels.workspace import Workspace
+
+NEVER_A_PAGE = 2**30
+UNUSED_TOKENS = 3  # tokens at the end of the flat batch that belong to no row
+
+Row = tuple[int, int]  # (new tokens, kv_len)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a kernel is specialised on."""
+
+    head_dim: int = 64
+    group: int = 4
+    kv_heads: int = 2
+    page_size: int = 16
+    dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None  # None: as dtype
+
+    @property
+    def q_heads(self) -> int:
+        return self.group * self.kv_heads
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step's inputs and poisoned outputs."""
+
+    shape: Shape
+    q: torch.Tensor
+    kv: PagedKv
+    rows: RaggedRows
+    out: torch.Tensor
+    lse: torch.Tensor
+    workspace: Workspace
+
+    @property
+    def tokens(self) -> int:
+        return int(self.rows.query_start[-1])
+
+
+class Pool:
+    """A pool of random pages handed out in random order; slots that nobody was given read as NaN."""
+
+    def __init__(self, shape: Shape, pages: int) -> None:
+        self.shape = shape
+        self._free = torch.randperm(pages).tolist()
+        self._used = torch.zeros(pages, shape.page_size, dtype=torch.bool)
+        size = (pages, shape.kv_heads, shape.page_size, shape.head_dim)
+        self._k, self._v = torch.randn(size), torch.randn(size)
+
+    def take(self, tokens: int) -> list[int]:
+        """Pages for `tokens` tokens; marks exactly their slots as used."""
+        pages = [self._free.pop() for _ in range(-(-tokens // self.shape.page_size))]
+        for position in range(tokens):
+            self._used[pages[position // self.shape.page_size], position % self.shape.page_size] = True
+        return pages
+
+    def take_slot(self) -> int:
+        """One slot somewhere in a page of its own."""
+        page = self._free.pop()
+        offset = int(torch.randint(self.shape.page_size, ()))
+        self._used[page, offset] = True
+        return page * self.shape.page_size + offset
+
+    def finish(self) -> PagedKv:
+        """The pool in its storage type, with poison in every unused slot."""
+        (k, k_scale), (v, v_scale) = self._store(self._k), self._store(self._v)
+        return PagedKv(k, v, k_scale, v_scale)
+
+    def _store(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        kv_dtype = self.shape.kv_dtype
+        if kv_dtype is None:
+            stored = values.to(self.shape.dtype)
+            stored.transpose(1, 2)[~self._used] = math.nan
+            return stored, None
+        limit = 127.0 if kv_dtype == torch.int8 else 448.0
+        scale = values.abs().amax(-1) / limit
+        scaled = values / scale[..., None]
+        stored = (scaled.round() if kv_dtype == torch.int8 else scaled).to(kv_dtype)
+        scale.transpose(1, 2)[~self._used] = math.nan
+        return stored, scale
+
+
+def page_table(pages: Sequence[Sequence[int]]) -> torch.Tensor:
+    """int32 [rows, longest + 2], entries past a row's pages absurd so that following one would crash."""
+    width = max((len(row) for row in pages), default=0) + 2
+    table = torch.full((len(pages), width), NEVER_A_PAGE, dtype=torch.int32)
+    for index, row in enumerate(pages):
+        table[index, : len(row)] = torch.tensor(row, dtype=torch.int32)
+    return table
+
+
+def prefix_sums(counts: Sequence[int]) -> torch.Tensor:
+    """int32 [n + 1], starting at 0."""
+    return torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+
+
+def int32(values: Sequence[int]) -> torch.Tensor:
+    """A list as int32."""
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def make_case(shape: Shape, rows: Sequence[Row], *, slack: int = 0) -> Case:
+    """A step of `rows`; `slack` loosens every upper bound, which must not change a result."""
+    pool = Pool(shape, sum(-(-kv_len // shape.page_size) for _, kv_len in rows) + 2)
+    pages = [pool.take(kv_len) for _, kv_len in rows]
+    new = [count for count, _ in rows]
+    tokens = sum(new)
+    q = torch.randn(tokens + UNUSED_TOKENS, shape.q_heads, shape.head_dim).to(shape.dtype)
+    max_kv_len = max((kv_len for _, kv_len in rows), default=0) + slack
+    ragged = RaggedRows(
+        page_table=page_table(pages),
+        kv_len=int32([kv_len for _, kv_len in rows]),
+        query_start=prefix_sums(new),
+        max_query_len=max(new, default=0) + slack,
+        max_kv_len=max_kv_len,
+    )
+    workspace = poisoned_workspace(shape, rows=len(rows), kv_len=max_kv_len)
+    out, lse = poisoned(q), torch.full(q.shape[:2], math.nan)
+    return Case(shape, q, pool.finish(), ragged, out, lse, workspace)
+
+
+def poisoned(like: torch.Tensor) -> torch.Tensor:
+    """An output that is NaN until written."""
+    return torch.full_like(like, math.nan)
+
+
+def poisoned_workspace(shape: Shape, *, rows: int = 0, kv_len: int = 0, beams: int = 0) -> Workspace:
+    """A workspace whose contents would spoil any result that read them before writing."""
+    workspace = Workspace.allocate(
+        device=torch.device("cpu"), max_rows=rows, max_kv_len=kv_len, max_beam_tokens=beams, q_heads=shape.q_heads,
+        kv_heads=shape.kv_heads, head_dim=shape.head_dim,
+    )  # fmt: skip
+    for partials in (workspace.decode, workspace.short, workspace.beam):
+        partials.out.fill_(math.nan)
+        partials.lse.fill_(math.nan)
+        partials.count.fill_(2**20)
+    return workspace
+
+
+def same_dtype_attention(case: Case, window: int | None) -> torch.Tensor:
+    """torch's own attention in the activations' dtype on the (dequantised) keys, row by row; NaN for unused tokens."""
+    out = poisoned(case.q)
+    starts = case.rows.query_start.tolist()
+    for row, kv_len in enumerate(case.rows.kv_len.tolist()):
+        first, last = starts[row], starts[row + 1]
+        if first == last:
+            continue
+        slots = reference.row_slots(case.rows.page_table[row], kv_len, case.kv.page_size)
+        k, v = (x.to(case.q.dtype).transpose(0, 1) for x in reference.gather_slots(case.kv, slots))
+        distance = torch.arange(kv_len - (last - first), kv_len)[:, None] - torch.arange(kv_len)[None, :]
+        mask = (distance >= 0) & (distance < (kv_len + 1 if window is None else window))
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            case.q[first:last].transpose(0, 1), k, v, attn_mask=mask, enable_gqa=True
+        )
+        out[first:last] = attended.transpose(0, 1)
+    return out
+
+
+def assert_close(
+    actual: torch.Tensor, expected: torch.Tensor, same_dtype: torch.Tensor, *, floor: float = 2e-6
+) -> None:
+    """Largest error against fp32 at most 3 times torch's in the same dtype (or `floor`, for fp32 itself)."""
+    if not actual.numel():
+        return
+    assert torch.isfinite(actual).all(), "an output was not written, or poison reached it"
+    error = (actual.float() - expected).abs().max().item()
+    allowed = max(3.0 * (same_dtype.float() - expected).abs().max().item(), floor)
+    assert error <= allowed, f"error {error:.3g} against fp32, allowed {allowed:.3g}"
+
+
+def check_attention(
+    case: Case, *, window: int | None = None, mask: torch.Tensor | None = None, check_lse: bool = True
+) -> None:
+    """Compare `case.out` and `case.lse` with the reference on the tokens of `mask` (all of them if None)."""
+    expected, expected_lse = reference.paged_attention(case.q, case.kv, case.rows, window=window)
+    tokens = torch.arange(len(case.q)) < case.tokens
+    selected = tokens if mask is None else tokens & mask
+    if selected.any():
+        same_dtype = same_dtype_attention(case, window)
+        assert_close(case.out[selected], expected[selected], same_dtype[selected])
+        if check_lse:
+            torch.testing.assert_close(case.lse[selected], expected_lse[selected], rtol=0, atol=1e-3)
+    assert case.out[~selected].isnan().all(), "a token outside the rows was written"
+    if check_lse:
+        assert case.lse[~selected].isnan().all(), "a log-sum-exp outside the rows was written"
+
+
+@dataclass(frozen=True)
+class BeamCase:
+    """One step of several groups of beams."""
+
+    shape: Shape
+    q: torch.Tensor
+    kv: PagedKv
+    beams: BeamGroups
+    out: torch.Tensor
+    workspace: Workspace
+
+    @property
+    def owned(self) -> torch.Tensor:
+        """bool [tokens]: the tokens that belong to a beam."""
+        owned = torch.zeros(len(self.q), dtype=torch.bool)
+        for start, width in zip(self.beams.query_start.tolist(), self.beams.width.tolist(), strict=False):
+            owned[start : start + width] = True
+        return owned
+
+
+def make_beam_case(
+    shape: Shape, groups: Sequence[tuple[int, int, int]], *, max_steps: int = 3, spare: int = 1, first_token: int = 2
+) -> BeamCase:
+    """Groups of (prompt_len, width, step), each with `spare` unused beams behind it and absurd unused table entries."""
+    max_width = max(width for _, width, _ in groups) + 1
+    own = sum(width * (step + 1) for _, width, step in groups)
+    pool = Pool(shape, own + sum(-(-prompt // shape.page_size) for prompt, _, _ in groups) + 1)
+    pages = [pool.take(prompt) for prompt, _, _ in groups]
+    own_slots = torch.full((len(groups), max_steps, max_width), 2**60, dtype=torch.int64)
+    parents = torch.full((len(groups), max_steps, max_width), NEVER_A_PAGE, dtype=torch.int32)
+    for index, (_, width, step) in enumerate(groups):
+        for level in range(step + 1):
+            for beam in range(width):
+                own_slots[index, level, beam] = pool.take_slot()
+                if level:
+                    parents[index, level, beam] = int(torch.randint(width, ()))
+    starts = prefix_sums([width + spare for _, width, _ in groups]) + first_token
+    tokens = int(starts[-1])
+    q = torch.randn(tokens, shape.q_heads, shape.head_dim).to(shape.dtype)
+    beams = BeamGroups(
+        page_table=page_table(pages),
+        prompt_len=int32([prompt for prompt, _, _ in groups]),
+        query_start=starts.to(torch.int32),
+        width=int32([width for _, width, _ in groups]),
+        step=int32([step for _, _, step in groups]),
+        own_slots=own_slots,
+        parents=parents,
+        max_prompt_len=max(prompt for prompt, _, _ in groups),
+    )
+    workspace = poisoned_workspace(shape, beams=tokens)
+    return BeamCase(shape, q, pool.finish(), beams, poisoned(q), workspace)

@@ -1,0 +1,48 @@
+"""Kernel tests run under Triton's interpreter, which must be chosen before Triton is imported: a process of its own.
+
+`pytest tests/kernels` chooses it here. In a wider run without TRITON_INTERPRET=1 this folder is not collected, and the
+summary says so: half the tests of a process cannot use the interpreter while the other half does not.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent
+# Test modules are imported one by one (importlib mode); what they share lies beside them.
+sys.path.insert(0, str(FOLDER))
+OWN_PROCESS = "run them in a process of their own: TRITON_INTERPRET=1 pytest tests/kernels"
+
+
+def _only_target(config: pytest.Config) -> bool:
+    """Whether every target on the command line lies in this folder."""
+    targets = [(config.invocation_params.dir / argument.split("::")[0]).resolve() for argument in config.args]
+    return bool(targets) and all(target.is_relative_to(FOLDER) for target in targets)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the interpreter if this folder is all that runs and Triton has not been imported yet."""
+    if _only_target(config) and "triton" not in sys.modules:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave the folder out of a run that does not interpret; `pytest_terminal_summary` tells."""
+    return True if os.environ.get("TRITON_INTERPRET") != "1" and collection_path.is_relative_to(FOLDER) else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say in plain sight that the kernel tests did not run."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        terminalreporter.write_line(f"tests/kernels was NOT collected; {OWN_PROCESS}", red=True)
+
+
+@pytest.fixture(autouse=True)
+def _one_seed() -> None:
+    """Every test starts from the same random state, alone or in a full run."""
+    torch.manual_seed(20240607)
