@@ -209,6 +209,106 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return make
 
 
+GGUF_ARCHITECTURES = {"smollm2": "llama", "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "mistral": "llama"}
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    **{f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"},
+    **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
+}
+
+
+def _save_tiny_gguf(family: str, folder: Path, path: Path, quantisation: str) -> None:
+    """Writes a tiny model as llama.cpp's converter would: other names, queries and keys in pairs for `llama`."""
+    import gguf
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    config = json.loads((folder / "config.json").read_text())
+    rope = config["rope_parameters"]
+    writer = gguf.GGUFWriter(path, GGUF_ARCHITECTURES[family])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(rope["rope_theta"])
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_key_length(head_dim)
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope.get("original_max_position_embeddings", 0))
+    if family == "mistral":
+        writer.add_sliding_window(config["sliding_window"])
+    _add_gguf_tokenizer(writer, folder, family)
+    kind = gguf.GGMLQuantizationType[quantisation]
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            stem, _, suffix = name.rpartition(".")
+            layer = stem.split(".")[2] if stem.startswith("model.layers.") else None
+            part = stem.split(".", 3)[3] if layer is not None else stem
+            if GGUF_ARCHITECTURES[family] == "llama" and part in ("self_attn.q_proj", "self_attn.k_proj"):
+                tensor = tensor.reshape(-1, 2, head_dim // 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+            target = f"{GGUF_NAMES[part]}.{suffix}" if layer is None else f"blk.{layer}.{GGUF_NAMES[part]}.{suffix}"
+            matrix = tensor.ndim > 1 and quantisation != "F32" and tensor.shape[-1] % 32 == 0
+            data = gguf.quants.quantize(tensor, kind) if matrix else np.ascontiguousarray(tensor)
+            writer.add_tensor(target, data, raw_dtype=kind if matrix else None)
+    if rope["rope_type"] == "llama3":
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        plain = LlamaConfig(**{**config, "rope_parameters": {"rope_type": "default", "rope_theta": rope["rope_theta"]}})
+        factors = LlamaRotaryEmbedding(plain).inv_freq / LlamaRotaryEmbedding(LlamaConfig(**config)).inv_freq
+        writer.add_tensor("rope_freqs.weight", factors.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_gguf_tokenizer(writer: Any, folder: Path, family: str) -> None:
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = sorted(saved["model"]["vocab"], key=saved["model"]["vocab"].__getitem__)
+    special = {token["content"] for token in saved["added_tokens"]}
+    padding = [f"[PAD{index}]" for index in range(len(vocabulary), VOCAB_SIZE)]
+    types = [3 if token in special else 6 if token.startswith("<0x") else 1 for token in vocabulary]
+    writer.add_token_list([*vocabulary, *padding])
+    writer.add_token_types([*types, *(5 for _ in padding)])
+    if family == "mistral":
+        ranks = {"".join(pair): -float(rank) for rank, pair in enumerate(saved["model"]["merges"])}
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores([ranks.get(token, -1e6) for token in (*vocabulary, *padding)])
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_merges([" ".join(pair) for pair in saved["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(CHAT_TEMPLATES.get(family, CHATML))
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_gguf(family, "F32")`: the tiny model, or another of its family in `folder`, as a GGUF file."""
+
+    def make(family: str, quantisation: str, folder: Path | None = None) -> Path:
+        path = tmp_path_factory.mktemp("gguf") / f"tiny-{family}-{quantisation}.gguf"
+        _save_tiny_gguf(family, folder or tiny_model(family), path, quantisation)
+        return path
+
+    return make
+
+
 @pytest.fixture(scope="session", params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     """Runs the test once for every supported family."""
@@ -223,5 +323,5 @@ def default_base() -> Path:
 
     folder = cached_default_base()
     if folder is None:
-        pytest.skip("the default base model is not in the local cache: run `make base` once to fetch and convert it")
+        pytest.skip("the default base model is not in the local cache: start `make serve` once to fetch and convert it")
     return folder

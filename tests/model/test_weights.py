@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from shoplm.errors import BaseModelError
 from shoplm.model.config import ModelConfig
-from shoplm.model.weights import DecoderWeights, load_weights, weight_files
+from shoplm.model.weight_files import weight_files
+from shoplm.model.weights import DecoderWeights, load_weights
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ beside the finished weights there is never more than one tensor of the checkpoin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from shoplm.errors import BaseModelError
-from shoplm.model.config import ModelConfig, read_json
+from shoplm.model.config import ModelConfig
+from shoplm.model.weight_files import weight_files
 
-INDEX_NAME = "model.safetensors.index.json"
 _SHOWN_NAMES = 4
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")  # written by old versions; computed from the config here
 
@@ -163,25 +162,3 @@ class _Reader:
         if not tensor.is_floating_point():
             raise BaseModelError(f"tensor {name} in {self._folder} has dtype {tensor.dtype}, not a floating-point one")
         return tensor
-
-
-def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a folder, in a fixed order. Raises BaseModelError if one is missing."""
-    if (folder / INDEX_NAME).exists():
-        paths = tuple(folder / name for name in _shard_names(folder))
-    else:
-        paths = (folder / "model.safetensors",)
-    for path in paths:
-        if not path.is_file():
-            raise BaseModelError(f"{path} does not exist; a base model needs model.safetensors or {INDEX_NAME}")
-    return paths
-
-
-def _shard_names(folder: Path) -> Iterator[str]:
-    names = read_json(folder / INDEX_NAME).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise BaseModelError(f"{folder / INDEX_NAME} has no weight_map")
-    for name in sorted(set(names.values())):
-        if Path(name).name != name:
-            raise BaseModelError(f"{folder / INDEX_NAME} names {name!r}, which is not a file of this folder")
-        yield name
