@@ -72,12 +72,18 @@ def test_quantised(
 
 
 def test_bf16_rounds_to_nearest_even(tiny_gguf: TinyGguf, tiny_model: TinyModel, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
-    convert_gguf(tiny_gguf("qwen3", "Q8_0"), tmp_path)
-    name = "model.layers.0.input_layernorm.weight"  # fp32 in the file, also of a quantised model
-    expected = _load(tiny_model("qwen3")).state_dict()[name].bfloat16()
-    assert torch.equal(load_file(tmp_path / "model.safetensors")[name], expected)
+    original, folder = tmp_path / "original", tmp_path / "converted"
+    shutil.copytree(tiny_model("qwen3"), original)
+    folder.mkdir()
+    tensors = load_file(original / "model.safetensors")
+    name = "model.norm.weight"  # a vector stays fp32 in the file, also in a quantised model
+    half = 2.0**-8  # of the distance of two bf16 numbers between 1 and 2
+    tensors[name][:4] = torch.tensor([1 + half, 1 + 3 * half, -1 - half, 1.99 + half / 3])
+    save_file(tensors, original / "model.safetensors")
+    convert_gguf(tiny_gguf("qwen3", "Q8_0", original), folder)
+    assert torch.equal(load_file(folder / "model.safetensors")[name], tensors[name].bfloat16())
 
 
 def test_llama3_rope(tiny_model: TinyModel, tiny_gguf: TinyGguf, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ _LAYER_NAMES = {
 }
 _ROPE_FACTORS = "rope_freqs.weight"
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-_STORED = {"F32": "F32", "F16": "F16"}  # kept as they are; all else becomes BF16
+_KEPT = ("F32", "F16")  # all else becomes BF16
 
 
 def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, total: None) -> None:
@@ -206,7 +206,7 @@ def _hugging_face_name(name: str) -> str:
 def _stored_type(tensors: Any) -> str:
     """The dtype to write: that of the matrices if all are F32 or all F16, else BF16."""
     kinds = {tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1}
-    return _STORED.get(kinds.pop(), "BF16") if len(kinds) == 1 else "BF16"
+    return kinds.pop() if len(kinds) == 1 and kinds <= set(_KEPT) else "BF16"
 
 
 def _dequantise(tensor: Any) -> NDArray[np.float32]:

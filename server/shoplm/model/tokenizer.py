@@ -11,6 +11,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,7 +87,7 @@ class Tokenizer:
         except BaseModelError as error:
             raise BaseModelError(f"{folder}: {error}") from error
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest token id. The model may have more rows than this: padding."""
         return max(self._control.get_vocab(with_added_tokens=True).values()) + 1
