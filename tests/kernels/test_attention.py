@@ -129,6 +129,19 @@ def test_queries_and_outputs_may_be_views_of_a_fused_projection() -> None:
     assert wide_out[:, case.shape.q_heads :].isnan().all()
 
 
+def test_rows_may_start_late_in_the_batch() -> None:
+    """Tokens before the first row belong to somebody else (beams, say) and are left alone."""
+    case = make_case(Shape(64, 4, 1, 16), [(1, 20), (70, 80), (5, 30)])
+    run(case)
+    ahead = 40
+    q = torch.cat([torch.randn(ahead, *case.q.shape[1:]), case.q])
+    rows = dataclasses.replace(case.rows, query_start=case.rows.query_start + ahead)
+    late = dataclasses.replace(case, q=q, rows=rows, out=poisoned(q), lse=torch.full(q.shape[:2], math.nan))
+    run(late)
+    assert late.out[:ahead].isnan().all() and late.lse[:ahead].isnan().all()
+    assert torch.equal(late.out[ahead : ahead + case.tokens], case.out[: case.tokens])
+
+
 def test_empty_step() -> None:
     """No rows, or rows without new tokens: nothing is launched, nothing written."""
     for rows in ([], [(0, 0), (0, 40)]):

@@ -149,7 +149,6 @@ def attend_range(
     start: tl.tensor,
     end: tl.tensor,
     first_position: tl.tensor,
-    last_position: tl.tensor,
     query_position: tl.tensor,
     window: tl.tensor,
     score_scale: tl.tensor,
@@ -159,39 +158,24 @@ def attend_range(
     HEAD_DIM_PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    MASK_WINDOW: tl.constexpr,
     QUANTISED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Fold the keys [start, end) into the softmax: masked edges, unmasked middle.
+    """Fold the keys [start, end) into the softmax: an unmasked part and the masked diagonal.
 
-    The tile's queries lie at positions [first_position, last_position]. Keys that every query sees need no mask: those
-    up to `first_position` and, with a window, those after `last_position - window`. `start` is a multiple of BLOCK_N.
-    MASK_WINDOW masks every tile if there is a window: one loop instead of three, for kernels that wait for memory.
+    `first_position` is the position of the tile's first query: keys up to it need no mask, since every query sees them.
+    With a window every tile is masked: its range is short, and a third copy of the loop makes registers spill.
+    `start` is a multiple of BLOCK_N.
     """
-    middle_start = start
-    if HAS_WINDOW and MASK_WINDOW:
-        middle_end = start
-    else:
-        middle_end = tl.maximum(start, tl.minimum(end, first_position + 1) // BLOCK_N * BLOCK_N)
-    if HAS_WINDOW and not MASK_WINDOW:
-        window_start = tl.maximum(last_position - window + 1, 0)
-        middle_start = tl.maximum(start, tl.cdiv(window_start, BLOCK_N) * BLOCK_N)
-        # A window shorter than the tile's span of queries leaves no common keys: everything is masked, once.
-        middle_start = tl.minimum(middle_start, tl.cdiv(end, BLOCK_N) * BLOCK_N)
-        middle_end = tl.maximum(middle_start, middle_end)
+    masked_start = start
+    if not HAS_WINDOW:
+        masked_start = tl.maximum(start, tl.minimum(end, first_position + 1) // BLOCK_N * BLOCK_N)
         acc, row_max, row_sum = attend_tiles(
             q, acc, row_max, row_sum, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, pages_ptr, kv_head, start,
-            tl.minimum(middle_start, end), end, query_position, window, score_scale, KV_HEADS, PAGE_SIZE, HEAD_DIM,
-            HEAD_DIM_PADDED, BLOCK_N, True, True, QUANTISED,
-        )  # fmt: skip
-    if not (HAS_WINDOW and MASK_WINDOW):
-        acc, row_max, row_sum = attend_tiles(
-            q, acc, row_max, row_sum, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, pages_ptr, kv_head, middle_start,
-            middle_end, end, query_position, window, score_scale, KV_HEADS, PAGE_SIZE, HEAD_DIM,
+            masked_start, end, query_position, window, score_scale, KV_HEADS, PAGE_SIZE, HEAD_DIM,
             HEAD_DIM_PADDED, BLOCK_N, False, HAS_WINDOW, QUANTISED,
         )  # fmt: skip
     acc, row_max, row_sum = attend_tiles(
-        q, acc, row_max, row_sum, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, pages_ptr, kv_head, middle_end,
+        q, acc, row_max, row_sum, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, pages_ptr, kv_head, masked_start,
         end, end, query_position, window, score_scale, KV_HEADS, PAGE_SIZE, HEAD_DIM,
         HEAD_DIM_PADDED, BLOCK_N, True, HAS_WINDOW, QUANTISED,
     )  # fmt: skip

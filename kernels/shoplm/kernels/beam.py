@@ -104,9 +104,9 @@ def _beam_prompt_kernel(
     acc, row_max, row_sum = attend_range(
         q, acc, row_max, row_sum, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
         page_table_ptr + group.to(tl.int64) * max_pages, kv_head, first_key,
-        tl.minimum(first_key + split_tokens, prompt_len), position, position,
+        tl.minimum(first_key + split_tokens, prompt_len), position,
         tl.full([BLOCK_M], 0, tl.int32) + position, window, score_scale, KV_HEADS, PAGE_SIZE, HEAD_DIM,
-        HEAD_DIM_PADDED, BLOCK_N, HAS_WINDOW, False, QUANTISED,
+        HEAD_DIM_PADDED, BLOCK_N, HAS_WINDOW, QUANTISED,
     )  # fmt: skip
 
     out, lse = normalise(acc, row_max, row_sum)

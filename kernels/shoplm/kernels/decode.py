@@ -105,8 +105,8 @@ def _split_kernel(
     acc, row_max, row_sum = attend_range(
         q, acc, row_max, row_sum, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
         page_table_ptr + row.to(tl.int64) * max_pages, kv_head, first_key, tl.minimum(first_key + split_tokens, kv_len),
-        offset, kv_len - 1, offset + packed // GROUP, window, score_scale, KV_HEADS, PAGE_SIZE, HEAD_DIM,
-        HEAD_DIM_PADDED, BLOCK_N, HAS_WINDOW, True, QUANTISED,
+        offset, offset + packed // GROUP, window, score_scale, KV_HEADS, PAGE_SIZE, HEAD_DIM,
+        HEAD_DIM_PADDED, BLOCK_N, HAS_WINDOW, QUANTISED,
     )  # fmt: skip
 
     out, lse = normalise(acc, row_max, row_sum)

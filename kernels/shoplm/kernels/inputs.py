@@ -95,7 +95,7 @@ class RaggedRows:
 
     page_table: torch.Tensor  # int32 [rows, max_pages]; entries past a row's length are never read
     kv_len: torch.Tensor  # int32 [rows], tokens readable through pages, new ones included
-    query_start: torch.Tensor  # int32 [rows + 1], prefix sums of new tokens
+    query_start: torch.Tensor  # int32 [rows + 1], prefix sums of new tokens, from 0 or any later token
     max_query_len: int  # upper bound of a row's new tokens
     max_kv_len: int  # upper bound of kv_len
 

@@ -95,8 +95,8 @@ def _prefill_kernel(
     acc, row_max, row_sum = attend_range(
         q, acc, row_max, row_sum, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
         page_table_ptr + row.to(tl.int64) * max_pages, kv_head, start, last_position + 1, first_position,
-        last_position, offset + packed // GROUP, window, score_scale, KV_HEADS, PAGE_SIZE, HEAD_DIM, HEAD_DIM_PADDED,
-        BLOCK_N, HAS_WINDOW, False, QUANTISED,
+        offset + packed // GROUP, window, score_scale, KV_HEADS, PAGE_SIZE, HEAD_DIM, HEAD_DIM_PADDED,
+        BLOCK_N, HAS_WINDOW, QUANTISED,
     )  # fmt: skip
 
     out, lse = normalise(acc, row_max, row_sum)

@@ -10,6 +10,38 @@ import math
 
 import torch
 from shoplm.kernels.inputs import BeamGroups, PagedKv, RaggedRows
+from shoplm.kernels.reference_ops import (
+    add_rms_norm,
+    beam_step,
+    gumbel_noise,
+    kv_write,
+    quantise_heads,
+    rms_norm,
+    rotate,
+    sample,
+    swiglu,
+)
+
+__all__ = [
+    "add_rms_norm",
+    "attend",
+    "beam_attention",
+    "beam_path",
+    "beam_step",
+    "dequantise",
+    "gather_slots",
+    "gumbel_noise",
+    "kv_write",
+    "merge_splits",
+    "paged_attention",
+    "quantise_heads",
+    "rms_norm",
+    "rotate",
+    "row_slots",
+    "sample",
+    "span_mass",
+    "swiglu",
+]
 
 
 def dequantise(stored: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
