@@ -216,24 +216,28 @@ def test_result_does_not_depend_on_the_other_groups() -> None:
             assert torch.equal(getattr(single, field.name)[0], getattr(together, field.name)[group]), field.name
 
 
+def level_of(paths: list[tuple[int, ...]], depth: int) -> TrieTables:
+    """Tables from the nodes of `depth` to their children; `paths` sorted and distinct."""
+    parents = sorted({path[:depth] for path in paths})
+    children = sorted({path[: depth + 1] for path in paths})
+    below = [[row for row, path in enumerate(paths) if path[: depth + 1] == child] for child in children]
+    starts = [sum(child[:-1] < parent for child in children) for parent in parents]
+    return TrieTables.build(
+        torch.tensor([*starts, len(children)], dtype=torch.int32),
+        torch.tensor([child[-1] for child in children], dtype=torch.int32),
+        torch.tensor([rows[0] for rows in below], dtype=torch.int32),
+        torch.tensor([rows[-1] + 1 for rows in below], dtype=torch.int32),
+    )
+
+
 def test_three_levels_find_the_best_items() -> None:
     """A search as wide as the catalogue is exhaustive: items come out by their full path probability."""
     generator = torch.Generator().manual_seed(6)
     codes = 5
     paths = sorted({tuple(torch.randint(0, codes, (3,), generator=generator).tolist()) for _ in range(60)})
-    levels = [sorted({path[:depth] for path in paths}) for depth in range(4)]
-    numbering = {prefix: n for n, prefix in enumerate(prefix for level in levels for prefix in level)}
-    prefixes = list(numbering)
-    children = [sum(other[:-1] == prefix for other in prefixes if other) for prefix in prefixes]
-    start = 1 + torch.tensor([0, *children]).cumsum(0)
-    below = [[i for i, path in enumerate(paths) if path[: len(prefix)] == prefix] for prefix in prefixes]
-    trie = TrieTables.build(
-        start.int(),
-        # Each level has its own columns, so that one product serves beams of any level. The root is nobody's child.
-        torch.tensor([0] + [codes * (len(p) - 1) + p[-1] for p in prefixes if p], dtype=torch.int32),
-        torch.tensor([items[0] for items in below], dtype=torch.int32),
-        torch.tensor([items[-1] + 1 for items in below], dtype=torch.int32),
-    )
+    prefixes = [prefix for depth in range(4) for prefix in sorted({path[:depth] for path in paths})]
+    # Each level has its own columns, so that one product serves beams of any level.
+    trie = TrieTables.stack([level_of(paths, depth) for depth in range(3)], [0, codes, 2 * codes])
     nodes = torch.zeros(1, 1, dtype=torch.int32)
     scores, width = torch.zeros(1, 1), torch.ones(1, dtype=torch.int32)
     select, first_row = torch.tensor([32], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
@@ -251,7 +255,30 @@ def test_three_levels_find_the_best_items() -> None:
         nodes, scores, width = step.nodes, step.scores, step.width
         best = sorted(found, key=lambda child: -found[child])[:32]
         assert nodes[0, : int(width)].tolist() == best
-    assert all(len(prefixes[node]) == 3 for node in nodes[0, : int(width)].tolist())
+        # What lies below a node are the items whose path begins with it.
+        for node in nodes[0, : int(width)].tolist():
+            below = paths[int(trie.item_lo[node]) : int(trie.item_hi[node])]
+            assert below == [path for path in paths if path[: len(prefixes[node])] == prefixes[node]]
+    assert {len(prefixes[node]) for node in nodes[0, : int(width)].tolist()} == {3}
+
+
+def test_groups_at_different_levels_share_a_step() -> None:
+    """One at the root, one at a leaf's parent, one at a leaf, which has no children."""
+    generator = torch.Generator().manual_seed(8)
+    paths = sorted({tuple(torch.randint(0, 4, (2,), generator=generator).tolist()) for _ in range(12)})
+    trie = TrieTables.stack([level_of(paths, 0), level_of(paths, 1)], [0, 4])
+    case = Case(
+        torch.randn(3, 8, generator=generator),
+        torch.arange(3, dtype=torch.int32),
+        trie,
+        torch.tensor([[0], [1], [trie.child_code.shape[0] - 1]], dtype=torch.int32),
+        torch.zeros(3, 1),
+        torch.ones(3, dtype=torch.int32),
+        torch.full((3,), 8, dtype=torch.int32),
+    )
+    got = assert_matches(case, 8)
+    assert got.width.tolist() == [len({path[0] for path in paths}), sum(path[0] == paths[0][0] for path in paths), 0]
+    assert (got.codes[0, : got.width[0]] < 4).all() and (got.codes[1, : got.width[1]] >= 4).all()
 
 
 def test_a_million_items_take_two_cuts() -> None:

@@ -169,8 +169,10 @@ def test_quantised_pools(
 def test_stored_codes_equal_the_specification(cache: torch.dtype) -> None:
     """V passes through unrotated, so its codes have one right answer each."""
     case = make_case(6, 3, 1, 128, 16, torch.float32, 11)
+    case.slots[1] = next(slot for slot in range(PAGES * 16) if slot not in case.slots.tolist())
     case.v[1, 0, :64] = torch.arange(64) / 64 * 2.0**-6  # the lower end of e4m3, subnormals included
-    case.v[1, 0, 64] = 448.0
+    case.v[1, 0, 64] = 448.0  # so e4m3's scale is 1, and the next ones lie halfway between two of its numbers
+    case.v[1, 0, 65:73] = torch.tensor([17.0, 19.0, -17.0, -19.0, 25.0, 27.0, 1.0625, 2.0**-10])
     got, want = case.pool(cache), case.pool(cache)
     case.write(got, inv_freq=case.inv_freq)
     case.write(want, reference_ops.kv_write, inv_freq=case.inv_freq)

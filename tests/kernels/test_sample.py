@@ -91,6 +91,16 @@ def test_greedy_takes_the_first_of_equal_logits() -> None:
     assert run(Rows.of(logits, top_k=[5, 5], top_p=[0.5, 0.5])) == [17, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_negative_zero_ties_with_zero(dtype: torch.dtype) -> None:
+    """Of equal logits top-k keeps the lowest ids, and -0.0 equals 0.0: over 16 seeds only tokens 0 and 1 come out."""
+    logits = torch.zeros(16, 6, dtype=dtype)
+    logits[:, 1] = -0.0
+    rows = Rows.of(logits, temperature=[1.0] * 16, top_k=[2.0] * 16, seed=[float(seed) for seed in range(16)])
+    assert run(rows) == expected(rows)
+    assert set(run(rows)) == {0, 1}
+
+
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     """Same seed and position, same token: alone, in a batch, elsewhere in it, and from a larger workspace."""
     generator = torch.Generator().manual_seed(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,30 @@ class TrieTables:
         most = int((child_start[1:] - child_start[:-1]).max())
         return TrieTables(
             child_start, child_code, item_lo, item_hi, most, int(child_code.max()) + 1, int(item_hi.max())
+        )
+
+    @staticmethod
+    def stack(levels: Sequence[TrieTables], column_starts: Sequence[int]) -> TrieTables:
+        """One breadth-first numbering for all levels, so that groups at different levels share a step.
+
+        Node 0 is the root and the levels' nodes follow in order; the leaves have no children. `column_starts[l]` is the
+        column of `logits` where level l's codes begin.
+        """
+        if len(levels) != len(column_starts) or not levels:
+            raise ValueError(f"got {len(levels)} levels and {len(column_starts)} column_starts, expected one each")
+        root = levels[0].child_code.new_zeros(1)  # nobody's child: its entries are never read
+        starts, codes, first_child = [], [root], 1
+        for level, column in zip(levels, column_starts, strict=True):
+            starts.append(level.child_start[:-1] + first_child)
+            codes.append(level.child_code + column)
+            first_child += level.child_code.shape[0]
+        leaves = levels[-1].child_code.shape[0]
+        starts.append(root.new_full((leaves + 1,), first_child))
+        return TrieTables.build(
+            torch.cat(starts),
+            torch.cat(codes),
+            torch.cat([root, *(level.item_lo for level in levels)]),
+            torch.cat([root, *(level.item_hi for level in levels)]),
         )
 
     def __post_init__(self) -> None:
