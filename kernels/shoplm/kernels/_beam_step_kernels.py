@@ -265,6 +265,7 @@ def merge_kernel(
 @triton.jit(
     do_not_specialize=[
         "select_ptr",
+        "out_stride",
         "group_stride_in",
         "max_live",
         "max_select",

@@ -6,6 +6,7 @@ cost about a microsecond each, nothing inside a captured graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -52,4 +53,4 @@ def leading_stride(tensor: torch.Tensor) -> int:
     """
     if tensor.shape[0] > 1:
         return tensor.stride(0)
-    return tensor[0].numel() if tensor.shape[0] else 1
+    return math.prod(tensor.shape[1:])

@@ -282,27 +282,32 @@ def _check_out(out: BeamSelection, groups: int, max_select: int, device: torch.d
     check_tensor("out.width", out.width, (groups,), (torch.int32,), device)
 
 
-def aot_cells(arch: int) -> list[AotCell]:
-    """A flat catalogue of a million items, and a deep level with 256 beams; both keep 256."""
-    flat = BeamBounds(groups=8, max_live=1, max_select=256, max_children=1_000_000, max_candidates=1_000_000)
-    deep = BeamBounds(groups=8, max_live=256, max_select=256, max_children=256, max_candidates=65_536)
+def aot_cells(arch: int, *, full: bool = False) -> list[AotCell]:
+    """A flat catalogue of a million items and a deep level; 256 beams each, in full 16 and 1,024 too."""
     cells = []
-    for variant, bounds in (("flat", flat), ("deep", deep)):
-        beams, select = next_power_of_two(bounds.max_live), next_power_of_two(bounds.max_select)
-        last = next_power_of_two((bounds.merge_rounds or (bounds.tiles,))[-1] * bounds.max_select)
-        tile: dict[str, object] = {"TILE": bounds.tile, "BEAMS": beams, "SELECT": select}
-        plan: dict[str, object] = {"PIECE": bounds.piece, "BEAMS": beams, "PIECES_AT_ONCE": _pieces_at_once(bounds)}
-        rounds = len(bounds.merge_rounds)
-        cases: list[tuple[Any, dict[str, object], int]] = [
-            (lse_kernel, {"PIECE": bounds.piece}, _lse_warps(bounds.piece)),
-            (plan_kernel, plan, 4),
-            (tile_kernel, tile | {"HAS_FILTER": True}, NUM_WARPS),
-            (final_kernel, tile | {"LAST": last, "MERGED": rounds}, NUM_WARPS),
-        ]
-        if rounds:
-            cases.append((merge_kernel, {"TILE": bounds.tile, "SELECT": select, "MERGED": 0}, NUM_WARPS))
-        cells += [_cell(arch, variant, kernel, constants, warps) for kernel, constants, warps in cases]
+    for select in (256, *([16, 1024] if full else [])):
+        deep = BeamBounds(8, max_live=select, max_select=select, max_children=256, max_candidates=256 * select)
+        flat = BeamBounds(8, max_live=1, max_select=select, max_children=10**6, max_candidates=10**6)
+        cells += [*_cells_within(arch, f"flat-w{select}", flat), *_cells_within(arch, f"deep-w{select}", deep)]
     return cells
+
+
+def _cells_within(arch: int, variant: str, bounds: BeamBounds) -> list[AotCell]:
+    """The cells of one step, in launch order."""
+    beams, select = next_power_of_two(bounds.max_live), next_power_of_two(bounds.max_select)
+    rounds = len(bounds.merge_rounds)
+    last = next_power_of_two((bounds.merge_rounds or (bounds.tiles,))[-1] * bounds.max_select)
+    tile: dict[str, object] = {"TILE": bounds.tile, "BEAMS": beams, "SELECT": select}
+    plan: dict[str, object] = {"PIECE": bounds.piece, "BEAMS": beams, "PIECES_AT_ONCE": _pieces_at_once(bounds)}
+    merge: dict[str, object] = {"TILE": bounds.tile, "SELECT": select, "MERGED": 0}
+    cases: list[tuple[Any, dict[str, object], int]] = [
+        (lse_kernel, {"PIECE": bounds.piece}, _lse_warps(bounds.piece)),
+        (plan_kernel, plan, 4),
+        (tile_kernel, tile | {"HAS_FILTER": True}, NUM_WARPS),
+        *[(merge_kernel, merge, NUM_WARPS)] * min(1, rounds),
+        (final_kernel, tile | {"LAST": last, "MERGED": rounds}, NUM_WARPS),
+    ]
+    return [_cell(arch, variant, kernel, constants, warps) for kernel, constants, warps in cases]
 
 
 def _cell(arch: int, variant: str, kernel: Any, constants: dict[str, object], num_warps: int) -> AotCell:

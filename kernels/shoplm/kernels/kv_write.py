@@ -185,8 +185,17 @@ def _check_pool(k: torch.Tensor, kv: PagedKv) -> None:
         raise ValueError("float8_e4m3fn pools need compute capability 8.9 or newer; use an int8 pool on this card")
 
 
-def aot_cells(arch: int) -> list[AotCell]:
-    """Every head_dim, pool dtype and rotation source that serving uses on `arch`."""
+def aot_cells(arch: int, *, full: bool = False) -> list[AotCell]:
+    """Every head_dim, pool dtype and rotation source that `arch` can serve; in full every combination of them."""
+    fp8 = [torch.float8_e4m3fn] if arch >= 89 else []
+    if full:
+        return [
+            _cell(arch, head_dim, cache, norm, table)
+            for head_dim in SUPPORTED_HEAD_DIMS
+            for cache in (torch.bfloat16, torch.int8, *fp8)
+            for norm in (False, True)
+            for table in (False, True)
+        ]
     cases = [
         (64, torch.bfloat16, False, True),
         (96, torch.bfloat16, False, True),
@@ -195,8 +204,7 @@ def aot_cells(arch: int) -> list[AotCell]:
         (128, torch.int8, True, True),
         (128, torch.bfloat16, True, False),
     ]
-    if arch >= 89:
-        cases.append((128, torch.float8_e4m3fn, True, True))
+    cases += [(128, cache, True, True) for cache in fp8]
     return [_cell(arch, *case) for case in cases]
 
 

@@ -142,10 +142,15 @@ def _launch(
     )
 
 
-def aot_cells(arch: int) -> list[AotCell]:
-    """Hidden sizes of a 135M, a 1.7B and a 7B model, with the residual and without."""
+def aot_cells(arch: int, *, full: bool = False) -> list[AotCell]:
+    """Hidden sizes of a 135M, a 1.7B and a 7B model; in full those in between and the largest, without residual too."""
     cells = []
-    for hidden, with_residual in ((576, True), (2048, True), (3584, True), (2048, False)):
+    cases = [(576, True), (2048, True), (3584, True), (2048, False)]
+    if full:
+        cases = [
+            (hidden, residual) for hidden in (576, 896, 2048, 3584, 5120, MAX_HIDDEN) for residual in (True, False)
+        ]
+    for hidden, with_residual in cases:
         block, num_warps = _launch_shape(hidden)
         element = pointer(torch.bfloat16)
         constants: dict[str, object] = {"HIDDEN": hidden, "BLOCK": block, "HAS_RESIDUAL": with_residual}

@@ -145,10 +145,13 @@ def _launch(
     )
 
 
-def aot_cells(arch: int) -> list[AotCell]:
-    """Vocabularies of a 135M and a 1.7B model, bf16 logits, and fp32 ones."""
+def aot_cells(arch: int, *, full: bool = False) -> list[AotCell]:
+    """Vocabularies of a 135M and a 1.7B model, bf16 logits, and fp32 ones; in full both with every dtype."""
     cells = []
-    for vocab, dtype in ((49_152, torch.bfloat16), (151_936, torch.bfloat16), (49_152, torch.float32)):
+    cases = [(49_152, torch.bfloat16), (151_936, torch.bfloat16), (49_152, torch.float32)]
+    if full:
+        cases = [(vocab, dtype) for vocab in (49_152, 151_936) for dtype in ACTIVATION_DTYPES]
+    for vocab, dtype in cases:
         types = {"logits_ptr": pointer(dtype), "logits_stride": "i32", "seed_ptr": "*i64", "position_ptr": "*i64"}
         types |= dict.fromkeys(("temperature_ptr", "top_p_ptr", "best_ptr", "max_ptr", "sum_ptr"), "*fp32")
         types |= {"top_k_ptr": "*i32", "token_ptr": "*i32", "out_ptr": "*i64"}

@@ -73,8 +73,8 @@ def swiglu(gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.T
     return out
 
 
-def aot_cells(arch: int) -> list[AotCell]:
-    """Feed-forward widths of a 135M and a 7B model."""
+def aot_cells(arch: int, *, full: bool = False) -> list[AotCell]:
+    """Feed-forward widths of a 135M and a 7B model; in full one that no vector divides too."""
     element = pointer(torch.bfloat16)
     return [
         make_cell(
@@ -91,5 +91,5 @@ def aot_cells(arch: int) -> list[AotCell]:
             expect_wgmma=False,
             variant=f"features{features}",
         )
-        for features in (1536, 18944)
+        for features in (1536, 18944, *[1501] * full)
     ]

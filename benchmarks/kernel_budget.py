@@ -1,0 +1,263 @@
+"""Compile every kernel for every architecture, without a GPU, and hold each to its budget.
+
+    python benchmarks/kernel_budget.py                 representative cells: check rules, compare with the table
+    python benchmarks/kernel_budget.py --full          all cells
+    python benchmarks/kernel_budget.py --full --write  all cells, and write the table anew (`make budget`)
+
+A cell is one kernel specialisation exactly as its launcher would ask for it (`shoplm.kernels.aot`). Its numbers come
+from Triton's own ptxas run: registers a thread, spilled bytes, shared memory, and instruction counts in the PTX.
+Rules that no cell may break: it compiles; nothing spills; shared memory fits the architecture; wgmma is there where the
+tile was chosen for it, and not serialised; key and value loads of attention loops are asynchronous (cp.async). Beyond
+the rules a cell may not grow past its row of the table by more than the slack below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from shoplm.kernels.aot import AotCell
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas_version
+from triton.compiler import ASTSource
+
+OPS = (
+    "prefill",
+    "decode",
+    "beam",
+    "merge",
+    "span_mass",
+    "kv_write",
+    "norm",
+    "swiglu",
+    "beam_step",
+    "sample",
+)
+ARCHES = (80, 89, 90, 100)
+# Opt-in limit of a thread block, CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
+SHARED_LIMIT_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+PIPELINED_KERNELS = ("_prefill_kernel", "_split_kernel", "_beam_prompt_kernel", "_span_mass_kernel")
+
+REGISTER_SLACK = 8  # ptxas allocates in steps of 8
+SHARED_SLACK_BYTES = 1024
+INSTRUCTION_SLACK = 1.10
+
+TABLE_PATH = Path(__file__).parent / "results" / "kernel_budget.json"
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """What one cell compiled to."""
+
+    name: str
+    num_warps: int
+    num_stages: int
+    registers: int  # per thread
+    spill_bytes: int  # stores plus loads, per thread
+    shared_bytes: int  # per thread block
+    instructions: int  # in the PTX, all kinds
+    wgmma: int  # asynchronous warp-group products (sm_90)
+    mma: int  # synchronous tensor-core products, and tcgen05 ones (sm_100)
+    cp_async: int  # asynchronous copies to shared memory
+    wgmma_serialised: bool
+
+    def broken_rules(self, cell: AotCell) -> list[str]:
+        """Hard rules that this cell breaks, in words."""
+        broken = []
+        if self.spill_bytes:
+            broken.append(f"spills {self.spill_bytes} bytes")
+        if self.shared_bytes > SHARED_LIMIT_BYTES[cell.arch]:
+            broken.append(f"needs {self.shared_bytes} bytes of shared memory, sm_{cell.arch} has at most "
+                          f"{SHARED_LIMIT_BYTES[cell.arch]}")  # fmt: skip
+        if cell.expect_wgmma and not self.wgmma:
+            broken.append("has no wgmma")
+        if self.wgmma_serialised:
+            broken.append("serialises its wgmma")
+        if cell.kernel.__name__ in PIPELINED_KERNELS and not self.cp_async:
+            broken.append("has no cp.async: its loads are not pipelined")
+        return broken
+
+    def regressions(self, committed: BudgetRow) -> list[str]:
+        """Growth past the committed row by more than the slack, in words."""
+        limits = (
+            ("registers", self.registers, committed.registers + REGISTER_SLACK),
+            ("shared_bytes", self.shared_bytes, committed.shared_bytes + SHARED_SLACK_BYTES),
+            ("instructions", self.instructions, int(committed.instructions * INSTRUCTION_SLACK)),
+        )
+        return [f"{field} grew to {value}, budget {limit}" for field, value, limit in limits if value > limit]
+
+
+@dataclass(frozen=True)
+class BudgetTable:
+    """The committed table and the compiler that it is of."""
+
+    triton_version: str
+    ptxas_version: str
+    rows: dict[str, BudgetRow]
+
+    @staticmethod
+    def read(path: Path = TABLE_PATH) -> BudgetTable:
+        """The table at `path`; FileNotFoundError where there is none yet."""
+        data = json.loads(path.read_text())
+        rows = [BudgetRow(**row) for row in data["rows"]]
+        return BudgetTable(data["triton_version"], data["ptxas_version"], {row.name: row for row in rows})
+
+    def write(self, path: Path = TABLE_PATH) -> None:
+        """Write the JSON and, beside it, the same table in Markdown."""
+        rows = [asdict(self.rows[name]) for name in sorted(self.rows)]
+        head = {"triton_version": self.triton_version, "ptxas_version": self.ptxas_version}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n  ".join(json.dumps(row) for row in rows)
+        path.write_text(json.dumps(head)[:-1] + f', "rows": [\n  {lines}\n]}}\n')
+        path.with_suffix(".md").write_text(self._markdown())
+
+    def _markdown(self) -> str:
+        columns = ("warps", "stages", "registers", "spilled B", "shared B", "instructions", "wgmma", "mma", "cp.async")
+        lines = [
+            "# Kernel budget",
+            "",
+            f"Written by `make budget`; Triton {self.triton_version}, ptxas {self.ptxas_version}.",
+            "",
+            "| kernel | " + " | ".join(columns) + " |",
+            "|---|" + "--:|" * len(columns),
+        ]
+        for name in sorted(self.rows):
+            row = self.rows[name]
+            values = (row.num_warps, row.num_stages, row.registers, row.spill_bytes, row.shared_bytes)
+            counts = (row.instructions, row.wgmma, row.mma, row.cp_async)
+            lines.append(f"| {name} | " + " | ".join(str(value) for value in values + counts) + " |")
+        return "\n".join(lines) + "\n"
+
+
+def all_cells(*, full: bool = True) -> list[AotCell]:
+    """Every cell of every op on every architecture: the whole matrix, or the shapes that each op calls representative.
+
+    An op's representative cells are in its full matrix or stand beside it; each name occurs once.
+    """
+    modules = [importlib.import_module(f"shoplm.kernels.{op}") for op in OPS]
+    sizes = (False, True) if full else (False,)
+    cells = [cell for arch in ARCHES for m in modules for size in sizes for cell in m.aot_cells(arch, full=size)]
+    return list({cell.name: cell for cell in cells}.values())
+
+
+def representative_cells() -> list[AotCell]:
+    """About 60: on sm_90 every attention cell and the first of each other kernel, elsewhere the first of each op."""
+    chosen = []
+    seen = set()
+    for cell in all_cells(full=False):
+        by = cell.kernel.__name__ if cell.arch == 90 else cell.op
+        if (cell.arch == 90 and cell.head_dim and cell.op != "kv_write") or (cell.arch, cell.op, by) not in seen:
+            chosen.append(cell)
+        seen.add((cell.arch, cell.op, by))
+    return chosen
+
+
+def measure(cell: AotCell) -> BudgetRow:
+    """Compile one cell and count. Raises what Triton raises where it does not compile."""
+    log = io.StringIO()
+    source = ASTSource(cell.kernel, dict(cell.signature), dict(cell.constexprs), cell.divisibility())
+    options = {"num_warps": cell.num_warps, "num_stages": cell.num_stages}
+    # A cache hit would leave no ptxas log to read.
+    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.compilation.always_compile = True
+        triton.knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", cell.arch, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    spilled = re.findall(r"(\d+) bytes spill", log.getvalue())
+    return BudgetRow(
+        name=cell.name,
+        num_warps=cell.num_warps,
+        num_stages=cell.num_stages,
+        registers=max(int(count) for count in re.findall(r"Used (\d+) registers", log.getvalue())),
+        spill_bytes=sum(int(count) for count in spilled),
+        shared_bytes=compiled.metadata.shared,
+        instructions=len(re.findall(r"^\s+(?:@!?%p\d+ )?[a-z][\w.:]*\s.*;", ptx, re.MULTILINE)),
+        wgmma=len(re.findall(r"\bwgmma\.mma_async", ptx)),
+        mma=len(re.findall(r"\b(?:mma\.sync|tcgen05\.mma)", ptx)),
+        cp_async=len(re.findall(r"\bcp\.async\.c[ag]", ptx)),
+        wgmma_serialised="wgmma.mma_async instructions are serialized" in log.getvalue(),
+    )
+
+
+def _measure_named(position: int, full: bool) -> BudgetRow | str:
+    """In a worker: kernels do not travel between processes, so a cell is named by its place in the list."""
+    cell = (all_cells() if full else representative_cells())[position]
+    try:
+        return measure(cell)
+    except Exception as error:  # the report of a failed compile is the result; Triton raises many kinds
+        return f"does not compile: {type(error).__name__}: {str(error)[:500]}"
+
+
+def measure_all(full: bool, workers: int = WORKERS) -> list[tuple[AotCell, BudgetRow | str]]:
+    """Every (cell, row or the reason why it has none), compiled in `workers` processes."""
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise RuntimeError("TRITON_INTERPRET is set: there is nothing to compile under the interpreter; unset it")
+    cells = all_cells() if full else representative_cells()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        rows = list(pool.map(_measure_named, range(len(cells)), [full] * len(cells), chunksize=1))
+    return list(zip(cells, rows, strict=True))
+
+
+def compiler_versions() -> tuple[str, str]:
+    """(Triton's version, the bundled ptxas's)."""
+    match = re.search(r"V(\d+\.\d+\.\d+)", get_ptxas_version(90))
+    return triton.__version__, match.group(1) if match else "unknown"
+
+
+def problems(measured: Sequence[tuple[AotCell, BudgetRow | str]], table: BudgetTable | None) -> list[str]:
+    """Every broken rule and, against a table of the same compiler, every regression."""
+    found = []
+    for cell, row in measured:
+        if isinstance(row, str):
+            found.append(f"{cell.name} {row}")
+            continue
+        found += [f"{cell.name} {text}" for text in row.broken_rules(cell)]
+        if table is not None and cell.name not in table.rows:
+            found.append(f"{cell.name} is not in the table: run `make budget` and review the difference")
+        elif table is not None:
+            found += [f"{cell.name} {text}" for text in row.regressions(table.rows[cell.name])]
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table and its problems; exit status 1 if there are any."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="every cell instead of the representative ones")
+    parser.add_argument("--write", action="store_true", help="write the table (with --full)")
+    options = parser.parse_args(arguments)
+    if options.write and not options.full:
+        parser.error("--write needs --full: a table of some cells would drop the others")
+    measured = measure_all(options.full)
+    for cell, row in measured:
+        detail = row if isinstance(row, str) else f"{row.registers} registers, {row.shared_bytes} B shared"
+        print(f"{cell.name:90s} {detail}")
+    table = None
+    if options.write:
+        rows = {row.name: row for _, row in measured if isinstance(row, BudgetRow)}
+        BudgetTable(*compiler_versions(), rows).write()
+    elif TABLE_PATH.exists() and (read := BudgetTable.read()).triton_version == triton.__version__:
+        table = read
+    found = problems(measured, table)
+    for text in found:
+        print(f"PROBLEM {text}")
+    compared = "the committed table" if table else "the rules only"
+    print(f"{len(measured)} cells against {compared}: {len(found)} problems")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
