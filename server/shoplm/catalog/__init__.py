@@ -1,0 +1,1 @@
+"""The items of a shop: their columns, code trie and filters."""

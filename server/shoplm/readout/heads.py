@@ -1,0 +1,48 @@
+"""Prediction heads: one linear layer on the hidden state and the standardised dense features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Heads:
+    """fp32. Outputs are raw values; calibration to probabilities and amounts is metadata of the bundle."""
+
+    input_mean: Tensor  # [features]
+    input_scale: Tensor  # [features]
+    weight: Tensor  # [outputs, hidden + features]
+    bias: Tensor  # [outputs]
+
+    def __post_init__(self) -> None:
+        features = len(self.input_mean)
+        if self.input_scale.shape != (features,) or self.bias.shape != (self.weight.shape[0],):
+            raise ValueError(
+                f"heads: input_mean {tuple(self.input_mean.shape)}, input_scale {tuple(self.input_scale.shape)}, "
+                f"weight {tuple(self.weight.shape)} and bias {tuple(self.bias.shape)} do not fit together"
+            )
+        if not bool((self.input_scale > 0).all()):
+            raise ValueError("heads: input_scale has an entry that is not positive")
+
+    @property
+    def features(self) -> int:
+        return len(self.input_mean)
+
+    @property
+    def outputs(self) -> int:
+        return len(self.bias)
+
+    def evaluate(self, hidden: Tensor, features: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
+        """Raw values per row of `hidden` [rows, hidden_size] (any float type), after the final norm."""
+        for row in features:
+            if len(row) != self.features:
+                raise ValueError(f"{len(row)} dense features, the bundle's heads expect {self.features}")
+        dense = torch.tensor(features, dtype=torch.float32).reshape(len(features), self.features)
+        inputs = torch.cat((hidden.float(), (dense - self.input_mean) / self.input_scale), dim=1)
+        values = functional.linear(inputs, self.weight, self.bias)
+        return [tuple(row) for row in values.tolist()]

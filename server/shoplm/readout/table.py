@@ -1,0 +1,55 @@
+"""What the items of a trie are scored with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from shoplm.catalog.filters import ItemFilters
+from shoplm.catalog.trie import Trie
+from shoplm.request import Select
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SelectTable:
+    """A trie, the output rows of its codes, and the terms of its items."""
+
+    trie: Trie
+    output_rows: tuple[Tensor, ...]  # per level, fp32 [codes, H]
+    output_bias: tuple[Tensor, ...]  # per level, fp32 [codes]
+    token_starts: tuple[int, ...]  # per level: token id of code 0
+    popularity: NDArray[np.float32]  # [items], natural log
+    repeat_weight: float
+    popularity_weight: float
+    filters: ItemFilters
+    own_lanes: int = 16  # owned items that ride along in a beam search: those of the largest counts
+
+    def __post_init__(self) -> None:
+        if not len(self.output_rows) == len(self.output_bias) == len(self.token_starts) == self.trie.depth:
+            raise ValueError(f"output rows, biases and token starts are not one per level of depth {self.trie.depth}")
+        for level, (rows, bias) in enumerate(zip(self.output_rows, self.output_bias, strict=True)):
+            size = self.trie.level_sizes[level]
+            if len(rows) != size or bias.shape != (size,):
+                raise ValueError(f"level {level}: {len(rows)} output rows and {len(bias)} biases for {size} codes")
+        if self.popularity.shape != (self.trie.items,):
+            raise ValueError(f"popularity has shape {self.popularity.shape}, expected ({self.trie.items},)")
+
+    @cached_property
+    def popularity_terms(self) -> NDArray[np.float32]:
+        """[items]: popularity_weight * log popularity."""
+        return (self.popularity * self.popularity_weight).astype(np.float32)
+
+    def width(self, select: Select) -> int:
+        """Beams of a search; candidates need none."""
+        return 0 if select.candidates is not None else select.beam_width
+
+    def forced_items(self, select: Select) -> NDArray[np.int64]:
+        """Items whose codes are followed whatever the beams do, ascending and each once."""
+        if select.candidates is not None:
+            return np.unique(np.asarray(select.candidates, np.int64))
+        items, index = np.unique(np.asarray(select.own_items, np.int64), return_inverse=True)
+        counts = np.bincount(index, weights=np.asarray(select.own_counts, np.float64), minlength=len(items))
+        return np.sort(items[np.argsort(-counts, kind="stable")[: self.own_lanes]])
