@@ -1,0 +1,139 @@
+"""How the clients connect: deadlines, retries, keepalive, load balancing, encryption and call metadata."""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from dataclasses import dataclass, fields, replace
+
+import grpc
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+_SERVICES = ("RecommendationService", "ChatService", "PredictionService", "ModelService")
+
+# A streaming call sends data all the time, so pings only find dead peers; more often than this and a server with
+# gRPC's default settings (one ping in five minutes without data, two strikes) would close a slow call's connection.
+_KEEPALIVE_MILLISECONDS = 60_000
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Deadlines in seconds from the start of a call, retries included; for chat, until the end of the answer.
+
+    The server sees the deadline: it refuses at once what it cannot finish by then.
+    """
+
+    recommendation_seconds: float = 10.0
+    chat_seconds: float = 120.0
+    prediction_seconds: float = 10.0
+    model_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check_timeout(f"Timeouts.{field.name}", getattr(self, field.name))
+
+    @classmethod
+    def of(cls, timeout: float | Timeouts | None) -> Timeouts:
+        """The deadlines that a client's `timeout` argument stands for: a number of seconds goes for every service."""
+        if timeout is None:
+            return cls()
+        if isinstance(timeout, Timeouts):
+            return timeout
+        check_timeout("timeout", timeout)
+        return replace(cls(), **{field.name: float(timeout) for field in fields(cls)})
+
+
+def check_timeout(name: str, seconds: float) -> None:
+    """Raise ValueError unless `seconds` is a finite number above zero."""
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise ValueError(f"{name}={seconds} must be a finite number of seconds above 0")
+
+
+def service_config(*, retries: bool, round_robin: bool) -> str:
+    """gRPC service config (JSON) of the clients.
+
+    Retried, up to three times within the deadline and only before the first message has arrived: UNAVAILABLE and
+    RESOURCE_EXHAUSTED. gRPC waits as long as the server's `grpc-retry-pushback-ms` says, else with exponential
+    back-off, and stops retrying altogether while more than half of the tokens of the throttle are spent, so that
+    retries cannot pile onto a server that is down. (Source: gRFC A6.)
+    """
+    config: dict[str, object] = {}
+    if round_robin:
+        config["loadBalancingConfig"] = [{"round_robin": {}}]
+    if retries:
+        config["methodConfig"] = [
+            {
+                "name": [{"service": f"shoplm.v1.{service}"} for service in _SERVICES],
+                "retryPolicy": {
+                    "maxAttempts": 4,
+                    "initialBackoff": "0.1s",
+                    "maxBackoff": "2s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+                },
+            }
+        ]
+        config["retryThrottling"] = {"maxTokens": 20, "tokenRatio": 0.2}
+    return json.dumps(config)
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Where and how to connect. `root_certificates` (PEM) implies TLS; `round_robin` spreads calls over all addresses
+    that the name resolves to (a Kubernetes headless service, for example)."""
+
+    address: str = DEFAULT_ADDRESS
+    token: str | None = None
+    tls: bool = False
+    root_certificates: bytes | None = None
+    retries: bool = True
+    round_robin: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.address:
+            raise ValueError('address is empty; pass "host:port", for example "127.0.0.1:50051"')
+        if self.token is not None and not (self.token and self.token.isascii() and self.token.isprintable()):
+            raise ValueError("token must be printable ASCII and not empty; leave it out for a server without tokens")
+
+    @property
+    def options(self) -> list[tuple[str, str | int]]:
+        """gRPC channel arguments."""
+        return [
+            ("grpc.service_config", service_config(retries=self.retries, round_robin=self.round_robin)),
+            ("grpc.enable_retries", int(self.retries)),
+            ("grpc.keepalive_time_ms", _KEEPALIVE_MILLISECONDS),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.primary_user_agent", "shoplm-python"),
+        ]
+
+    @property
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """TLS credentials, None for an unencrypted connection."""
+        if self.tls or self.root_certificates is not None:
+            return grpc.ssl_channel_credentials(self.root_certificates)
+        return None
+
+    def open(self) -> grpc.Channel:
+        """A channel for blocking calls."""
+        if self.credentials is None:
+            return grpc.insecure_channel(self.address, self.options)
+        return grpc.secure_channel(self.address, self.credentials, self.options)
+
+    def open_aio(self) -> grpc.aio.Channel:
+        """A channel for asyncio calls; belongs to the running event loop."""
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(self.address, self.options)
+        return grpc.aio.secure_channel(self.address, self.credentials, self.options)
+
+    def metadata(self, request_id: str) -> tuple[tuple[str, str], ...]:
+        """Metadata of one call: its id, and the token."""
+        pairs = [("x-request-id", request_id)]
+        if self.token is not None:
+            pairs.append(("authorization", f"Bearer {self.token}"))
+        return tuple(pairs)
+
+
+def new_request_id() -> str:
+    """An id for one call, the same over its retries."""
+    return uuid.uuid4().hex

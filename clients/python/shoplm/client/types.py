@@ -1,0 +1,275 @@
+"""What goes in and comes out of the clients: plain frozen dataclasses.
+
+Every answer keeps the protobuf message that it was read from as `raw`, for fields newer than this client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+from shoplm.v1 import chat_pb2, model_pb2, prediction_pb2, recommendation_pb2
+
+
+class EventType(StrEnum):
+    """What a customer did with an item."""
+
+    VIEW = "view"
+    CART = "cart"
+    PURCHASE = "purchase"
+    RETURN = "return"
+
+
+class TargetKind(StrEnum):
+    """What can be predicted."""
+
+    UNSPECIFIED = "unspecified"  # only in answers of a server newer than this client
+    PURCHASE = "purchase"
+    PURCHASE_COUNT = "purchase_count"
+    SPEND = "spend"
+    CHURN = "churn"
+    COUPON_REDEMPTION = "coupon_redemption"
+
+
+class ReasonKind(StrEnum):
+    """Which term of an item's score a reason stands for."""
+
+    UNSPECIFIED = "unspecified"  # only in answers of a server newer than this client
+    MODEL = "model"
+    REPEAT = "repeat"
+    POPULARITY = "popularity"
+
+
+class FinishReason(StrEnum):
+    """Why a chat answer ended."""
+
+    UNSPECIFIED = "unspecified"  # only in answers of a server newer than this client
+    STOP = "stop"
+    LENGTH = "length"
+
+
+def _check_moment(name: str, value: datetime) -> None:
+    if not isinstance(value, datetime):
+        raise TypeError(f"{name} must be a datetime, not {type(value).__name__}: {value!r}")
+    if value.utcoffset() is None:
+        raise ValueError(
+            f"{name}={value.isoformat()} has no time zone, so the moment is unknown; "
+            "pass an aware datetime, for example datetime(2026, 1, 31, 18, 5, tzinfo=UTC)"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One entry of a customer's history. `time` must carry a time zone; `price` is of one unit, None if unknown."""
+
+    item_id: str
+    time: datetime
+    type: EventType = EventType.PURCHASE
+    quantity: float = 1.0
+    price: float | None = None
+    basket_id: str = ""
+
+    def __post_init__(self) -> None:
+        _check_moment("Event.time", self.time)
+        object.__setattr__(self, "type", EventType(self.type))
+
+
+@dataclass(frozen=True, slots=True)
+class Customer:
+    """Whom a request is about. With no events, a demo customer's id stands for the history in the bundle.
+
+    `as_of` is the moment the answer is for; None means now, or the bundle's own moment for a demo customer.
+    """
+
+    id: str = ""
+    events: Sequence[Event] = ()
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    as_of: datetime | None = None
+
+    def __post_init__(self) -> None:
+        if self.as_of is not None:
+            _check_moment("Customer.as_of", self.as_of)
+
+
+@dataclass(frozen=True, slots=True)
+class ItemFilter:
+    """Which items may be recommended; all conditions must hold. Prices are inclusive, in the shop's currency."""
+
+    include_categories: Sequence[str] = ()
+    exclude_categories: Sequence[str] = ()
+    exclude_item_ids: Sequence[str] = ()
+    exclude_purchased: bool = False
+    min_price: float | None = None
+    max_price: float | None = None
+    in_stock: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation; `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One thing to predict. `horizon_days` None means the server's 30; `campaign_type` is for coupon redemption."""
+
+    kind: TargetKind
+    horizon_days: int | None = None
+    campaign_type: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", TargetKind(self.kind))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelVersion:
+    """Which bundle and base model gave an answer."""
+
+    bundle: str
+    version: str
+    base_model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens that a request cost; `cached_tokens` of the prompt came from the prefix cache."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    history_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseWarning:
+    """Something the server ignored or changed in a request, and how often. `code` is stable, such as UNKNOWN_ITEM."""
+
+    code: str
+    message: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """A term of an item's score, in nats; the terms add up to the score. `text` is a sentence for a person."""
+
+    kind: ReasonKind
+    contribution: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecommendedItem:
+    """An item with its score in nats; `reasons` only where they were asked for."""
+
+    item_id: str
+    title: str
+    category: str
+    price: float | None
+    score: float
+    reasons: tuple[Reason, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendations:
+    """The recommended items, best first. `degraded`: the server narrowed the search to answer in time."""
+
+    items: tuple[RecommendedItem, ...]
+    model: ModelVersion
+    usage: Usage
+    degraded: bool
+    warnings: tuple[ResponseWarning, ...]
+    raw: recommendation_pb2.RecommendResponse = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The given items with their scores, best first; unknown ids are left out and counted in the warnings."""
+
+    items: tuple[RecommendedItem, ...]
+    model: ModelVersion
+    usage: Usage
+    warnings: tuple[ResponseWarning, ...]
+    raw: recommendation_pb2.RankResponse = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer for one target: `probability` in [0, 1], or `amount` with its 90 % `interval`; the other is None.
+
+    `base_rate` is the same quantity over all customers of the training data. `applicable` is False for a customer
+    outside the target's population.
+    """
+
+    target: Target
+    probability: float | None
+    amount: float | None
+    interval: tuple[float, float] | None
+    base_rate: float
+    applicable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """The predictions, in the order asked for."""
+
+    predictions: tuple[Prediction, ...]
+    model: ModelVersion
+    usage: Usage
+    warnings: tuple[ResponseWarning, ...]
+    raw: prediction_pb2.PredictResponse = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Citation:
+    """A passage of the shop's own texts that the model was given."""
+
+    source: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatSummary:
+    """The end of a chat answer."""
+
+    finish_reason: FinishReason
+    usage: Usage
+    citations: tuple[Citation, ...]
+    model: ModelVersion
+    warnings: tuple[ResponseWarning, ...]
+    raw: chat_pb2.ChatSummary = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The server's limits; a request over one is refused with InvalidArgumentError."""
+
+    max_context_tokens: int
+    max_history_tokens: int
+    max_events: int
+    max_count: int
+    max_beam_width: int
+    max_completion_tokens: int
+    max_message_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a server serves."""
+
+    model: ModelVersion
+    limits: Limits
+    targets: tuple[Target, ...]
+    item_count: int
+    categories: tuple[str, ...]
+    attributes: tuple[str, ...]
+    demo_customer_ids: tuple[str, ...]
+    notice: str
+    server_version: str
+    raw: model_pb2.GetModelResponse = field(repr=False, compare=False)
