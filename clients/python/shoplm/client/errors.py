@@ -4,7 +4,7 @@
     ├── InvalidArgumentError   a field of the request is wrong; `violations` names it INVALID_ARGUMENT
     ├── UnauthenticatedError   no token, a wrong one, or one without the right        UNAUTHENTICATED, PERMISSION_DENIED
     ├── NotServingError        this server does not offer the service                 UNIMPLEMENTED, FAILED_PRECONDITION
-    ├── OverloadedError        refused to keep its promises; try after `retry_seconds`RESOURCE_EXHAUSTED
+    ├── OverloadedError        refused for now; try again after `retry_seconds`       RESOURCE_EXHAUSTED
     ├── UnavailableError       no server there, or it is starting or draining         UNAVAILABLE
     ├── DeadlineExceededError  no answer within the timeout                           DEADLINE_EXCEEDED
     ├── CancelledError         the call was cancelled                                 CANCELLED

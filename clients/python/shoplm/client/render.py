@@ -1,0 +1,118 @@
+"""Answers for people: tables and short notes on a rich console."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from shoplm.client.types import (
+    ChatSummary,
+    ModelInfo,
+    ModelVersion,
+    Prediction,
+    Predictions,
+    Recommendations,
+    ResponseWarning,
+    Target,
+    TargetKind,
+    Usage,
+)
+
+_PHRASES = {
+    TargetKind.PURCHASE: "buys",
+    TargetKind.PURCHASE_COUNT: "number of baskets",
+    TargetKind.SPEND: "spends",
+    TargetKind.CHURN: "stops buying",
+    TargetKind.COUPON_REDEMPTION: "redeems a coupon",
+}
+
+
+def recommendations(console: Console, answer: Recommendations) -> None:
+    """A table of the items, with their reasons where there are some."""
+    explained = any(item.reasons for item in answer.items)
+    table = Table("#", "item", "title", "category", "price", "score", *(["why"] if explained else []), box=None)
+    for name in ("#", "price", "score"):
+        next(column for column in table.columns if column.header == name).justify = "right"
+    for rank, item in enumerate(answer.items, start=1):
+        price = "" if item.price is None else f"{item.price:.2f}"
+        row = [str(rank), escape(item.item_id), escape(item.title), escape(item.category), price, f"{item.score:.2f}"]
+        if explained:
+            row.append("\n".join(f"{reason.contribution:+.2f}  {escape(reason.text)}" for reason in item.reasons))
+        table.add_row(*row)
+    console.print(table)
+    if answer.degraded:
+        console.print("[yellow]narrowed to answer in time[/yellow]")
+    _notes(console, answer.model, answer.usage, answer.warnings)
+
+
+def predictions(console: Console, answer: Predictions) -> None:
+    """A table of the predictions beside their base rates."""
+    table = Table("the customer …", "prediction", "90 % interval", "all customers", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for prediction in answer.predictions:
+        table.add_row(_phrase(prediction.target), *_values(prediction))
+    console.print(table)
+    _notes(console, answer.model, answer.usage, answer.warnings)
+
+
+def chat_summary(console: Console, summary: ChatSummary) -> None:
+    """What follows a chat answer."""
+    if summary.citations:
+        sources = dict.fromkeys(f"{citation.source} ({citation.title})" for citation in summary.citations)
+        console.print(f"[dim]from: {escape(', '.join(sources))}[/dim]")
+    console.print(f"[dim]{summary.usage.completion_tokens} tokens, ended by {summary.finish_reason}[/dim]")
+    _notes(console, summary.model, summary.usage, summary.warnings)
+
+
+def model_info(console: Console, answer: ModelInfo) -> None:
+    """What a server serves."""
+    table = Table(show_header=False, box=None)
+    bundle = f"{answer.model.bundle} {answer.model.version}" if answer.model.bundle else "none: chat only"
+    limits = answer.limits
+    rows = {
+        "base model": answer.model.base_model,
+        "bundle": bundle,
+        "items": f"{answer.item_count:,} in {len(answer.categories)} categories",
+        "predicts": "; ".join(_phrase(target) for target in answer.targets) or "nothing",
+        "attributes": ", ".join(answer.attributes) or "none",
+        "demo customers": ", ".join(answer.demo_customer_ids) or "none",
+        "limits": (
+            f"{limits.max_context_tokens:,} tokens of context, {limits.max_history_tokens:,} of history, "
+            f"{limits.max_events:,} events, {limits.max_count} items, {limits.max_completion_tokens:,} tokens of chat"
+        ),
+        "server": answer.server_version,
+        "notice": answer.notice,
+    }
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/bold]", escape(value))
+    console.print(table)
+
+
+def _phrase(target: Target) -> str:
+    words = _PHRASES.get(target.kind, str(target.kind))
+    if target.campaign_type:
+        words += f" ({target.campaign_type})"
+    if target.horizon_days:
+        words += f" within {target.horizon_days} days"
+    return escape(words)
+
+
+def _values(prediction: Prediction) -> tuple[str, str, str]:
+    if not prediction.applicable:
+        return "does not apply", "", ""
+    if prediction.probability is not None:
+        return f"{prediction.probability:.1%}", "", f"{prediction.base_rate:.1%}"
+    interval = "" if prediction.interval is None else f"{prediction.interval[0]:.2f} to {prediction.interval[1]:.2f}"
+    return f"{prediction.amount or 0.0:.2f}", interval, f"{prediction.base_rate:.2f}"
+
+
+def _notes(console: Console, model: ModelVersion, usage: Usage, warnings: Sequence[ResponseWarning]) -> None:
+    for warning in warnings:
+        console.print(f"[yellow]{escape(warning.code)} ({warning.count}): {escape(warning.message)}[/yellow]")
+    served = " ".join(part for part in (model.bundle, model.version, "on", model.base_model) if part)
+    console.print(
+        f"[dim]{escape(served)}; {usage.prompt_tokens} prompt tokens, {usage.cached_tokens} of them cached[/dim]"
+    )

@@ -1,0 +1,148 @@
+"""The command-line verbs against a server: readable and JSON output, errors in one line, exit codes."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from canned_server import ANSWER, TOKEN, CannedServer
+from shoplm.client.cli import parse_target, register
+from shoplm.client.types import Target, TargetKind
+from typer.testing import CliRunner, Result
+
+application = typer.Typer()
+register(application)
+
+
+def run(server: CannedServer | None, *arguments: str, text: str | None = None) -> Result:
+    environment = {"COLUMNS": "160"} if server is None else {"COLUMNS": "160", "SHOPLM_ADDRESS": server.address}
+    return CliRunner().invoke(application, list(arguments), input=text, env=environment)
+
+
+@pytest.fixture
+def closed_address() -> Iterator[str]:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{unused.getsockname()[1]}"
+
+
+def test_recommend_shows_items_with_reasons(server: CannedServer) -> None:
+    result = run(server, "recommend", "--customer", "7", "--count", "2", "--explain")
+    assert result.exit_code == 0, result.stderr
+    for shown in ("milk", "Milk", "1.25", "-1.00", "Goes with what was bought last.", "+0.50", "EMPTY_HISTORY"):
+        assert shown in result.stdout
+    assert "coffee" not in result.stdout
+
+
+def test_demo_customer_is_the_default_and_said_on_stderr(server: CannedServer) -> None:
+    result = run(server, "recommend", "--json")
+    assert server.record.last_request.customer.customer_id == "demo-1"
+    assert "demo-1" in result.stderr and "demo-2" in result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["items"][0]["item_id"] == "milk"
+    assert answer["usage"]["cached_tokens"] == 96
+
+
+def test_history_file_is_sent(server: CannedServer, tmp_path: Path) -> None:
+    path = tmp_path / "customer.json"
+    event = {"item_id": "milk", "time": "2026-01-31T18:05:00Z", "type": "EVENT_TYPE_VIEW", "price": 1.5}
+    path.write_text(json.dumps({"customer_id": "filed", "events": [event], "attributes": {"age": "35-44"}}))
+    assert run(server, "predict", "--history", str(path)).exit_code == 0
+    sent = server.record.last_request.customer
+    assert (sent.customer_id, sent.events[0].item_id, sent.events[0].price) == ("filed", "milk", 1.5)
+
+    path.write_text(json.dumps({"events": [{"item_id": "milk"}]}))
+    result = run(server, "predict", "--history", str(path))
+    assert result.exit_code == 2
+    assert "events[0].time is missing" in result.stderr
+
+    path.write_text("[]")
+    result = run(server, "predict", "--history", str(path))
+    assert result.exit_code == 2
+    assert "is not the JSON of a shoplm.v1.Customer" in result.stderr
+
+
+def test_predict_shows_probabilities_and_amounts(server: CannedServer) -> None:
+    result = run(server, "predict", "--customer", "7")
+    for shown in ("buys within 7 days", "75.0%", "42.50", "10.00 to 90.00", "does not apply"):
+        assert shown in result.stdout
+    result = run(server, "predict", "--customer", "7", "--target", "spend:30", "--json")
+    assert [prediction["amount"] for prediction in json.loads(result.stdout)["predictions"]] == [42.5]
+
+
+def test_chat_prints_the_answer_alone_on_stdout(server: CannedServer) -> None:
+    result = run(server, "chat", "How do returns work?", "--no-grounding")
+    assert result.stdout == "".join(ANSWER) + "\n"
+    assert "returns.md" in result.stderr
+    piped = run(server, "chat", "--system", "Be brief.", text="How do returns work?\n")
+    assert piped.stdout == result.stdout
+    assert [message.role for message in server.record.last_request.messages] == ["system", "user"]
+    assert run(server, "chat", text="").exit_code == 2
+
+
+def test_chat_json_is_one_object_a_line(server: CannedServer) -> None:
+    lines = [json.loads(line) for line in run(server, "chat", "hi", "--json").stdout.splitlines()]
+    assert "".join(line["delta"] for line in lines[:-1]) == "".join(ANSWER)
+    assert lines[-1]["summary"]["finish_reason"] == "FINISH_REASON_STOP"
+
+
+def test_model_shows_what_is_served(server: CannedServer) -> None:
+    result = run(server, "model")
+    for shown in ("canned 1", "demo-1, demo-2", "spends within 30 days", "Canned answers."):
+        assert shown in result.stdout
+    assert json.loads(run(server, "model", "--json").stdout)["item_count"] == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["recommend", "--customer", "7", "--count", "101"], 2, "count: 101 is over the limit"),
+        (["recommend", "--customer", "refused"], 4, "try again in 0.25 s"),
+        (["recommend", "--customer", "slow", "--timeout", "0.2"], 5, "--timeout"),
+        (["recommend", "--customer", "broken"], 1, "its log has request"),
+        (["recommend", "--customer", "7", "--timeout", "-1"], 2, "timeout=-1"),
+        (["predict", "--target", "luck"], 2, "'luck' is not one of purchase"),
+    ],
+)
+def test_errors_are_told_with_an_exit_code(server: CannedServer, arguments: list[str], code: int, says: str) -> None:
+    result = run(server, *arguments)
+    assert result.exit_code == code
+    assert says in result.stderr
+    assert result.stdout == ""
+    if arguments[-1] != "luck":  # a wrong option is answered by the parser, with its usage
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_no_server_says_how_to_start_one(closed_address: str) -> None:
+    result = run(None, "model", "--address", closed_address)
+    assert result.exit_code == 3
+    assert "shoplm serve" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_token_comes_from_the_option() -> None:
+    with CannedServer(token=TOKEN) as server:
+        assert run(server, "model", "--token", TOKEN).exit_code == 0
+        result = run(server, "model")
+    assert result.exit_code == 6
+    assert "SHOPLM_TOKEN" in result.stderr
+
+
+def test_targets_are_parsed() -> None:
+    assert parse_target("purchase:7") == Target(TargetKind.PURCHASE, 7)
+    assert parse_target("churn") == Target(TargetKind.CHURN)
+    assert parse_target("coupon_redemption:TypeA") == Target(TargetKind.COUPON_REDEMPTION, campaign_type="TypeA")
+    with pytest.raises(typer.BadParameter, match="'soon' is not a number of days"):
+        parse_target("purchase:soon")
+
+
+def test_the_client_and_its_verbs_import_nothing_heavy() -> None:
+    program = "import sys, shoplm.client.cli; print([m for m in ('torch', 'numpy', 'polars') if m in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert output.stdout.strip() == "[]"
