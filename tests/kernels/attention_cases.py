@@ -69,7 +69,7 @@ class Pool:
 
     def take_slot(self) -> int:
         """One slot somewhere in a page of its own."""
-        page = self._free.pop()
+        page: int = self._free.pop()
         offset = int(torch.randint(self.shape.page_size, ()))
         self._used[page, offset] = True
         return page * self.shape.page_size + offset

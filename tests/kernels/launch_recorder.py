@@ -1,8 +1,9 @@
+# mypy: allow-untyped-decorators, allow-untyped-calls
 """Run the attention ops through Triton's real launcher without a GPU, and record what it would compile.
 
 Run as a script, in a process that does not interpret. A driver object tells Triton that the device is an sm_90 card;
-Triton's own code then binds and specialises the arguments and looks for a compiled kernel, and its compile hook stops it
-there. So every distinct specialisation is seen as a compilation, exactly as in a server, and nothing is launched.
+Triton's own code then binds and specialises the arguments and looks for a compiled kernel, and its compile hook stops
+it there. So every distinct specialisation is seen as a compilation, exactly as in a server, and nothing is launched.
 
 Prints one JSON object; `test_attention.py` asserts on it.
 """
@@ -112,7 +113,9 @@ def server_tables(case: Case, kv_len: int) -> Case:
     return dataclasses.replace(case, rows=dataclasses.replace(case.rows, page_table=table), workspace=workspace)
 
 
-def step_inputs(shape: Shape, rows: list[tuple[int, int]], groups: list[tuple[int, int, int]], max_width: int) -> Any:
+def step_inputs(
+    shape: Shape, rows: list[tuple[int, int]], groups: list[tuple[int, int, int]], max_width: int
+) -> tuple[Case, BeamCase]:
     """A step whose static bounds are those of a server (widest beam group fixed), everything else as given."""
     case = server_tables(make_case(shape, rows, slack=5000), 9000)
     beam_case = make_beam_case(shape, groups)
@@ -129,9 +132,7 @@ def explain(case: Case, spans: int, window: int | None) -> Callable[[], None]:
     """A span_mass call on row 0 with `spans` spans; its inputs are made here, outside the recorded block."""
     row_ids, start, end = int32([0]), int32([0] * spans)[None], int32([1] * spans)[None]
     out = torch.zeros(1, case.shape.kv_heads, spans)
-    return lambda: void(
-        span_mass(case.q, case.kv, case.rows, case.lse, row_ids, start, end, out=out, window=window)
-    )
+    return lambda: void(span_mass(case.q, case.kv, case.rows, case.lse, row_ids, start, end, out=out, window=window))
 
 
 def void(_: object) -> None:
@@ -150,9 +151,9 @@ def second_steps() -> dict[str, Any]:
     explained_first = explain(first[0], 16, None)
     explained = [explain(case, spans, None) for (case, _), spans in zip(others, (1, 3, 17), strict=True)]
     with recorded() as before:
-        run_step(*first, window=None)
+        run_step(first[0], first[1], window=None)
         explained_first()
-        run_step(*first, window=64)
+        run_step(first[0], first[1], window=64)
     with recorded() as after, OpRecorder() as operators:
         for (case, beam_case), explanation in zip(others, explained, strict=True):
             run_step(case, beam_case, window=None)
@@ -209,7 +210,9 @@ def cell_mismatches() -> list[str]:
     mismatches = []
     for shape in attention_shapes(ARCH, full=False):
         launched = {
-            described(launch.name, launch.signature, launch.constants, launch.aligned, launch.num_warps, launch.num_stages)
+            described(
+                launch.name, launch.signature, launch.constants, launch.aligned, launch.num_warps, launch.num_stages
+            )
             for launch in launched_cells(shape).values()
         }
         cells: list[AotCell] = [prefill_cell(shape, ARCH)]

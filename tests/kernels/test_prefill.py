@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from attention_cases import Case, Shape, check_attention, make_case
@@ -23,7 +25,7 @@ def prefill_tokens(case: Case) -> torch.Tensor:
     """bool [tokens]: tokens of rows that this kernel computes."""
     mask = torch.zeros(len(case.q), dtype=torch.bool)
     starts = case.rows.query_start.tolist()
-    for first, last in zip(starts, starts[1:], strict=False):
+    for first, last in pairwise(starts):
         mask[first:last] = (last - first) * case.shape.group > SHORT_ROWS
     return mask
 
@@ -46,7 +48,15 @@ def test_equals_reference(shape: Shape) -> None:
     """Long rows with and without a cached prefix, page and tile boundaries, and rows left to other kernels."""
     least = SHORT_ROWS // shape.group + 1
     page = shape.page_size
-    rows = [(least, least), (1, 9), (least + 5, 2 * page + least + 5), (0, 0), (least - 1, least + 30), (0, 7), (70, 3 * page + 71)]
+    rows = [
+        (least, least),
+        (1, 9),
+        (least + 5, 2 * page + least + 5),
+        (0, 0),
+        (least - 1, least + 30),
+        (0, 7),
+        (70, 3 * page + 71),
+    ]
     case = make_case(shape, rows)
     run_prefill(case)
     check_attention(case, mask=prefill_tokens(case))
@@ -60,7 +70,9 @@ def test_window(window: int) -> None:
     check_attention(case, window=window, mask=prefill_tokens(case))
 
 
-@pytest.mark.parametrize("tile", [TileConfig(16, 64, 4, 2), TileConfig(64, 32, 4, 3), TileConfig(128, 128, 8, 3)], ids=str)
+@pytest.mark.parametrize(
+    "tile", [TileConfig(16, 64, 4, 2), TileConfig(64, 32, 4, 3), TileConfig(128, 128, 8, 3)], ids=str
+)
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_any_tile(tile: TileConfig, page_size: int) -> None:
     """A tile is a matter of speed: tiles that straddle tokens, pages and rows all agree with the reference."""
@@ -73,7 +85,9 @@ def test_any_tile(tile: TileConfig, page_size: int) -> None:
 def test_boundaries(offset: int) -> None:
     """Lengths at a page or tile boundary, one less and one more."""
     shape = Shape(64, 4, 1, 32)
-    case = make_case(shape, [(32 + offset, 32 + offset), (32 + offset, 64 + offset), (17, 128 + offset), (64 + offset, 65)])
+    case = make_case(
+        shape, [(32 + offset, 32 + offset), (32 + offset, 64 + offset), (17, 128 + offset), (64 + offset, 65)]
+    )
     run_prefill(case)
     check_attention(case, mask=prefill_tokens(case))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_a_partition_sums_to_one() -> None:
 def test_errors_name_the_argument(field: str, value: torch.Tensor, message: str) -> None:
     """Wrong dtypes and shapes are refused before anything is launched."""
     case = make_case(Shape(64, 4, 1, 16), [(4, 20)])
-    arguments = {
+    arguments: dict[str, Any] = {
         "lse": torch.zeros(7, 4), "row_ids": int32([0]), "span_start": int32([0])[None], "span_end": int32([4])[None],
         "out": torch.zeros(1, 1, 1),
     } | {field: value}  # fmt: skip

@@ -101,5 +101,5 @@ def test_errors_name_the_argument(arguments: tuple[int, int, torch.dtype, int], 
 
 def test_a_single_stage_is_refused() -> None:
     """One stage cannot overlap a load with a product."""
-    with pytest.raises(ValueError, match="^num_stages must be at least 2"):
+    with pytest.raises(ValueError, match=r"^num_stages must be at least 2"):
         TileConfig(64, 64, 4, 1)

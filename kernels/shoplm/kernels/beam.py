@@ -118,6 +118,44 @@ def _beam_prompt_kernel(
     tl.store(partial_lse_ptr + partial, lse, mask=in_tile)
 
 
+@triton.jit
+def _prompt_splits(
+    partial_ptr: tl.tensor,
+    partial_lse_ptr: tl.tensor,
+    token: tl.tensor,
+    kv_head: tl.tensor,
+    count: tl.tensor,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Merge a beam's prompt splits: unnormalised output, maximum, sum. Static: all loads are in flight at once."""
+    heads = tl.arange(0, GROUP_PADDED)
+    dims = tl.arange(0, HEAD_DIM_PADDED)
+    in_head = dims < HEAD_DIM
+    in_group = heads < GROUP
+    mask = in_group[:, None] & in_head[None, :]
+    acc = tl.zeros([GROUP_PADDED, HEAD_DIM_PADDED], tl.float32)
+    total = tl.zeros([GROUP_PADDED], tl.float32)
+    top = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
+    for split in tl.static_range(MAX_SPLITS):
+        exists = split < count
+        index = ((token.to(tl.int64) * MAX_SPLITS + split) * KV_HEADS + kv_head) * GROUP + heads
+        lse = tl.load(partial_lse_ptr + index, mask=in_group & exists, other=float("-inf"))
+        part = tl.load(partial_ptr + index[:, None] * HEAD_DIM + dims[None, :], mask=mask & exists, other=0.0)
+        new_top = tl.maximum(top, lse)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2(lse - shift)
+        decay = tl.exp2(top - shift)
+        acc = acc * decay[:, None] + weight[:, None] * part
+        total = total * decay + weight
+        top = new_top
+    return acc, top, total
+
+
 @triton.jit(
     do_not_specialize=["prompt_len_ptr", "query_start_ptr", "width_ptr", "step_ptr", "own_slots_ptr", "parents_ptr",
                        "groups", "max_steps", "max_width", "window", "score_scale", "q_stride", "out_stride"]
@@ -175,27 +213,14 @@ def _beam_reduce_kernel(
         prompt_len + step, prompt_len, window, SPLIT_TOKENS, MAX_SPLITS, BLOCK_N, HAS_WINDOW
     )  # fmt: skip
 
-    # The splits of the prompt. Static, so that all loads are in flight at once.
     heads = tl.arange(0, GROUP_PADDED)
     dims = tl.arange(0, HEAD_DIM_PADDED)
     in_head = dims < HEAD_DIM
-    in_group = heads < GROUP
-    mask = in_group[:, None] & in_head[None, :]
-    acc = tl.zeros([GROUP_PADDED, HEAD_DIM_PADDED], tl.float32)
-    total = tl.zeros([GROUP_PADDED], tl.float32)
-    top = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
-    for split in tl.static_range(MAX_SPLITS):
-        exists = split < count
-        index = ((token.to(tl.int64) * MAX_SPLITS + split) * KV_HEADS + kv_head) * GROUP + heads
-        lse = tl.load(partial_lse_ptr + index, mask=in_group & exists, other=float("-inf"))
-        part = tl.load(partial_ptr + index[:, None] * HEAD_DIM + dims[None, :], mask=mask & exists, other=0.0)
-        new_top = tl.maximum(top, lse)
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = tl.exp2(lse - shift)
-        decay = tl.exp2(top - shift)
-        acc = acc * decay[:, None] + weight[:, None] * part
-        total = total * decay + weight
-        top = new_top
+    mask = (heads < GROUP)[:, None] & in_head[None, :]
+    acc, top, total = _prompt_splits(
+        partial_ptr, partial_lse_ptr, token, kv_head, count, GROUP, GROUP_PADDED, KV_HEADS, HEAD_DIM, HEAD_DIM_PADDED,
+        MAX_SPLITS,
+    )  # fmt: skip
 
     # Own tokens, newest first: each is one key, the next ancestor is its parent.
     query_row = q_ptr + token.to(tl.int64) * (q_stride * 16) + kv_head * (GROUP * HEAD_DIM)
@@ -290,6 +315,6 @@ def aot_cells(arch: int, *, full: bool = False) -> list[AotCell]:
     """Cells of the budget table: wide groups at every shape, narrow groups at the first."""
     shapes = attention_shapes(arch, full=full)
     narrow = shapes if full else shapes[:1]
-    wide = shapes if full else shapes[:3]
+    wide = shapes if full else shapes[:3:2]
     cells = [cell for shape in wide for cell in beam_cells(shape, arch, max_width=256)]
     return cells + [beam_cells(shape, arch, max_width=64 // shape.group)[0] for shape in narrow]

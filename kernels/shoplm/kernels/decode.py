@@ -177,6 +177,7 @@ def split_cell(shape: AttentionShape, arch: int, *, short: bool) -> AotCell:
 
 
 def aot_cells(arch: int, *, full: bool = False) -> list[AotCell]:
-    """Cells of the budget table: representative shapes, or the whole matrix."""
+    """Cells of the budget table: decode at representative shapes and short chunks at half of them, or everything."""
     shapes = attention_shapes(arch, full=full)
-    return [split_cell(shape, arch, short=short) for shape in shapes for short in (False, True)]
+    tokens = [split_cell(shape, arch, short=False) for shape in shapes]
+    return tokens + [split_cell(shape, arch, short=True) for shape in (shapes if full else shapes[::2])]

@@ -42,6 +42,126 @@ def padded_head_dim(head_dim: int) -> int:
     return 1 << (head_dim - 1).bit_length()
 
 
+# Per architecture, rows and (padded head_dim, quantised KV): the largest tile, then the most stages, that compile
+# without a spilled register in every combination of page size, window and kernel (`make budget` lists them all).
+_TOKEN, _NARROW, _WIDE = 16, SHORT_ROWS, 2 * SHORT_ROWS
+_TILES: dict[int, dict[int, dict[tuple[int, bool], TileConfig]]] = {
+    80: {
+        _TOKEN: {
+            (64, False): TileConfig(16, 64, 4, 3),
+            (64, True): TileConfig(16, 64, 4, 3),
+            (128, False): TileConfig(16, 32, 4, 3),
+            (128, True): TileConfig(16, 64, 4, 3),
+            (256, False): TileConfig(16, 32, 4, 3),
+            (256, True): TileConfig(16, 32, 4, 3),
+        },
+        _NARROW: {
+            (64, False): TileConfig(64, 64, 4, 2),
+            (64, True): TileConfig(64, 64, 4, 3),
+            (128, False): TileConfig(64, 32, 4, 3),
+            (128, True): TileConfig(64, 32, 4, 2),
+            (256, False): TileConfig(64, 32, 8, 3),
+            (256, True): TileConfig(64, 64, 8, 3),
+        },
+        _WIDE: {
+            (64, False): TileConfig(128, 64, 8, 3),
+            (64, True): TileConfig(128, 64, 8, 3),
+            (128, False): TileConfig(128, 32, 8, 3),
+            (128, True): TileConfig(64, 64, 8, 2),
+            (256, False): TileConfig(64, 32, 8, 3),
+            (256, True): TileConfig(64, 64, 8, 3),
+        },
+    },
+    89: {
+        _TOKEN: {
+            (64, False): TileConfig(16, 64, 4, 3),
+            (64, True): TileConfig(16, 32, 4, 3),
+            (128, False): TileConfig(16, 64, 4, 3),
+            (128, True): TileConfig(16, 32, 4, 3),
+            (256, False): TileConfig(16, 32, 4, 3),
+            (256, True): TileConfig(16, 32, 4, 3),
+        },
+        _NARROW: {
+            (64, False): TileConfig(64, 64, 4, 2),
+            (64, True): TileConfig(64, 64, 4, 3),
+            (128, False): TileConfig(64, 32, 4, 3),
+            (128, True): TileConfig(64, 32, 4, 3),
+            (256, False): TileConfig(64, 32, 8, 3),
+            (256, True): TileConfig(64, 32, 8, 3),
+        },
+        _WIDE: {
+            (64, False): TileConfig(128, 64, 8, 3),
+            (64, True): TileConfig(128, 32, 8, 3),
+            (128, False): TileConfig(128, 32, 8, 3),
+            (128, True): TileConfig(64, 64, 8, 2),
+            (256, False): TileConfig(64, 32, 8, 3),
+            (256, True): TileConfig(64, 32, 8, 3),
+        },
+    },
+    90: {
+        _TOKEN: {
+            (64, False): TileConfig(16, 64, 4, 3),
+            (64, True): TileConfig(16, 32, 4, 3),
+            (128, False): TileConfig(16, 64, 4, 3),
+            (128, True): TileConfig(16, 64, 4, 3),
+            (256, False): TileConfig(16, 32, 4, 3),
+            (256, True): TileConfig(16, 32, 4, 3),
+        },
+        _NARROW: {
+            (64, False): TileConfig(64, 64, 4, 3),
+            (64, True): TileConfig(64, 64, 4, 3),
+            (128, False): TileConfig(64, 64, 4, 3),
+            (128, True): TileConfig(64, 32, 4, 3),
+            (256, False): TileConfig(64, 32, 4, 2),
+            (256, True): TileConfig(64, 32, 8, 2),
+        },
+        _WIDE: {
+            (64, False): TileConfig(128, 128, 8, 3),
+            (64, True): TileConfig(128, 128, 8, 3),
+            (128, False): TileConfig(128, 128, 8, 3),
+            (128, True): TileConfig(128, 64, 8, 3),
+            (256, False): TileConfig(64, 64, 8, 2),
+            (256, True): TileConfig(64, 32, 8, 2),
+        },
+    },
+    100: {
+        _TOKEN: {
+            (64, False): TileConfig(16, 64, 4, 3),
+            (64, True): TileConfig(16, 64, 4, 2),
+            (128, False): TileConfig(16, 64, 4, 3),
+            (128, True): TileConfig(16, 64, 4, 2),
+            (256, False): TileConfig(16, 32, 4, 3),
+            (256, True): TileConfig(16, 32, 4, 3),
+        },
+        _NARROW: {
+            (64, False): TileConfig(64, 64, 4, 3),
+            (64, True): TileConfig(64, 64, 4, 2),
+            (128, False): TileConfig(64, 64, 4, 3),
+            (128, True): TileConfig(64, 64, 4, 3),
+            (256, False): TileConfig(64, 64, 8, 3),
+            (256, True): TileConfig(64, 64, 8, 3),
+        },
+        _WIDE: {
+            (64, False): TileConfig(128, 64, 8, 2),
+            (64, True): TileConfig(128, 32, 8, 3),
+            (128, False): TileConfig(128, 64, 8, 3),
+            (128, True): TileConfig(128, 64, 8, 3),
+            (256, False): TileConfig(64, 64, 8, 2),
+            (256, True): TileConfig(64, 64, 8, 2),
+        },
+    },
+}
+
+
+def _family(arch: int) -> int:
+    """The tuned architecture whose tiles suit `arch`: by shared memory and kind of tensor core."""
+    if arch >= 120 or arch in (86, 89):
+        return 89  # 99 KiB of shared memory
+    if arch >= 100:
+        return 100
+    return 90 if arch >= 90 else 80
+
+
 @functools.cache
 def tile_config(arch: int, head_dim: int, dtype: torch.dtype, rows: int, quantised_kv: bool = False) -> TileConfig:
     """Tile for `rows` packed query rows per program on compute capability `arch` (e.g. 90).
@@ -60,22 +180,12 @@ def tile_config(arch: int, head_dim: int, dtype: torch.dtype, rows: int, quantis
         raise ValueError(f"rows must be at least 1, got {rows}")
     if arch < 80:
         raise ValueError(f"arch must be 80 (sm_80) or later, got {arch}")
-    padded = padded_head_dim(head_dim)
-    large_shared = arch in (80, 87, 90, 100, 103)
     if dtype == torch.float32:
-        # Twice the bytes and no fast tensor-core path: correctness only.
-        return TileConfig(16 if rows <= 16 else 32, 32, 4, 2)
-    if rows <= 16:
-        if padded == 256:
-            return TileConfig(16, 32, 4, 3 if large_shared else 2)
-        return TileConfig(16, 64, 4, 3 if large_shared or padded == 64 else 2)
-    if rows <= 64:
-        if padded == 256:
-            return TileConfig(64, 32, 8 if arch < 90 else 4, 2)
-        return TileConfig(64, 64, 4, 3 if large_shared else 2)
-    if padded == 256:
-        return TileConfig(128, 64, 8, 2) if large_shared else TileConfig(64, 32, 4, 2)
-    return TileConfig(128, 64, 8, 3 if large_shared else 2)
+        # Twice the bytes and no fast tensor-core path: correctness only, mostly under the interpreter.
+        side = 64 if padded_head_dim(head_dim) <= 128 else 32
+        return TileConfig(16 if rows <= 16 else side, side, 4, 2)
+    size = _TOKEN if rows <= _TOKEN else _NARROW if rows <= _NARROW else _WIDE
+    return _TILES[_family(arch)][size][padded_head_dim(head_dim), quantised_kv]
 
 
 def split_tokens(arch: int) -> int:
