@@ -126,6 +126,7 @@ class TokensOutput(msgspec.Struct, frozen=True, tag=True):
 
     request_id: str
     tokens: tuple[int, ...]
+    cached_tokens: int = 0  # of the prompt; known here too, for answers that a stop string ends
 
 
 class FinishedOutput(msgspec.Struct, frozen=True, tag=True):
