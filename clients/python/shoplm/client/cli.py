@@ -51,6 +51,10 @@ EXIT_CODES: dict[type[ShopLMClientError], int] = {
 Address = Annotated[str, typer.Option(envvar="SHOPLM_ADDRESS", help="The server, as host:port.")]
 Token = Annotated[str | None, typer.Option(envvar="SHOPLM_TOKEN", help="The server's token, if it asks for one.")]
 Tls = Annotated[bool, typer.Option("--tls", help="Encrypt the connection.")]
+CaFile = Annotated[
+    Path | None,
+    typer.Option(envvar="SHOPLM_CA_FILE", help="Trust this certificate (PEM); encrypts.", dir_okay=False, exists=True),
+]
 Timeout = Annotated[float | None, typer.Option(help="Seconds to wait for the answer; the server sees the deadline.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 CustomerId = Annotated[str | None, typer.Option("--customer", help="Whom; left out: the server's first demo customer.")]
@@ -72,6 +76,7 @@ def recommend(
     address: Address = DEFAULT_ADDRESS,
     token: Token = None,
     tls: Tls = False,
+    ca_file: CaFile = None,
     timeout: Timeout = None,
 ) -> None:
     """Recommend items to a customer."""
@@ -81,7 +86,7 @@ def recommend(
         max_price=max_price,
         exclude_purchased=new_only,
     )
-    with _connected(address, token, tls, timeout) as client:
+    with _connected(address, token, tls, ca_file, timeout) as client:
         whom = _customer(client, customer, history)
         answer = client.recommend(whom, count=count, filter=item_filter, explain=explain)
         if as_json:
@@ -101,11 +106,12 @@ def predict(
     address: Address = DEFAULT_ADDRESS,
     token: Token = None,
     tls: Tls = False,
+    ca_file: CaFile = None,
     timeout: Timeout = None,
 ) -> None:
     """Predict what a customer will do; without --target, everything the shop can predict."""
     targets = [parse_target(text) for text in target or ()]
-    with _connected(address, token, tls, timeout) as client:
+    with _connected(address, token, tls, ca_file, timeout) as client:
         answer = client.predict(_customer(client, customer, history), targets)
         if as_json:
             _print_json(answer.raw)
@@ -128,11 +134,12 @@ def chat(
     address: Address = DEFAULT_ADDRESS,
     token: Token = None,
     tls: Tls = False,
+    ca_file: CaFile = None,
     timeout: Timeout = None,
 ) -> None:
     """Chat with the shop's assistant; the answer appears as it is made."""
     turns = [Message("system", system)] if system else []
-    with _connected(address, token, tls, timeout) as client:
+    with _connected(address, token, tls, ca_file, timeout) as client:
         whom = _customer(client, customer, history) if customer or history else None
         for text in [message] if message is not None else _spoken():
             turns.append(Message("user", text))
@@ -156,10 +163,11 @@ def model(
     address: Address = DEFAULT_ADDRESS,
     token: Token = None,
     tls: Tls = False,
+    ca_file: CaFile = None,
     timeout: Timeout = None,
 ) -> None:
     """Show what a server serves: bundle, base model, targets, limits and demo customers."""
-    with _connected(address, token, tls, timeout) as client:
+    with _connected(address, token, tls, ca_file, timeout) as client:
         answer = client.get_model()
         if as_json:
             _print_json(answer.raw)
@@ -188,10 +196,13 @@ def parse_target(text: str) -> Target:
 
 
 @contextmanager
-def _connected(address: str, token: str | None, tls: bool, timeout: float | None) -> Iterator[Client]:
+def _connected(
+    address: str, token: str | None, tls: bool, ca_file: Path | None, timeout: float | None
+) -> Iterator[Client]:
     """A client whose errors become one line on stderr and an exit code."""
     try:
-        with Client(address, token=token, tls=tls, timeout=timeout) as client:
+        certificates = None if ca_file is None else ca_file.read_bytes()
+        with Client(address, token=token, tls=tls, root_certificates=certificates, timeout=timeout) as client:
             yield client
     except ShopLMClientError as error:
         typer.echo(f"shoplm: {_advice(error, address)}", err=True)

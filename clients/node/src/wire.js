@@ -1,0 +1,142 @@
+/** Between the client's plain objects and protobuf messages as @grpc/proto-loader shapes them. */
+
+/** @param {Date} moment @param {string} name */
+function timestamp(moment, name) {
+  const milliseconds = moment instanceof Date ? moment.getTime() : NaN;
+  if (Number.isNaN(milliseconds)) throw new TypeError(`${name} must be a valid Date, not ${String(moment)}`);
+  const seconds = Math.floor(milliseconds / 1000);
+  return { seconds, nanos: Math.round((milliseconds - seconds * 1000) * 1e6) };
+}
+
+/** `purchase` -> `TARGET_KIND_PURCHASE`, refusing what the contract does not have. */
+function enumName(prefix, value, allowed, name) {
+  if (!allowed.includes(value)) throw new RangeError(`${name} must be one of ${allowed.join(', ')}, not ${String(value)}`);
+  return `${prefix}_${value.toUpperCase()}`;
+}
+
+/** `TARGET_KIND_PURCHASE` -> `purchase`; a number from a newer server -> `unspecified`. */
+const enumValue = (prefix, value) =>
+  typeof value === 'string' ? value.slice(prefix.length + 1).toLowerCase() : 'unspecified';
+
+/** 0 means "unset" on the wire, so it must not be sent as if it were a default. */
+function positive(value, name) {
+  if (value === undefined) return undefined;
+  if (!(Number.isInteger(value) && value > 0)) {
+    throw new RangeError(`${name} must be an integer above 0, not ${String(value)}; leave it out for the default`);
+  }
+  return value;
+}
+
+export const EVENT_TYPES = ['view', 'cart', 'purchase', 'return'];
+export const TARGET_KINDS = ['purchase', 'purchase_count', 'spend', 'churn', 'coupon_redemption'];
+
+/** @param {any} customer */
+export function customerMessage(customer) {
+  if (typeof customer === 'string') return { customerId: customer };
+  if (customer === null || typeof customer !== 'object') {
+    throw new TypeError(`customer must be an id or an object, not ${String(customer)}`);
+  }
+  return {
+    customerId: customer.id,
+    attributes: customer.attributes,
+    asOf: customer.asOf === undefined ? undefined : timestamp(customer.asOf, 'customer.asOf'),
+    events: (customer.events ?? []).map((event, index) => ({
+      itemId: event.itemId,
+      type: enumName('EVENT_TYPE', event.type ?? 'purchase', EVENT_TYPES, `customer.events[${index}].type`),
+      time: timestamp(event.time, `customer.events[${index}].time`),
+      quantity: event.quantity ?? 1,
+      price: event.price,
+      basketId: event.basketId,
+    })),
+  };
+}
+
+export function recommendRequest({ customer, count, filter, beamWidth, explain, allowDegraded }) {
+  return {
+    customer: customerMessage(customer),
+    count: positive(count, 'count'),
+    beamWidth: positive(beamWidth, 'beamWidth'),
+    filter,
+    explain,
+    allowDegraded,
+  };
+}
+
+export function rankRequest({ customer, itemIds, explain }) {
+  if (!Array.isArray(itemIds)) throw new TypeError('itemIds must be an array of item ids');
+  return { customer: customerMessage(customer), itemIds, explain };
+}
+
+export function predictRequest({ customer, targets = [] }) {
+  return {
+    customer: customerMessage(customer),
+    targets: targets.map((target, index) => ({
+      kind: enumName('TARGET_KIND', target.kind, TARGET_KINDS, `targets[${index}].kind`),
+      horizonDays: positive(target.horizonDays, `targets[${index}].horizonDays`),
+      campaignType: target.campaignType,
+    })),
+  };
+}
+
+export function chatRequest(messages, { customer, maxTokens, temperature, topK, topP, seed, stop, grounding }) {
+  return {
+    customer: customer === undefined ? undefined : customerMessage(customer),
+    messages: typeof messages === 'string' ? [{ role: 'user', content: messages }] : messages,
+    maxTokens: positive(maxTokens, 'maxTokens'),
+    temperature,
+    topK: positive(topK, 'topK'),
+    topP,
+    seed,
+    stop,
+    grounding: grounding === undefined ? undefined : grounding ? 'GROUNDING_ON' : 'GROUNDING_OFF',
+  };
+}
+
+const item = (message) => ({
+  itemId: message.itemId,
+  title: message.title,
+  category: message.category,
+  price: message.price,
+  score: message.score,
+  reasons: message.reasons.map((reason) => ({
+    kind: enumValue('KIND', reason.kind),
+    contribution: reason.contribution,
+    text: reason.text,
+  })),
+});
+
+const target = (message) => ({
+  kind: enumValue('TARGET_KIND', message.kind),
+  horizonDays: message.horizonDays || undefined,
+  campaignType: message.campaignType || undefined,
+});
+
+/** What every answer ends with. */
+const common = ({ model, usage, warnings }) => ({ model, usage, warnings });
+
+export const rankingFrom = (message) => ({ items: message.items.map(item), ...common(message) });
+
+export const recommendationsFrom = (message) => ({ ...rankingFrom(message), degraded: message.degraded });
+
+export const predictionsFrom = (message) => ({
+  predictions: message.predictions.map((prediction) => ({
+    target: target(prediction.target),
+    probability: prediction.value === 'probability' ? prediction.probability : undefined,
+    amount: prediction.value === 'amount' ? prediction.amount : undefined,
+    interval:
+      prediction.intervalLow === undefined || prediction.intervalHigh === undefined
+        ? undefined
+        : [prediction.intervalLow, prediction.intervalHigh],
+    baseRate: prediction.baseRate,
+    applicable: prediction.applicable,
+  })),
+  ...common(message),
+});
+
+export const summaryFrom = (message) => ({
+  finishReason: enumValue('FINISH_REASON', message.finishReason),
+  citations: message.citations,
+  ...common(message),
+});
+
+export const modelFrom = (message) => ({ ...message, targets: message.targets.map(target) });

@@ -1,0 +1,51 @@
+// What only a server that fails on purpose can show; SHOPLM_CANNED_ADDRESS is such a server (tests/clients/canned_server.py).
+import assert from 'node:assert/strict';
+import { after, before, test } from 'node:test';
+
+import { Client, DeadlineExceededError, OverloadedError, ServerError, UnavailableError } from '../src/index.js';
+
+const address = process.env.SHOPLM_CANNED_ADDRESS;
+const options = { skip: address ? false : 'SHOPLM_CANNED_ADDRESS is not set' };
+let client;
+
+before(() => {
+  if (address) client = new Client(address);
+});
+after(() => client?.close());
+
+test('overload says when to try again', options, async () => {
+  await assert.rejects(client.recommend({ customer: 'refused' }), (error) => {
+    assert.ok(error instanceof OverloadedError);
+    assert.ok(Math.abs(error.retrySeconds - 0.25) < 1e-6);
+    assert.equal(error.reason, 'QUEUE_FULL');
+    return true;
+  });
+});
+
+test('unavailable is retried up to three times', options, async () => {
+  assert.ok((await client.recommend({ customer: 'flaky-3' })).items.length);
+  await assert.rejects(client.recommend({ customer: 'flaky-4' }), UnavailableError);
+  assert.ok(await client.chat('hi', { customer: 'flaky-1' }).text());
+});
+
+test('a fault of the server is not retried', options, async () => {
+  await assert.rejects(client.predict({ customer: 'broken' }), (error) => {
+    assert.ok(error instanceof ServerError);
+    assert.match(error.message, /a step failed/);
+    return true;
+  });
+});
+
+test('the deadline ends a call that gets no answer', options, async () => {
+  await assert.rejects(client.recommend({ customer: 'slow', timeoutMs: 200 }), DeadlineExceededError);
+});
+
+test('interval, absent price and inapplicable targets', options, async () => {
+  const { predictions } = await client.predict({ customer: '7' });
+  const spend = predictions.find(({ target }) => target.kind === 'spend');
+  assert.deepEqual(spend.interval, [10, 90]);
+  assert.equal(spend.probability, undefined);
+  assert.equal(predictions.find(({ target }) => target.kind === 'churn').applicable, false);
+  const { items } = await client.recommend({ customer: '7' });
+  assert.equal(items[1].price, undefined);
+});
