@@ -1,0 +1,1 @@
+"""gRPC: services, interceptors, status mapping. Protobuf stops here, and nothing here imports torch."""

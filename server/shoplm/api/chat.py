@@ -1,0 +1,184 @@
+"""ChatService: an answer token by token, with the customer's history before it and the shop's own texts beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from shoplm.api.core import Context, Core
+from shoplm.api.validation import Violations, quote
+from shoplm.api.warnings import Warnings
+from shoplm.history import History
+from shoplm.model.tokenizer import StopStrings, StreamDecoder
+from shoplm.prompt import Prefix
+from shoplm.request import FinishedOutput, FinishReason, Generate, Request, Sampling, Service
+from shoplm.retrieval import Knowledge, Passage
+from shoplm.v1 import chat_pb2 as pb
+from shoplm.v1.chat_pb2_grpc import ChatServiceServicer
+
+ROLES = ("system", "user", "assistant")
+MAX_TEMPERATURE = 10.0
+MAX_STOP_BYTES = 256
+_SERVICE = Service.CHAT
+_LONG_TEXT_BYTES = 8 * 1024  # encoding more than this takes milliseconds: not on the event loop
+_FINISH = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A checked request."""
+
+    history: History
+    messages: list[tuple[str, str]]
+    text_bytes: int
+    sampling: Sampling
+    max_tokens: int
+    stops: tuple[str, ...]
+    knowledge: Knowledge | None  # None: not to be used
+
+
+class ChatService(ChatServiceServicer):
+    """See protos/shoplm/v1/chat.proto."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def Chat(self, request: pb.ChatRequest, context: Context) -> AsyncIterator[pb.ChatResponse]:
+        core, warnings = self._core, Warnings()
+        turn = self._read(request, warnings)
+        # Without a customer, an empty history: the prompt has the shop's preamble alone, and that is no warning.
+        prefix = core.served.prompts.prefix(turn.history)
+        warnings.add("HISTORY_TRUNCATED", prefix.dropped_baskets)
+        tokens, passages = await self._prompt(turn, prefix)
+        room = core.ready().max_context_tokens - len(tokens)
+        task = Generate(min(turn.max_tokens, room), turn.sampling, core.served.tokenizer.end_token_ids)
+        work = core.request(_SERVICE, tokens, task, context, history_tokens=len(prefix.tokens))
+        answer = _Answer(StreamDecoder(core.served.tokenizer), StopStrings(turn.stops))
+        async with aclosing(self._deltas(work, answer)) as deltas:
+            async for delta in deltas:
+                yield pb.ChatResponse(delta=delta)
+        yield pb.ChatResponse(
+            summary=pb.ChatSummary(
+                finish_reason=_FINISH[answer.finish_reason],
+                usage=core.usage(work, answer.cached_tokens, answer.completion_tokens),
+                citations=[pb.Citation(source=each.source, title=each.title, text=each.text) for each in passages],
+                model=core.served.model_version,
+                warnings=core.warned(_SERVICE, warnings),
+            )
+        )
+
+    async def _deltas(self, work: Request, answer: _Answer) -> AsyncGenerator[str]:
+        """The answer's text as it comes. Leaving early cancels the request in the engine."""
+        async with aclosing(self._core.engine.generate(work)) as outputs:
+            async for output in outputs:
+                if isinstance(output, FinishedOutput):
+                    answer.finish_reason = output.finish_reason
+                    answer.cached_tokens = output.cached_tokens
+                    answer.completion_tokens = output.completion_tokens
+                    if rest := answer.stops.finish():
+                        yield rest
+                    return
+                answer.cached_tokens = output.cached_tokens
+                answer.completion_tokens += len(output.tokens)
+                if text := answer.stops.push(answer.decoder.push(output.tokens)):
+                    yield text
+                if answer.stops.stopped is not None:
+                    return
+
+    async def _prompt(self, turn: _Turn, prefix: Prefix) -> tuple[tuple[int, ...], list[Passage]]:
+        """Prompt tokens and the passages in them. Passages that do not fit are left out; they are an offer."""
+        question = turn.messages[-1][1]
+        passages = turn.knowledge.search(question, self._core.config.max_passages) if turn.knowledge else []
+        tokens = await self._encode(turn, prefix, passages)
+        if passages and len(tokens) >= self._core.ready().max_context_tokens:
+            passages = []
+            tokens = await self._encode(turn, prefix, passages)
+        self._core.check_prompt("messages", len(tokens), produced=1)
+        return tokens, passages
+
+    async def _encode(self, turn: _Turn, prefix: Prefix, passages: list[Passage]) -> tuple[int, ...]:
+        texts = [f"{passage.title}: {passage.text}" for passage in passages]
+        arguments = (prefix, turn.messages, texts)
+        if turn.text_bytes > _LONG_TEXT_BYTES:
+            return await asyncio.to_thread(self._core.served.prompts.chat, *arguments)
+        return self._core.served.prompts.chat(*arguments)
+
+    def _read(self, request: pb.ChatRequest, warnings: Warnings) -> _Turn:
+        config, violations = self._core.config, Violations()
+        history = self._core.customers.read(request.customer, violations, warnings)
+        text_bytes = self._check_messages(request, violations)
+        violations.at_most("max_tokens", request.max_tokens, config.max_completion_tokens, "max_completion_tokens")
+        if request.HasField("temperature"):
+            violations.number("temperature", request.temperature, 0.0, MAX_TEMPERATURE)
+        if request.HasField("top_p") and not 0.0 < request.top_p <= 1.0:
+            violations.add("top_p", f"is {request.top_p:g}, expected a number above 0 and up to 1")
+        if violations.length("stop", request.stop, config.max_stop_strings, "max_stop_strings"):
+            for index, stop in enumerate(request.stop):
+                violations.text(f"stop[{index}]", stop, MAX_STOP_BYTES, required=True)
+        knowledge = self._knowledge(request, violations)
+        violations.raise_if_any()
+        return _Turn(
+            history=history,
+            messages=[(message.role, message.content) for message in request.messages],
+            text_bytes=text_bytes,
+            sampling=Sampling(
+                temperature=request.temperature,
+                top_k=min(request.top_k, self._core.served.base.config.vocab_size),
+                top_p=request.top_p if request.HasField("top_p") else 1.0,
+                seed=request.seed if request.HasField("seed") else secrets.randbits(64),
+            ),
+            max_tokens=request.max_tokens or config.default_completion_tokens,
+            stops=tuple(request.stop),
+            knowledge=knowledge,
+        )
+
+    def _check_messages(self, request: pb.ChatRequest, violations: Violations) -> int:
+        """Bytes of all contents."""
+        config = self._core.config
+        if not request.messages:
+            violations.add("messages", "is empty; the last message is the user's")
+            return 0
+        if not violations.length("messages", request.messages, config.max_messages, "max_messages"):
+            return 0
+        sizes = [len(message.content.encode()) for message in request.messages]
+        if sum(sizes) > config.max_text_bytes:
+            longest = sizes.index(max(sizes))
+            violations.add(
+                f"messages[{longest}].content",
+                f"has {sizes[longest]} bytes, and all messages together {sum(sizes)}; "
+                f"at most {config.max_text_bytes} are allowed (max_text_bytes)",
+            )
+        for index, message in enumerate(request.messages):
+            if message.role not in ROLES:
+                violations.add(f"messages[{index}].role", f"is {quote(message.role)}, expected {', '.join(ROLES)}")
+        last = len(request.messages) - 1
+        if request.messages[last].role in ("system", "assistant"):
+            violations.add(
+                f"messages[{last}].role", f"is {request.messages[last].role!r}, but the last message is the user's"
+            )
+        return sum(sizes)
+
+    def _knowledge(self, request: pb.ChatRequest, violations: Violations) -> Knowledge | None:
+        shop = self._core.served.shop
+        knowledge = shop.knowledge if shop is not None and len(shop.knowledge) else None
+        if request.grounding == pb.GROUNDING_OFF:
+            return None
+        if request.grounding == pb.GROUNDING_ON and knowledge is None:
+            violations.add("grounding", "is GROUNDING_ON, but what is served has no knowledge folder")
+        elif request.grounding not in pb.Grounding.values():
+            violations.add("grounding", f"is {request.grounding}, which is no grounding")
+        return knowledge
+
+
+@dataclass
+class _Answer:
+    """An answer while it is streamed."""
+
+    decoder: StreamDecoder
+    stops: StopStrings
+    finish_reason: FinishReason = FinishReason.STOP
+    cached_tokens: int = 0
+    completion_tokens: int = 0

@@ -1,0 +1,111 @@
+"""What the services share: the shop, the engine, and the way from a prompt to a `Request` and back to `Usage`."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import grpc.aio
+from shoplm.api.customers import CustomerReader
+from shoplm.api.shop import Served, Shop
+from shoplm.api.warnings import Warnings
+from shoplm.config import ServerConfig
+from shoplm.errors import EngineUnavailableError, InvalidRequestError, NotServingError
+from shoplm.logs import request_id
+from shoplm.metrics import Metrics
+from shoplm.request import FinishedOutput, ReadyOutput, Request, Service, Task, TokensOutput
+from shoplm.v1 import shop_pb2
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Engine(Protocol):
+    """What the services need of `shoplm.engine.client.EngineClient`."""
+
+    @property
+    def ready(self) -> ReadyOutput | None: ...
+
+    def generate(self, request: Request) -> AsyncGenerator[TokensOutput | FinishedOutput]:
+        """Submits; the last item is the FinishedOutput. Closing or cancelling it cancels the request."""
+        ...
+
+    async def run(self, request: Request) -> FinishedOutput:
+        """Submits and waits for the end."""
+        ...
+
+
+@dataclass(frozen=True)
+class Core:
+    """Given to every service."""
+
+    served: Served
+    engine: Engine
+    config: ServerConfig
+    metrics: Metrics
+    customers: CustomerReader
+    _numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    def shop(self) -> Shop:
+        """The bundle. Raises NotServingError without one."""
+        if self.served.shop is None:
+            raise NotServingError("this server has no bundle and serves chat only; start it with --bundle")
+        return self.served.shop
+
+    def ready(self) -> ReadyOutput:
+        """Raises EngineUnavailableError while the engine has never been loaded."""
+        ready = self.engine.ready
+        if ready is None:
+            raise EngineUnavailableError("the engine is starting")
+        return ready
+
+    def request(
+        self,
+        service: Service,
+        tokens: tuple[int, ...],
+        task: Task,
+        context: Context,
+        *,
+        history_tokens: int = 0,
+        cache_root: str | None = None,
+    ) -> Request:
+        """A request that arrives now, with the call's own deadline."""
+        now = time.monotonic()
+        remaining = context.time_remaining()
+        return Request(
+            # Two calls may carry the same id; the engine needs one that is unique.
+            request_id=f"{request_id.get() or 'call'}#{next(self._numbers)}",
+            service=service,
+            tokens=tokens,
+            task=task,
+            arrival_seconds=now,
+            deadline_seconds=None if remaining is None else now + remaining,
+            history_tokens=history_tokens,
+            cache_root=self.served.cache_root if cache_root is None else cache_root,
+        )
+
+    def check_prompt(self, field_path: str, tokens: int, produced: int = 0) -> None:
+        """Raises InvalidRequestError naming the field if the prompt leaves no room for `produced` tokens."""
+        limit = self.ready().max_context_tokens - produced
+        if tokens > limit:
+            raise InvalidRequestError(
+                (field_path, f"the prompt takes {tokens} tokens, at most {limit} are allowed (max_context_tokens)")
+            )
+
+    def usage(self, request: Request, cached: int, completion: int) -> shop_pb2.Usage:
+        """What an answered request cost; also counted in the metrics."""
+        self.metrics.observe_usage(request.service.value, len(request.tokens), cached, completion)
+        return shop_pb2.Usage(
+            prompt_tokens=len(request.tokens),
+            cached_tokens=cached,
+            history_tokens=request.history_tokens,
+            completion_tokens=completion,
+        )
+
+    def warned(self, service: Service, warnings: Warnings) -> list[shop_pb2.Warning]:
+        """The warnings for the response; also counted in the metrics."""
+        for code in warnings.codes():
+            self.metrics.warnings.labels(service.value, code).inc()
+        return warnings.messages()

@@ -1,0 +1,190 @@
+"""A `Customer` message becomes a `History`: checked, sorted, cut to the newest, with warnings for what was left out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from google.protobuf.timestamp_pb2 import Timestamp
+from numpy.typing import NDArray
+from shoplm.api.demo import DemoHistory, RawEvents, resolve_items
+from shoplm.api.shop import Shop
+from shoplm.api.validation import Violations, quote
+from shoplm.api.warnings import Warnings
+from shoplm.catalog.items import Catalog
+from shoplm.history import SECONDS_PER_DAY, EventKind, History
+from shoplm.v1 import shop_pb2
+
+MAX_FUTURE_DAYS = 366.0  # further ahead than any plan: milliseconds taken for seconds, most likely
+MAX_ID_BYTES = 256
+MAX_ATTRIBUTES = 64
+MAX_ATTRIBUTE_BYTES = 256
+MAX_AMOUNT = 1e9  # of a quantity or a price: far above any shop's, and sums of it stay finite in fp32
+
+_KINDS = {
+    shop_pb2.EVENT_TYPE_UNSPECIFIED: EventKind.PURCHASE,
+    shop_pb2.EVENT_TYPE_PURCHASE: EventKind.PURCHASE,
+    shop_pb2.EVENT_TYPE_CART: EventKind.CART,
+    shop_pb2.EVENT_TYPE_VIEW: EventKind.VIEW,
+    shop_pb2.EVENT_TYPE_RETURN: EventKind.RETURN,
+}
+
+
+class CustomerReader:
+    """Reads customers for one shop; without a shop, no item and no attribute is known."""
+
+    def __init__(self, shop: Shop | None, max_events: int, clock: Callable[[], float] = time.time) -> None:
+        """`clock` gives Unix seconds."""
+        self._catalog = shop.catalog if shop is not None else _no_catalog()
+        self._attributes = frozenset(shop.manifest.prompt.attributes) if shop is not None else frozenset()
+        self._demo = shop.demo if shop is not None else {}
+        self._demo_histories: dict[str, History] = {}
+        self._max_events = max_events
+        self._clock = clock
+
+    def read(
+        self, customer: shop_pb2.Customer, violations: Violations, warnings: Warnings, field: str = "customer"
+    ) -> History:
+        """The customer's history up to their `as_of`; without events that count, an empty one of that moment.
+
+        What is wrong goes to `violations`; the result counts only if none was added."""
+        now = self._clock()
+        violations.text(f"{field}.customer_id", customer.customer_id, MAX_ID_BYTES)
+        demo = self._demo.get(customer.customer_id) if not customer.events else None
+        if demo is not None and not customer.HasField("as_of") and not customer.attributes:
+            return self._demo_history(customer.customer_id, demo)
+        attributes = self._read_attributes(customer, violations, warnings, field)
+        as_of = demo.as_of if demo is not None else now
+        if customer.HasField("as_of"):
+            as_of = _moment(f"{field}.as_of", customer.as_of, now, violations)
+        if demo is not None:
+            events, attributes = demo.events, attributes or demo.attributes
+        else:
+            events = self._read_events(customer.events, as_of, now, violations, warnings, field)
+        past = np.flatnonzero(events.time <= as_of)
+        warnings.add("FUTURE_EVENT", len(events) - len(past))
+        if len(past) < len(events):
+            events = events.select(past)
+        return events.history(as_of, attributes)
+
+    def _demo_history(self, customer_id: str, demo: DemoHistory) -> History:
+        if customer_id not in self._demo_histories:
+            self._demo_histories[customer_id] = demo.events.history(demo.as_of, demo.attributes)
+        return self._demo_histories[customer_id]
+
+    def _read_attributes(
+        self, customer: shop_pb2.Customer, violations: Violations, warnings: Warnings, field: str
+    ) -> dict[str, str]:
+        if not violations.length(f"{field}.attributes", customer.attributes, MAX_ATTRIBUTES, "fixed"):  # type: ignore[arg-type]
+            return {}
+        known = {}
+        for name, value in customer.attributes.items():
+            path = f"{field}.attributes[{quote(name)}]"
+            if not violations.text(path, name, MAX_ATTRIBUTE_BYTES) or not violations.text(
+                path, value, MAX_ATTRIBUTE_BYTES
+            ):
+                continue
+            if name not in self._attributes:
+                warnings.add("UNKNOWN_ATTRIBUTE")
+            elif value:
+                known[name] = value
+        return known
+
+    def _read_events(
+        self,
+        events: Sequence[shop_pb2.Event],
+        as_of: float,
+        now: float,
+        violations: Violations,
+        warnings: Warnings,
+        field: str,
+    ) -> RawEvents:
+        """The newest events whose items are known. Every event that is read is checked; dropped ones are not."""
+        times = np.asarray([event.time.seconds for event in events], np.float64)
+        rows = np.arange(len(events)) if len(events) <= self._max_events else self._newest(times, as_of)
+        warnings.add("EVENTS_TRUNCATED", len(events) - len(rows))
+        read = [(row, events[row]) for row in rows.tolist()]
+        for row, event in read:
+            _check_event(f"{field}.events[{row}]", event, now, violations)
+        if violations:
+            return _NO_EVENTS
+        item, has_item, known = resolve_items([event.item_id for _, event in read], self._catalog)
+        warnings.add("UNKNOWN_ITEM", int((~known).sum()))
+        raw = RawEvents(
+            item=item,
+            has_item=has_item,
+            kind=np.asarray([_KINDS[event.type] for _, event in read], np.int8),
+            time=times[rows] + np.asarray([event.time.nanos for _, event in read], np.float64) / 1e9,
+            quantity=np.asarray([event.quantity or 1.0 for _, event in read], np.float32),
+            price=np.asarray(
+                [event.price if event.HasField("price") else float("nan") for _, event in read], np.float32
+            ),
+            basket=[event.basket_id for _, event in read],
+        )
+        return raw if known.all() else raw.select(np.flatnonzero(known))
+
+    def _newest(self, times: NDArray[np.float64], as_of: float) -> NDArray[np.int64]:
+        """Rows of the newest events, in the order given. The oldest go in blocks, counted from the very first event, so
+        that most new events leave the kept part's beginning, and with it the cached prefix, as it was. Events after
+        `as_of` take no room from those before it."""
+        block = max(self._max_events // 4, 1)
+        order = np.argsort(np.where(times > as_of, -np.inf, times), kind="stable")
+        excess = len(times) - self._max_events
+        return np.sort(order[min(-(-excess // block) * block, len(times) - 1) :])
+
+
+def _check_event(path: str, event: shop_pb2.Event, now: float, violations: Violations) -> None:
+    violations.text(f"{path}.item_id", event.item_id, MAX_ID_BYTES, required=True)
+    violations.text(f"{path}.basket_id", event.basket_id, MAX_ID_BYTES)
+    if event.type not in _KINDS:
+        violations.add(f"{path}.type", f"is {event.type}, which is no event type")
+    if event.HasField("time"):
+        _moment(f"{path}.time", event.time, now, violations)
+    else:
+        violations.add(f"{path}.time", "is missing; every event needs the time at which it happened")
+    violations.number(f"{path}.quantity", event.quantity, 0.0, MAX_AMOUNT)
+    if event.HasField("price"):
+        violations.number(f"{path}.price", event.price, 0.0, MAX_AMOUNT)
+
+
+def _moment(path: str, moment: Timestamp, now: float, violations: Violations) -> float:
+    """Unix seconds; `now` where the timestamp cannot be used."""
+    if not 0 <= moment.nanos < 1_000_000_000:
+        violations.add(path, f"has {moment.nanos} nanos, expected 0 to 999999999")
+        return now
+    if moment.seconds < 0:
+        violations.add(path, f"is {moment.seconds} s, before 1970")
+        return now
+    if moment.seconds > now + MAX_FUTURE_DAYS * SECONDS_PER_DAY:
+        violations.add(
+            path,
+            f"is {moment.seconds} s after 1970, more than {MAX_FUTURE_DAYS:.0f} days ahead; are these milliseconds?",
+        )
+        return now
+    return float(moment.seconds) + moment.nanos / 1e9
+
+
+def _no_catalog() -> Catalog:
+    return Catalog(
+        item_ids=[],
+        titles=[],
+        categories=[],
+        prices=np.zeros(0),
+        in_stock=np.zeros(0, np.bool_),
+        type_of_row=np.zeros(0, np.int32),
+        type_titles=[],
+        type_texts=[],
+        rare={},
+    )
+
+
+_NO_EVENTS = RawEvents(
+    item=np.zeros(0, np.int32),
+    has_item=np.zeros(0, np.bool_),
+    kind=np.zeros(0, np.int8),
+    time=np.zeros(0),
+    quantity=np.zeros(0, np.float32),
+    price=np.zeros(0, np.float32),
+    basket=[],
+)

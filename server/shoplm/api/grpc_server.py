@@ -1,0 +1,114 @@
+"""Assembles the gRPC server: services, interceptor, health, reflection, limits, TLS."""
+
+from __future__ import annotations
+
+import logging
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from shoplm.api.chat import ChatService
+from shoplm.api.core import Core
+from shoplm.api.engine_service import EngineService
+from shoplm.api.health import Health
+from shoplm.api.interceptors import CallInterceptor
+from shoplm.api.methods import CHAT, ENGINE, MODEL, PREDICTION, RECOMMENDATION
+from shoplm.api.model import ModelService
+from shoplm.api.prediction import PredictionService
+from shoplm.api.recommendation import RecommendationService
+from shoplm.config import ServerConfig, read_file
+from shoplm.errors import ConfigurationError
+from shoplm.metrics import Metrics
+from shoplm.v1 import (
+    chat_pb2_grpc,
+    engine_pb2_grpc,
+    model_pb2_grpc,
+    prediction_pb2_grpc,
+    recommendation_pb2_grpc,
+)
+
+# gRPC's own bound is a second line: a message up to this many times our limit is read and refused with a reason.
+_TRANSPORT_FACTOR = 4
+_AGE_GRACE_SECONDS = 60  # calls on a connection that is renewed may take this long
+
+log = logging.getLogger("shoplm.api")
+
+
+class GrpcServer:
+    """A bound port first, so that one that is taken is known before minutes of loading; services later."""
+
+    def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
+        """Binds the port. Raises ConfigurationError if it cannot be had, or TLS or token files cannot be read."""
+        self._config = config
+        self.interceptor = CallInterceptor(
+            metrics,
+            tokens=config.tokens(),
+            max_calls=config.max_concurrent_calls,
+            max_message_bytes=config.max_message_bytes,
+        )
+        self._server = grpc.aio.server(interceptors=[self.interceptor], options=_options(config))
+        self.port = self._bind()
+
+    def _bind(self) -> int:
+        config = self._config
+        address = f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}"
+        credentials = _credentials(config)
+        try:
+            if credentials is None:
+                return self._server.add_insecure_port(address)
+            return self._server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"gRPC cannot listen on {address}: is another server running there? Choose another --port or --host"
+            ) from error
+
+    def add_services(self, core: Core, health: Health) -> None:
+        """Call once, before `start`."""
+        server, names = self._server, [CHAT, MODEL, RECOMMENDATION, PREDICTION]
+        chat_pb2_grpc.add_ChatServiceServicer_to_server(ChatService(core), server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(core), server)
+        recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server(RecommendationService(core), server)
+        prediction_pb2_grpc.add_PredictionServiceServicer_to_server(PredictionService(core), server)
+        if self._config.engine_api:
+            engine_pb2_grpc.add_EngineServiceServicer_to_server(EngineService(core), server)
+            names.append(ENGINE)
+        health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflected = [*(service.full_name for service in names), health_name, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(reflected, server)
+
+    async def start(self) -> None:
+        await self._server.start()
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Close the port; calls that still run after the grace period are cancelled."""
+        await self._server.stop(grace_seconds)
+
+
+def _options(config: ServerConfig) -> list[tuple[str, int]]:
+    options = [
+        ("grpc.so_reuseport", 0),  # a second server on the port is a mistake that must show
+        ("grpc.max_receive_message_length", config.max_message_bytes * _TRANSPORT_FACTOR),
+        ("grpc.max_concurrent_streams", config.max_concurrent_streams),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
+    if config.keepalive_seconds:
+        options.append(("grpc.keepalive_time_ms", round(config.keepalive_seconds * 1000)))
+    if config.max_connection_age_seconds:
+        # gRPC adds ten per cent of jitter, so that connections of one moment are not renewed in one moment.
+        options.append(("grpc.max_connection_age_ms", round(config.max_connection_age_seconds * 1000)))
+        options.append(("grpc.max_connection_age_grace_ms", _AGE_GRACE_SECONDS * 1000))
+    return options
+
+
+def _credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
+    if config.tls_certificate is None or config.tls_key is None:
+        if config.is_public:
+            log.warning("gRPC listens on %s without TLS; set tls_certificate and tls_key", config.host)
+        return None
+    chain = read_file("tls_certificate", config.tls_certificate)
+    key = read_file("tls_key", config.tls_key)
+    client_ca = read_file("tls_client_ca", config.tls_client_ca) if config.tls_client_ca else None
+    return grpc.ssl_server_credentials([(key, chain)], client_ca, require_client_auth=client_ca is not None)

@@ -1,0 +1,247 @@
+"""What happens around every call: request id, authentication, limits, parsing, metrics, logs and the final status.
+
+A handler gets the request as bytes from gRPC and a parsed message from here, so that what cannot be parsed is answered
+like any other bad input. Errors leave a service as exceptions and become a status in one place, here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+from shoplm.api.methods import METHODS, Method
+from shoplm.api.status import DETAILS_KEY, CallStatus, status_of
+from shoplm.api.wire import parse
+from shoplm.errors import EngineUnavailableError, OverloadedError, UnauthenticatedError
+from shoplm.logs import request_id
+from shoplm.metrics import Metrics
+
+REQUEST_ID_KEY = "x-request-id"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_HEALTH = "/grpc.health.v1.Health/"
+_RETRY_SECONDS = 1.0
+
+log = logging.getLogger("shoplm.api")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]"
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Wraps the handlers of `METHODS`; guards the others (reflection) with authentication, except health."""
+
+    def __init__(
+        self, metrics: Metrics, *, tokens: Sequence[str] = (), max_calls: int = 4096, max_message_bytes: int = 8 * 2**20
+    ) -> None:
+        self._metrics = metrics
+        self._tokens = [f"Bearer {token}".encode() for token in tokens]
+        self._max_calls = max_calls
+        self._max_message_bytes = max_message_bytes
+        self._wrapped: dict[str, Handler] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.draining = False  # True: new calls are refused
+        self.in_flight = 0
+
+    async def idle(self) -> None:
+        """Returns when no call is being served."""
+        await self._idle.wait()
+
+    async def intercept_service(self, continuation: Continuation, handler_call_details: Any) -> Handler:
+        handler = await continuation(handler_call_details)
+        path: str = handler_call_details.method
+        if handler is None or path.startswith(_HEALTH):
+            return handler
+        method = METHODS.get(path)
+        if method is None:
+            if not self._tokens or self._authorized(handler_call_details.invocation_metadata):
+                return handler
+            return _refusing(handler, status_of(_unauthenticated()))
+        if path not in self._wrapped:
+            self._wrapped[path] = self._wrap(method, handler)
+        return self._wrapped[path]
+
+    def _wrap(self, method: Method, handler: Handler) -> Handler:
+        if method.streams:
+            stream: Callable[[Message, Context], AsyncIterator[Message]] = handler.unary_stream  # type: ignore[assignment]
+
+            async def serve_stream(data: bytes, context: Context) -> None:
+                async def body(call: _Call) -> None:
+                    async with aclosing(stream(call.parse(data), context)) as responses:  # type: ignore[type-var]
+                        async for response in responses:
+                            await context.write(response)
+                            call.sent()
+
+                await self._serve(method, context, body)
+
+            return grpc.unary_stream_rpc_method_handler(serve_stream, None, handler.response_serializer)
+
+        unary: Callable[[Message, Context], Awaitable[Message]] = handler.unary_unary  # type: ignore[assignment]
+
+        async def serve_unary(data: bytes, context: Context) -> Message:
+            async def body(call: _Call) -> Message:
+                response = await unary(call.parse(data), context)
+                call.sent()
+                return response
+
+            response: Message = await self._serve(method, context, body)
+            return response
+
+        return grpc.unary_unary_rpc_method_handler(serve_unary, None, handler.response_serializer)
+
+    async def _serve(self, method: Method, context: Context, body: Callable[[_Call], Awaitable[Any]]) -> Any:
+        """Run one call to its end. Aborts the context on any error."""
+        call = _Call(self._metrics, method, context, self._max_message_bytes)
+        request_id.set(call.request_id)  # this task's own: gRPC gives every call a task
+        context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
+        self.in_flight += 1
+        self._idle.clear()
+        try:
+            self._admit(context)
+            result = await body(call)
+        except asyncio.CancelledError:
+            # gRPC cancels the task when the caller has gone and when the deadline passes.
+            expired = call.has_expired()
+            call.end(grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED)
+            raise
+        except Exception as error:
+            status = status_of(error)
+            call.end(status.code, status.reason, error)
+            await _abort(context, status, call.request_id)
+        else:
+            call.end(grpc.StatusCode.OK)
+            return result
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight:
+                self._idle.set()
+
+    def _admit(self, context: Context) -> None:
+        if self.draining:
+            raise EngineUnavailableError("the server is shutting down", retry_seconds=_RETRY_SECONDS)
+        if self._tokens and not self._authorized(context.invocation_metadata()):
+            raise _unauthenticated()
+        if self.in_flight > self._max_calls:
+            raise OverloadedError(
+                f"{self._max_calls} calls are in flight, more are not taken (max_concurrent_calls)",
+                reason="TOO_MANY_CALLS",
+                retry_seconds=_RETRY_SECONDS,
+            )
+
+    def _authorized(self, metadata: Any) -> bool:
+        given = next((value for key, value in metadata or () if key == "authorization"), "")
+        sent = given if isinstance(given, bytes) else given.encode()
+        # All are compared, in constant time: how long it takes says nothing about a token.
+        return any([hmac.compare_digest(sent, token) for token in self._tokens])  # noqa: C419
+
+
+class _Call:
+    """Bookkeeping of one call."""
+
+    def __init__(self, metrics: Metrics, method: Method, context: Context, max_message_bytes: int) -> None:
+        self._metrics = metrics
+        self._method = method
+        self._names = (method.grpc_type, method.grpc_service, method.name)
+        self._context = context
+        self._max_message_bytes = max_message_bytes
+        self._started = time.perf_counter()
+        self.request_id = _request_id(context)
+        metrics.grpc_started.labels(*self._names).inc()
+        metrics.in_flight.labels(method.label).inc()
+
+    def parse(self, data: bytes) -> Message:
+        self._metrics.grpc_received.labels(*self._names).inc()
+        return parse(data, self._method.request, self._max_message_bytes)
+
+    def sent(self) -> None:
+        self._metrics.grpc_sent.labels(*self._names).inc()
+
+    def has_expired(self) -> bool:
+        remaining = self._context.time_remaining()
+        return remaining is not None and remaining <= 0
+
+    def end(self, code: grpc.StatusCode, reason: str = "", error: Exception | None = None) -> None:
+        seconds = time.perf_counter() - self._started
+        metrics, method = self._metrics, self._method
+        metrics.in_flight.labels(method.label).dec()
+        metrics.requests.labels(method.label, method.name, code.name).inc()
+        metrics.request_seconds.labels(method.label, method.name).observe(seconds)
+        metrics.grpc_handled.labels(*self._names, _camel(code)).inc()
+        metrics.grpc_seconds.labels(*self._names).observe(seconds)
+        if code is not grpc.StatusCode.OK:
+            metrics.refusals.labels(method.label, reason or ("EXPIRED" if _is_expired(code) else "CANCELLED")).inc()
+        self._log(code, seconds, error)
+
+    def _log(self, code: grpc.StatusCode, seconds: float, error: Exception | None) -> None:
+        level = _LEVELS.get(code, logging.DEBUG)
+        if not log.isEnabledFor(level):
+            return
+        fields = {"service": self._method.label, "method": self._method.name, "code": code.name}
+        log.log(
+            level,
+            "call ended" if error is None else str(error) or type(error).__name__,
+            extra={**fields, "seconds": round(seconds, 6)},
+            exc_info=error if code is grpc.StatusCode.INTERNAL else None,
+        )
+
+
+# A caller's mistake is the caller's to log; every call at INFO would cost more than serving some of them.
+_LEVELS = {
+    grpc.StatusCode.INTERNAL: logging.ERROR,
+    grpc.StatusCode.UNAVAILABLE: logging.WARNING,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: logging.WARNING,
+    grpc.StatusCode.UNAUTHENTICATED: logging.WARNING,
+    grpc.StatusCode.INVALID_ARGUMENT: logging.INFO,
+    grpc.StatusCode.FAILED_PRECONDITION: logging.INFO,
+}
+
+
+def _is_expired(code: grpc.StatusCode) -> bool:
+    return code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def _camel(code: grpc.StatusCode) -> str:
+    """As the gRPC ecosystem's metrics write codes: OK, InvalidArgument, …"""
+    return "OK" if code is grpc.StatusCode.OK else "".join(part.capitalize() for part in code.name.split("_"))
+
+
+def _request_id(context: Context) -> str:
+    """The caller's own, where it can go into a log line and a header as it is; else a new one."""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
+            return value
+    return secrets.token_hex(8)
+
+
+def _unauthenticated() -> UnauthenticatedError:
+    return UnauthenticatedError("send a valid token in the metadata: authorization: Bearer <token>")
+
+
+async def _abort(context: Context, status: CallStatus, identifier: str) -> None:
+    await context.abort(status.code, status.message, ((REQUEST_ID_KEY, identifier), (DETAILS_KEY, status.details)))
+
+
+def _refusing(handler: Handler, status: CallStatus) -> Handler:
+    """A handler of the same kind that refuses."""
+
+    async def refuse(_: Any, context: Context) -> None:
+        await _abort(context, status, _request_id(context))
+
+    if handler.request_streaming and handler.response_streaming:
+        return grpc.stream_stream_rpc_method_handler(refuse)
+    if handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler(refuse)
+    if handler.request_streaming:
+        return grpc.stream_unary_rpc_method_handler(refuse)
+    return grpc.unary_unary_rpc_method_handler(refuse)

@@ -1,0 +1,45 @@
+"""Why an item was recommended: the exact terms of its score, each with a sentence for a person."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+
+import numpy as np
+from shoplm.history import EventKind, History
+from shoplm.request import SelectOutput
+from shoplm.v1 import recommendation_pb2
+
+Reason = recommendation_pb2.Reason
+
+
+def reasons(selected: SelectOutput, index: int, history: History) -> list[recommendation_pb2.Reason]:
+    """The terms of the item at `index` of the selection; they add up to its score."""
+    model, repeat, popularity = selected.model[index], selected.repeat[index], selected.popularity[index]
+    return [
+        Reason(kind=Reason.KIND_MODEL, contribution=model, text=_model_text(model, history)),
+        Reason(kind=Reason.KIND_REPEAT, contribution=repeat, text=repeat_text(selected.items[index], history)),
+        Reason(kind=Reason.KIND_POPULARITY, contribution=popularity, text=_popularity_text(popularity)),
+    ]
+
+
+def _model_text(log_probability: float, history: History) -> str:
+    if not len(history):
+        return "the model has no history to read"
+    return f"the model expects it next with a probability of {100 * math.exp(min(log_probability, 0.0)):.2g} %"
+
+
+def repeat_text(row: int, history: History) -> str:
+    """How often and when last the customer bought the item, in visits and UTC dates."""
+    bought = (history.item == row) & history.has_item & (history.kind == EventKind.PURCHASE)
+    if not bought.any():
+        return "not bought before"
+    visits = len(np.unique(history.basket[bought]))
+    last = datetime.fromtimestamp(float(history.time[bought].max()), UTC).date().isoformat()
+    return f"bought once, on {last}" if visits == 1 else f"bought {visits} times, last on {last}"
+
+
+def _popularity_text(contribution: float) -> str:
+    if contribution == 0:
+        return "its popularity in the shop does not count"
+    return f"its popularity in the shop {'adds' if contribution > 0 else 'takes away'} {abs(contribution):.2f}"

@@ -1,0 +1,126 @@
+"""RecommendationService: the best items of the catalogue for a customer, or the scores of given ones."""
+
+from __future__ import annotations
+
+from shoplm.api.core import Context, Core
+from shoplm.api.customers import MAX_ID_BYTES
+from shoplm.api.filters import excluded_rows, read_filter
+from shoplm.api.reasons import reasons
+from shoplm.api.shop import Shop
+from shoplm.api.validation import Violations
+from shoplm.api.warnings import Warnings
+from shoplm.history import History
+from shoplm.request import FinishedOutput, Request, Select, SelectOutput, Service
+from shoplm.v1 import recommendation_pb2 as pb
+from shoplm.v1.recommendation_pb2_grpc import RecommendationServiceServicer
+from shoplm.v1.shop_pb2 import Usage
+
+DEFAULT_COUNT = 10
+_SERVICE = Service.RECOMMENDATION
+
+
+class RecommendationService(RecommendationServiceServicer):
+    """See protos/shoplm/v1/recommendation.proto."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def Recommend(self, request: pb.RecommendRequest, context: Context) -> pb.RecommendResponse:
+        shop, config = self._core.shop(), self._core.config
+        violations, warnings = Violations(), Warnings()
+        history = self._core.customers.read(request.customer, violations, warnings)
+        violations.at_most("count", request.count, config.max_count, "max_count")
+        violations.at_most("beam_width", request.beam_width, config.max_beam_width, "max_beam_width")
+        item_filter = read_filter(request.filter, shop.catalog, config, violations)
+        excluded = excluded_rows(request.filter, shop.catalog, history, config, violations, warnings)
+        violations.raise_if_any()
+        count = min(request.count or DEFAULT_COUNT, len(shop.catalog))
+        own_items, own_counts = _own(shop, history)
+        select = Select(
+            count=count,
+            # A search narrower than its answer could not fill it.
+            beam_width=min(max(request.beam_width or config.default_beam_width, count), config.max_beam_width),
+            item_filter=item_filter,
+            exclude_items=excluded,
+            own_items=own_items,
+            own_counts=own_counts,
+            popularity_only=len(history) == 0,
+        )
+        work, finished, selected = await self._select(select, history, context, warnings)
+        return pb.RecommendResponse(
+            items=_items(shop, selected, history, request.explain),
+            model=self._core.served.model_version,
+            usage=self._core.usage(work, finished.cached_tokens, finished.completion_tokens),
+            degraded=finished.degraded,
+            warnings=self._core.warned(_SERVICE, warnings),
+        )
+
+    async def Rank(self, request: pb.RankRequest, context: Context) -> pb.RankResponse:
+        shop, config = self._core.shop(), self._core.config
+        violations, warnings = Violations(), Warnings()
+        history = self._core.customers.read(request.customer, violations, warnings)
+        if not request.item_ids:
+            violations.add("item_ids", "is empty; give the items to score")
+        if violations.length("item_ids", request.item_ids, config.max_candidates, "max_candidates"):
+            for index, item_id in enumerate(request.item_ids):
+                violations.text(f"item_ids[{index}]", item_id, MAX_ID_BYTES, required=True)
+        violations.raise_if_any()
+        found = [shop.catalog.rows.get(item_id) for item_id in request.item_ids]
+        candidates = tuple(sorted({row for row in found if row is not None}))
+        warnings.add("UNKNOWN_ITEM", found.count(None))
+        if not candidates:
+            return pb.RankResponse(
+                model=self._core.served.model_version, usage=Usage(), warnings=self._core.warned(_SERVICE, warnings)
+            )
+        own_items, own_counts = _own(shop, history)
+        select = Select(
+            count=len(candidates),
+            beam_width=0,
+            candidates=candidates,
+            own_items=own_items,
+            own_counts=own_counts,
+            popularity_only=len(history) == 0,
+        )
+        work, finished, selected = await self._select(select, history, context, warnings)
+        return pb.RankResponse(
+            items=_items(shop, selected, history, request.explain),
+            model=self._core.served.model_version,
+            usage=self._core.usage(work, finished.cached_tokens, finished.completion_tokens),
+            warnings=self._core.warned(_SERVICE, warnings),
+        )
+
+    async def _select(
+        self, select: Select, history: History, context: Context, warnings: Warnings
+    ) -> tuple[Request, FinishedOutput, SelectOutput]:
+        core = self._core
+        prefix = core.served.prompts.prefix(history)
+        warnings.add("HISTORY_TRUNCATED", prefix.dropped_baskets)
+        warnings.add("EMPTY_HISTORY", int(select.popularity_only))
+        tokens = core.served.prompts.recommend(prefix, history)
+        core.check_prompt("customer", len(tokens), core.shop().manifest.depth - 1)
+        work = core.request(_SERVICE, tokens, select, context, history_tokens=len(prefix.tokens))
+        finished = await core.engine.run(work)
+        if finished.selected is None:
+            raise RuntimeError("the engine answered a selection without items")
+        return work, finished, finished.selected
+
+
+def _own(shop: Shop, history: History) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    rows, counts = history.own_counts(shop.manifest.score.decay_days)
+    return tuple(rows.tolist()), tuple(counts.tolist())
+
+
+def _items(shop: Shop, selected: SelectOutput, history: History, explain: bool) -> list[pb.RecommendedItem]:
+    catalog = shop.catalog
+    items = []
+    for index, (row, score) in enumerate(zip(selected.items, selected.scores, strict=True)):
+        item = pb.RecommendedItem(
+            item_id=catalog.item_ids[row], title=catalog.titles[row], category=catalog.categories[row], score=score
+        )
+        price = float(catalog.prices[row])
+        if price == price:  # NaN: unknown
+            item.price = price
+        if explain:
+            item.reasons.extend(reasons(selected, index, history))
+        items.append(item)
+    return items

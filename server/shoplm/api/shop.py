@@ -1,0 +1,120 @@
+"""What the API process knows about what is served: metadata, tokenizer, catalogue, demo customers. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from shoplm.api.demo import DemoHistory, read_demo_customers
+from shoplm.bundle import HeadSpec, ShopManifest, read_manifest
+from shoplm.catalog.items import Catalog, read_catalog
+from shoplm.errors import BundleError
+from shoplm.model.base import Base
+from shoplm.model.chat_template import ChatTemplate
+from shoplm.model.tokenizer import Tokenizer
+from shoplm.prompt import PromptBuilder
+from shoplm.retrieval import Knowledge, read_knowledge
+from shoplm.v1 import shop_pb2
+from shoplm.vocabulary import ShopVocabulary
+
+
+@dataclass(frozen=True)
+class Shop:
+    """A bundle, as far as the API needs it."""
+
+    manifest: ShopManifest
+    catalog: Catalog
+    vocabulary: ShopVocabulary
+    demo: dict[str, DemoHistory]
+    knowledge: Knowledge
+
+    @property
+    def targets(self) -> tuple[HeadSpec, ...]:
+        return self.manifest.targets
+
+
+@dataclass(frozen=True)
+class Served:
+    """The base model's text side and, where there is one, the shop."""
+
+    base: Base
+    tokenizer: Tokenizer
+    prompts: PromptBuilder
+    shop: Shop | None
+
+    @property
+    def model_version(self) -> shop_pb2.ModelVersion:
+        """What every response names."""
+        if self.shop is None:
+            return shop_pb2.ModelVersion(base_model=self.base.name)
+        manifest = self.shop.manifest
+        return shop_pb2.ModelVersion(bundle=manifest.name, version=manifest.version, base_model=self.base.name)
+
+    @property
+    def cache_root(self) -> str:
+        """Prefixes are shared below one root only."""
+        if self.shop is None:
+            return self.base.fingerprint
+        return f"{self.base.fingerprint}/{self.shop.manifest.name}/{self.shop.manifest.version}"
+
+    @property
+    def vocabulary_size(self) -> int:
+        """All valid token ids are below this."""
+        return self.base.config.vocab_size if self.shop is None else self.shop.vocabulary.size
+
+
+def server_version() -> str:
+    """Of the installed distribution."""
+    return version("shoplm")
+
+
+def load_served(base: Base, bundle: Path | None, *, verify: bool = True) -> Served:
+    """Read what the API needs. Raises BaseModelError and BundleError naming what cannot be used."""
+    tokenizer = Tokenizer.from_folder(base.folder)
+    template = ChatTemplate.from_folder(base.folder)
+    if bundle is None:
+        return Served(base, tokenizer, PromptBuilder(tokenizer, template), None)
+    manifest = read_manifest(bundle, verify=verify)
+    _check_base(bundle, manifest, base)
+    catalog = read_catalog(bundle)
+    vocabulary = ShopVocabulary(base.config.vocab_size, manifest.level_sizes, manifest.type_count)
+    codes = _read_codes(bundle, manifest, len(catalog))
+    shop = Shop(manifest, catalog, vocabulary, read_demo_customers(bundle, manifest, catalog), read_knowledge(bundle))
+    return Served(base, tokenizer, PromptBuilder(tokenizer, template, manifest.prompt, vocabulary, codes), shop)
+
+
+def _check_base(bundle: Path, manifest: ShopManifest, base: Base) -> None:
+    wanted = manifest.base
+    if wanted.fingerprint != base.fingerprint:
+        raise BundleError(
+            f"{bundle}: was trained on {wanted.name} ({wanted.fingerprint[:12]}), not on {base.name} "
+            f"({base.fingerprint[:12]}); serve it with its own base, or train it again on this one"
+        )
+    found = (base.config.hidden_size, base.config.vocab_size)
+    if (wanted.hidden_size, wanted.vocab_size) != found:
+        raise BundleError(
+            f"{bundle}: base.hidden_size and base.vocab_size are {wanted.hidden_size} and {wanted.vocab_size}, "
+            f"but {base.name} has {found[0]} and {found[1]}"
+        )
+
+
+def _read_codes(bundle: Path, manifest: ShopManifest, items: int) -> NDArray[np.int32] | None:
+    """[items, depth] where an item has several codes; None where its code is its row."""
+    if manifest.depth == 1:
+        if manifest.level_sizes[0] != items:
+            raise BundleError(f"{bundle}: level_sizes is {manifest.level_sizes[0]}, but there are {items} items")
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    path = bundle / "weights.safetensors"
+    try:
+        with safe_open(path, framework="numpy") as weights:
+            codes: NDArray[np.int32] = weights.get_tensor("codes")
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path}: codes cannot be read: {error}") from error
+    if codes.shape != (items, manifest.depth):
+        raise BundleError(f"{path}: codes has shape {codes.shape}, expected {(items, manifest.depth)}")
+    return codes

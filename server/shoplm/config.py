@@ -1,0 +1,312 @@
+"""The server's settings: one model, read from a TOML file < environment `SHOPLM_*` < flags.
+
+The setting `max_events` is the file's key `max_events`, the variable `SHOPLM_MAX_EVENTS` and the flag `--max-events`.
+Unknown keys are refused in all three, with the nearest known name. No torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import ipaddress
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+from shoplm.errors import ConfigurationError
+
+ENVIRONMENT_PREFIX = "SHOPLM_"
+# Variables of the same prefix that other parts read: the model cache; the client's address, token and certificate.
+OTHER_VARIABLES = frozenset({"CACHE", "CONFIG", "ADDRESS", "TOKEN", "CA_FILE"})
+# What Kubernetes sets in every pod for a Service that is called shoplm or shoplm-something.
+_SERVICE_LINK = re.compile(r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+_SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
+
+
+def _split(value: object) -> object:
+    """`a,b` and `["a", "b"]` are both lists where they come from the environment or a flag."""
+    if isinstance(value, str):
+        if value.lstrip().startswith("["):
+            try:
+                return json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"is not a JSON list: {error}") from error
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)]
+
+
+class ServerConfig(BaseSettings):
+    """Everything that can be set. Sizes in bytes, times in seconds unless the name says otherwise."""
+
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid", frozen=True, populate_by_name=True)
+
+    # What is served
+    base: str | None = Field(None, description="base model: folder, GGUF file or hub id; unset: the packaged default")
+    bundle: Path | None = Field(None, description="bundle folder of the shop; unset: chat only")
+    verify_bundle: bool = Field(True, description="compare the bundle's files with their SHA-256 at start")
+
+    # Where
+    host: str = Field("127.0.0.1", description="address of gRPC; 0.0.0.0 for all", min_length=1)
+    port: int = Field(50051, description="port of gRPC; 0: any free one", ge=0, le=65535)
+    metrics_host: str = Field("127.0.0.1", description="address of /metrics, /healthz and /readyz", min_length=1)
+    metrics_port: int = Field(9464, description="its port; 0: any free one", ge=0, le=65535)
+
+    # Engine
+    backend: Literal["torch"] = Field("torch", description="what computes")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="type of weights and cache")
+    threads: int = Field(0, description="CPU threads of the engine; 0: one per core", ge=0, le=1024)
+    kv_cache_mib: int = Field(1024, description="memory for keys and values, in MiB", ge=1)
+    page_size: int = Field(16, description="tokens of a cache page", ge=1, le=1024)
+    max_step_tokens: int = Field(512, description="most tokens of one forward pass", ge=1)
+    max_running_requests: int = Field(256, description="most requests in one forward pass", ge=1)
+    max_queued_requests: int = Field(2048, description="more are refused with RESOURCE_EXHAUSTED", ge=1)
+    max_queued_tokens: int = Field(1_000_000, description="the same, in prompt tokens", ge=1)
+    extra_tries: Paths = Field((), description="files of further tries for the engine API (a comma between two)")
+    engine_api: bool = Field(False, description="offer EngineService: raw token ids, for benchmarks and debugging")
+
+    # Limits of a request; over one: INVALID_ARGUMENT
+    max_message_bytes: int = Field(8 * 2**20, description="largest request message", ge=1024, le=2**29)
+    max_text_bytes: int = Field(128 * 1024, description="text of a conversation, all messages together", ge=1)
+    max_messages: int = Field(256, description="messages of a conversation", ge=1)
+    max_events: int = Field(10_000, description="events read of a customer; the newest are kept", ge=1)
+    max_count: int = Field(200, description="items of a recommendation", ge=1)
+    max_candidates: int = Field(1000, description="items of one Rank call", ge=1)
+    max_filter_values: int = Field(10_000, description="entries of a list in a filter", ge=1)
+    max_beam_width: int = Field(128, description="widest search", ge=1)
+    default_beam_width: int = Field(32, description="beams where a request does not say", ge=1)
+    max_completion_tokens: int = Field(1024, description="longest chat answer", ge=1)
+    default_completion_tokens: int = Field(256, description="longest answer where a request does not say", ge=1)
+    max_stop_strings: int = Field(16, description="stop strings of a chat", ge=0)
+    max_targets: int = Field(64, description="targets of one Predict call", ge=1)
+    max_passages: int = Field(3, description="passages of the shop's texts that a chat is given", ge=0, le=32)
+
+    # Limits of the server; over one: RESOURCE_EXHAUSTED
+    max_concurrent_calls: int = Field(4096, description="calls in flight in all", ge=1)
+    max_concurrent_streams: int = Field(1024, description="calls in flight of one connection", ge=1)
+
+    # Connections
+    max_connection_age_seconds: float = Field(
+        1800, description="connections are renewed after this, so that balancers can move them; 0: never", ge=0
+    )
+    keepalive_seconds: float = Field(60, description="ping of idle connections; 0: none", ge=0)
+    drain_seconds: float = Field(30, description="how long running calls may take after SIGTERM", ge=0)
+
+    # Security
+    auth_tokens: Secrets = Field((), description="bearer tokens that are let in; none: no authentication")
+    auth_tokens_file: Path | None = Field(None, description="file of further tokens, one a line")
+    tls_certificate: Path | None = Field(None, description="PEM certificate chain; unset: no TLS")
+    tls_key: Path | None = Field(None, description="its PEM private key")
+    tls_client_ca: Path | None = Field(None, description="PEM of the CA whose clients are let in (mutual TLS)")
+
+    # Logs
+    log_format: Literal["text", "json"] = Field("text", description="readable lines, or one JSON object a line")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug logs every call")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for default, limit in (
+            ("default_beam_width", "max_beam_width"),
+            ("default_completion_tokens", "max_completion_tokens"),
+        ):
+            if getattr(self, default) > getattr(self, limit):
+                raise ValueError(f"{default} {getattr(self, default)} is over {limit} {getattr(self, limit)}")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key come together: set both or none")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is passed in: `load_config` reads the sources itself, to say where a wrong value came from."""
+        return (init_settings,)
+
+    def tokens(self) -> tuple[str, ...]:
+        """All bearer tokens. Raises ConfigurationError if their file cannot be read or a token is empty."""
+        tokens = [token.get_secret_value() for token in self.auth_tokens]
+        if self.auth_tokens_file is not None:
+            text = read_file("auth_tokens_file", self.auth_tokens_file).decode("utf-8", "strict")
+            tokens += [line.strip() for line in text.splitlines() if line.strip()]
+            if not tokens:
+                raise ConfigurationError(f"auth_tokens_file: {self.auth_tokens_file} holds no token")
+        if not all(tokens):
+            raise ConfigurationError("auth_tokens: a token is empty")
+        return tuple(tokens)
+
+    @property
+    def is_public(self) -> bool:
+        """Whether gRPC listens beyond this machine."""
+        try:
+            return not ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host != "localhost"
+
+    def to_toml(self) -> str:
+        """As a settings file, each with its description; secrets as asterisks. What `--print-config` shows."""
+        lines = []
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            written = "unset" if value is None else _toml_value(value)
+            lines.append(f"# {field.description}\n{'# ' if value is None else ''}{name} = {written}\n")
+        return "\n".join(lines)
+
+
+def read_file(setting: str, path: Path) -> bytes:
+    """A file that a setting names. Raises ConfigurationError naming both."""
+    try:
+        return path.expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"{setting}: {path} cannot be read: {error.strerror or error}") from error
+
+
+def load_config(
+    flags: Sequence[str] = (), environment: Mapping[str, str] | None = None, file: Path | None = None
+) -> ServerConfig:
+    """Settings of a TOML file, the environment and flags, the later ones winning.
+
+    `file` is the `--config` flag's default; `environment` is what to read instead of `os.environ`. Exits as argparse
+    does for `--help`. Raises ConfigurationError naming the setting, where it was set, its value and what to do.
+    """
+    import os
+
+    environment = os.environ if environment is None else environment
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path, default=file or environment.get(f"{ENVIRONMENT_PREFIX}CONFIG"))
+    chosen, rest = finder.parse_known_args(list(flags))
+    if chosen.config is not None:
+        path = Path(chosen.config)
+        for name, value in _read_toml(path).items():
+            values[name], origin[name] = value, f"{path}: {name}"
+    for name, value in _read_environment(environment).items():
+        values[name], origin[name] = value, f"{ENVIRONMENT_PREFIX}{name.upper()}"
+    for name, value in _read_flags(rest).items():
+        values[name], origin[name] = value, _flag(name)
+    try:
+        return ServerConfig(**values)
+    except ValidationError as error:
+        raise ConfigurationError(_explain(error, origin)) from error
+
+
+def help_text() -> str:
+    """The flags, as `--help` shows them."""
+    return _flag_parser([]).root_parser.format_help()
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(read_file("config", path).decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+    _refuse_unknown(values, lambda name: f"{path}: {name}", str)
+    return values
+
+
+def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    ours: dict[str, str | None] = {}
+    for variable, value in environment.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX):
+            continue
+        name = variable.removeprefix(ENVIRONMENT_PREFIX)
+        linked = _SERVICE_LINK.fullmatch(name) or _SERVICE_LINK_VALUE.match(value)
+        if name not in OTHER_VARIABLES and not linked:
+            ours[name.lower()] = value
+    _refuse_unknown(
+        ours, lambda name: f"{ENVIRONMENT_PREFIX}{name.upper()}", lambda name: f"{ENVIRONMENT_PREFIX}{name.upper()}"
+    )
+    source = EnvSettingsSource(ServerConfig)
+    source.env_vars = {f"{ENVIRONMENT_PREFIX}{name}".lower(): value for name, value in ours.items()}
+    try:
+        return source()
+    except SettingsError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _flag_parser(arguments: Sequence[str]) -> CliSettingsSource[Any]:
+    return CliSettingsSource(
+        ServerConfig,
+        cli_parse_args=list(arguments),
+        cli_prog_name="shoplm serve",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_exit_on_error=False,
+    )
+
+
+def _read_flags(arguments: Sequence[str]) -> dict[str, Any]:
+    known = {_flag(name): name for name in ServerConfig.model_fields}
+    for argument in arguments:
+        if argument.startswith("--") and argument != "--help":
+            flag = argument.split("=", 1)[0]
+            positive = "--" + flag.removeprefix("--").removeprefix("no-")
+            if flag not in known and positive not in known:
+                raise ConfigurationError(
+                    f"{flag}: no such flag{_nearest(flag, [*known, '--config', '--print-config'])}"
+                )
+    try:
+        return _flag_parser(arguments)()
+    except SettingsError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _refuse_unknown(names: Iterable[str], where: Any, written: Any) -> None:
+    known = list(ServerConfig.model_fields)
+    for name in names:
+        if name not in known:
+            raise ConfigurationError(
+                f"{where(name)}: no such setting{_nearest(written(name), [written(each) for each in known])}"
+            )
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else "; `shoplm serve --print-config` lists all"
+
+
+def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        name = str(problem["loc"][0]) if problem["loc"] else ""
+        text = problem["msg"].removeprefix("Value error, ")
+        if not name:
+            lines.append(text)
+            continue
+        secret = name == "auth_tokens"
+        value = "" if secret else f" is {ascii(problem['input'])[:80]}"
+        lines.append(f"{origin.get(name, name)}{value}: {text}")
+    return "; ".join(lines)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml_value(each) for each in value)}]"
+    return json.dumps(str(value))

@@ -1,0 +1,196 @@
+"""Every Prometheus metric of the server, in one place. Names are described in docs/operations.md.
+
+Two kinds of source: calls, seen by the gRPC interceptor, and the engine's `StepStats`, folded in as they arrive. Both
+run on the event loop; a scrape reads from another thread, which prometheus-client allows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+from shoplm.request import Service, StepStats
+
+# Fine where the latencies of the three services are promised: between 50 and 200 ms.
+LATENCY_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.075, 0.09, 0.1, 0.12, 0.15, 0.175, 0.2),
+    *(0.25, 0.35, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+)
+STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
+# The services of `shoplm.request.Service` and those that the engine knows nothing of.
+MODEL_SERVICE = "model"
+ENGINE_SERVICE = "engine"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Labels of `shoplm_model_info`."""
+
+    bundle: str
+    version: str
+    base_model: str
+    backend: str
+    server_version: str
+
+
+class Metrics:
+    """The registry and its metrics. One per server, so that tests can run several servers in a process."""
+
+    def __init__(self, *, process: bool = True) -> None:
+        """`process` adds memory, CPU, open files and collector pauses of this process."""
+        disable_created_metrics()  # `_created` series are gauges that no counter of the format asks for
+        self.registry = CollectorRegistry()
+        if process:
+            for collector in (ProcessCollector, PlatformCollector, GCCollector):
+                collector(registry=self.registry)
+        self._define_calls()
+        self._define_grpc()
+        self._define_engine()
+        self._define_model()
+        self._engine_was_up = False
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, *labels: str, buckets: tuple[float, ...] = LATENCY_BUCKETS) -> Histogram:
+        return Histogram(name, text, labels, registry=self.registry, buckets=buckets)
+
+    def _define_calls(self) -> None:
+        self.requests = self._counter(
+            "shoplm_requests", "Calls that ended, by gRPC status code.", "service", "method", "code"
+        )
+        self.request_seconds = self._histogram(
+            "shoplm_request_duration_seconds", "From a call's arrival to its last byte.", "service", "method"
+        )
+        self.in_flight = self._gauge("shoplm_requests_in_flight", "Calls that are being served.", "service")
+        self.refusals = self._counter(
+            "shoplm_refusals", "Calls that ended with an error, by its reason.", "service", "reason"
+        )
+        self.warnings = self._counter(
+            "shoplm_warnings", "Answers that say that something was ignored or changed.", "service", "warning"
+        )
+        self.prompt_tokens = self._counter("shoplm_prompt_tokens", "Prompt tokens of answered calls.", "service")
+        self.cached_tokens = self._counter(
+            "shoplm_cached_prompt_tokens", "Those of them that came from the prefix cache.", "service"
+        )
+        self.completion_tokens = self._counter("shoplm_completion_tokens", "Tokens of finished answers.", "service")
+
+    def _define_grpc(self) -> None:
+        labels = ("grpc_type", "grpc_service", "grpc_method")
+        self.grpc_started = self._counter("grpc_server_started", "Calls that were started.", *labels)
+        self.grpc_handled = self._counter("grpc_server_handled", "Calls that ended.", *labels, "grpc_code")
+        self.grpc_received = self._counter("grpc_server_msg_received", "Messages received.", *labels)
+        self.grpc_sent = self._counter("grpc_server_msg_sent", "Messages sent.", *labels)
+        self.grpc_seconds = self._histogram(
+            "grpc_server_handling_seconds", "From a call's arrival to its end in the application.", *labels
+        )
+
+    def _define_engine(self) -> None:
+        self.queue_seconds = self._histogram(
+            "shoplm_queue_time_seconds", "From arrival to the first step that computed something of it.", "service"
+        )
+        self.first_seconds = self._histogram(
+            "shoplm_time_to_first_token_seconds", "From arrival to the first token or the result.", "service"
+        )
+        self.inter_token_seconds = self._histogram("shoplm_inter_token_seconds", "Between two tokens of a chat answer.")
+        self.engine_seconds = self._histogram(
+            "shoplm_engine_time_seconds", "From arrival to the last token or the result.", "service"
+        )
+        self.step_seconds = self._histogram(
+            "shoplm_step_duration_seconds", "Forward passes, with what they read.", buckets=STEP_BUCKETS
+        )
+        self.step_tokens = self._counter("shoplm_step_tokens", "Tokens that forward passes computed.", "service")
+        self.step_rows = self._counter("shoplm_step_rows", "Requests in forward passes, summed over these.", "service")
+        self.mixed_steps = self._counter("shoplm_mixed_steps", "Forward passes that served more than one service.")
+        self.prefix_queries = self._counter("shoplm_prefix_query_tokens", "Prompt tokens looked up.")
+        self.prefix_hits = self._counter("shoplm_prefix_hit_tokens", "Those of them that were found.")
+        self.evicted_pages = self._counter("shoplm_kv_evicted_pages", "Cached pages given to other requests.")
+        self.engine_failures = self._counter(
+            "shoplm_engine_failures",
+            "Requests that the engine ended without an answer: cancelled, expired, overloaded, ….",
+            *("service", "kind"),
+        )
+        self.queued = self._gauge("shoplm_requests_queued", "Requests that wait for their first step.", "service")
+        self.running = self._gauge("shoplm_requests_running", "Requests that hold pages.", "service")
+        self.queued_tokens = self._gauge("shoplm_queued_tokens", "Prompt tokens that wait.")
+        self.kv_pages = self._gauge("shoplm_kv_pages", "Pages of the key-value pool.", "state")
+        self.engine_up = self._gauge("shoplm_engine_up", "Whether the engine is loaded and serving.")
+        self.engine_losses = self._counter("shoplm_engine_losses", "How often the engine was lost while it served.")
+
+    def _define_model(self) -> None:
+        self.model_info = self._gauge(
+            *("shoplm_model_info", "What is served; always 1."),
+            *("bundle", "version", "base_model", "backend", "server_version"),
+        )
+        self.start_seconds = self._gauge("shoplm_start_duration_seconds", "From the start of the server to ready.")
+        # Series that exist from the start: a rate over a series that appears with its first error misses that error.
+        for service in Service:
+            for counter in (self.prompt_tokens, self.cached_tokens, self.completion_tokens, self.step_tokens):
+                counter.labels(service.value)
+            self.step_rows.labels(service.value)
+            self.in_flight.labels(service.value)
+            self.queued.labels(service.value)
+            self.running.labels(service.value)
+            for histogram in (self.queue_seconds, self.first_seconds, self.engine_seconds):
+                histogram.labels(service.value)
+            for kind in ("cancelled", "expired", "overloaded"):
+                self.engine_failures.labels(service.value, kind)
+
+    def describe(self, info: ModelInfo) -> None:
+        """Set `shoplm_model_info` to what is served now."""
+        self.model_info.clear()
+        self.model_info.labels(info.bundle, info.version, info.base_model, info.backend, info.server_version).set(1)
+
+    def engine_state(self, serving: bool) -> None:
+        """The engine came up or was lost."""
+        self.engine_up.set(serving)
+        if self._engine_was_up and not serving:
+            self.engine_losses.inc()
+        self._engine_was_up = serving
+
+    def observe_usage(self, service: str, prompt: int, cached: int, completion: int) -> None:
+        """Tokens of a call that was answered."""
+        self.prompt_tokens.labels(service).inc(prompt)
+        self.cached_tokens.labels(service).inc(cached)
+        self.completion_tokens.labels(service).inc(completion)
+
+    def observe_step_stats(self, stats: StepStats) -> None:
+        """Fold in what the engine counted since its last message, and set its gauges."""
+        for seconds in stats.step_seconds:
+            self.step_seconds.observe(seconds)
+        for gap in stats.inter_token_seconds:
+            self.inter_token_seconds.observe(gap)
+        for histogram, by_service in (
+            (self.queue_seconds, stats.queue_seconds),
+            (self.first_seconds, stats.first_seconds),
+            (self.engine_seconds, stats.total_seconds),
+        ):
+            for service, values in by_service.items():
+                child = histogram.labels(service)
+                for seconds in values:
+                    child.observe(seconds)
+        for counter, counts in ((self.step_tokens, stats.tokens), (self.step_rows, stats.rows)):
+            for service, count in counts.items():
+                counter.labels(service).inc(count)
+        for key, count in stats.failures.items():
+            service, _, kind = key.partition(":")
+            self.engine_failures.labels(service, kind).inc(count)
+        self.mixed_steps.inc(stats.mixed_steps)
+        self.prefix_queries.inc(stats.prefix_query_tokens)
+        self.prefix_hits.inc(stats.prefix_hit_tokens)
+        self.evicted_pages.inc(stats.evicted_pages)
+        self._set_gauges(stats)
+
+    def _set_gauges(self, stats: StepStats) -> None:
+        for service in Service:
+            self.queued.labels(service.value).set(stats.queued_requests.get(service.value, 0))
+            self.running.labels(service.value).set(stats.running_requests.get(service.value, 0))
+        self.queued_tokens.set(stats.queued_tokens)
+        for state, pages in (("used", stats.pages_used), ("cached", stats.pages_cached), ("free", stats.pages_free)):
+            self.kv_pages.labels(state).set(pages)

@@ -1,0 +1,100 @@
+"""The shop's own texts for chat: passages of `knowledge/*.md`, found by BM25.
+
+A passage is what stands under one heading. A dozen of short texts is what a shop has; there, exact words (a brand, an
+opening day) find the right one, and no second model has to be loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from shoplm.errors import BundleError
+
+_HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*\s*$", re.MULTILINE)
+MAX_PASSAGE_CHARACTERS = 1200  # longer passages are split at blank lines
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """What stands under one heading of one text."""
+
+    source: str  # file name in knowledge/
+    title: str
+    text: str
+
+
+class Knowledge:
+    """All passages of a bundle, and the search over them. Safe to share: it is not changed after construction."""
+
+    def __init__(self, passages: Sequence[Passage]) -> None:
+        self.passages = tuple(passages)
+        self._index = None
+        if self.passages:
+            import bm25s  # only here: a shop without texts starts without it
+
+            self._bm25s = bm25s
+            self._index = bm25s.BM25()
+            documents = [f"{passage.title}\n{passage.text}" for passage in self.passages]
+            self._index.index(self._words(documents), show_progress=False)
+
+    def __len__(self) -> int:
+        return len(self.passages)
+
+    def search(self, query: str, count: int) -> list[Passage]:
+        """At most `count` passages that share a word with the query, best first; ties in the order of the texts."""
+        if self._index is None or count <= 0:
+            return []
+        (words,) = self._words([query])
+        known = [word for word in words if word in self._index.vocab_dict]
+        if not known:
+            return []
+        scores = self._index.get_scores(known)
+        best = np.argsort(-scores, kind="stable")[:count]
+        return [self.passages[row] for row in best.tolist() if scores[row] > 0]
+
+    def _words(self, texts: list[str]) -> list[list[str]]:
+        words: list[list[str]] = self._bm25s.tokenize(texts, return_ids=False, show_progress=False)
+        return [[_stem(word) for word in each] for each in words]
+
+
+def _stem(word: str) -> str:
+    """Folds the plural, so that `returns` finds `return`. For more, a shop's texts are too few."""
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+
+
+def read_knowledge(folder: Path) -> Knowledge:
+    """Read `knowledge/*.md` of a bundle folder; empty if there is none. Raises BundleError for an unreadable file."""
+    passages: list[Passage] = []
+    for path in sorted((folder / "knowledge").glob("*.md")):
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"{path}: {error}") from error
+        passages += split_passages(path.name, text)
+    return Knowledge(passages)
+
+
+def split_passages(source: str, text: str) -> list[Passage]:
+    """One passage per heading with text under it; text before the first heading has the file's name as its title."""
+    passages: list[Passage] = []
+    title, start = Path(source).stem.replace("-", " ").replace("_", " "), 0
+    for match in [*_HEADING.finditer(text), None]:
+        body = text[start : match.start() if match else len(text)].strip()
+        passages += [Passage(source, title, part) for part in _parts(body)]
+        if match:
+            title, start = match.group(1), match.end()
+    return passages
+
+
+def _parts(body: str) -> list[str]:
+    parts: list[str] = []
+    for paragraph in filter(None, (each.strip() for each in re.split(r"\n\s*\n", body))):
+        if parts and len(parts[-1]) + len(paragraph) + 2 <= MAX_PASSAGE_CHARACTERS:
+            parts[-1] += f"\n\n{paragraph}"
+        else:
+            parts.append(paragraph)
+    return parts

@@ -1,0 +1,250 @@
+"""Starts everything, says that it is ready, and stops without failing a call.
+
+The API process: gRPC, metrics and probes on one event loop. The engine is a process of its own behind its client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+from shoplm.api.core import Core, Engine
+from shoplm.api.customers import CustomerReader
+from shoplm.api.grpc_server import GrpcServer
+from shoplm.api.health import Health
+from shoplm.api.probes import ProbeServer
+from shoplm.api.shop import Served, load_served, server_version
+from shoplm.config import ServerConfig, load_config
+from shoplm.errors import ConfigurationError
+from shoplm.logs import configure_logs
+from shoplm.metrics import Metrics, ModelInfo
+from shoplm.model.base import Base, resolve_base
+from shoplm.request import StepStats
+
+EXIT_CALLS_CUT, EXIT_CONFIGURATION, EXIT_INTERRUPTED = 1, 2, 130
+_FLUSH_SECONDS = 1.0  # for the last bytes of calls that have just ended
+_DEFAULT_ADDRESS = ("127.0.0.1", 50051)  # the command-line client's own
+
+log = logging.getLogger("shoplm.server")
+T = TypeVar("T")
+
+
+class ManagedEngine(Engine, Protocol):
+    """`shoplm.engine.client.EngineClient`, as far as the server needs it."""
+
+    async def start(self) -> None:
+        """Until ready. Raises ConfigurationError if it cannot load."""
+        ...
+
+    def on_stats(self, callback: Callable[[StepStats], None]) -> None: ...
+
+    def on_state(self, callback: Callable[[bool], None]) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+EngineFactory = Callable[[ServerConfig, Base], ManagedEngine]
+
+
+def engine_process(config: ServerConfig, base: Base) -> ManagedEngine:
+    """The engine in a process of its own."""
+    from shoplm.engine.client import ProcessEngineClient
+
+    return ProcessEngineClient(config.engine_spec(base.folder))
+
+
+class Server:
+    """One server. `start`, then `drain` or `close`; a server is started once."""
+
+    def __init__(self, config: ServerConfig, make_engine: EngineFactory = engine_process) -> None:
+        self.config = config
+        self._created = time.monotonic()
+        self.metrics = Metrics()
+        self.served: Served | None = None
+        self.port = 0
+        self.metrics_port = 0
+        self._make_engine = make_engine
+        self._probes = ProbeServer(self.metrics.registry, self._is_ready)
+        self._grpc: GrpcServer | None = None
+        self._engine: ManagedEngine | None = None
+        self._health: Health | None = None
+        self._draining = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Until calls are served. Raises ConfigurationError; `close` cleans up then, too."""
+        config = self.config
+        self.metrics_port = await self._probes.start(config.metrics_host, config.metrics_port)
+        self._grpc = GrpcServer(config, self.metrics)
+        self.port = self._grpc.port
+        base = await asyncio.to_thread(resolve_base, config.base)
+        # The engine loads weights while this process reads metadata; bad metadata need not wait for the weights.
+        reading = asyncio.create_task(asyncio.to_thread(load_served, base, config.bundle, verify=config.verify_bundle))
+        engine = self._engine = self._make_engine(config, base)
+        engine.on_stats(self.metrics.observe_step_stats)
+        loading = asyncio.create_task(engine.start())
+        try:
+            self.served = await reading
+            await loading
+        finally:
+            loading.cancel()
+        self._health = Health(has_bundle=config.bundle is not None, engine_api=config.engine_api)
+        customers = CustomerReader(self.served.shop, config.max_events)
+        self._grpc.add_services(Core(self.served, engine, config, self.metrics, customers), self._health)
+        await self._grpc.start()
+        self._describe(engine)
+        engine.on_state(self._engine_state)
+        self.metrics.engine_state(True)
+        await self._health.set_serving(True)
+        self.metrics.start_seconds.set(time.monotonic() - self._created)
+        # A catalogue is many objects that stay: without this, every full collection would walk them all.
+        gc.collect()
+        gc.freeze()
+
+    async def drain(self, seconds: float) -> bool:
+        """Refuse new calls and let running ones finish. Whether all did within `seconds`."""
+        self._draining = True
+        if self._health is not None:
+            await self._health.set_serving(False)
+        if self._grpc is None:
+            return True
+        self._grpc.interceptor.draining = True
+        log.info("draining", extra={"calls": self._grpc.interceptor.in_flight})
+        try:
+            async with asyncio.timeout(seconds):
+                await self._grpc.interceptor.idle()
+        except TimeoutError:
+            log.warning("drain_seconds are over", extra={"calls": self._grpc.interceptor.in_flight})
+            return False
+        return True
+
+    async def close(self, grace_seconds: float = _FLUSH_SECONDS) -> None:
+        """Stop everything that was started, cancelling what runs after the grace period."""
+        self._draining = True
+        if self._grpc is not None:
+            await self._grpc.stop(grace_seconds)
+        if self._engine is not None:
+            await self._engine.close()
+        await self._probes.close()
+        for task in self._tasks:
+            task.cancel()
+
+    def _is_ready(self) -> bool:
+        return self._health is not None and self._health.serving
+
+    def _engine_state(self, serving: bool) -> None:
+        self.metrics.engine_state(serving)
+        if serving:
+            log.info("the engine serves again")
+        else:
+            log.error("the engine was lost; it is started again")
+        if self._health is not None and not self._draining:
+            task = asyncio.create_task(self._health.set_serving(serving))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _describe(self, engine: ManagedEngine) -> None:
+        assert self.served is not None
+        model = self.served.model_version
+        backend = engine.ready.backend if engine.ready is not None else ""
+        info = ModelInfo(model.bundle, model.version, model.base_model, backend, server_version())
+        self.metrics.describe(info)
+
+
+async def serve(config: ServerConfig, make_engine: EngineFactory = engine_process) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit code: 0, or 1 if calls were cut after `drain_seconds`; a second
+    signal stops at once (130). Raises ConfigurationError if the server cannot start."""
+    started = time.monotonic()
+    first, second = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: (second if first.is_set() else first).set())
+    server = Server(config, make_engine)
+    grace_seconds = 0.0
+    try:
+        await _unless(first, server.start())
+        if first.is_set():
+            return 0
+        sys.stdout.write(ready_text(server, time.monotonic() - started))
+        sys.stdout.flush()
+        await first.wait()
+        drained = await _unless(second, server.drain(config.drain_seconds))
+        if second.is_set():
+            return EXIT_INTERRUPTED
+        grace_seconds = _FLUSH_SECONDS
+        return 0 if drained else EXIT_CALLS_CUT
+    finally:
+        await server.close(grace_seconds)
+
+
+async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, or None if the event comes first: the work is cancelled then."""
+    task = asyncio.create_task(work)
+    waiting = asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        return None
+    finally:
+        waiting.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+
+
+def ready_text(server: Server, seconds: float) -> str:
+    """The ready line, and a call per service to copy."""
+    config, served = server.config, server.served
+    assert served is not None
+    shop = served.shop
+    what = served.base.name
+    if shop is not None:
+        what = f"{shop.manifest.title} ({shop.manifest.name} {shop.manifest.version}) on {what}"
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    lines = [
+        f"ShopLM {server_version()} is ready after {seconds:.1f} s: {what}",
+        f"  gRPC {host}:{server.port}   metrics http://{config.metrics_host}:{server.metrics_port}/metrics",
+        "Try, in another terminal:",
+    ]
+    address = "" if (config.host, server.port) == _DEFAULT_ADDRESS else f" --address {host}:{server.port}"
+    customer = f" --customer {shlex.quote(next(iter(shop.demo)))}" if shop is not None and shop.demo else ""
+    if shop is not None:
+        lines.append(f"  shoplm recommend{customer}{address}")
+        lines.append(f"  shoplm predict{customer}{address}")
+    question = "How can I return something?" if shop is not None and len(shop.knowledge) else "What can you do?"
+    lines.append(f"  shoplm chat{customer}{address} {shlex.quote(question)}")
+    return "\n".join(lines) + "\n"
+
+
+def serve_command(arguments: Sequence[str]) -> int:
+    """`shoplm serve`: flags in, exit code out. `--print-config` shows the settings and where to put them."""
+    flags = [argument for argument in arguments if argument != "--print-config"]
+    try:
+        config = load_config(flags)
+        if len(flags) < len(arguments):
+            sys.stdout.write(config.to_toml())
+            return 0
+        configure_logs(config.log_level, config.log_format)
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(serve(config))
+    except ConfigurationError as error:
+        sys.stderr.write(f"shoplm serve: {error}\n")
+        return EXIT_CONFIGURATION
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where it is installed: everywhere but on Windows."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
