@@ -1,0 +1,123 @@
+"""What is sent when: settings of a load and its seeded arrival times."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+MAX_ARRIVALS = 200_000
+MAX_SECONDS = 3600.0
+
+
+class LoadService(StrEnum):
+    """The services under load; the names are those of the metrics' `service` label."""
+
+    RECOMMENDATION = "recommendation"
+    CHAT = "chat"
+    PREDICTION = "prediction"
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """By when an answer is in time, in seconds from the intended send time.
+
+    Chat has two: the first text by `chat_first_seconds`, and the end by that plus `chat_token_seconds` per token.
+    """
+
+    recommendation_seconds: float = 0.100
+    prediction_seconds: float = 0.050
+    chat_first_seconds: float = 0.500
+    chat_token_seconds: float = 0.060
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSettings:
+    """A load. Rates in requests per second over all services; `mix` gives their weights.
+
+    `deadline_seconds` is the gRPC deadline of every call, which only bounds it; whether an answer is in time is
+    measured against `targets`. What would exceed `max_in_flight` calls is not sent, and the verdict says so.
+    """
+
+    rate: float = 2.0
+    seconds: float = 60.0
+    warmup_seconds: float = 10.0
+    mix: Mapping[LoadService, float] = field(
+        default_factory=lambda: {
+            LoadService.RECOMMENDATION: 6.0,
+            LoadService.CHAT: 1.0,
+            LoadService.PREDICTION: 3.0,
+        }
+    )
+    targets: Targets = Targets()
+    deadline_seconds: float = 30.0
+    max_in_flight: int = 2048
+    customers: int = 64
+    new_customer_share: float = 0.5
+    count: int = 10
+    chat_tokens: int = 32
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("rate", "seconds", "deadline_seconds"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}={value} must be a finite number above 0")
+        if not 0 <= self.warmup_seconds <= MAX_SECONDS or self.seconds > MAX_SECONDS:
+            raise ValueError(
+                f"seconds={self.seconds} and warmup_seconds={self.warmup_seconds} must be within {MAX_SECONDS:g}"
+            )
+        if self.rate * (self.seconds + self.warmup_seconds) > MAX_ARRIVALS:
+            raise ValueError(f"rate={self.rate} for {self.seconds} s is more than {MAX_ARRIVALS} requests; lower one")
+        if not self.mix or any(weight < 0 for weight in self.mix.values()) or sum(self.mix.values()) <= 0:
+            raise ValueError(f"mix={dict(self.mix)} must have weights of 0 or more, one of them above 0")
+        if not 0 <= self.new_customer_share <= 1:
+            raise ValueError(f"new_customer_share={self.new_customer_share} must be from 0 to 1")
+        for name in ("customers", "count", "chat_tokens", "max_in_flight"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request: when it is to be sent (seconds after the start), where, and about which customer."""
+
+    seconds: float
+    service: LoadService
+    customer: int
+    measured: bool  # False during the warm-up
+
+
+def poisson_arrivals(settings: LoadSettings, customers: int) -> tuple[Arrival, ...]:
+    """Arrivals of a Poisson process: exponential gaps of mean `1 / rate`; service and customer drawn independently.
+
+    The same settings give the same arrivals. At least one arrival is always there.
+    """
+    generator = random.Random(settings.seed)
+    services = list(settings.mix)
+    weights = [settings.mix[service] for service in services]
+    end = settings.warmup_seconds + settings.seconds
+    arrivals: list[Arrival] = []
+    moment = generator.expovariate(settings.rate)
+    while moment < end or not arrivals:
+        service = generator.choices(services, weights)[0]
+        customer = generator.randrange(customers)
+        arrivals.append(Arrival(min(moment, end), service, customer, moment >= settings.warmup_seconds))
+        moment += generator.expovariate(settings.rate)
+    return tuple(arrivals)
+
+
+def parse_mix(text: str) -> dict[LoadService, float]:
+    """`recommendation=6,chat=1,prediction=3` as weights. ValueError names the part that is wrong."""
+    mix: dict[LoadService, float] = {}
+    for part in text.split(","):
+        name, _, weight = part.strip().partition("=")
+        if name not in list(LoadService):
+            raise ValueError(f"mix: {name!r} is not one of {', '.join(LoadService)}")
+        try:
+            mix[LoadService(name)] = float(weight)
+        except ValueError as error:
+            raise ValueError(f"mix: {part.strip()!r} is not SERVICE=WEIGHT") from error
+    return mix

@@ -1,0 +1,149 @@
+"""The load generator over loopback: open loop, real calls, the command and what it writes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import typer
+from shoplm.bench.cli import bench
+from shoplm.bench.launch import LaunchError, own_server
+from shoplm.bench.load import run_load
+from shoplm.bench.observe import listening_process
+from shoplm.bench.offline import OfflineError, OfflineShape, run_offline
+from shoplm.bench.plan import Arrival, LoadService, LoadSettings, poisson_arrivals
+from shoplm.bench.workload import request_for
+from shoplm.v1 import shop_pb2
+from typer.testing import CliRunner
+
+# Test modules are imported one by one (importlib mode); the canned server lies beside the clients' tests.
+sys.path.insert(0, str(Path(__file__).parents[1] / "clients"))
+
+from canned_server import ANSWER, CannedServer
+
+application = typer.Typer()
+application.command()(bench)
+
+EVEN = dict.fromkeys(LoadService, 1.0)
+
+
+@pytest.fixture
+def server() -> Iterator[CannedServer]:
+    """A fresh server on a free port of loopback."""
+    with CannedServer() as running:
+        yield running
+
+
+def settings_of(
+    seconds: float = 1.0, rate: float = 60.0, deadline: float = 5.0, max_in_flight: int = 100
+) -> LoadSettings:
+    return LoadSettings(
+        rate=rate,
+        seconds=seconds,
+        warmup_seconds=0.2,
+        mix=EVEN,
+        customers=2,
+        deadline_seconds=deadline,
+        max_in_flight=max_in_flight,
+    )
+
+
+async def test_every_arrival_becomes_one_outcome(server: CannedServer) -> None:
+    settings = settings_of()
+    arrivals = poisson_arrivals(settings, 2)
+    customers = (shop_pb2.Customer(customer_id="7"), shop_pb2.Customer(customer_id="refused"))
+    windows: list[str] = []
+
+    async def note(name: str) -> None:
+        windows.append(name)
+
+    run = await run_load(
+        server.address,
+        settings,
+        arrivals,
+        lambda arrival: request_for(arrival, customers, settings),
+        window_starts=lambda: note("start"),
+        window_ends=lambda: note("end"),
+    )
+    assert windows == ["start", "end"]
+    assert [(o.service, o.measured) for o in run.outcomes] == [(a.service, a.measured) for a in arrivals]
+    for made, arrival in zip(run.outcomes, arrivals, strict=True):
+        refused = arrival.customer == 1
+        assert made.code is (grpc.StatusCode.RESOURCE_EXHAUSTED if refused else grpc.StatusCode.OK)
+        assert made.intended <= made.sent <= made.end
+        if arrival.service is LoadService.CHAT and not refused:
+            assert made.completion_tokens == len(ANSWER)
+            assert len(made.gaps) == len(ANSWER) - 1
+            assert made.first is not None and made.sent < made.first <= made.end
+
+
+async def test_a_server_that_stalls_does_not_slow_the_arrivals(server: CannedServer) -> None:
+    settings = settings_of(rate=40, deadline=1.5)
+    arrivals = poisson_arrivals(settings, 1)
+    slow = (shop_pb2.Customer(customer_id="slow"),)
+    run = await run_load(server.address, settings, arrivals, lambda arrival: request_for(arrival, slow, settings))
+    # A closed loop would have sent one; here all are out long before the first deadline ends.
+    assert len(run.outcomes) == len(arrivals) > 20
+    assert all(made.expired for made in run.outcomes)
+    assert max(made.sent for made in run.outcomes) < min(made.end for made in run.outcomes)
+
+
+async def test_a_client_over_its_bound_says_so(server: CannedServer) -> None:
+    settings = settings_of(rate=40, deadline=1.5, max_in_flight=3)
+    arrivals = [Arrival(0.3 + 0.01 * number, LoadService.PREDICTION, 0, True) for number in range(10)]
+    slow = (shop_pb2.Customer(customer_id="slow"),)
+    run = await run_load(server.address, settings, arrivals, lambda arrival: request_for(arrival, slow, settings))
+    assert (len(run.outcomes), run.dropped) == (3, 7)
+
+
+async def test_offline_counts_tokens_and_says_what_failed(server: CannedServer) -> None:
+    result = await run_offline(server.address, OfflineShape("small", 4, 8, 5), runs=2)
+    assert len(result.seconds) == 2
+    assert result.prompt_tokens_per_second == pytest.approx(result.output_tokens_per_second * 8 / 5)
+    with pytest.raises(OfflineError, match="DEADLINE_EXCEEDED"):
+        await run_offline(server.address, OfflineShape("small", 1, 8, 5), timeout_seconds=1e-6)
+
+
+def test_the_command_measures_writes_and_judges(server: CannedServer, tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    arguments = ["--address", server.address, "--seconds", "1.5", "--warmup-seconds", "0.3", "--rate", "60"]
+    result = CliRunner().invoke(
+        application,
+        [*arguments, "--throughput-runs", "1", "--customers", "6", "--output", str(output)],
+        env={"COLUMNS": "160"},
+    )
+    assert result.exit_code == 1, result.output  # too short to be quoted
+    assert "INVALID too short" in result.output
+    content = json.loads(output.read_text())
+    assert content["served"]["bundle"] == "canned"
+    assert content["machine"]["cores"] >= 1
+    assert {"python", "grpcio"} <= set(content["versions"])
+    services = content["load"]["services"]
+    assert set(services) == {"recommendation", "chat", "prediction"}
+    for summary in services.values():
+        assert summary["offered"] == summary["completed"] > 0
+        assert summary["latency"]["p50"] > 0
+    assert services["chat"]["first_text"]["count"] == services["chat"]["completed"]
+    assert content["load"]["use"]["cpu_seconds"] > 0  # of this process, which hosts the canned server
+    assert [part["shape"]["prompt_tokens"] for part in content["offline"]] == [512, 128]
+    assert "offline 32 x 512 in, 1 out" in result.output
+
+
+def test_the_command_explains_what_it_cannot_do(tmp_path: Path) -> None:
+    result = CliRunner().invoke(application, ["--mix", "search=1"])
+    assert result.exit_code == 2
+    assert "'search' is not one of" in result.stderr
+    log = tmp_path / "log"
+    with pytest.raises(LaunchError, match="ended with exit code"), own_server(["--no-such-option"], log):
+        pass
+
+
+async def test_the_listening_process_is_found(server: CannedServer) -> None:
+    port = int(server.address.rpartition(":")[2])
+    assert await asyncio.to_thread(listening_process, port) == os.getpid()
