@@ -1,0 +1,152 @@
+"""The prefix tree: full pages of prompts, shared between requests, customers' visits and services.
+
+One node is one page. A node may be shared before it is computed: its *writer* is the sequence that computes it, the
+others wait for it. When a writer goes away, the next one that needs the page takes over.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from shoplm.cache.pages import PagePool
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One page of a prefix."""
+
+    key: tuple[int, ...]  # the page's tokens
+    page: int
+    parent: Node | None  # None: a root, which has no page of its own
+    root: Hashable  # cache identity: nothing is shared across roots
+    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+    users: int = 0  # sequences that hold this node
+    filled: bool = False  # its keys and values are computed
+    writer: object | None = None  # the sequence that computes it; None when filled or orphaned
+    last_used: int = 0
+
+
+class PrefixTree:
+    """Matches prompts against the pages in the pool and evicts the least recently used leaves."""
+
+    def __init__(self, pool: PagePool, page_size: int) -> None:
+        self._pool = pool
+        self._page_size = page_size
+        self._roots: dict[Hashable, Node] = {}
+        self._clock = count(1)
+        self._leaves: list[tuple[int, int, Node]] = []  # heap of (last used, tie, node); entries may be stale
+        self._tie = count()
+        self._idle = 0
+        self.evicted = 0  # pages, since the start
+
+    @property
+    def idle(self) -> int:
+        """Pages that nobody uses: cached, and free for whoever needs them."""
+        return self._idle
+
+    @property
+    def available(self) -> int:
+        """Pages that `take` can give: free ones and idle ones."""
+        return self._pool.free + self._idle
+
+    def acquire(self, root: Hashable, tokens: Sequence[int], limit: int) -> list[Node]:
+        """The longest chain of nodes for the full pages among the first `limit` tokens, each now held once more."""
+        node = self._roots.get(root)
+        chain: list[Node] = []
+        size = self._page_size
+        for start in range(0, limit - size + 1, size):
+            node = node.children.get(tuple(tokens[start : start + size])) if node is not None else None
+            if node is None:
+                break
+            self._hold(node)
+            chain.append(node)
+        return chain
+
+    def extend(self, root: Hashable, parent: Node | None, tokens: Sequence[int], page: int, writer: object) -> Node:
+        """A new node for a page that `writer` is going to compute, held once by it."""
+        if parent is None:
+            parent = self._roots.setdefault(root, Node((), -1, None, root))
+        key = tuple(tokens)
+        assert len(key) == self._page_size and key not in parent.children
+        node = Node(key, page, parent, root, users=1, writer=writer, last_used=next(self._clock))
+        parent.children[key] = node
+        return node
+
+    def adopt(self, root: Hashable, parent: Node | None, tokens: Sequence[int], page: int) -> Node | None:
+        """Keep a computed page that a sequence owned, as an idle node; None when the tree has that prefix already."""
+        home = parent if parent is not None else self._roots.get(root)
+        if home is not None and tuple(tokens) in home.children:
+            return None
+        node = self.extend(root, parent, tokens, page, writer=None)
+        node.filled = True
+        self.release(node)
+        return node
+
+    def release(self, node: Node) -> None:
+        """One holder less. A page that nobody holds stays cached if it is filled, else it is freed."""
+        assert node.users > 0, "released more often than acquired"
+        node.users -= 1
+        if node.users:
+            return
+        self._idle += 1
+        if node.filled:
+            node.last_used = next(self._clock)
+            self._offer(node)
+        else:
+            # Nothing below an unfilled node can be filled, and its holders hold it too: it is a leaf by now.
+            self._remove(node)
+
+    def take(self) -> int:
+        """A page for a new owner: a free one, or the least recently used leaf's. IndexError when none is available."""
+        if not self._pool.free:
+            self._evict()
+        return self._pool.take()
+
+    def nodes(self) -> list[Node]:
+        """Every node with a page, for checks."""
+        found: list[Node] = []
+        stack = list(self._roots.values())
+        while stack:
+            node = stack.pop()
+            stack.extend(node.children.values())
+            if node.parent is not None:
+                found.append(node)
+        return found
+
+    def clear(self) -> None:
+        """Evict everything that nobody uses."""
+        while self._idle:
+            self._evict()
+
+    def _hold(self, node: Node) -> None:
+        if not node.users:
+            self._idle -= 1
+        node.users += 1
+
+    def _offer(self, node: Node) -> None:
+        if not node.children and not node.users:
+            heapq.heappush(self._leaves, (node.last_used, next(self._tie), node))
+
+    def _evict(self) -> None:
+        while True:
+            last_used, _, node = heapq.heappop(self._leaves)
+            current = node.last_used == last_used and not node.users and not node.children
+            if current and node.parent is not None and node.parent.children.get(node.key) is node:
+                break
+        self.evicted += 1
+        self._remove(node)
+
+    def _remove(self, node: Node) -> None:
+        assert not node.children and not node.users
+        parent = node.parent
+        assert parent is not None
+        del parent.children[node.key]
+        self._pool.give_back(node.page)
+        self._idle -= 1
+        if parent.parent is not None:
+            self._offer(parent)
+        elif not parent.children:
+            self._roots.pop(parent.root, None)

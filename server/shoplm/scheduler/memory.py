@@ -1,0 +1,153 @@
+"""A sequence's pages: shared ones from the prefix tree, its own behind them, and room for its beams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from shoplm.cache.pages import PagePool
+from shoplm.cache.prefix import PrefixTree
+from shoplm.request import Generate
+from shoplm.scheduler.sequence import Sequence
+
+
+class SequenceMemory:
+    """Gives sequences pages and takes them back. The only code that moves pages between owners."""
+
+    def __init__(self, pages: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.pool = PagePool(pages)
+        self.tree = PrefixTree(self.pool, page_size)
+        self.prefix_query_tokens = 0
+        self.prefix_hit_tokens = 0
+
+    def pages_needed(self, sequence: Sequence) -> int:
+        """Pages of the sequence from its known tokens to the end of its beams, not counting what it may share."""
+        beam_tokens = sequence.lanes * (sequence.depth - 1)
+        return self._pages(len(sequence.tokens)) + self._pages(beam_tokens)
+
+    def fits(self, sequence: Sequence) -> bool:
+        """Whether the pool could hold the sequence to its very end, were it alone."""
+        task = sequence.request.task
+        longest = sequence.prompt_length + (task.max_tokens if isinstance(task, Generate) else 0)
+        return self._pages(longest) + self._pages(sequence.lanes * (sequence.depth - 1)) <= self.pool.size
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Give the sequence every page of its known tokens and beams; False, and nothing changed, if they are short."""
+        tokens, size, tree = sequence.tokens, self.page_size, self.tree
+        # The last token is always computed: its hidden state is what the task reads.
+        shareable = len(tokens) - 1
+        chain = tree.acquire(sequence.request.cache_root, tokens, shareable)
+        if tree.available < self.pages_needed(sequence) - len(chain):
+            for node in reversed(chain):
+                tree.release(node)
+            return False
+        sequence.nodes = chain
+        for start in range(len(chain) * size, shareable - size + 1, size):
+            parent = sequence.nodes[-1] if sequence.nodes else None
+            root = sequence.request.cache_root
+            node = tree.extend(root, parent, tokens[start : start + size], tree.take(), writer=sequence)
+            sequence.nodes.append(node)
+        while self._pages(len(tokens)) > len(sequence.nodes) + len(sequence.pages):
+            sequence.pages.append(tree.take())
+        beam_pages = self._pages(sequence.lanes * (sequence.depth - 1))
+        sequence.beam_pages = [tree.take() for _ in range(beam_pages)]
+        shared_tokens = len(chain) * size
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = shared_tokens
+            self.prefix_query_tokens += len(tokens)
+            self.prefix_hit_tokens += shared_tokens
+        return True
+
+    def catch_up(self, sequence: Sequence) -> bool:
+        """Skip the pages that others have computed; False when the next one is being computed by another sequence."""
+        size = self.page_size
+        while sequence.computed % size == 0 and sequence.computed // size < len(sequence.nodes):
+            node = sequence.nodes[sequence.computed // size]
+            if node.filled:
+                sequence.computed += size
+                continue
+            if node.writer is None:
+                node.writer = sequence
+            return node.writer is sequence
+        return True
+
+    def computable(self, sequence: Sequence) -> int:
+        """Tokens of the prompt that this sequence itself may compute next: up to the first page that is another's."""
+        size = self.page_size
+        index = sequence.computed // size
+        while index < len(sequence.nodes):
+            node = sequence.nodes[index]
+            if node.filled:
+                break
+            if node.writer is None:
+                node.writer = sequence
+            if node.writer is not sequence:
+                break
+            index += 1
+        else:
+            return len(sequence.tokens) - sequence.computed
+        return index * size - sequence.computed
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Make sure that the page of token `computed` exists; False when no page is to be had."""
+        if sequence.computed // self.page_size < len(sequence.nodes) + len(sequence.pages):
+            return True
+        if not self.tree.available:
+            return False
+        sequence.pages.append(self.tree.take())
+        return True
+
+    def fill(self, sequence: Sequence, end: int) -> None:
+        """The keys and values of the leading `end` tokens are in the pool now: others may read them."""
+        for node in reversed(sequence.nodes[: end // self.page_size]):
+            if node.filled:
+                break
+            node.filled = True
+            node.writer = None
+
+    def release(self, sequence: Sequence, computed: int) -> None:
+        """Take everything back. Own full pages among the leading `computed` tokens stay cached for the next turn."""
+        size, tree = self.page_size, self.tree
+        parent = sequence.nodes[-1] if sequence.nodes else None
+        kept: set[int] = set()
+        shared = len(sequence.nodes)
+        if parent is None or parent.filled:
+            for index in range(shared, min(computed // size, shared + len(sequence.pages))):
+                page = sequence.pages[index - shared]
+                key = sequence.tokens[index * size : (index + 1) * size]
+                node = tree.adopt(sequence.request.cache_root, parent, key, page)
+                if node is None:
+                    break
+                kept.add(page)
+                parent = node
+        for page in (*sequence.pages, *sequence.beam_pages):
+            if page not in kept:
+                self.pool.give_back(page)
+        for node in reversed(sequence.nodes):
+            if node.writer is sequence:
+                node.writer = None
+            tree.release(node)
+        sequence.nodes, sequence.pages, sequence.beam_pages = [], [], []
+
+    def check(self, running: Iterable[Sequence]) -> None:
+        """Every page has exactly one owner. AssertionError names what does not."""
+        owners: dict[int, str] = dict.fromkeys(self.pool.free_pages(), "free")
+
+        def own(page: int, owner: str) -> None:
+            assert page not in owners, f"page {page} belongs to {owners[page]} and to {owner}"
+            owners[page] = owner
+
+        users = 0
+        for node in self.tree.nodes():
+            own(node.page, "the prefix tree")
+            users += node.users
+        held = 0
+        for sequence in running:
+            held += len(sequence.nodes)
+            for page in (*sequence.pages, *sequence.beam_pages):
+                own(page, sequence.request.request_id)
+        assert users == held, f"nodes count {users} holders, sequences hold {held}"
+        assert len(owners) == self.pool.size, f"{self.pool.size - len(owners)} pages have no owner"
+
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)

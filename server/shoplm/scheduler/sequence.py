@@ -1,0 +1,67 @@
+"""A request on its way through the engine: its tokens, how many are computed, and the pages they are in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shoplm.cache.prefix import Node
+from shoplm.request import Generate, Request, Select
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Mutable state of one request. There is no prefill and no decode: `length` runs ahead, `computed` catches up."""
+
+    request: Request
+    due_seconds: float  # what the work is ordered by: the deadline, or arrival + the service's target
+    tokens: list[int]  # prompt and the produced tokens that are known
+    depth: int = 1  # codes per item, for Select
+    lanes: int = 0  # of a beam row, for Select with depth > 1
+    computed: int = 0  # leading tokens whose keys and values are computed or in flight
+    in_flight: int = 0  # submitted steps of this sequence whose result is not in yet
+    unknown: int = 0  # sampled tokens that are in flight
+    level: int = 0  # Select: levels of the trie that are done or in flight
+    nodes: list[Node] = field(default_factory=list)  # shared pages, from the start of the prompt
+    pages: list[int] = field(default_factory=list)  # own pages behind them: linear ones
+    beam_pages: list[int] = field(default_factory=list)
+    state_slot: int | None = None  # None: not running
+    epoch: int = 0  # counts preemptions: results of an earlier life of a selection are void
+    cached_tokens: int | None = None  # of the prompt, at first admission
+    waiting_since: float = 0.0
+    started_seconds: float | None = None
+    first_seconds: float | None = None
+    last_token_seconds: float | None = None
+    ended: bool = False
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.tokens)
+
+    @property
+    def length(self) -> int:
+        """Known tokens and those in flight."""
+        return len(self.tokens) + self.unknown
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def pending(self) -> int:
+        """Tokens that could be computed now."""
+        return self.length - self.computed
+
+    @property
+    def is_selecting(self) -> bool:
+        """The prompt is computed and the search goes on in beams."""
+        return isinstance(self.request.task, Select) and self.level > 0
+
+    @property
+    def wants_more(self) -> bool:
+        """There is something left to submit."""
+        task = self.request.task
+        if isinstance(task, Select) and self.level:
+            return self.level < self.depth
+        if isinstance(task, Generate):
+            return self.length - self.prompt_length < task.max_tokens and self.pending > 0
+        return self.pending > 0

@@ -1,0 +1,55 @@
+"""What the scheduler counts between two reports."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+from shoplm.request import FailureKind, Service
+from shoplm.scheduler.plan import Plan
+
+
+class SchedulerStats:
+    """Counters and samples since the last `clear`."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Start a new interval."""
+        self.tokens: Counter[str] = Counter()
+        self.rows: Counter[str] = Counter()
+        self.mixed_steps = 0
+        self.preemptions = 0
+        self.queue_seconds: defaultdict[str, list[float]] = defaultdict(list)
+        self.first_seconds: defaultdict[str, list[float]] = defaultdict(list)
+        self.total_seconds: defaultdict[str, list[float]] = defaultdict(list)
+        self.inter_token_seconds: list[float] = []
+        self.failures: Counter[str] = Counter()
+
+    def step(self, plan: Plan) -> None:
+        """A step was computed."""
+        for row in plan.rows:
+            service = row.sequence.request.service
+            self.tokens[service] += row.count
+            self.rows[service] += 1
+        self.mixed_steps += len({row.sequence.request.service for row in plan.rows}) > 1
+
+    def queued(self, service: Service, seconds: float) -> None:
+        """A request left the queue for the first time."""
+        self.queue_seconds[service].append(seconds)
+
+    def first(self, service: Service, seconds: float) -> None:
+        """A request's first token or result is there."""
+        self.first_seconds[service].append(seconds)
+
+    def inter_token(self, seconds: float) -> None:
+        """Time between two tokens of one answer."""
+        self.inter_token_seconds.append(seconds)
+
+    def finished(self, service: Service, seconds: float) -> None:
+        """A request was served."""
+        self.total_seconds[service].append(seconds)
+
+    def failure(self, service: Service, kind: FailureKind) -> None:
+        """A request was not served."""
+        self.failures[f"{service}:{kind}"] += 1
