@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -26,6 +26,7 @@ from pydantic_settings import (
     SettingsConfigDict,
     SettingsError,
 )
+from shoplm.engine.spec import EngineSpec, SyntheticTrie
 from shoplm.errors import ConfigurationError
 
 ENVIRONMENT_PREFIX = "SHOPLM_"
@@ -49,7 +50,8 @@ def _split(value: object) -> object:
 
 
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
-Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+_TRIE = re.compile(r"(?P<name>[\w-]+)=(?P<items>\d+):(?P<sizes>\d+(x\d+)*)")
 
 
 class ServerConfig(BaseSettings):
@@ -75,10 +77,13 @@ class ServerConfig(BaseSettings):
     kv_cache_mib: int = Field(1024, description="memory for keys and values, in MiB", ge=1)
     page_size: int = Field(16, description="tokens of a cache page", ge=1, le=1024)
     max_step_tokens: int = Field(512, description="most tokens of one forward pass", ge=1)
+    max_mixed_prompt_tokens: int = Field(128, description="prompt tokens of a pass in which answers go on", ge=1)
     max_running_requests: int = Field(256, description="most requests in one forward pass", ge=1)
     max_queued_requests: int = Field(2048, description="more are refused with RESOURCE_EXHAUSTED", ge=1)
     max_queued_tokens: int = Field(1_000_000, description="the same, in prompt tokens", ge=1)
-    extra_tries: Paths = Field((), description="files of further tries for the engine API (a comma between two)")
+    synthetic_tries: Names = Field(
+        (), description="random catalogues for the engine API, each NAME=ITEMS:SIZExSIZE… (a comma between two)"
+    )
     engine_api: bool = Field(False, description="offer EngineService: raw token ids, for benchmarks and debugging")
 
     # Limits of a request; over one: INVALID_ARGUMENT
@@ -133,6 +138,14 @@ class ServerConfig(BaseSettings):
             raise ValueError("tls_client_ca needs tls_certificate and tls_key")
         return self
 
+    @field_validator("synthetic_tries")
+    @classmethod
+    def _tries_readable(cls, tries: tuple[str, ...]) -> tuple[str, ...]:
+        for trie in tries:
+            if not _TRIE.fullmatch(trie):
+                raise ValueError(f"{trie!r} is not of the form NAME=ITEMS:SIZExSIZE, such as big=50000:64x64x64")
+        return tries
+
     @classmethod
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
@@ -151,6 +164,28 @@ class ServerConfig(BaseSettings):
         if not all(tokens):
             raise ConfigurationError("auth_tokens: a token is empty")
         return tuple(tokens)
+
+    def engine_spec(self, base_folder: Path) -> EngineSpec:
+        """What the engine process is started with."""
+        tries = [match for trie in self.synthetic_tries if (match := _TRIE.fullmatch(trie))]
+        return EngineSpec(
+            base_folder=str(base_folder),
+            bundle_folder=None if self.bundle is None else str(self.bundle),
+            backend=self.backend,
+            dtype=self.dtype,
+            threads=self.threads,
+            kv_cache_bytes=self.kv_cache_mib * 2**20,
+            page_size=self.page_size,
+            max_step_tokens=self.max_step_tokens,
+            max_mixed_prompt_tokens=self.max_mixed_prompt_tokens,
+            max_running_requests=self.max_running_requests,
+            max_queued_requests=self.max_queued_requests,
+            max_queued_tokens=self.max_queued_tokens,
+            synthetic_tries=tuple(
+                SyntheticTrie(match["name"], int(match["items"]), tuple(map(int, match["sizes"].split("x"))))
+                for match in tries
+            ),
+        )
 
     @property
     def is_public(self) -> bool:

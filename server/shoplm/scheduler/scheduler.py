@@ -246,7 +246,7 @@ class Scheduler:
         elif sequence.last_token_seconds is not None:
             self.stats.inter_token(now - sequence.last_token_seconds)
         sequence.last_token_seconds = now
-        self._outputs.append(TokensOutput(sequence.request.request_id, (token,)))
+        self._outputs.append(TokensOutput(sequence.request.request_id, (token,), sequence.cached_tokens or 0))
         if sequence.completion_tokens >= task.max_tokens:
             self._finish(sequence, now, reason=FinishReason.LENGTH)
 

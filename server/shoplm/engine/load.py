@@ -1,0 +1,88 @@
+"""From a spec to a backend: reads the base model and the bundle. Imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from shoplm.bundle import ShopManifest, read_manifest
+from shoplm.catalog.filters import ItemColumns
+from shoplm.catalog.items import Catalog, read_catalog
+from shoplm.engine.spec import EngineSpec
+from shoplm.errors import BundleError, ConfigurationError
+from shoplm.model.backend import Backend
+from shoplm.model.config import ModelConfig
+from shoplm.model.shop_weights import ShopWeights, load_shop_weights, random_trie
+from shoplm.model.tokenizer import Tokenizer
+from shoplm.model.torch_backend import TorchBackend
+from shoplm.model.weights import load_weights
+from shoplm.vocabulary import SPECIAL_TEXTS, ShopVocabulary
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def load_backend(spec: EngineSpec) -> Backend:
+    """The backend of a spec, weights loaded. Raises ConfigurationError saying what cannot be used."""
+    if spec.backend != "torch":
+        raise ConfigurationError(f"backend {spec.backend!r} is not one of: torch")
+    if spec.dtype not in _DTYPES:
+        raise ConfigurationError(f"dtype {spec.dtype!r} is not one of: {', '.join(_DTYPES)}")
+    if spec.threads:
+        torch.set_num_threads(spec.threads)
+    folder = Path(spec.base_folder)
+    config = ModelConfig.from_folder(folder)
+    dtype = _DTYPES[spec.dtype]
+    page_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * spec.page_size * dtype.itemsize
+    pages = spec.kv_cache_bytes // page_bytes
+    if pages < 2:
+        raise ConfigurationError(
+            f"a KV cache of {spec.kv_cache_bytes} bytes holds {pages} pages of {page_bytes} bytes: raise kv_cache_mib"
+        )
+    weights = load_weights(folder, config, dtype)
+    tries = [
+        random_trie(
+            each.name, items=each.items, level_sizes=each.level_sizes, hidden_size=config.hidden_size, seed=each.seed
+        )
+        for each in spec.synthetic_tries
+    ]
+    shop = None if spec.bundle_folder is None else _shop(Path(spec.bundle_folder), folder, weights.embedding)
+    return TorchBackend(
+        config,
+        weights,
+        shop,
+        tries,
+        pages=pages,
+        page_size=spec.page_size,
+        state_slots=spec.max_running_requests,
+        max_context_tokens=spec.max_context_tokens or None,
+    )
+
+
+def _shop(bundle: Path, base: Path, embedding: torch.Tensor) -> ShopWeights:
+    # The API process has compared the hashes; here only the metadata are read again.
+    manifest = read_manifest(bundle, verify=False)
+    if manifest.base.vocab_size != len(embedding) or manifest.base.hidden_size != embedding.shape[1]:
+        raise BundleError(
+            f"{bundle} was made for {manifest.base.name}: a vocabulary of {manifest.base.vocab_size} and width "
+            f"{manifest.base.hidden_size}; this base has {len(embedding)} and {embedding.shape[1]}"
+        )
+    catalog = read_catalog(bundle)
+    vocabulary = ShopVocabulary(manifest.base.vocab_size, manifest.level_sizes, manifest.type_count)
+    return load_shop_weights(
+        bundle / "weights.safetensors",
+        manifest,
+        vocabulary,
+        embedding,
+        columns=ItemColumns(catalog.categories, catalog.prices, catalog.in_stock),
+        token_texts=_token_texts(base, manifest, catalog),
+    )
+
+
+def _token_texts(base: Path, manifest: ShopManifest, catalog: Catalog) -> list[list[int]] | None:
+    """The words behind each shop token, tokenised; None for codes of several tokens, whose rows the bundle stores."""
+    if manifest.depth > 1:
+        return None
+    tokenizer = Tokenizer.from_folder(base)
+    texts = [*SPECIAL_TEXTS.values(), *(catalog.text(row) for row in range(len(catalog))), *catalog.type_texts]
+    known: dict[str, list[int]] = {}
+    return [known.setdefault(text, tokenizer.encode(text)) if text not in known else known[text] for text in texts]

@@ -1,0 +1,134 @@
+"""The engine's side of the process boundary: ZeroMQ and msgspec in, ZeroMQ and msgspec out.
+
+`python -m shoplm.engine.process ADDRESS SPEC` is how the API process starts it.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+import msgspec
+import zmq
+from shoplm.engine.engine import Engine, scheduler_config
+from shoplm.engine.spec import EngineSpec
+from shoplm.errors import ShopLMError
+from shoplm.model.backend import Backend
+from shoplm.request import (
+    Cancel,
+    Drain,
+    EngineInput,
+    EngineOutput,
+    FailedOutput,
+    FailureKind,
+    ReadyOutput,
+    StatsOutput,
+    Submit,
+)
+
+REPORT_SECONDS = 0.2  # between two reports of statistics, while there is work
+_IDLE_POLL_MILLISECONDS = 1000  # how often an idle engine looks whether its parent is alive
+
+log = logging.getLogger("shoplm.engine")
+encode = msgspec.msgpack.Encoder().encode
+decode_input = msgspec.msgpack.Decoder(EngineInput).decode
+decode_outputs = msgspec.msgpack.Decoder(list[EngineOutput]).decode
+
+
+def run(address: str, spec: EngineSpec, load: Callable[[EngineSpec], Backend]) -> int:
+    """Serve one API process until it drains this engine or dies. Returns the exit code."""
+    context = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    # Undelivered answers of an engine that ends are worth a moment, not a hang.
+    socket.setsockopt(zmq.LINGER, 1000)
+    socket.connect(address)
+    try:
+        started = time.monotonic()
+        try:
+            backend = load(spec)
+        except (ShopLMError, OSError, ValueError, MemoryError) as error:
+            socket.send(encode([FailedOutput("", FailureKind.UNAVAILABLE, str(error), "CONFIGURATION")]))
+            return 2
+        info = backend.info
+        ready = ReadyOutput(
+            info.pages,
+            info.page_size,
+            info.max_context_tokens,
+            info.name,
+            time.monotonic() - started,
+            info.trie_items,
+        )
+        socket.send(encode([ready]))
+        gc.collect()
+        gc.freeze()
+        _Loop(Engine(backend, scheduler_config(spec)), socket).run()
+        backend.close()
+        return 0
+    finally:
+        socket.close()
+        context.term()
+
+
+class _Loop:
+    """Alternates between messages and steps."""
+
+    def __init__(self, engine: Engine, socket: zmq.Socket[bytes]) -> None:
+        self._engine = engine
+        self._socket = socket
+        self._parent = os.getppid()
+        self._draining = False
+        self._reported = 0.0
+
+    def run(self) -> None:
+        """Until drained and idle, or the parent is gone."""
+        engine = self._engine
+        while not (self._draining and engine.is_idle):
+            if not self._receive(wait=engine.is_idle):
+                return
+            outputs: list[EngineOutput] = engine.step()
+            now = time.monotonic()
+            if engine.is_idle or now - self._reported >= REPORT_SECONDS:
+                self._reported = now
+                outputs.append(StatsOutput(engine.report()))
+            if outputs:
+                self._socket.send(encode(outputs))
+
+    def _receive(self, wait: bool) -> bool:
+        """Take all messages that are there; an idle engine waits for the first. False: the parent has died."""
+        while wait and not self._socket.poll(_IDLE_POLL_MILLISECONDS):
+            if os.getppid() != self._parent:
+                return False
+        while True:
+            try:
+                message = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return True
+            match decode_input(message):
+                case Submit(request=request):
+                    self._engine.submit(request)
+                case Cancel(request_id=request_id):
+                    self._engine.cancel(request_id)
+                case Drain():
+                    self._draining = True
+
+
+def main() -> int:
+    """Entry of the process. A terminal's Ctrl-C and a group's SIGTERM are for the parent, which drains this process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    address, spec = sys.argv[1], msgspec.json.decode(sys.argv[2], type=EngineSpec)
+    from shoplm.engine.load import load_backend
+
+    return run(address, spec, load_backend)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

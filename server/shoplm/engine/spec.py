@@ -1,0 +1,33 @@
+"""Everything that an engine needs to start, as plain data, so that it can cross to another process."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SyntheticTrie(msgspec.Struct, frozen=True):
+    """A catalogue of random codes and rows: for benchmarks and debugging of the search."""
+
+    name: str
+    items: int
+    level_sizes: tuple[int, ...]
+    seed: int = 0
+
+
+class EngineSpec(msgspec.Struct, frozen=True):
+    """One engine: a base model, perhaps a bundle, and bounds."""
+
+    base_folder: str
+    bundle_folder: str | None = None
+    backend: str = "torch"
+    dtype: str = "bfloat16"  # or float32
+    threads: int = 0  # 0: one per core
+    kv_cache_bytes: int = 1 << 30
+    page_size: int = 16  # tokens
+    max_context_tokens: int = 0  # 0: the base model's
+    max_step_tokens: int = 512
+    max_mixed_prompt_tokens: int = 128
+    max_running_requests: int = 256
+    max_queued_requests: int = 2048
+    max_queued_tokens: int = 1_000_000
+    synthetic_tries: tuple[SyntheticTrie, ...] = ()
