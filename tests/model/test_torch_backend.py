@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shoplm.engine.batch import Batch, PredictReadout, Row
+from shoplm.engine.batch import Batch, PredictReadout, Row, SampleReadout
 from shoplm.errors import BundleError, ConfigurationError
 from shoplm.model.config import ModelConfig
 from shoplm.model.direct import DirectRunner
@@ -157,8 +157,6 @@ def test_tokens_come_from_the_state(tiny_model: TinyModel) -> None:
         tokens = np.array(prompt if first else [0], np.int32)
         at = np.arange(position + 1 - count, position + 1)
         generate = Generate(4)
-        from shoplm.engine.batch import SampleReadout
-
         row = Row(
             5,
             0,

@@ -31,6 +31,20 @@ class Linear:
         result: Tensor = torch.ops.mkldnn._linear_pointwise.default(states, self._weight, self._bias, "none", [], "")
         return result
 
+    def silu(self, states: Tensor) -> Tensor:
+        """SiLU(linear(states))."""
+        if not self._packed:
+            return functional.silu(functional.linear(states, self._weight, self._bias), inplace=True)
+        result: Tensor = torch.ops.mkldnn._linear_pointwise.default(states, self._weight, self._bias, "swish", [], "")
+        return result
+
+    def multiply(self, states: Tensor, factor: Tensor) -> Tensor:
+        """linear(states) * `factor`."""
+        if not self._packed:
+            return functional.linear(states, self._weight, self._bias).mul_(factor)
+        result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(states, factor, self._weight, self._bias, "mul")
+        return result
+
     def add(self, states: Tensor, residual: Tensor) -> Tensor:
         """`residual` + linear(states), the addition before the sum is rounded to bf16."""
         if not self._packed:

@@ -179,5 +179,5 @@ class _Reader:
         )
         if not fits:
             expected = ", ".join("any" if size is None else str(size) for size in shape)
-            raise BundleError(f"{self.path}: {key} has shape {tuple(tensor.shape)}, expected ({expected})")
+            raise BundleError(f"{self.path}: {key} has shape {list(tensor.shape)}, expected [{expected}]")
         return tensor
