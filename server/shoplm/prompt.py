@@ -20,6 +20,14 @@ _MARKS = {EventKind.CART: "<cart>", EventKind.VIEW: "<view>", EventKind.RETURN: 
 _SYSTEM = "system"
 
 
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """Plain text as a piece: what a system message of our own becomes."""
+
+    text: str
+    message: int | None = 0
+
+
 class TextEncoder(Protocol):
     """What the prompt needs of a tokenizer."""
 
@@ -27,8 +35,8 @@ class TextEncoder(Protocol):
         """Token ids of plain text; control tokens in it are text."""
         ...
 
-    def encode_template(self, text: str) -> list[int]:
-        """Token ids of template text; control tokens count."""
+    def encode_pieces(self, pieces: Sequence[TemplatePiece]) -> list[int]:
+        """Token ids of a rendered conversation: control tokens count in template text, and are text in contents."""
         ...
 
 
@@ -90,7 +98,8 @@ class PromptBuilder:
         profile = "; ".join(f"{name}: {value}" for name, value in history.attributes) if history is not None else ""
         text = self._schema.preamble + (f"\nCustomer profile: {profile}." if profile else "")
         known = history is not None and len(history) > 0
-        tokens = opening + self._encoder.encode(text + ("\nPurchase history, oldest first." if known else ""))
+        text += "\nPurchase history, oldest first." if known else ""
+        tokens = self._encoder.encode_pieces([*opening, _Text(text)])
         dropped = 0
         if history is not None and known:
             baskets = self._baskets(history)
@@ -120,25 +129,20 @@ class PromptBuilder:
                     messages = [(_SYSTEM, messages[0][1] + facts), *messages[1:]]
                 else:
                     messages = [(_SYSTEM, facts.strip()), *messages]
-            return tuple(self._encode(self._template.pieces(messages)))
+            return tuple(self._encoder.encode_pieces(self._template.pieces(messages)))
         if messages and messages[0][0] == _SYSTEM:
             facts = f"\n\n{messages[0][1]}{facts}"
             messages = messages[1:]
         _, closing = self._around_system(messages)
-        return prefix.tokens + tuple(self._encoder.encode(facts) if facts else []) + tuple(closing)
+        return prefix.tokens + tuple(self._encoder.encode_pieces([_Text(facts), *closing] if facts else closing))
 
-    def _around_system(self, messages: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
-        """Tokens before and after the content of a leading system message, which itself is left out."""
+    def _around_system(
+        self, messages: Sequence[tuple[str, str]]
+    ) -> tuple[Sequence[TemplatePiece], Sequence[TemplatePiece]]:
+        """What stands before and after the content of a leading system message, which itself is left out."""
         pieces = list(self._template.pieces([(_SYSTEM, "\u200b"), *(messages or [("user", "\u200b")])]))
         at = next(index for index, piece in enumerate(pieces) if piece.message == 0)
-        return self._encode(pieces[:at]), self._encode(pieces[at + 1 :])
-
-    def _encode(self, pieces: Sequence[TemplatePiece]) -> list[int]:
-        tokens: list[int] = []
-        for piece in pieces:
-            encode = self._encoder.encode_template if piece.message is None else self._encoder.encode
-            tokens += encode(piece.text)
-        return tokens
+        return pieces[:at], pieces[at + 1 :]
 
     def _task_suffix(self, name: str, history: History | None) -> tuple[int, ...]:
         vocabulary = self._shop()

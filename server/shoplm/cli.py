@@ -1,0 +1,61 @@
+"""`shoplm`: the server's commands, and the client's verbs beside them."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import typer
+
+# Commands of the optional parts: name -> (module, function, the extra that brings it).
+_COMMANDS = {
+    "train": ("shoplm.training.cli", "train", "train"),
+    "evaluate": ("shoplm.training.cli", "evaluate", "train"),
+    "bench": ("shoplm.bench.cli", "bench", "server"),
+}
+_HELP = """One language model for a shop's recommendations, chat and predictions.
+
+`shoplm serve` starts the server (`shoplm serve --help` lists its flags); the other verbs call one or make a bundle.
+"""
+
+
+def main() -> None:
+    """Entry point. A command imports only what it needs, so that the client works and starts fast without a server."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["serve"]:
+        sys.exit(_serve(arguments[1:]))
+    _application(arguments[:1])()
+
+
+def _serve(arguments: list[str]) -> int:
+    try:
+        serve_command = import_module("shoplm.server").serve_command
+    except ModuleNotFoundError as error:
+        return _missing("serve", error, "server")
+    code: int = serve_command(arguments)
+    return code
+
+
+def _application(first: list[str]) -> typer.Typer:
+    """All commands; those of other parts than the client are imported when they are called, or for the full help."""
+    app = typer.Typer(help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    import_module("shoplm.client.cli").register(app)
+    wanted = first if first and first[0] in _COMMANDS else ([] if first and not first[0].startswith("-") else _COMMANDS)
+    for name in wanted:
+        module, function, extra = _COMMANDS[name]
+        try:
+            app.command(name)(getattr(import_module(module), function))
+        except ModuleNotFoundError as error:
+            if first == [name]:
+                sys.exit(_missing(name, error, extra))
+    return app
+
+
+def _missing(command: str, error: ModuleNotFoundError, extra: str) -> int:
+    """Say which extra a command needs."""
+    sys.stderr.write(f"shoplm {command}: {error}; install it with `pip install 'shoplm[{extra}]'`\n")
+    return 2
+
+
+if __name__ == "__main__":
+    main()
