@@ -30,8 +30,9 @@ def run(case: Case, *, window: int | None = None) -> None:
 MIXED: list[Row] = [(1, 1), (70, 70), (1, 33), (0, 0), (4, 90), (0, 12), (20, 150), (1, 16), (2, 2)]
 
 
-@pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16])
-@pytest.mark.parametrize("page_size", [16, 32, 64])
+@pytest.mark.parametrize(
+    ("group", "page_size"), [(1, 16), (3, 32), (4, 64), (7, 16), (8, 32), (16, 64), (1, 64), (16, 16)]
+)
 def test_mixed_step(group: int, page_size: int) -> None:
     """Decode rows, short chunks, long chunks and empty rows in one call, every group and page size."""
     case = make_case(Shape(64, group, 1, page_size), MIXED)

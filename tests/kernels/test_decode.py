@@ -47,7 +47,7 @@ def tokens_of(case: Case, *, short: bool) -> torch.Tensor:
 
 
 SHAPES = [
-    Shape(64, 1, 3, 16),
+    Shape(64, 1, 2, 16),
     Shape(96, 3, 1, 32, torch.float16),
     Shape(128, 4, 1, 64),
     Shape(64, 7, 2, 16, torch.float16, torch.int8),

@@ -181,9 +181,9 @@ def tile_config(arch: int, head_dim: int, dtype: torch.dtype, rows: int, quantis
     if arch < 80:
         raise ValueError(f"arch must be 80 (sm_80) or later, got {arch}")
     if dtype == torch.float32:
-        # Twice the bytes and no fast tensor-core path: correctness only, mostly under the interpreter.
-        side = 64 if padded_head_dim(head_dim) <= 128 else 32
-        return TileConfig(16 if rows <= 16 else side, side, 4, 2)
+        # Full-precision products do without tensor cores: for the interpreter and for checks on a card, not to serve.
+        side = {64: 64, 128: 32, 256: 16}[padded_head_dim(head_dim)]
+        return TileConfig(16 if rows <= 16 else side, max(side, 32), 4, 2)
     size = _TOKEN if rows <= _TOKEN else _NARROW if rows <= _NARROW else _WIDE
     return _TILES[_family(arch)][size][padded_head_dim(head_dim), quantised_kv]
 
