@@ -54,7 +54,7 @@ def random_weights(config: ModelConfig, dtype: torch.dtype) -> DecoderWeights:
     generator = torch.Generator().manual_seed(0)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        weight = torch.randn(rows, columns, generator=generator) * float(columns) ** -0.5
+        weight: torch.Tensor = torch.randn(rows, columns, generator=generator) * float(columns) ** -0.5
         return weight.to(dtype)
 
     hidden, middle = config.hidden_size, config.intermediate_size

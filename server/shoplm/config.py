@@ -76,6 +76,7 @@ class ServerConfig(BaseSettings):
     threads: int = Field(0, description="CPU threads of the engine; 0: one per core", ge=0, le=1024)
     kv_cache_mib: int = Field(1024, description="memory for keys and values, in MiB", ge=1)
     page_size: int = Field(16, description="tokens of a cache page", ge=1, le=1024)
+    max_context_tokens: int = Field(0, description="tokens of a prompt with its answer; 0: the base model's", ge=0)
     max_step_tokens: int = Field(512, description="most tokens of one forward pass", ge=1)
     max_mixed_prompt_tokens: int = Field(128, description="prompt tokens of a pass in which answers go on", ge=1)
     max_running_requests: int = Field(256, description="most requests in one forward pass", ge=1)
@@ -148,7 +149,12 @@ class ServerConfig(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Only what is passed in: `load_config` reads the sources itself, to say where a wrong value came from."""
         return (init_settings,)
@@ -176,6 +182,7 @@ class ServerConfig(BaseSettings):
             threads=self.threads,
             kv_cache_bytes=self.kv_cache_mib * 2**20,
             page_size=self.page_size,
+            max_context_tokens=self.max_context_tokens,
             max_step_tokens=self.max_step_tokens,
             max_mixed_prompt_tokens=self.max_mixed_prompt_tokens,
             max_running_requests=self.max_running_requests,
@@ -245,7 +252,8 @@ def load_config(
 
 def help_text() -> str:
     """The flags, as `--help` shows them."""
-    return _flag_parser([]).root_parser.format_help()
+    text: str = _flag_parser([]).root_parser.format_help()
+    return text
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -6,13 +6,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from node_client import needs_node, run_node_tests
 from shoplm.client import Client, FinishReason, InvalidArgumentError
 from shoplm.config import load_config
-from shoplm.history import build_history
-from shoplm.readout.features import dense_features
 from shoplm.server import engine_process
 
 # Test modules are imported one by one (importlib mode); the tiny shop lies beside the tests of the services.
@@ -26,9 +23,7 @@ from tiny_shop import write_base, write_bundle
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle, beside its base model."""
     root = tmp_path_factory.mktemp("tiny-shop")
-    empty = np.zeros(0, np.int32)
-    history = build_history(empty, empty, empty, empty, empty, empty, [], as_of=0.0)  # type: ignore[arg-type]
-    write_bundle(root / "bundle", write_base(root / "base"), len(dense_features(history)))
+    write_bundle(root / "bundle", write_base(root / "base"))
     return root / "bundle"
 
 

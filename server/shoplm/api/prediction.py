@@ -9,16 +9,15 @@ from shoplm.api.shop import Shop
 from shoplm.api.validation import Violations, quote
 from shoplm.api.warnings import Warnings
 from shoplm.bundle import HeadSpec
-from shoplm.history import SECONDS_PER_DAY, EventKind, History
-from shoplm.readout.features import dense_features
-from shoplm.readout.targets import evaluate_target
+from shoplm.features import dense_features
+from shoplm.history import History
+from shoplm.readout.targets import answer, applicable
 from shoplm.request import Predict, Service
 from shoplm.v1 import prediction_pb2 as pb
 from shoplm.v1.prediction_pb2_grpc import PredictionServiceServicer
 
 DEFAULT_HORIZON_DAYS = 30
 _SERVICE = Service.PREDICTION
-_PROBABILITIES = frozenset({"purchase", "churn", "coupon_redemption"})
 _NAMES: dict[int, str] = {
     pb.TARGET_KIND_PURCHASE: "purchase",
     pb.TARGET_KIND_PURCHASE_COUNT: "purchase_count",
@@ -46,7 +45,7 @@ class PredictionService(PredictionServiceServicer):
         warnings.add("EMPTY_HISTORY", int(len(history) == 0))
         tokens = core.served.prompts.predict(prefix, history)
         core.check_prompt("customer", len(tokens))
-        task = Predict(tuple(dense_features(history).tolist()))
+        task = Predict(tuple(dense_features(history, shop.catalog.prices).tolist()))
         work = core.request(_SERVICE, tokens, task, context, history_tokens=len(prefix.tokens))
         finished = await core.engine.run(work)
         return pb.PredictResponse(
@@ -72,23 +71,15 @@ def target_message(spec: HeadSpec) -> pb.Target:
 
 def prediction(spec: HeadSpec, values: Sequence[float], history: History) -> pb.Prediction:
     """The answer of one target from the heads' raw values [P]."""
-    answer = evaluate_target(spec, values)
-    message = pb.Prediction(target=target_message(spec), base_rate=spec.base_rate, applicable=_applies(spec, history))
-    if spec.kind in _PROBABILITIES:
-        message.probability = answer.value
-    else:
-        message.amount = answer.value
-        if answer.low is not None and answer.high is not None:
-            message.interval_low, message.interval_high = answer.low, answer.high
+    found = answer(spec, tuple(values))
+    message = pb.Prediction(target=target_message(spec), base_rate=spec.base_rate, applicable=applicable(spec, history))
+    if found.probability is not None:
+        message.probability = found.probability
+    elif found.amount is not None:
+        message.amount = found.amount
+    if found.interval_low is not None and found.interval_high is not None:
+        message.interval_low, message.interval_high = found.interval_low, found.interval_high
     return message
-
-
-def _applies(spec: HeadSpec, history: History) -> bool:
-    """Whether the customer is in the target's population."""
-    if not spec.active_within_days:
-        return True
-    bought = history.time[history.kind == EventKind.PURCHASE]
-    return bool(len(bought)) and history.as_of - float(bought.max()) <= spec.active_within_days * SECONDS_PER_DAY
 
 
 def _find(path: str, target: pb.Target, shop: Shop, violations: Violations) -> HeadSpec | None:

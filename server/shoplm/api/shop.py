@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from shoplm.api.demo import DemoHistory, read_demo_customers
 from shoplm.bundle import HeadSpec, ShopManifest, read_manifest
 from shoplm.catalog.items import Catalog, read_catalog
 from shoplm.errors import BundleError
+from shoplm.features import FEATURE_VERSION
 from shoplm.model.base import Base
 from shoplm.model.chat_template import ChatTemplate
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.prompt import PromptBuilder
+from shoplm.readout.targets import check_spec
 from shoplm.retrieval import Knowledge, read_knowledge
 from shoplm.v1 import shop_pb2
 from shoplm.vocabulary import ShopVocabulary
@@ -79,6 +83,7 @@ def load_served(base: Base, bundle: Path | None, *, verify: bool = True) -> Serv
         return Served(base, tokenizer, PromptBuilder(tokenizer, template), None)
     manifest = read_manifest(bundle, verify=verify)
     _check_base(bundle, manifest, base)
+    _check_heads(bundle, manifest)
     catalog = read_catalog(bundle)
     vocabulary = ShopVocabulary(base.config.vocab_size, manifest.level_sizes, manifest.type_count)
     codes = _read_codes(bundle, manifest, len(catalog))
@@ -101,20 +106,37 @@ def _check_base(bundle: Path, manifest: ShopManifest, base: Base) -> None:
         )
 
 
+def _check_heads(bundle: Path, manifest: ShopManifest) -> None:
+    """Raises BundleError where a target cannot be computed here: found at start, not in a call."""
+    if manifest.feature_version != FEATURE_VERSION:
+        raise BundleError(
+            f"{bundle}: feature_version is {manifest.feature_version}, this server computes {FEATURE_VERSION}; "
+            "train the bundle again"
+        )
+    if manifest.targets:
+        (values,) = _read_weights(bundle, "head.bias").shape
+        for spec in manifest.targets:
+            check_spec(spec, values)
+
+
 def _read_codes(bundle: Path, manifest: ShopManifest, items: int) -> NDArray[np.int32] | None:
     """[items, depth] where an item has several codes; None where its code is its row."""
     if manifest.depth == 1:
         if manifest.level_sizes[0] != items:
             raise BundleError(f"{bundle}: level_sizes is {manifest.level_sizes[0]}, but there are {items} items")
         return None
-    from safetensors import SafetensorError, safe_open
+    codes: NDArray[np.int32] = _read_weights(bundle, "codes")
+    if codes.shape != (items, manifest.depth):
+        raise BundleError(f"{bundle}: codes has shape {codes.shape}, expected {(items, manifest.depth)}")
+    return codes
 
+
+def _read_weights(bundle: Path, name: str) -> NDArray[Any]:
+    """One small tensor of weights.safetensors."""
     path = bundle / "weights.safetensors"
     try:
         with safe_open(path, framework="numpy") as weights:
-            codes: NDArray[np.int32] = weights.get_tensor("codes")
+            tensor: NDArray[Any] = weights.get_tensor(name)
     except (OSError, SafetensorError) as error:
-        raise BundleError(f"{path}: codes cannot be read: {error}") from error
-    if codes.shape != (items, manifest.depth):
-        raise BundleError(f"{path}: codes has shape {codes.shape}, expected {(items, manifest.depth)}")
-    return codes
+        raise BundleError(f"{path}: {name} cannot be read: {error}") from error
+    return tensor

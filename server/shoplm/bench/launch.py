@@ -40,7 +40,7 @@ def own_server(arguments: Sequence[str], log: Path, start_seconds: float = START
     """
     port, metrics_port = _free_ports(2)
     command = [
-        *(sys.executable, "-c", "from shoplm.cli import main; main()", "serve", "--engine-api"),
+        *(sys.executable, "-m", "shoplm.cli", "serve", "--engine-api"),
         *("--port", str(port), "--metrics-port", str(metrics_port), *arguments),
     ]
     with log.open("wb") as output:

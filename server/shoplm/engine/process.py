@@ -96,6 +96,8 @@ class _Loop:
             now = time.monotonic()
             if engine.is_idle or now - self._reported >= REPORT_SECONDS:
                 self._reported = now
+                if os.getppid() != self._parent:
+                    return
                 outputs.append(StatsOutput(engine.report()))
             if outputs:
                 self._socket.send(encode(outputs))

@@ -41,7 +41,7 @@ class SequenceMemory:
             for node in reversed(chain):
                 tree.release(node)
             return False
-        sequence.nodes = chain
+        sequence.nodes = list(chain)
         for start in range(len(chain) * size, shareable - size + 1, size):
             parent = sequence.nodes[-1] if sequence.nodes else None
             root = sequence.request.cache_root
