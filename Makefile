@@ -1,0 +1,46 @@
+# Two commands are enough: `make serve` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint types bench doctor budget train clean
+
+help: ## What can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(INSTALLED): pyproject.toml requirements.lock protos/build_hook.py $(wildcard protos/shoplm/v1/*.proto)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ShopLM needs Python 3.11 or newer; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+serve: $(INSTALLED) ## Install, fetch the default base model and serve the default shop on 127.0.0.1:50051
+	$(BIN)/shoplm serve --bundle bundles/complete-journey $(ARGS)
+
+test: $(INSTALLED) ## Every test that this machine can run
+	$(BIN)/python -c 'from shoplm.model.base import resolve_base; resolve_base()'
+	$(BIN)/python -m pytest tests --ignore=tests/kernels $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
+
+lint: $(INSTALLED) ## Style of the Python code and the protos
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd protos && $(abspath $(BIN))/buf lint
+
+types: $(INSTALLED) ## Static types, strict
+	$(BIN)/mypy server kernels training clients/python benchmarks
+
+bench: $(INSTALLED) ## A mixed load of 60 s and the offline throughput, through gRPC
+	$(BIN)/shoplm bench --bundle bundles/complete-journey $(ARGS)
+
+doctor: ## What this machine has, and what each part is for
+	@$(PYTHON) server/shoplm/doctor.py
+
+budget: $(INSTALLED) ## Compile every kernel for every card and write the table
+	$(BIN)/python benchmarks/kernel_budget.py --full --write
+
+clean: ## Remove what was built (not the cache of base models)
+	rm -rf $(VENV) protos/gen .pytest_cache .mypy_cache .ruff_cache
