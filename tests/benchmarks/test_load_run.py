@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 import typer
 from shoplm.bench.cli import bench
@@ -147,3 +150,28 @@ def test_the_command_explains_what_it_cannot_do(tmp_path: Path) -> None:
 async def test_the_listening_process_is_found(server: CannedServer) -> None:
     port = int(server.address.rpartition(":")[2])
     assert await asyncio.to_thread(listening_process, port) == os.getpid()
+
+
+def test_a_terminated_bench_leaves_no_server_behind(tmp_path: Path) -> None:
+    """A stand-in for the bench: it starts a server that is never ready, and is told to end meanwhile."""
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from shoplm.bench import launch\n"
+        "stand_in = [sys.executable, '-c', 'print(1, flush=True); import time; time.sleep(60)']\n"
+        "popen = launch.subprocess.Popen\n"
+        "def start(command, **rest):\n"
+        "    process = popen(stand_in, **rest)\n"
+        "    print(process.pid, flush=True)\n"
+        "    return process\n"
+        "launch.subprocess.Popen = start\n"
+        f"with launch.own_server([], Path({str(tmp_path / 'log')!r})):\n"
+        "    pass\n"
+    )
+    bench_process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert bench_process.stdout is not None
+    server_pid = int(bench_process.stdout.readline())
+    bench_process.terminate()
+    assert bench_process.wait(30) == 128 + signal.SIGTERM
+    bench_process.stdout.close()
+    assert not psutil.pid_exists(server_pid)

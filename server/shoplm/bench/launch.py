@@ -39,6 +39,8 @@ def own_server(arguments: Sequence[str], log: Path, start_seconds: float = START
     Its output goes to `log`. Raises LaunchError when it ends or is not ready within `start_seconds`.
     """
     port, metrics_port = _free_ports(2)
+    # Ended by SIGTERM, this process must not leave the server behind: as an exception, it passes through `finally`.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     command = [
         *(sys.executable, "-m", "shoplm.cli", "serve", "--engine-api"),
         *("--port", str(port), "--metrics-port", str(metrics_port), *arguments),
@@ -50,6 +52,7 @@ def own_server(arguments: Sequence[str], log: Path, start_seconds: float = START
         yield RunningServer(f"127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}/metrics", process.pid)
     finally:
         _stop(process)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float) -> None:
