@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -28,6 +29,8 @@ def main() -> None:
 
 
 def _serve(arguments: list[str]) -> int:
+    # The engine is started as a fresh program, so gRPC need not survive a fork, nor warn of one.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
     try:
         serve_command = import_module("shoplm.server").serve_command
     except ModuleNotFoundError as error:

@@ -32,13 +32,21 @@ def report() -> tuple[list[str], bool]:
     version = ".".join(map(str, sys.version_info[:3]))
     say(sys.version_info >= (3, 11), True, f"Python {version}: 3.11 or newer is needed")
     free_gb = shutil.disk_usage(Path.cwd()).free / 1e9
-    say(free_gb > DISK_GB, True, f"disk: {free_gb:.0f} GB free here; an install with CUDA torch takes up to {DISK_GB} GB")
+    say(
+        free_gb > DISK_GB,
+        True,
+        f"disk: {free_gb:.0f} GB free here; an install with CUDA torch takes up to {DISK_GB} GB",
+    )
     cache = Path(os.environ.get("SHOPLM_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     say(os.access(cache if cache.exists() else cache.parent, os.W_OK), True, f"cache for base models: {cache}")
     for port, purpose in PORTS.items():
         with socket.socket() as probe:
             free = probe.connect_ex(("127.0.0.1", port)) != 0
-        say(free, False, f"port {port} ({purpose}): {'free' if free else 'in use; choose others with --port, --metrics-port'}")
+        say(
+            free,
+            False,
+            f"port {port} ({purpose}): {'free' if free else 'in use; choose others with --port, --metrics-port'}",
+        )
     for program, purpose in PROGRAMS.items():
         say(shutil.which(program) is not None, False, f"{program}: {purpose}")
     return lines, fine

@@ -128,23 +128,21 @@ class Scheduler:
         self._drop_expired(now)
         rows: list[PlanRow] = []
         budget = self.config.max_step_tokens
+        self._make_room()
         prompts: list[Sequence] = []
-        for sequence in list(self._running.values()):
-            if sequence.state_slot is None or not sequence.wants_more:
+        for sequence in self._running.values():
+            if not sequence.wants_more:
                 continue
-            if not sequence.is_selecting and sequence.computed < sequence.prompt_length:
+            if self._is_prompt(sequence):
                 prompts.append(sequence)
                 continue
-            row = self._continue(sequence, budget)
+            row = self._beams(sequence, budget) if sequence.is_selecting else self._chunk(sequence, budget)
             if row is not None:
                 rows.append(row)
                 budget -= row.count
         if rows:
-            # A preemption may have taken a sequence that was planned before it.
-            rows = [row for row in rows if row.sequence.state_slot is not None and row.epoch == row.sequence.epoch]
             budget = min(budget, self.config.max_mixed_prompt_tokens)
-        prompts = [sequence for sequence in prompts if sequence.state_slot is not None]
-        prompts.sort(key=lambda sequence: (-sequence.request.priority, sequence.due_seconds))
+        prompts.sort(key=self._rank)
         self._plan_prompts(prompts, rows, budget, now)
         for row in rows:
             row.sequence.in_flight += 1
@@ -170,22 +168,29 @@ class Scheduler:
                 rows.append(row)
                 budget -= row.count
 
-    def _continue(self, sequence: Sequence, budget: int) -> PlanRow | None:
-        """One step of an answer: a token, or one level of the beams."""
-        if sequence.is_selecting:
-            if sequence.lanes > budget:
-                return None
-            row = PlanRow(
-                sequence, sequence.prompt_length, sequence.lanes, True, True, sequence.level, True, 0, sequence.epoch
-            )
-            sequence.level += 1
-            return row
-        while not self.memory.grow(sequence):
-            victim = max(self._running.values(), key=self._rank)
-            self._preempt(victim)
-            if victim is sequence:
-                return None
-        return self._chunk(sequence, budget)
+    def _is_prompt(self, sequence: Sequence) -> bool:
+        return not sequence.is_selecting and sequence.computed < sequence.prompt_length
+
+    def _make_room(self) -> None:
+        """Every answer that goes on gets the page of its next token; whoever is due last makes room for the others.
+
+        Before any row is planned, so that no preempted sequence is already part of the step.
+        """
+        for sequence in tuple(self._running.values()):
+            if sequence.is_selecting or self._is_prompt(sequence) or not sequence.wants_more:
+                continue
+            while sequence.state_slot is not None and not self.memory.grow(sequence):
+                self._preempt(max(self._running.values(), key=self._rank))
+
+    def _beams(self, sequence: Sequence, budget: int) -> PlanRow | None:
+        """The next level of a search: all its lanes, or nothing in this step."""
+        if sequence.lanes > budget:
+            return None
+        row = PlanRow(
+            sequence, sequence.prompt_length, sequence.lanes, True, True, sequence.level, True, 0, sequence.epoch
+        )
+        sequence.level += 1
+        return row
 
     def _chunk(self, sequence: Sequence, budget: int) -> PlanRow | None:
         """The next tokens of a sequence, as many as the budget and the pages of others allow."""
@@ -299,8 +304,9 @@ class Scheduler:
     def _enqueue(self, sequence: Sequence, now: float) -> None:
         sequence.waiting_since = now
         heapq.heappush(self._waiting, (*self._rank(sequence), next(self._tie), sequence))
+        sequence.queued_tokens = len(sequence.tokens)
         self._queued_requests += 1
-        self._queued_tokens += len(sequence.tokens)
+        self._queued_tokens += sequence.queued_tokens
 
     def _next_waiting(self) -> Sequence | None:
         while self._waiting and self._waiting[0][3].ended:
@@ -314,7 +320,7 @@ class Scheduler:
             return False
         heapq.heappop(self._waiting)
         self._queued_requests -= 1
-        self._queued_tokens -= len(sequence.tokens)
+        self._queued_tokens -= sequence.queued_tokens
         sequence.state_slot = self._slots.pop()
         self._running[sequence.request.request_id] = sequence
         if sequence.epoch == 0:
@@ -343,7 +349,7 @@ class Scheduler:
     def _end(self, sequence: Sequence) -> None:
         if sequence.state_slot is None:
             self._queued_requests -= 1
-            self._queued_tokens -= len(sequence.tokens)
+            self._queued_tokens -= sequence.queued_tokens
         self._stop_running(sequence)
         sequence.ended = True
         del self._sequences[sequence.request.request_id]
