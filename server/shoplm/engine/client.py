@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import sys
 import tempfile
 import threading
@@ -238,6 +239,8 @@ class ProcessEngineClient(EngineClient):
             address,
             msgspec.json.encode(self.spec).decode(),
             stdin=asyncio.subprocess.DEVNULL,
+            # Threads that spin while they wait take the cores from whoever shares them, the API process first.
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
         )
         process, loaded = self._process, self._loaded
 
