@@ -260,8 +260,9 @@ class Scheduler:
     def _sequence(self, request: Request) -> Sequence:
         depth = lanes = 0
         if isinstance(request.task, Select):
-            depth = self._trie_depths.get(request.task.trie, 0)
-            lanes = self._lanes(request.task) if depth > 1 and not request.task.popularity_only else 0
+            # Popularity alone is answered after the prompt: there are no beams, however deep the trie is.
+            depth = 1 if request.task.popularity_only else self._trie_depths.get(request.task.trie, 0)
+            lanes = self._lanes(request.task) if depth > 1 else 0
         return Sequence(request, self.config.due_seconds(request), list(request.tokens), max(depth, 1), lanes)
 
     def _refusal(self, sequence: Sequence, now: float) -> tuple[FailureKind, str, str] | None:
