@@ -1,0 +1,334 @@
+"""What the scheduler promises: sharing, taking over, fairness, bounds, order and progress."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import msgspec
+import pytest
+from shoplm.request import (
+    Embed,
+    FailedOutput,
+    FailureKind,
+    FinishedOutput,
+    Generate,
+    Predict,
+    Request,
+    Select,
+    Service,
+    Task,
+    TokensOutput,
+)
+from shoplm.scheduler.config import SchedulerConfig
+from simulation import CheckingBackend, Clock, CostCurve, Simulation, expected_answer
+
+PAGE_SIZE = 4
+DEEP = Select(3, 5, trie="deep")
+
+
+def simulate(config: SchedulerConfig | None = None, **backend: Any) -> Simulation:
+    return Simulation(CheckingBackend(Clock(), page_size=PAGE_SIZE, **backend), config)
+
+
+def request(name: str, tokens: range | list[int], task: Task, **fields: Any) -> Request:
+    service = {Generate: Service.CHAT, Select: Service.RECOMMENDATION}.get(type(task), Service.PREDICTION)
+    return Request(name, service, tuple(tokens), task, **{"arrival_seconds": 0.0, **fields})
+
+
+def computed_tokens(simulation: Simulation) -> int:
+    return sum(len(batch.tokens) for batch in simulation.backend.batches)
+
+
+def finished(simulation: Simulation, name: str) -> FinishedOutput:
+    simulation.check_answer(name)
+    end = simulation.records[name].end
+    assert isinstance(end, FinishedOutput), end
+    return end
+
+
+def failed(simulation: Simulation, name: str) -> FailedOutput:
+    end = simulation.records[name].end
+    assert isinstance(end, FailedOutput), end
+    return end
+
+
+# ---- sharing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pipeline_depth", [1, 2])
+def test_the_same_prefix_is_computed_once_however_many_ask_at_once(pipeline_depth: int) -> None:
+    simulation = simulate(pages=64, pipeline_depth=pipeline_depth)
+    history = list(range(100))
+    tasks: list[Task] = [Predict(()), Select(1, 1, trie="flat"), Embed(), Predict(()), Generate(1)]
+    simulation.submit(*(request(f"r{i}", [*history, 900 + i, 901], task) for i, task in enumerate(tasks)))
+    simulation.run()
+    assert computed_tokens(simulation) == 100 + 2 * len(tasks)
+    for name in simulation.records:
+        finished(simulation, name)
+    simulation.check_idle()
+
+
+def test_a_later_request_finds_the_prefix_and_says_so() -> None:
+    simulation = simulate()
+    simulation.submit(request("first", range(41), Predict(())))
+    simulation.run()
+    simulation.submit(request("second", [*range(41), 77], DEEP))
+    simulation.run()
+    assert finished(simulation, "first").cached_tokens == 0
+    assert finished(simulation, "second").cached_tokens == 40
+    assert computed_tokens(simulation) == 41 + 2 + 2 * 5
+
+
+def test_the_last_token_is_computed_even_if_all_is_cached() -> None:
+    simulation = simulate()
+    for name in ("first", "second"):
+        simulation.submit(request(name, range(40), Predict(())))
+        simulation.run()
+    assert finished(simulation, "second").cached_tokens == 36
+
+
+def test_the_next_turn_finds_the_answer_in_the_cache() -> None:
+    simulation = simulate()
+    first = request("first", range(21), Generate(20))
+    simulation.submit(first)
+    simulation.run()
+    answer = expected_answer(first)
+    assert isinstance(answer, tuple)
+    simulation.submit(request("second", [*range(21), *map(int, answer), 5, 6, 7], Generate(3)))
+    simulation.run()
+    # 21 + 20 tokens less the last one, which was drawn but not computed, are ten pages.
+    assert finished(simulation, "second").cached_tokens == 40
+
+
+def test_other_roots_share_nothing() -> None:
+    simulation = simulate()
+    for root in ("one", "two"):
+        simulation.submit(request(root, range(40), Predict(()), cache_root=root))
+        simulation.run()
+    assert computed_tokens(simulation) == 80
+
+
+@pytest.mark.parametrize("pipeline_depth", [1, 2])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_cancelled_writer_is_taken_over(steps: int, pipeline_depth: int) -> None:
+    simulation = simulate(SchedulerConfig(max_step_tokens=10), pages=64, pipeline_depth=pipeline_depth)
+    simulation.submit(request("writer", range(60), Predict(())))
+    simulation.submit(*(request(f"reader {i}", [*range(60), i], Predict(())) for i in range(3)))
+    for _ in range(steps):
+        simulation.step()
+    simulation.engine.cancel("writer")
+    simulation.run()
+    assert failed(simulation, "writer").kind is FailureKind.CANCELLED
+    for i in range(3):
+        finished(simulation, f"reader {i}")
+    # Lost are at most the steps that were in flight and a page that was not full.
+    assert computed_tokens(simulation) <= 60 + 3 + 10 * (pipeline_depth - 1) + PAGE_SIZE
+    simulation.check_idle()
+
+
+# ---- fairness and order ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pipeline_depth", [1, 2])
+def test_prompts_never_starve_answers(pipeline_depth: int) -> None:
+    config = SchedulerConfig(max_step_tokens=64, max_mixed_prompt_tokens=16)
+    simulation = simulate(config, pages=2_000, pipeline_depth=pipeline_depth)
+    simulation.submit(request("chat", range(10), Generate(60)))
+    while not simulation.records["chat"].tokens:
+        simulation.step()
+    long_prompts = [request(f"long {i}", range(1000 * (i + 1), 1000 * (i + 1) + 300), DEEP) for i in range(12)]
+    simulation.submit(*long_prompts)
+    started = len(simulation.backend.batches)
+    while simulation.records["chat"].end is None:
+        simulation.step()
+    steps = simulation.records["chat"].token_steps
+    # A token in each step; only the first may wait for steps that were in flight.
+    assert max(after - before for before, after in itertools.pairwise(steps[1:])) == 1
+    mixed = simulation.backend.batches[started:]
+    # A searching request adds its lanes to the chat's token and the prompts' share.
+    assert max(len(batch.tokens) for batch in mixed) <= 16 + 1 + 12 * 5
+    assert sum(len(batch.tokens) for batch in mixed) > 10 * len(steps)  # and the prompts got on meanwhile
+    simulation.run()
+    for long_prompt in long_prompts:
+        finished(simulation, long_prompt.request_id)
+
+
+def test_a_search_as_wide_as_a_step_gets_its_turn_among_answers() -> None:
+    simulation = simulate(SchedulerConfig(max_step_tokens=8, max_mixed_prompt_tokens=4), pages=200)
+    simulation.submit(*(request(f"chat {i}", [i], Generate(30)) for i in range(4)))
+    simulation.submit(request("wide", range(50, 60), Select(3, 8, trie="deep")))
+    simulation.run(200)
+    finished(simulation, "wide")
+
+
+def test_whoever_is_due_first_is_served_first() -> None:
+    simulation = simulate(SchedulerConfig(max_step_tokens=16))
+    simulation.submit(
+        request("chat", range(100, 116), Generate(1)),  # due at 0.5
+        request("recommendation", range(200, 216), Select(1, 1, trie="flat")),  # at 0.1
+        request("prediction", range(300, 316), Predict(())),  # at 0.05
+        request("hurried", range(400, 416), Generate(1), deadline_seconds=0.04),
+        request("important", range(500, 516), Generate(1), priority=1),
+    )
+    simulation.run()
+    ends = {name: finished(simulation, name).timings.total_seconds for name in simulation.records}
+    assert sorted(ends, key=ends.__getitem__) == ["important", "hurried", "prediction", "recommendation", "chat"]
+
+
+def test_a_step_is_no_larger_than_its_budget() -> None:
+    simulation = simulate(SchedulerConfig(max_step_tokens=12, max_mixed_prompt_tokens=12), pages=300)
+    simulation.submit(*(request(f"r{i}", range(100 * i, 100 * i + 30), DEEP) for i in range(8)))
+    simulation.submit(*(request(f"c{i}", range(100 * i, 100 * i + 30), Generate(9)) for i in range(8)))
+    simulation.run()
+    assert max(len(batch.tokens) for batch in simulation.backend.batches) == 12
+    for name in simulation.records:
+        finished(simulation, name)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pipeline_depth", [1, 2])
+@pytest.mark.parametrize("lengths", [(40, 40), (4, 76), (37, 43)])
+def test_memory_for_one_request_and_a_half_is_enough(lengths: tuple[int, int], pipeline_depth: int) -> None:
+    prompt, answer = lengths
+    simulation = simulate(pages=30, pipeline_depth=pipeline_depth)  # 120 tokens, two requests of 80
+    simulation.submit(*(request(f"r{i}", range(100 * i, 100 * i + prompt), Generate(answer)) for i in range(2)))
+    simulation.run(1_000)
+    for i in range(2):
+        finished(simulation, f"r{i}")
+    assert simulation.engine.scheduler.stats.preemptions >= 1
+    simulation.check_idle()
+
+
+def test_an_important_answer_is_not_preempted_for_another() -> None:
+    simulation = simulate(pages=30)
+    simulation.submit(request("plain", range(10), Generate(70)))
+    simulation.submit(request("important", range(100, 110), Generate(70), priority=1))
+    simulation.run()
+    steps = simulation.records["important"].token_steps
+    assert steps == list(range(steps[0], steps[0] + 70))
+    finished(simulation, "plain")
+
+
+@pytest.mark.parametrize("pipeline_depth", [1, 2])
+def test_a_cancelled_request_frees_everything_at_once_and_its_step_harms_nobody(pipeline_depth: int) -> None:
+    simulation = simulate(pages=16, pipeline_depth=pipeline_depth)
+    simulation.submit(request("gone", range(30), Generate(30)))
+    for _ in range(5):
+        simulation.step()
+    simulation.engine.cancel("gone")
+    memory = simulation.engine.scheduler.memory
+    assert memory.tree.available == 16
+    simulation.submit(request("next", range(100, 150), Generate(10)))  # takes the pages while the step is in flight
+    simulation.run()
+    finished(simulation, "next")
+    assert failed(simulation, "gone").reason == "CANCELLED"
+    simulation.engine.cancel("gone")  # an unknown id by now
+    simulation.check_idle()
+
+
+@pytest.mark.parametrize("pipeline_depth", [1, 2])
+def test_popularity_alone_needs_no_beams_however_deep_the_trie(pipeline_depth: int) -> None:
+    simulation = simulate(pipeline_depth=pipeline_depth)
+    simulation.submit(request("empty", range(5), Select(3, 7, trie="deep", popularity_only=True)))
+    simulation.run()
+    assert finished(simulation, "empty").selected is not None
+    assert computed_tokens(simulation) == 5
+
+
+# ---- bounds and refusals ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "reason"),
+    [
+        ({"task": Generate(0)}, FailureKind.INVALID, "BAD_MAX_TOKENS"),
+        ({"task": Select(1, 1, trie="unknown")}, FailureKind.INVALID, "UNKNOWN_TRIE"),
+        ({"task": Generate(505)}, FailureKind.INVALID, "CONTEXT_EXCEEDED"),
+        ({"tokens": tuple(range(513))}, FailureKind.INVALID, "CONTEXT_EXCEEDED"),
+        ({"task": Select(1, 33, trie="deep")}, FailureKind.INVALID, "BEAMS_EXCEED_STEP"),
+        ({"task": Generate(300)}, FailureKind.INVALID, "CACHE_EXCEEDED"),
+        ({"tokens": tuple(range(250)), "task": DEEP}, FailureKind.INVALID, "CACHE_EXCEEDED"),
+        ({"deadline_seconds": 1.0}, FailureKind.EXPIRED, "EXPIRED"),
+    ],
+)
+def test_what_can_never_be_served_is_refused_on_arrival(
+    changes: dict[str, Any], kind: FailureKind, reason: str
+) -> None:
+    simulation = simulate(pages=64)
+    simulation.clock.now = 1.0
+    good = request("r", range(8), Generate(4), arrival_seconds=1.0)
+    simulation.submit(msgspec.structs.replace(good, **changes))
+    simulation.run()
+    simulation.step()
+    assert (failed(simulation, "r").kind, failed(simulation, "r").reason) == (kind, reason)
+    assert simulation.backend.batches == []
+    # The same request without the fault is served.
+    simulation.submit(msgspec.structs.replace(good, request_id="good"))
+    simulation.run()
+    finished(simulation, "good")
+
+
+def test_the_queue_is_bounded_by_requests() -> None:
+    simulation = simulate(SchedulerConfig(max_queued_requests=3))
+    simulation.submit(*(request(f"r{i}", range(5), Predict(())) for i in range(5)))
+    simulation.run()
+    for i in range(3):
+        finished(simulation, f"r{i}")
+    for i in (3, 4):
+        refused = failed(simulation, f"r{i}")
+        assert (refused.kind, refused.reason) == (FailureKind.OVERLOADED, "QUEUE_FULL")
+        assert refused.retry_seconds > 0
+    assert simulation.engine.scheduler.stats.failures == {"prediction:overloaded": 2}
+
+
+def test_the_queue_is_bounded_by_tokens() -> None:
+    simulation = simulate(SchedulerConfig(max_queued_tokens=100))
+    simulation.submit(request("a", range(60), Predict(())), request("b", range(41), Predict(())))
+    simulation.submit(request("c", range(40), Predict(())))
+    assert simulation.engine.scheduler.queued_tokens == 100
+    simulation.run()
+    assert failed(simulation, "b").reason == "QUEUE_TOKENS_FULL"
+    finished(simulation, "a")
+    finished(simulation, "c")
+    assert simulation.engine.scheduler.queued_tokens == 0
+
+
+def test_an_id_that_is_in_use_is_refused_and_its_owner_is_not_disturbed() -> None:
+    simulation = simulate()
+    simulation.submit(request("same", range(10), Generate(5)))
+    simulation.engine.submit(request("same", range(20, 30), Generate(2)))
+    outputs = [output for _ in range(10) for output in simulation.engine.step()]
+    refused, *others = outputs
+    assert isinstance(refused, FailedOutput)
+    assert (refused.kind, refused.reason) == (FailureKind.INVALID, "DUPLICATE_REQUEST")
+    tokens = [token for output in others if isinstance(output, TokensOutput) for token in output.tokens]
+    assert tuple(tokens) == expected_answer(simulation.records["same"].request)
+    assert isinstance(others[-1], FinishedOutput)
+    # The id is free again.
+    simulation.engine.submit(request("same", range(10), Predict(())))
+    assert any(isinstance(output, FinishedOutput) for _ in range(3) for output in simulation.engine.step())
+
+
+def test_expired_work_is_dropped_wherever_it_is() -> None:
+    config = SchedulerConfig(max_step_tokens=8, max_mixed_prompt_tokens=8)
+    simulation = simulate(config, state_slots=1, cost=CostCurve(step_seconds=0.1, token_seconds=0.0))
+    simulation.submit(request("runs", range(8), Generate(50), deadline_seconds=1.05))
+    simulation.submit(request("waits", range(8), Generate(50), deadline_seconds=1.06))
+    simulation.submit(request("prediction", range(8), Predict(())))  # due first: takes the first step
+    simulation.run()
+    assert "while it ran" in failed(simulation, "runs").message
+    assert len(simulation.records["runs"].tokens) == 10  # one each 0.1 s, the last just after the deadline
+    assert "in the queue" in failed(simulation, "waits").message
+    assert {failed(simulation, name).kind for name in ("runs", "waits")} == {FailureKind.EXPIRED}
+    finished(simulation, "prediction")
+    simulation.check_idle()
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(SchedulerConfig)][:4])
+def test_a_bound_below_one_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 0"):
+        dataclasses.replace(SchedulerConfig(), **{name: 0})  # type: ignore[arg-type]
