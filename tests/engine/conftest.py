@@ -1,0 +1,8 @@
+"""Some of the engine's tests run on the simulation."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "sim"))
