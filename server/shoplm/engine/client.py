@@ -175,8 +175,10 @@ class EngineClient:
 
     def _send(self, message: Submit | Cancel | Drain) -> None:
         assert self._socket is not None
-        # Never blocks: the queue has no bound; what may be in flight is bounded by the engine's own queue.
-        zmq.Socket.send(self._socket, encode(message), zmq.NOBLOCK)
+        # Done when this returns: the queue has no bound; what may be in flight is bounded by the engine's own queue.
+        # It has to be the asyncio socket's own send: ZeroMQ tells of new messages once, and a plain send would take
+        # that signal away from the receiver, which would then wait for the next one.
+        self._socket.send(encode(message), zmq.NOBLOCK)
 
     async def _receive(self, socket: zmq.asyncio.Socket) -> None:
         while True:
