@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from shoplm.readout.beam_search import Children, Search, extend, finish, log_softmax
+from shoplm.readout.popular import popular
 from shoplm.readout.ranking import OwnItems, best, output_of
 from shoplm.readout.table import SelectTable
 from shoplm.request import Select, SelectOutput
@@ -65,6 +66,11 @@ class Selector:
 
         The items where this was the last level, else None.
         """
+        by_model = [job for job in jobs if not job.select.popularity_only]
+        from_model = iter(self._by_model(hidden, by_model) if by_model else ())
+        return [popular(self.table, job.select) if job.select.popularity_only else next(from_model) for job in jobs]
+
+    def _by_model(self, hidden: Tensor, jobs: Sequence[SelectJob]) -> list[SelectOutput | None]:
         table, level = self.table, jobs[0].level
         wanted = torch.from_numpy(np.concatenate([np.arange(job.first, job.first + job.count) for job in jobs]))
         logits = functional.linear(hidden[wanted].float(), table.output_rows[level], table.output_bias[level])
