@@ -10,6 +10,7 @@ import argparse
 import difflib
 import ipaddress
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -143,8 +144,11 @@ class ServerConfig(BaseSettings):
     @classmethod
     def _tries_readable(cls, tries: tuple[str, ...]) -> tuple[str, ...]:
         for trie in tries:
-            if not _TRIE.fullmatch(trie):
+            match = _TRIE.fullmatch(trie)
+            if match is None:
                 raise ValueError(f"{trie!r} is not of the form NAME=ITEMS:SIZExSIZE, such as big=50000:64x64x64")
+            if math.prod(map(int, match["sizes"].split("x"))) < int(match["items"]):
+                raise ValueError(f"{trie!r}: levels of {match['sizes']} codes hold fewer than {match['items']} items")
         return tries
 
     @classmethod

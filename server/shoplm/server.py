@@ -75,7 +75,7 @@ class Server:
         self._grpc: GrpcServer | None = None
         self._engine: ManagedEngine | None = None
         self._health: Health | None = None
-        self._draining = False
+        self.draining = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -110,7 +110,7 @@ class Server:
 
     async def drain(self, seconds: float) -> bool:
         """Refuse new calls and let running ones finish. Whether all did within `seconds`."""
-        self._draining = True
+        self.draining = True
         if self._health is not None:
             await self._health.set_serving(False)
         if self._grpc is None:
@@ -127,7 +127,7 @@ class Server:
 
     async def close(self, grace_seconds: float = _FLUSH_SECONDS) -> None:
         """Stop everything that was started, cancelling what runs after the grace period."""
-        self._draining = True
+        self.draining = True
         if self._grpc is not None:
             await self._grpc.stop(grace_seconds)
         if self._engine is not None:
@@ -145,7 +145,7 @@ class Server:
             log.info("the engine serves again")
         else:
             log.error("the engine was lost; it is started again")
-        if self._health is not None and not self._draining:
+        if self._health is not None and not self.draining:
             task = asyncio.create_task(self._health.set_serving(serving))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

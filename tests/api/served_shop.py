@@ -1,0 +1,38 @@
+"""What the fixtures of these tests hand out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from scripted_engine import ScriptedEngine
+from server_thread import ServerThread
+from shoplm.config import ServerConfig, load_config
+
+
+@dataclass(frozen=True)
+class ShopFolders:
+    """Where a tiny base and its bundle are."""
+
+    base: Path
+    bundle: Path
+
+    def config(self, *flags: str) -> ServerConfig:
+        """Settings for a server of them on free ports."""
+        fixed = ["--base", str(self.base), "--bundle", str(self.bundle), "--port", "0", "--metrics-port", "0"]
+        return load_config([*fixed, *flags], environment={})
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """A server and the scripted engine behind it."""
+
+    server: ServerThread
+    engine: ScriptedEngine
+
+
+class Serve(Protocol):
+    """Starts a server with these flags on a scripted engine."""
+
+    def __call__(self, *flags: str) -> Scripted: ...

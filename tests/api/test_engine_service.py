@@ -1,0 +1,88 @@
+"""EngineService over a real engine: raw tokens in and out."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+from server_thread import ServerThread, bad_fields
+from shoplm.v1 import engine_pb2 as pb
+from tiny_shop import CONTEXT, ITEMS, VOCABULARY
+
+PROMPT = list(range(5, 60))
+
+
+def generate(server: ServerThread, **fields: object) -> list[pb.GenerateResponse]:
+    request = pb.GenerateRequest(**{"token_ids": PROMPT, "max_tokens": 8, **fields})  # type: ignore[arg-type]
+    return list(server.engine_api.Generate(request))
+
+
+def tokens(responses: list[pb.GenerateResponse]) -> list[int]:
+    return [token for response in responses for token in response.token_ids]
+
+
+def test_tokens_are_repeatable_and_the_prompt_is_cached(real_shop: ServerThread) -> None:
+    first, second = (generate(real_shop, ignore_eos=True) for _ in range(2))
+    assert tokens(first) == tokens(second)
+    assert len(tokens(first)) == 8
+    assert all(token < VOCABULARY for token in tokens(first))
+    last = second[-1]
+    assert last.finished
+    assert last.cached_tokens == 48  # the whole pages of 16 before the last token
+    assert 0.0 <= last.timings.queue_seconds <= last.timings.first_seconds <= last.timings.total_seconds
+    assert [response.finished for response in first] == [False] * (len(first) - 1) + [True]
+
+
+def test_a_seed_repeats_a_sampled_answer(real_shop: ServerThread) -> None:
+    answers = [
+        tokens(generate(real_shop, temperature=1.5, seed=seed, ignore_eos=True, max_tokens=12)) for seed in (1, 1, 2)
+    ]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_search_finds_the_best_of_a_named_trie(real_shop: ServerThread) -> None:
+    wide = real_shop.engine_api.Search(pb.SearchRequest(token_ids=PROMPT, trie="toy", beam_width=64, count=10))
+    scores = [hit.score for hit in wide.hits]
+    assert len(scores) == 10
+    assert scores == sorted(scores, reverse=True)
+    assert len({hit.item for hit in wide.hits}) == 10
+    assert all(hit.item < 50 for hit in wide.hits)
+    catalogue = real_shop.engine_api.Search(pb.SearchRequest(token_ids=PROMPT, count=3))
+    assert all(hit.item < ITEMS for hit in catalogue.hits)
+    assert catalogue.timings.total_seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"token_ids": []}, "token_ids"),
+        ({"token_ids": [5, 10_000_000]}, "token_ids[1]"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 2**32 - 1}, "max_tokens"),
+        ({"max_tokens": CONTEXT - 10}, "token_ids"),
+        ({"temperature": -1.0}, "temperature"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(real_shop: ServerThread, fields: dict[str, object], field: str) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        generate(real_shop, **fields)
+    assert list(bad_fields(raised.value)) == [field]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"trie": "toyy"}, "trie"),
+        ({"count": 0}, "count"),
+        ({"count": 5000}, "count"),
+        ({"beam_width": 5000}, "beam_width"),
+        ({"token_ids": list(range(3, 300)) * 10}, "token_ids"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(real_shop: ServerThread, fields: dict[str, object], field: str) -> None:
+    request = pb.SearchRequest(**{"token_ids": PROMPT, "count": 3, "trie": "toy", **fields})  # type: ignore[arg-type]
+    with pytest.raises(grpc.RpcError) as raised:
+        real_shop.engine_api.Search(request)
+    fields_refused = bad_fields(raised.value)
+    assert list(fields_refused) == [field]
+    if field == "trie":
+        assert "did you mean 'toy'" in fields_refused["trie"]

@@ -1,0 +1,87 @@
+"""PredictionService and ModelService."""
+
+from __future__ import annotations
+
+import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
+from served_shop import Scripted, Serve
+from shoplm.features import FEATURE_NAMES
+from shoplm.request import Predict, Service
+from shoplm.v1 import model_pb2, shop_pb2
+from shoplm.v1 import prediction_pb2 as pb
+from tiny_shop import DEMO_AS_OF, DEMO_CUSTOMER, ITEMS
+
+DEMO = shop_pb2.Customer(customer_id=DEMO_CUSTOMER)
+
+
+def names(response: pb.PredictResponse) -> list[tuple[str, int]]:
+    return [(pb.TargetKind.Name(each.target.kind), each.target.horizon_days) for each in response.predictions]
+
+
+def test_no_target_means_every_target_of_the_bundle(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    response = scripted.server.prediction.Predict(pb.PredictRequest(customer=DEMO))
+    assert names(response) == [
+        ("TARGET_KIND_PURCHASE", 7),
+        ("TARGET_KIND_PURCHASE", 30),
+        ("TARGET_KIND_CHURN", 30),
+        ("TARGET_KIND_PURCHASE_COUNT", 30),
+        ("TARGET_KIND_COUPON_REDEMPTION", 0),
+    ]
+    assert [each.base_rate for each in response.predictions] == [0.7, 0.9, 0.1, 2.5, 0.05]
+    for each in response.predictions:
+        if each.target.kind == pb.TARGET_KIND_PURCHASE_COUNT:
+            assert each.WhichOneof("value") == "amount"
+            assert each.interval_low <= each.amount <= each.interval_high
+        else:
+            assert each.WhichOneof("value") == "probability"
+            assert 0.0 < each.probability < 1.0
+            assert not each.HasField("interval_low")
+    request = scripted.engine.requests[0]
+    assert request.service is Service.PREDICTION
+    assert isinstance(request.task, Predict)
+    assert len(request.task.features) == len(FEATURE_NAMES)
+
+
+def test_targets_are_answered_in_the_order_asked_for(scripted_shop: Scripted) -> None:
+    targets = [
+        pb.Target(kind=pb.TARGET_KIND_COUPON_REDEMPTION, campaign_type="Type A"),
+        pb.Target(kind=pb.TARGET_KIND_PURCHASE),
+        pb.Target(kind=pb.TARGET_KIND_PURCHASE, horizon_days=7),
+    ]
+    response = scripted_shop.server.prediction.Predict(pb.PredictRequest(customer=DEMO, targets=targets))
+    assert names(response) == [
+        ("TARGET_KIND_COUPON_REDEMPTION", 0),
+        ("TARGET_KIND_PURCHASE", 30),
+        ("TARGET_KIND_PURCHASE", 7),
+    ]
+
+
+@pytest.mark.parametrize(("days_later", "applicable"), [(0, True), (50, True), (56, False)])
+def test_churn_applies_to_those_who_bought_lately(scripted_shop: Scripted, days_later: int, applicable: bool) -> None:
+    moment = Timestamp(seconds=int(DEMO_AS_OF.timestamp()) + days_later * 86_400)  # the last visit is 5 days before
+    customer = shop_pb2.Customer(customer_id=DEMO_CUSTOMER, as_of=moment)
+    request = pb.PredictRequest(customer=customer, targets=[pb.Target(kind=pb.TARGET_KIND_CHURN)])
+    (prediction,) = scripted_shop.server.prediction.Predict(request).predictions
+    assert prediction.applicable is applicable
+
+
+def test_nobody_gets_an_answer_and_a_warning(scripted_shop: Scripted) -> None:
+    response = scripted_shop.server.prediction.Predict(pb.PredictRequest())
+    assert [warning.code for warning in response.warnings] == ["EMPTY_HISTORY"]
+    churn = next(each for each in response.predictions if each.target.kind == pb.TARGET_KIND_CHURN)
+    assert not churn.applicable
+
+
+def test_the_model_describes_itself_so_that_a_caller_needs_nothing_else(scripted_shop: Scripted) -> None:
+    model = scripted_shop.server.model.GetModel(model_pb2.GetModelRequest())
+    assert model.item_count == ITEMS
+    assert list(model.categories) == ["BAKERY", "DAIRY", "PRODUCE"]
+    assert list(model.attributes) == ["age", "household"]
+    assert list(model.demo_customer_ids) == [DEMO_CUSTOMER]
+    assert model.notice == "Made for tests."
+    assert model.limits.max_history_tokens == 256
+    assert model.limits.max_events == scripted_shop.server.server.config.max_events
+    # Each target that it lists can be asked for as it is.
+    request = pb.PredictRequest(customer=DEMO, targets=model.targets)
+    assert [each.target for each in scripted_shop.server.prediction.Predict(request).predictions] == list(model.targets)

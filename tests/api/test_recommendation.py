@@ -1,0 +1,206 @@
+"""What RecommendationService asks of the engine, and what it makes of the answer."""
+
+from __future__ import annotations
+
+import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
+from served_shop import Scripted, Serve
+from shoplm.request import ItemFilter, Select, Service
+from shoplm.v1 import recommendation_pb2 as pb
+from shoplm.v1 import shop_pb2
+from tiny_shop import DEMO_AS_OF, DEMO_CUSTOMER, ITEMS, item_id
+
+DEMO = shop_pb2.Customer(customer_id=DEMO_CUSTOMER)
+DAY = 86_400
+AS_OF = int(DEMO_AS_OF.timestamp())
+
+
+def bought(row: int, days_ago: float, **fields: object) -> shop_pb2.Event:
+    time = Timestamp(seconds=AS_OF - round(days_ago * DAY))
+    return shop_pb2.Event(item_id=item_id(row), time=time, quantity=1.0, **fields)  # type: ignore[arg-type]
+
+
+def customer(*events: shop_pb2.Event) -> shop_pb2.Customer:
+    return shop_pb2.Customer(customer_id="c", events=events, as_of=Timestamp(seconds=AS_OF))
+
+
+def selection(scripted: Scripted) -> Select:
+    """The task of the last request."""
+    task = scripted.engine.requests[-1].task
+    assert isinstance(task, Select)
+    return task
+
+
+def test_a_demo_customer_needs_nothing_but_the_id(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    response = scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=DEMO))
+    assert len(response.items) == 10
+    assert (response.model.bundle, response.model.version, response.model.base_model) == ("tiny-shop", "1", "base")
+    assert not response.warnings
+    request = scripted.engine.requests[0]
+    assert request.service is Service.RECOMMENDATION
+    assert response.usage.prompt_tokens == len(request.tokens)
+    assert response.usage.history_tokens == request.history_tokens < len(request.tokens)
+    assert response.usage.cached_tokens == 3
+
+
+def test_the_repeat_term_gets_decayed_counts_of_all_purchases(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    events = [bought(4, 0), bought(4, 30), bought(6, 60), bought(7, 1, type=shop_pb2.EVENT_TYPE_VIEW)]
+    scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=customer(*events)))
+    task = selection(scripted)
+    assert task.own_items == (4, 6)  # what was only looked at does not count
+    assert task.own_counts == pytest.approx((1 + 0.36787944, 0.13533528), rel=1e-5)  # exp(-age / 30 days)
+
+
+def test_filters_reach_the_engine(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    item_filter = pb.ItemFilter(
+        include_categories=["PRODUCE", "DAIRY", "DAIRY"],
+        exclude_item_ids=[item_id(9), "rare-1", "no-such"],
+        exclude_purchased=True,
+        max_price=9.5,
+        in_stock=True,
+    )
+    request = pb.RecommendRequest(customer=customer(bought(4, 1)), filter=item_filter, count=3)
+    response = scripted.server.recommendation.Recommend(request)
+    task = selection(scripted)
+    assert task.item_filter == ItemFilter(("DAIRY", "PRODUCE"), (), None, 9.5, True)
+    assert task.exclude_items == (4, 9)
+    assert task.count == 3
+    assert [(warning.code, warning.count) for warning in response.warnings] == [("UNKNOWN_ITEM", 1)]
+
+
+def test_no_history_gives_popularity_and_says_so(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    for nobody in (
+        None,
+        shop_pb2.Customer(customer_id="new"),
+        customer(shop_pb2.Event(item_id="gone", time=Timestamp())),
+    ):
+        response = scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=nobody))
+        assert selection(scripted).popularity_only
+        assert "EMPTY_HISTORY" in [warning.code for warning in response.warnings]
+    scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=DEMO))
+    assert not selection(scripted).popularity_only
+
+
+def test_the_reasons_of_an_item_add_up_to_its_score(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    request = pb.RecommendRequest(customer=DEMO, count=3, explain=True)
+    response = scripted.server.recommendation.Recommend(request)
+    for item in response.items:
+        assert sum(reason.contribution for reason in item.reasons) == pytest.approx(item.score, abs=1e-5)
+    texts = {item.item_id: [reason.text for reason in item.reasons] for item in response.items}
+    assert texts[item_id(2)][1] == "bought 8 times, last on 2017-12-27"
+    assert texts[item_id(1)][1] == "not bought before"
+    plain = scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=DEMO, count=3))
+    assert all(not item.reasons for item in plain.items)
+
+
+def test_an_item_carries_what_a_page_shows_of_it(scripted_shop: Scripted) -> None:
+    response = scripted_shop.server.recommendation.Recommend(pb.RecommendRequest(customer=DEMO, count=6))
+    first, unknown_price = response.items[0], response.items[5]
+    assert (first.item_id, first.title, first.category, first.price) == (item_id(0), "Item 0", "DAIRY", 1.0)
+    assert not unknown_price.HasField("price")
+
+
+def test_more_items_than_the_catalogue_has_are_not_asked_for(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    response = scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=DEMO, count=150))
+    assert selection(scripted).count == ITEMS == len(response.items)
+    assert selection(scripted).beam_width >= ITEMS
+
+
+def test_rank_scores_the_known_candidates_once(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    ids = [item_id(8), "gone", item_id(2), item_id(8), "rare-1"]
+    response = scripted.server.recommendation.Rank(pb.RankRequest(customer=DEMO, item_ids=ids))
+    task = selection(scripted)
+    assert task.candidates == (2, 8)
+    assert task.count == 2
+    assert [(warning.code, warning.count) for warning in response.warnings] == [("UNKNOWN_ITEM", 2)]
+    assert {item.item_id for item in response.items} == {item_id(2), item_id(8)}
+
+
+def test_rank_of_unknown_items_alone_is_empty_and_costs_nothing(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    response = scripted.server.recommendation.Rank(pb.RankRequest(customer=DEMO, item_ids=["gone"]))
+    assert not response.items
+    assert response.usage.prompt_tokens == 0
+    assert not scripted.engine.requests
+
+
+def test_an_as_of_in_the_past_hides_what_came_later(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    past = shop_pb2.Customer(customer_id=DEMO_CUSTOMER, as_of=Timestamp(seconds=AS_OF - 30 * DAY))
+    response = scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=past))
+    assert [(warning.code, warning.count) for warning in response.warnings] == [("FUTURE_EVENT", 8)]
+    assert selection(scripted).own_items == (2, 8, 9, 10, 11)
+
+
+def test_attributes_that_the_model_does_not_know_are_ignored_and_counted(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    plain = customer(bought(1, 1))
+    dressed = customer(bought(1, 1))
+    dressed.attributes["shoe_size"] = "43"
+    dressed.attributes["hat"] = "yes"
+    scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=plain))
+    response = scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=dressed))
+    assert [(warning.code, warning.count) for warning in response.warnings] == [("UNKNOWN_ATTRIBUTE", 2)]
+    first, second = scripted.engine.requests
+    assert first.tokens == second.tokens
+    dressed.attributes["age"] = "19-24"
+    scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=dressed))
+    assert scripted.engine.requests[-1].tokens != first.tokens
+
+
+def test_too_many_events_keep_the_newest_in_blocks(serve_scripted: Serve) -> None:
+    scripted = serve_scripted("--max-events", "40")
+    events = [bought(1 + number % 20, 100 - number) for number in range(60)]
+    kept = []
+    for count in range(40, 60):
+        response = scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=customer(*events[:count])))
+        dropped = next((warning.count for warning in response.warnings if warning.code == "EVENTS_TRUNCATED"), 0)
+        assert dropped % 10 == 0
+        assert count - dropped <= 40
+        kept.append(dropped)
+    assert kept == [0] + [10] * 10 + [20] * 9
+    # Within a block the prompts share their beginning: all of the shorter history is the start of the longer one.
+    shorter, longer = scripted.engine.requests[1], scripted.engine.requests[10]
+    assert longer.tokens[: shorter.history_tokens] == shorter.tokens[: shorter.history_tokens]
+
+
+def test_events_after_as_of_take_no_room_from_those_before(serve_scripted: Serve) -> None:
+    scripted = serve_scripted("--max-events", "4")
+    past = [bought(row, 10 - row) for row in range(4)]
+    future = [bought(20, -5 - number) for number in range(4)]
+    scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=customer(*future, *past)))
+    assert selection(scripted).own_items == (0, 1, 2, 3)
+
+
+def test_a_history_over_the_prompt_budget_says_so_and_still_counts_all(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    events = [bought(row % ITEMS, 200 - row / 2) for row in range(400)]
+    response = scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=customer(*events)))
+    assert [warning.code for warning in response.warnings] == ["HISTORY_TRUNCATED"]
+    assert len(selection(scripted).own_items) == ITEMS
+    assert response.usage.history_tokens < 400
+
+
+def test_a_history_does_not_depend_on_the_order_in_which_it_is_sent(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    events = [bought(row, row % 5) for row in range(12)]
+    for order in (events, events[::-1]):
+        scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=customer(*order)))
+    first, second = scripted.engine.requests
+    assert first.tokens == second.tokens
+    assert first.task == second.task
+
+
+def test_a_degraded_answer_says_so(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    for degraded in (False, True):
+        scripted.engine.degraded = degraded
+        response = scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=DEMO, allow_degraded=True))
+        assert response.degraded is degraded

@@ -1,0 +1,285 @@
+"""The server as operators see it: health, probes, start, drain, exit codes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from scripted_engine import ScriptedEngine
+from served_shop import Scripted, Serve, ShopFolders
+from server_thread import TIMEOUT_SECONDS, ServerThread, detail
+from shoplm.config import load_config
+from shoplm.errors import BundleError, ConfigurationError
+from shoplm.request import StepStats
+from shoplm.server import Server, ready_text, serve
+from shoplm.v1 import chat_pb2, model_pb2, prediction_pb2, recommendation_pb2, shop_pb2
+from tiny_shop import DEMO_CUSTOMER, write_base
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+RECOMMEND = recommendation_pb2.RecommendRequest(customer=shop_pb2.Customer(customer_id=DEMO_CUSTOMER))
+ASK = chat_pb2.ChatRequest(messages=[chat_pb2.Message(role="user", content="hello")])
+SERVICES = ("Recommendation", "Chat", "Prediction", "Model")
+
+
+def health(server: ServerThread, service: str = "") -> int:
+    stub = health_pb2_grpc.HealthStub(server.channel)
+    status: int = stub.Check(health_pb2.HealthCheckRequest(service=service)).status
+    return status
+
+
+@pytest.fixture
+def chat_only(shop_folders: ShopFolders) -> Iterator[Scripted]:
+    """A base without a bundle."""
+    engine = ScriptedEngine()
+    flags = ["--base", str(shop_folders.base), "--port", "0", "--metrics-port", "0"]
+    with ServerThread(load_config(flags, {}), lambda *_: engine) as server:
+        yield Scripted(server, engine)
+
+
+def test_each_service_has_a_health_status(scripted_shop: Scripted) -> None:
+    for service in ("", *(f"shoplm.v1.{name}Service" for name in (*SERVICES, "Engine"))):
+        assert health(scripted_shop.server, service) == SERVING
+    with pytest.raises(grpc.RpcError) as raised:
+        health(scripted_shop.server, "shoplm.v1.NoService")
+    assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_base_without_a_bundle_serves_chat_only(chat_only: Scripted) -> None:
+    server = chat_only.server
+    statuses = {name: health(server, f"shoplm.v1.{name}Service") for name in SERVICES}
+    assert statuses == {"Chat": SERVING, "Model": SERVING, "Recommendation": NOT_SERVING, "Prediction": NOT_SERVING}
+    assert health(server) == SERVING
+    for call in (
+        lambda: server.recommendation.Recommend(RECOMMEND),
+        lambda: server.recommendation.Rank(recommendation_pb2.RankRequest(item_ids=["a"])),
+        lambda: server.prediction.Predict(prediction_pb2.PredictRequest()),
+    ):
+        with pytest.raises(grpc.RpcError) as raised:
+            call()
+        assert raised.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert detail(raised.value, error_details_pb2.ErrorInfo).reason == "NOT_SERVING"
+        assert "--bundle" in str(raised.value.details())
+    *_, last = server.chat.Chat(ASK)
+    assert (last.summary.model.bundle, last.summary.model.base_model) == ("", "base")
+    assert not last.summary.citations
+    model = server.model.GetModel(model_pb2.GetModelRequest())
+    assert model.item_count == 0
+    assert model.limits.max_context_tokens > 0
+
+
+def test_events_of_a_customer_are_unknown_without_a_bundle(chat_only: Scripted) -> None:
+    request = chat_pb2.ChatRequest()
+    request.CopyFrom(ASK)
+    event = request.customer.events.add(item_id="a")
+    event.time.GetCurrentTime()
+    *_, last = chat_only.server.chat.Chat(request)
+    assert [warning.code for warning in last.summary.warnings] == ["UNKNOWN_ITEM"]
+    assert last.summary.usage.history_tokens == 0
+
+
+def test_health_and_readiness_follow_the_engine(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    server = scripted.server
+
+    async def set_state(serving: bool) -> None:
+        scripted.engine.set_state(serving)
+
+    assert server.get("/readyz")[0] == 200
+    server.run(set_state(False))
+    assert (health(server), server.get("/readyz")[0], server.get("/healthz")[0]) == (NOT_SERVING, 503, 200)
+    server.run(set_state(True))
+    assert (health(server), server.get("/readyz")[0]) == (SERVING, 200)
+    assert "shoplm_engine_losses_total 1.0" in server.get("/metrics")[2]
+
+
+def test_a_scrape_passes_promtool_and_negotiates_openmetrics(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    scripted.server.recommendation.Recommend(RECOMMEND)
+    list(scripted.server.chat.Chat(ASK))
+
+    async def publish() -> None:
+        scripted.engine.publish(StepStats(step_seconds=(0.1,), failures={"chat:cancelled": 1}))
+
+    scripted.server.run(publish())
+    status, kind, text = scripted.server.get("/metrics")
+    assert (status, kind.split(";")[0]) == (200, "text/plain")
+    assert 'shoplm_model_info{backend="scripted",base_model="base",bundle="tiny-shop"' in text
+    _, kind, openmetrics = scripted.server.get("/metrics", {"Accept": "application/openmetrics-text"})
+    assert kind.startswith("application/openmetrics-text")
+    assert openmetrics.endswith("# EOF\n")
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed (Debian package prometheus)")
+    checked = subprocess.run(["promtool", "check", "metrics"], input=text.encode(), capture_output=True, check=False)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
+
+
+def test_other_paths_and_noise_do_not_hurt_the_probes(scripted_shop: Scripted) -> None:
+    assert scripted_shop.server.get("/")[0] == 404
+    assert scripted_shop.server.get("/../../etc/passwd")[0] == 404
+
+    async def send(data: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", scripted_shop.server.server.metrics_port)
+        writer.write(data)
+        writer.write_eof()
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+    run = scripted_shop.server.run
+    assert run(send(b"POST /metrics HTTP/1.1\r\n\r\n")).startswith(b"HTTP/1.1 405")
+    assert run(send(b"\x16\x03\x01 not http\r\n\r\n")).startswith(b"HTTP/1.1 405")
+    assert run(send(b"GET /metrics HTTP/1.1\r\nX: " + b"y" * 100_000 + b"\r\n\r\n")).startswith(b"HTTP/1.1 431")
+    assert run(send(b"GET /met")) == b""
+    head = run(send(b"HEAD /healthz HTTP/1.1\r\n\r\n"))
+    assert head.startswith(b"HTTP/1.1 200")
+    assert head.endswith(b"\r\n\r\n")
+    assert scripted_shop.server.get("/healthz")[0] == 200
+
+
+def test_draining_refuses_new_calls_and_finishes_running_ones(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    server = scripted.server
+    scripted.engine.holds = True
+    running = server.recommendation.Recommend.future(RECOMMEND, timeout=TIMEOUT_SECONDS)
+
+    async def started() -> None:
+        await scripted.engine.started.wait()
+
+    server.run(started())
+    draining = asyncio.run_coroutine_threadsafe(server.server.drain(TIMEOUT_SECONDS), server.loop)
+
+    server.wait_until(lambda: server.server.draining)
+    with pytest.raises(grpc.RpcError) as raised:
+        server.model.GetModel(model_pb2.GetModelRequest())
+    assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert detail(raised.value, error_details_pb2.RetryInfo).retry_delay.seconds == 1
+    assert (health(server), server.get("/readyz")[0], server.get("/healthz")[0]) == (NOT_SERVING, 503, 200)
+    assert not draining.done()
+
+    async def release() -> None:
+        scripted.engine.released.set()
+
+    server.run(release())
+    assert running.result().items
+    assert draining.result(TIMEOUT_SECONDS) is True
+
+
+def test_a_drain_that_takes_too_long_says_so(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    scripted.engine.holds = True
+    running = scripted.server.recommendation.Recommend.future(RECOMMEND, timeout=TIMEOUT_SECONDS)
+
+    async def drain() -> bool:
+        await scripted.engine.started.wait()
+        return await scripted.server.server.drain(0.01)
+
+    assert scripted.server.run(drain()) is False
+    running.cancel()
+
+
+def _signalled(folders: ShopFolders, engine: ScriptedEngine, signals: int) -> int:
+    """Exit code of a server that gets SIGTERM this many times."""
+
+    async def run() -> int:
+        serving = asyncio.create_task(serve(folders.config("--drain-seconds", "30"), lambda *_: engine))
+        while engine.ready is None:  # noqa: ASYNC110 - the server says that it is ready on standard output only
+            await asyncio.sleep(0)
+        for _ in range(signals):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(0)
+        return await asyncio.wait_for(serving, TIMEOUT_SECONDS)
+
+    return asyncio.run(run())
+
+
+def test_sigterm_ends_the_server_with_exit_code_zero(shop_folders: ShopFolders) -> None:
+    assert _signalled(shop_folders, ScriptedEngine(), 1) == 0
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(
+    serve_scripted: Serve, shop_folders: ShopFolders
+) -> None:
+    taken = serve_scripted().server.server
+    engine = ScriptedEngine()
+
+    async def start(*flags: str) -> None:
+        server = Server(shop_folders.config(*flags), lambda *_: engine)
+        try:
+            await server.start()
+        finally:
+            await server.close(0)
+
+    with pytest.raises(ConfigurationError, match=rf"127\.0\.0\.1:{taken.port}.*--port"):
+        asyncio.run(start("--port", str(taken.port)))
+    with pytest.raises(ConfigurationError, match=rf"127\.0\.0\.1:{taken.metrics_port}.*--metrics-port"):
+        asyncio.run(start("--metrics-port", str(taken.metrics_port)))
+    assert engine.ready is None
+
+
+def test_a_bundle_of_another_base_is_refused(shop_folders: ShopFolders, tmp_path: Path) -> None:
+    other = write_base(tmp_path / "other")
+    config = json.loads((other.folder / "config.json").read_text())
+    (other.folder / "config.json").write_text(json.dumps({**config, "rope_theta": 500.0}))
+    flags = ("--base", str(other.folder), "--bundle", str(shop_folders.bundle), "--port", "0", "--metrics-port", "0")
+
+    async def start() -> None:
+        server = Server(load_config(flags, {}), lambda *_: ScriptedEngine())
+        try:
+            await server.start()
+        finally:
+            await server.close(0)
+
+    with pytest.raises(BundleError, match=r"was trained on base .* not on other"):
+        asyncio.run(start())
+
+
+def test_the_ready_text_is_three_calls_to_copy(serve_scripted: Serve) -> None:
+    server = serve_scripted().server.server
+    lines = ready_text(server, 1.25).splitlines()
+    assert lines[0].endswith("is ready after 1.2 s: Tiny Shop (tiny-shop 1) on base")
+    verbs = [line.split()[:2] for line in lines[3:]]
+    assert verbs == [["shoplm", "recommend"], ["shoplm", "predict"], ["shoplm", "chat"]]
+    assert all(f"--customer {DEMO_CUSTOMER} --address 127.0.0.1:{server.port}" in line for line in lines[3:])
+
+
+def test_nothing_of_a_request_reaches_the_log_unescaped(
+    serve_scripted: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    scripted = serve_scripted()
+    with caplog.at_level(logging.DEBUG, "shoplm"):
+        request = chat_pb2.ChatRequest(
+            messages=[chat_pb2.Message(role="a\nFAKE LINE\x1b[2J", content="my secret words")]
+        )
+        with pytest.raises(grpc.RpcError):
+            list(scripted.server.chat.Chat(request))
+        list(
+            scripted.server.chat.Chat(
+                chat_pb2.ChatRequest(messages=[chat_pb2.Message(role="user", content="my secret words")])
+            )
+        )
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("messages[0].role" in message for message in messages)
+    assert all(message.isprintable() for message in messages)
+    assert not any("secret words" in message for message in messages)
+    assert {record.name for record in caplog.records} >= {"shoplm.api"}
+
+
+def test_the_api_process_never_imports_torch() -> None:
+    code = (
+        "import sys, shoplm.server, shoplm.api.grpc_server, shoplm.model.tokenizer, bm25s\n"
+        "print([name for name in ('torch', 'transformers', 'triton') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
