@@ -81,6 +81,8 @@ class EngineClient:
         """
         if not self._serving or self._socket is None:
             raise EngineUnavailableError("the engine is not running")
+        if request.request_id in self._calls:
+            raise InvalidRequestError(("request", f"request id {request.request_id!r} is in use"))
         queue: asyncio.Queue[EngineOutput] = asyncio.Queue()
         self._calls[request.request_id] = queue
         self._idle.clear()
@@ -145,6 +147,7 @@ class EngineClient:
             await asyncio.wait((self._receiver,))
         if self._socket is not None:
             self._socket.close(linger=0)
+            self._socket = None
         self._context.term()
         self._folder.cleanup()
 
