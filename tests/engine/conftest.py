@@ -1,4 +1,4 @@
-"""Some of the engine's tests run on the simulation."""
+"""Makes importable what these tests share: real engines beside them, and the simulation."""
 
 from __future__ import annotations
 
@@ -6,3 +6,4 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sim"))
+sys.path.insert(0, str(Path(__file__).parent))
