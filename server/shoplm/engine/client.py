@@ -181,7 +181,9 @@ class EngineClient:
         # Done when this returns: the queue has no bound; what may be in flight is bounded by the engine's own queue.
         # It has to be the asyncio socket's own send: ZeroMQ tells of new messages once, and a plain send would take
         # that signal away from the receiver, which would then wait for the next one.
-        self._socket.send(encode(message), zmq.NOBLOCK)
+        sent = self._socket.send(encode(message), zmq.NOBLOCK)
+        if sent.done():
+            sent.exception()  # there is no engine any more: its calls are failed by whoever notices that it has gone
 
     async def _receive(self, socket: zmq.asyncio.Socket) -> None:
         while True:
