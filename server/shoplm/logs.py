@@ -39,7 +39,7 @@ def configure_logs(level: str, form: str, stream: TextIO | None = None) -> None:
     root.addHandler(handler)
     root.setLevel(level.upper())
     # These say at INFO or below what only their developers want to know, and some of it holds request data.
-    for name in ("asyncio", "bm25s", "grpc", "hpack"):
+    for name in ("asyncio", "grpc", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -6,6 +6,7 @@ opening day) find the right one, and no second model has to be loaded.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Knowledge:
         if self.passages:
             import bm25s  # only here: a shop without texts starts without it
 
+            logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for DEBUG when it is imported
             self._bm25s = bm25s
             self._index = bm25s.BM25()
             documents = [f"{passage.title}\n{passage.text}" for passage in self.passages]
