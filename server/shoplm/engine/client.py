@@ -182,7 +182,7 @@ class EngineClient:
         # It has to be the asyncio socket's own send: ZeroMQ tells of new messages once, and a plain send would take
         # that signal away from the receiver, which would then wait for the next one.
         sent = self._socket.send(encode(message), zmq.NOBLOCK)
-        if sent.done():
+        if isinstance(sent, asyncio.Future) and sent.done():
             sent.exception()  # there is no engine any more: its calls are failed by whoever notices that it has gone
 
     async def _receive(self, socket: zmq.asyncio.Socket) -> None:
