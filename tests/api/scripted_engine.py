@@ -83,7 +83,9 @@ class ScriptedEngine:
         raise AssertionError("a request ends with FinishedOutput")
 
     def _finished(self, request: Request) -> FinishedOutput:
-        task, selected, values = request.task, None, ()
+        task = request.task
+        selected: SelectOutput | None = None
+        values: tuple[float, ...] = ()
         completion = 0
         if isinstance(task, Select):
             rows = task.candidates if task.candidates is not None else range(24)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import grpc
 import pytest
@@ -19,16 +21,16 @@ CHAT = "/shoplm.v1.ChatService/Chat"
 DEMO = shop_pb2.Customer(customer_id=DEMO_CUSTOMER)
 
 
-def event(**changes: object) -> shop_pb2.Event:
+def event(**changes: Any) -> shop_pb2.Event:
     """A good event, but for the changes."""
-    fields: dict[str, object] = {"item_id": item_id(1), "time": Timestamp(seconds=1_500_000_000), "quantity": 1.0}
+    fields: dict[str, Any] = {"item_id": item_id(1), "time": Timestamp(seconds=1_500_000_000), "quantity": 1.0}
     return shop_pb2.Event(**{name: value for name, value in {**fields, **changes}.items() if value is not None})
 
 
 def refused(scripted: Scripted, request: object) -> dict[str, str]:
     """Fields of the BadRequest that a request is refused with."""
     server = scripted.server
-    calls = {
+    calls: dict[type, Callable[..., object]] = {
         recommendation_pb2.RecommendRequest: server.recommendation.Recommend,
         recommendation_pb2.RankRequest: server.recommendation.Rank,
         prediction_pb2.PredictRequest: server.prediction.Predict,
@@ -36,7 +38,7 @@ def refused(scripted: Scripted, request: object) -> dict[str, str]:
     }
     before = len(scripted.engine.requests)
     with pytest.raises(grpc.RpcError) as raised:
-        calls[type(request)](request, timeout=TIMEOUT_SECONDS)  # type: ignore[index]
+        calls[type(request)](request, timeout=TIMEOUT_SECONDS)
     assert len(scripted.engine.requests) == before  # bad input never reaches the engine
     return bad_fields(raised.value)
 
@@ -93,7 +95,7 @@ def test_as_of_in_the_far_future_is_refused(scripted_shop: Scripted) -> None:
         ({"beam_width": 100_000}, "beam_width", "at most 128"),
     ],
 )
-def test_recommend_limits(scripted_shop: Scripted, request_fields: dict[str, int], field: str, text: str) -> None:
+def test_recommend_limits(scripted_shop: Scripted, request_fields: dict[str, Any], field: str, text: str) -> None:
     fields = refused(scripted_shop, recommendation_pb2.RecommendRequest(customer=DEMO, **request_fields))
     assert list(fields) == [field]
     assert text in fields[field]
@@ -186,11 +188,14 @@ def test_a_chat_that_is_wrong_is_named(
             chat_pb2.ChatRequest(messages=[chat_pb2.Message(role="user", content="x" * 10_000_000)]),
             "messages[0].content",
         ),
-        (recommendation_pb2.RecommendRequest(customer={"customer_id": "x" * 10_000_000}), "customer.customer_id"),
+        (
+            recommendation_pb2.RecommendRequest(customer=shop_pb2.Customer(customer_id="x" * 10_000_000)),
+            "customer.customer_id",
+        ),
         (recommendation_pb2.RankRequest(item_ids=["a", "x" * 10_000_000]), "item_ids[1]"),
         (recommendation_pb2.RankRequest(item_ids=["x" * 1000] * 10_000), "item_ids"),
         (
-            prediction_pb2.PredictRequest(customer={"events": [event(item_id="x" * 10_000_000)]}),
+            prediction_pb2.PredictRequest(customer=shop_pb2.Customer(events=[event(item_id="x" * 10_000_000)])),
             "customer.events[0].item_id",
         ),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import pytest
@@ -89,7 +90,7 @@ def test_every_error_that_a_call_can_raise_is_in_the_table() -> None:
     assert raised_in_calls == set(CODES)
 
 
-def request_ids(call: grpc.Call) -> list[str]:
+def request_ids(call: Any) -> list[str]:
     return [value for key, value in call.trailing_metadata() if key == "x-request-id"]
 
 
@@ -100,7 +101,7 @@ def test_the_callers_request_id_comes_back(scripted_shop: Scripted) -> None:
     assert scripted_shop.engine.requests[-1].request_id.startswith("page-17:rec#")
     bad = recommendation_pb2.RecommendRequest(count=9999)
     failed = failure(lambda: recommend(bad, metadata=(("x-request-id", "page-18"),)))
-    assert request_ids(failed) == ["page-18"]  # type: ignore[arg-type]
+    assert request_ids(failed) == ["page-18"]
 
 
 @pytest.mark.parametrize("given", [None, "", "a b", "x" * 129, 'quote"', "esc\\x1b"])
@@ -126,7 +127,7 @@ def test_the_deadline_reaches_the_engine(serve_scripted: Serve) -> None:
     scripted.server.recommendation.Recommend(RECOMMEND)
     timed, untimed = scripted.engine.requests
     assert timed.deadline_seconds == pytest.approx(before + 17.0, abs=2.0)
-    assert before <= timed.arrival_seconds < timed.deadline_seconds
+    assert before <= timed.arrival_seconds < before + 2.0
     assert untimed.deadline_seconds is None
 
 
@@ -136,6 +137,7 @@ def test_who_has_gone_costs_nothing_more(serve_scripted: Serve, service: str, ho
     scripted = serve_scripted()
     scripted.engine.holds = True
     timeout = 0.3 if how == "deadline" else TIMEOUT_SECONDS
+    call: Any
     if service == "chat":
         call = scripted.server.chat.Chat(ASK, timeout=timeout)
         method = "Chat"
@@ -187,7 +189,7 @@ def test_without_a_token_only_health_answers(serve_scripted: Serve) -> None:
         for path, method in METHODS.items():
             if method.grpc_service.endswith("EngineService"):
                 continue  # not offered
-            failed = failure(lambda: list(channel.unary_stream(path)(b"", metadata=metadata)))  # noqa: B023
+            failed = failure(lambda: list(channel.unary_stream(path, None, None)(b"", metadata=metadata)))  # noqa: B023
             assert failed.code() is grpc.StatusCode.UNAUTHENTICATED
             assert detail(failed, error_details_pb2.ErrorInfo).reason == "UNAUTHENTICATED"
     reflected = failure(lambda: ProtoReflectionDescriptorDatabase(channel).get_services())

@@ -71,7 +71,7 @@ def outcome(server: ServerThread, path: str, data: bytes) -> grpc.StatusCode:
     """Status of a call with these bytes."""
     try:
         if METHODS[path].streams:
-            call = server.channel.unary_stream(path)
+            call = server.channel.unary_stream(path, None, None)
             list(call(data, timeout=TIMEOUT_SECONDS))
         else:
             server.raw(path, data)

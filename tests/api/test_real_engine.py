@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -84,7 +85,7 @@ def test_nobody_gets_what_is_popular(real_shop: ServerThread) -> None:
 @pytest.mark.parametrize("first", range(3))
 def test_the_services_share_the_history_in_the_cache(real_shop: ServerThread, first: int) -> None:
     person = customer(first)
-    calls = [
+    calls: list[Callable[[], shop_pb2.Usage]] = [
         lambda: recommend(real_shop, customer=person).usage,
         lambda: real_shop.prediction.Predict(prediction_pb2.PredictRequest(customer=person)).usage,
         lambda: chat(real_shop, "hello", customer=person, max_tokens=2)[1].usage,

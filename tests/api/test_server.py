@@ -186,7 +186,7 @@ def test_a_drain_that_takes_too_long_says_so(serve_scripted: Serve) -> None:
         return await scripted.server.server.drain(0.01)
 
     assert scripted.server.run(drain()) is False
-    running.cancel()
+    running.cancel()  # type: ignore[no-untyped-call]
 
 
 def _signalled(folders: ShopFolders, engine: ScriptedEngine, signals: int) -> int:
