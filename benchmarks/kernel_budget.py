@@ -1,8 +1,8 @@
 """Compile every kernel for every architecture, without a GPU, and hold each to its budget.
 
-    python benchmarks/kernel_budget.py                 representative cells: check rules, compare with the table
-    python benchmarks/kernel_budget.py --full          all cells
-    python benchmarks/kernel_budget.py --full --write  all cells, and write the table anew (`make budget`)
+    python benchmarks/kernel_budget.py                 about 60 representative cells: rules, and growth past the table
+    python benchmarks/kernel_budget.py --write         the table's cells (about 190), and write the table anew
+    python benchmarks/kernel_budget.py --full --write  the whole matrix against the rules as well (`make budget`)
 
 A cell is one kernel specialisation exactly as its launcher would ask for it (`shoplm.kernels.aot`). Its numbers come
 from Triton's own ptxas run: registers a thread, spilled bytes, shared memory, and instruction counts in the PTX.
@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,6 +28,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import triton
 from shoplm.kernels.aot import AotCell
@@ -56,6 +59,8 @@ INSTRUCTION_SLACK = 1.10
 
 TABLE_PATH = Path(__file__).parent / "results" / "kernel_budget.json"
 WORKERS = 2
+
+Scope = Literal["representative", "table", "full"]
 
 
 @dataclass(frozen=True)
@@ -142,26 +147,25 @@ class BudgetTable:
         return "\n".join(lines) + "\n"
 
 
-def all_cells(*, full: bool = True) -> list[AotCell]:
-    """Every cell of every op on every architecture: the whole matrix, or the shapes that each op calls representative.
+def cells_in(scope: Scope) -> list[AotCell]:
+    """The cells of a scope, on every architecture; each name occurs once.
 
-    An op's representative cells are in its full matrix or stand beside it; each name occurs once.
+    `table`: the shapes that each op calls representative. `full`: the whole matrix besides. `representative`: about 60
+    of the table's: on sm_90 every attention cell and the first of each other kernel, elsewhere the first of each op.
     """
     modules = [importlib.import_module(f"shoplm.kernels.{op}") for op in OPS]
-    sizes = (False, True) if full else (False,)
+    sizes = (False, True) if scope == "full" else (False,)
     cells = [cell for arch in ARCHES for m in modules for size in sizes for cell in m.aot_cells(arch, full=size)]
-    return list({cell.name: cell for cell in cells}.values())
-
-
-def representative_cells() -> list[AotCell]:
-    """About 60: on sm_90 every attention cell and the first of each other kernel, elsewhere the first of each op."""
+    cells = list({cell.name: cell for cell in cells}.values())
+    if scope != "representative":
+        return cells
     chosen = []
     seen = set()
-    for cell in all_cells(full=False):
-        by = cell.kernel.__name__ if cell.arch == 90 else cell.op
-        if (cell.arch == 90 and cell.head_dim and cell.op != "kv_write") or (cell.arch, cell.op, by) not in seen:
+    for cell in cells:
+        first = (cell.arch, cell.op, cell.kernel.__name__ if cell.arch == 90 else "")
+        if first not in seen or (cell.arch == 90 and cell.head_dim and cell.op != "kv_write"):
             chosen.append(cell)
-        seen.add((cell.arch, cell.op, by))
+        seen.add(first)
     return chosen
 
 
@@ -192,23 +196,27 @@ def measure(cell: AotCell) -> BudgetRow:
     )
 
 
-def _measure_named(position: int, full: bool) -> BudgetRow | str:
+@functools.cache
+def _worker_cells(scope: Scope) -> list[AotCell]:
+    return cells_in(scope)
+
+
+def _measure_at(position: int, scope: Scope) -> BudgetRow | str:
     """In a worker: kernels do not travel between processes, so a cell is named by its place in the list."""
-    cell = (all_cells() if full else representative_cells())[position]
+    cell = _worker_cells(scope)[position]
     try:
         return measure(cell)
     except Exception as error:  # the report of a failed compile is the result; Triton raises many kinds
         return f"does not compile: {type(error).__name__}: {str(error)[:500]}"
 
 
-def measure_all(full: bool, workers: int = WORKERS) -> list[tuple[AotCell, BudgetRow | str]]:
-    """Every (cell, row or the reason why it has none), compiled in `workers` processes."""
+def measure_all(scope: Scope, workers: int = WORKERS) -> list[tuple[AotCell, BudgetRow | str]]:
+    """Every (cell, row or the reason why it has none) of a scope, compiled in `workers` processes."""
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise RuntimeError("TRITON_INTERPRET is set: there is nothing to compile under the interpreter; unset it")
-    cells = all_cells() if full else representative_cells()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        rows = list(pool.map(_measure_named, range(len(cells)), [full] * len(cells), chunksize=1))
+    cells = cells_in(scope)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        rows = list(pool.map(_measure_at, range(len(cells)), itertools.repeat(scope)))
     return list(zip(cells, rows, strict=True))
 
 
@@ -219,7 +227,7 @@ def compiler_versions() -> tuple[str, str]:
 
 
 def problems(measured: Sequence[tuple[AotCell, BudgetRow | str]], table: BudgetTable | None) -> list[str]:
-    """Every broken rule and, against a table of the same compiler, every regression."""
+    """Every broken rule and, against a table of the same compiler, every cell that it lacks and every regression."""
     found = []
     for cell, row in measured:
         if isinstance(row, str):
@@ -236,20 +244,19 @@ def problems(measured: Sequence[tuple[AotCell, BudgetRow | str]], table: BudgetT
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table and its problems; exit status 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="every cell instead of the representative ones")
-    parser.add_argument("--write", action="store_true", help="write the table (with --full)")
+    parser.add_argument("--full", action="store_true", help="the whole matrix instead of the representative cells")
+    parser.add_argument("--write", action="store_true", help="write the table")
     options = parser.parse_args(arguments)
-    if options.write and not options.full:
-        parser.error("--write needs --full: a table of some cells would drop the others")
-    measured = measure_all(options.full)
+    measured = measure_all("full" if options.full else "table" if options.write else "representative")
     for cell, row in measured:
         detail = row if isinstance(row, str) else f"{row.registers} registers, {row.shared_bytes} B shared"
         print(f"{cell.name:90s} {detail}")
     table = None
     if options.write:
-        rows = {row.name: row for _, row in measured if isinstance(row, BudgetRow)}
+        listed = {cell.name for cell in cells_in("table")}
+        rows = {row.name: row for _, row in measured if isinstance(row, BudgetRow) and row.name in listed}
         BudgetTable(*compiler_versions(), rows).write()
-    elif TABLE_PATH.exists() and (read := BudgetTable.read()).triton_version == triton.__version__:
+    elif not options.full and TABLE_PATH.exists() and (read := BudgetTable.read()).triton_version == triton.__version__:
         table = read
     found = problems(measured, table)
     for text in found:
