@@ -1,0 +1,1 @@
+"""Event log to bundle: reading, prompts' hidden states, item rows, heads, metrics, card."""

@@ -1,0 +1,51 @@
+"""Fits the parameters by which raw head values become answers, on a later window than the heads'."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from shoplm.bundle import HeadSpec
+from shoplm.readout.targets import PROBABILITIES, distribution, logit, raw_probabilities, unscaled_amounts
+
+_LEVEL_BOUNDS = (0.001, 0.999)
+_PRIOR = np.array([1.0, 0.0])  # slope, intercept
+
+
+def calibrated(spec: HeadSpec, values: NDArray[np.float64], truth: NDArray[np.float64]) -> HeadSpec:
+    """The spec with parameters fitted on a later window: `values` [N, P], `truth` [N]."""
+    if spec.transform in PROBABILITIES:
+        slope, intercept = _platt(logit(raw_probabilities(spec, values)), truth)
+        return msgspec.structs.replace(spec, parameters={"slope": slope, "intercept": intercept})
+    means = unscaled_amounts(spec, values)
+    scale = float(truth.sum() / max(means.sum(), 1e-9)) or 1.0
+    parameters = {"scale": scale, "level_low": 0.05, "level_high": 0.95}
+    if spec.transform == "count":
+        # Method of moments for variance = mean + dispersion * mean^2.
+        mean = scale * means
+        excess = float(((truth - mean) ** 2 - mean).sum() / max(float((mean**2).sum()), 1e-9))
+        parameters["dispersion"] = max(excess, 0.0)
+    draft = msgspec.structs.replace(spec, parameters=parameters)
+    # y < low exactly where F(y) < level_low, and y > high exactly where F(just below y) >= level_high.
+    at = distribution(draft, values, truth)
+    below = np.where(truth > 0, at, 0.0)
+    if spec.transform == "count":
+        below = np.where(truth > 0, distribution(draft, values, truth - 1.0), 0.0)
+    levels = float(np.quantile(at, 0.05)), float(np.quantile(below, 0.95))
+    low, high = (float(np.clip(level, *_LEVEL_BOUNDS)) for level in levels)
+    return msgspec.structs.replace(spec, parameters={**parameters, "level_low": low, "level_high": max(high, low)})
+
+
+def _platt(score: NDArray[np.float64], outcome: NDArray[np.float64]) -> tuple[float, float]:
+    """Slope and intercept by maximum likelihood (Newton), with a faint pull to (1, 0) for separable data."""
+    x = np.stack([score, np.ones_like(score)], axis=1)
+    beta = _PRIOR.copy()
+    for _ in range(50):
+        p = 1.0 / (1.0 + np.exp(-np.clip(x @ beta, -30, 30)))
+        gradient = x.T @ (p - outcome) + (beta - _PRIOR)
+        hessian = (x * (p * (1.0 - p))[:, None]).T @ x + np.eye(2)
+        change = np.linalg.solve(hessian, gradient)
+        beta = beta - change
+        if np.abs(change).max() < 1e-9:
+            break
+    return float(beta[0]), float(beta[1])

@@ -1,0 +1,182 @@
+"""`shoplm train` and `shoplm evaluate`: plain typer command functions."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from shoplm.errors import ConfigurationError
+from shoplm.training.problems import LogError
+from shoplm.training.tables import print_problems, print_report, table
+
+if TYPE_CHECKING:
+    from shoplm.training.log import ShopLog
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+EventsOption = Annotated[Path, typer.Option(help="events: .parquet or .csv; see docs/training.md", exists=True)]
+ItemsOption = Annotated[Path | None, typer.Option(help="the catalogue: .parquet or .csv", exists=True)]
+CustomersOption = Annotated[Path | None, typer.Option(help="profile attributes: .parquet or .csv", exists=True)]
+CampaignsOption = Annotated[Path | None, typer.Option(help="coupon campaigns: .parquet or .csv", exists=True)]
+TimezoneOption = Annotated[str, typer.Option(help="zone of times that name none, such as Europe/Berlin")]
+BaseOption = Annotated[
+    str | None, typer.Option(help="base model: folder, GGUF file or hub id; default: the default base")
+]
+WorkOption = Annotated[Path | None, typer.Option(help="where hidden states are kept; default: beside the bundle")]
+
+
+def train(
+    events: EventsOption,
+    out: Annotated[Path, typer.Option(help="the bundle's folder; an older bundle there is replaced")],
+    items: ItemsOption = None,
+    customers: CustomersOption = None,
+    campaigns: CampaignsOption = None,
+    base: BaseOption = None,
+    knowledge: Annotated[Path | None, typer.Option(help="folder of .md files for chat", exists=True)] = None,
+    name: Annotated[str | None, typer.Option(help="the bundle's name; default: the folder's")] = None,
+    title: Annotated[str | None, typer.Option(help="the shop's name for people")] = None,
+    preamble: Annotated[str | None, typer.Option(help="first words of every prompt: who the assistant is")] = None,
+    currency: Annotated[str, typer.Option(help="ISO 4217 code")] = "USD",
+    notice: Annotated[str, typer.Option(help="where the data come from and what they may be used for")] = "",
+    timezone: TimezoneOption = "UTC",
+    history_tokens: Annotated[int, typer.Option(min=64, help="history budget of every prompt")] = 512,
+    history_block: Annotated[int, typer.Option(min=16, help="the oldest baskets go in blocks of so many tokens")] = 256,
+    minutes: Annotated[float, typer.Option(min=0.0, help="about how long it may take; 0: as long as needed")] = 30.0,
+    max_customers: Annotated[int, typer.Option(min=0, help="a random sample of customers; 0: as time allows")] = 0,
+    demo_customers: Annotated[int, typer.Option(min=0, help="customers whose true events go into the bundle")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, help="most passes over the baskets")] = 8,
+    seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
+    work: WorkOption = None,
+    resume: Annotated[bool, typer.Option(help="go on from what a stopped run computed")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and stop")] = False,
+) -> None:
+    """Train a bundle from a shop's event log."""
+    from shoplm.training.run import Run, TrainRequest
+
+    console = Console(stderr=True)
+    chosen = name or re.sub(r"[^a-z0-9._-]+", "-", out.resolve().name.lower()).strip("-.") or "shop"
+    if not _NAME.fullmatch(chosen):
+        _fail(console, f"--name {chosen!r}: use lower-case letters, digits, '.', '_' and '-'")
+    if history_block > history_tokens:
+        _fail(console, f"--history-block {history_block} is larger than --history-tokens {history_tokens}")
+    folder = work or out.resolve().with_name(f".{out.resolve().name}.train")
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    shown = title or chosen.replace("-", " ").title()
+    request = TrainRequest(
+        out=out,
+        base=base,
+        knowledge=knowledge,
+        name=chosen,
+        title=shown,
+        preamble=preamble or f"You are the assistant of {shown}, a shop. Be friendly, brief and honest.",
+        currency=currency,
+        notice=notice,
+        history_tokens=history_tokens,
+        history_block=history_block,
+        minutes=minutes or None,
+        max_customers=max_customers or None,
+        demo_customers=demo_customers,
+        epochs=epochs,
+        seed=seed,
+        work=folder,
+    )
+    with _errors(console):
+        log = _read(console, events, items, customers, campaigns, timezone)
+        run = Run(request, log, lambda text: console.print(f"[dim]{text}[/dim]"))
+        if dry_run:
+            console.print(table("would do", ("what", "value"), run.estimate()))
+            return
+        with _bar(console) as bar:
+            report = run.train(bar)
+    print_report(console, report)
+    console.print(f"wrote [bold]{out}[/bold]; serve it with: shoplm serve --bundle {out}")
+
+
+def evaluate(
+    bundle: Annotated[Path, typer.Option(help="the bundle's folder", exists=True, file_okay=False)],
+    events: EventsOption,
+    items: ItemsOption = None,
+    customers: CustomersOption = None,
+    campaigns: CampaignsOption = None,
+    base: BaseOption = None,
+    timezone: TimezoneOption = "UTC",
+    max_customers: Annotated[int, typer.Option(min=0, help="of the card's random order; 0: as many as the card")] = 0,
+    work: WorkOption = None,
+    json: Annotated[Path | None, typer.Option(help="also write the numbers to this file")] = None,
+) -> None:
+    """Measure a bundle again, on the files that it was trained on: the numbers of its card."""
+    import msgspec
+    from shoplm.training.run import evaluate_bundle
+
+    console = Console(stderr=True)
+    folder = work or bundle.resolve().with_name(f".{bundle.resolve().name}.train")
+    with _errors(console):
+        log = _read(console, events, items, customers, campaigns, timezone)
+        with _bar(console) as bar:
+            report = evaluate_bundle(
+                bundle,
+                log,
+                base=base,
+                work=folder,
+                max_customers=max_customers or None,
+                say=lambda text: console.print(f"[dim]{text}[/dim]"),
+                progress=bar,
+            )
+    print_report(Console(), report)
+    if json is not None:
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+
+
+def _read(
+    console: Console,
+    events: Path,
+    items: Path | None,
+    customers: Path | None,
+    campaigns: Path | None,
+    timezone: str,
+) -> ShopLog:
+    from shoplm.training.log import read_log
+
+    log = read_log(events, items, customers, campaigns, timezone=timezone, now=time.time())
+    print_problems(console, log.problems)
+    return log
+
+
+@contextmanager
+def _errors(console: Console) -> Iterator[None]:
+    try:
+        yield
+    except LogError as error:
+        print_problems(console, error.problems)
+        _fail(console, "the log cannot be used: see the rows above that say what to do")
+    except ConfigurationError as error:
+        _fail(console, str(error))
+
+
+def _fail(console: Console, message: str) -> None:
+    console.print(f"[red]error:[/red] {message}", highlight=False, markup=True)
+    raise typer.Exit(2)
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A function (what, done, total) that draws one bar per kind of work."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bars: dict[str, object] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bars[what] = progress.add_task(what, total=total)
+            progress.update(bars[what], completed=done, total=total)  # type: ignore[arg-type]
+
+        yield report

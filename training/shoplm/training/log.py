@@ -1,0 +1,167 @@
+"""A shop's log as files: read, checked, cleaned. The schema is documented in docs/training.md.
+
+What is wrong with the files becomes rows of a table (`Problem`): what was found, how often, what was done about it.
+Fatal problems are all found before any work starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import polars as pl
+from shoplm.history import EventKind
+from shoplm.training.log_columns import cleaned_events, cleaned_items, text_column, time_column
+from shoplm.training.problems import LogError, Problem
+
+KINDS: Mapping[str, EventKind] = {
+    "purchase": EventKind.PURCHASE,
+    "cart": EventKind.CART,
+    "view": EventKind.VIEW,
+    "return": EventKind.RETURN,
+}
+
+
+@dataclass(frozen=True)
+class ShopLog:
+    """Cleaned files. Customers and items are numbered by their sorted ids; times are Unix seconds, UTC."""
+
+    customer_ids: list[str]
+    item_ids: list[str]
+    events: pl.DataFrame  # customer i32, item i32, kind i8, time f64, quantity f32, price f32 (NaN unknown), basket str
+    items: pl.DataFrame  # one row per item_ids entry: item_id, title, category, product_type, price, in_stock, extras
+    attributes: dict[str, tuple[tuple[str, str], ...]]  # customer id -> known profile attributes
+    campaigns: pl.DataFrame  # customer i32, campaign_id, campaign_type, start f64, end f64, redeemed bool
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def start(self) -> float:
+        """Time of the first event."""
+        return float(self.events["time"].min())  # type: ignore[arg-type]
+
+    @property
+    def end(self) -> float:
+        """Time of the last event."""
+        return float(self.events["time"].max())  # type: ignore[arg-type]
+
+
+CAMPAIGN_SCHEMA = {
+    "customer": pl.Int32,
+    "campaign_id": pl.String,
+    "campaign_type": pl.String,
+    "start": pl.Float64,
+    "end": pl.Float64,
+    "redeemed": pl.Boolean,
+}
+
+
+def read_log(
+    events: Path,
+    items: Path | None = None,
+    customers: Path | None = None,
+    campaigns: Path | None = None,
+    *,
+    timezone: str = "UTC",
+    now: float,
+) -> ShopLog:
+    """Read CSV or Parquet files. `timezone` is that of times that name none; events after `now` (Unix seconds) are
+    dropped. Raises LogError with every fatal problem found.
+    """
+    problems: list[Problem] = []
+    raw_events = _read(events, "events", ("customer_id", "item_id", "time"), problems)
+    raw_items = _read(items, "items", ("item_id",), problems) if items is not None else None
+    raw_customers = _read(customers, "customers", ("customer_id",), problems) if customers is not None else None
+    wanted = ("customer_id", "campaign_id", "campaign_type", "start", "end", "redeemed")
+    raw_campaigns = _read(campaigns, "campaigns", wanted, problems) if campaigns is not None else None
+    if any(problem.fatal for problem in problems):
+        raise LogError(problems)
+    assert raw_events is not None
+    clean = cleaned_events(raw_events, KINDS, timezone, now, problems)
+    if not len(clean):
+        problems.append(Problem("events", "-", len(raw_events), "no usable row is left", "repair the file", fatal=True))
+        raise LogError(problems)
+    known = cleaned_items(raw_items, clean, problems)
+    item_ids = known["item_id"].to_list()
+    customer_ids = clean["customer_id"].unique().sort().to_list()
+    numbered = _numbered(clean, customer_ids, item_ids)
+    return ShopLog(
+        customer_ids=customer_ids,
+        item_ids=item_ids,
+        events=numbered,
+        items=known,
+        attributes=_attributes(raw_customers, problems),
+        campaigns=_campaigns(raw_campaigns, customer_ids, timezone, problems),
+        problems=problems,
+    )
+
+
+def _read(path: Path, table: str, required: tuple[str, ...], problems: list[Problem]) -> pl.DataFrame | None:
+    suffix = path.suffix.lower()
+    try:
+        if suffix in (".parquet", ".pq"):
+            frame = pl.read_parquet(path)
+        elif suffix in (".csv", ".tsv"):
+            # Ids such as 007 must stay what they are: everything is text until its column is read.
+            frame = pl.read_csv(path, infer_schema=False, separator="\t" if suffix == ".tsv" else ",")
+        else:
+            found = f"{path} is neither .parquet nor .csv"
+            problems.append(Problem(table, "-", 0, found, "convert the file", fatal=True))
+            return None
+    except (OSError, pl.exceptions.PolarsError) as error:
+        problems.append(Problem(table, "-", 0, f"{path}: {str(error).splitlines()[0]}", "repair the file", fatal=True))
+        return None
+    frame = frame.rename({name: name.strip().lower() for name in frame.columns})
+    for column in required:
+        if column not in frame.columns:
+            found = f"the column is missing; there are: {', '.join(frame.columns)}"
+            problems.append(Problem(table, column, len(frame), found, "add or rename the column", fatal=True))
+    return frame
+
+
+def _numbered(events: pl.DataFrame, customer_ids: list[str], item_ids: list[str]) -> pl.DataFrame:
+    def index(ids: list[str], name: str) -> pl.DataFrame:
+        return pl.DataFrame({f"{name}_id": ids, name: pl.Series(range(len(ids)), dtype=pl.Int32)})
+
+    joined = events.join(index(customer_ids, "customer"), on="customer_id").join(index(item_ids, "item"), on="item_id")
+    columns = ["customer", "item", "kind", "time", "quantity", "price", "basket"]
+    return joined.select(columns).sort("customer", "time", "basket", "kind", "item", "quantity", "price")
+
+
+def _attributes(frame: pl.DataFrame | None, problems: list[Problem]) -> dict[str, tuple[tuple[str, str], ...]]:
+    if frame is None:
+        return {}
+    frame = frame.with_columns(text_column(name) for name in frame.columns)
+    unique = frame.filter(pl.col("customer_id").is_not_null()).unique("customer_id", keep="first", maintain_order=True)
+    if len(unique) < len(frame):
+        problems.append(
+            Problem("customers", "customer_id", len(frame) - len(unique), "empty or repeated id", "first row kept")
+        )
+    names = sorted(name for name in frame.columns if name != "customer_id")
+    return {
+        row["customer_id"]: tuple((name, row[name]) for name in names if row[name] is not None)
+        for row in unique.iter_rows(named=True)
+    }
+
+
+def _campaigns(
+    frame: pl.DataFrame | None, customer_ids: list[str], timezone: str, problems: list[Problem]
+) -> pl.DataFrame:
+    if frame is None:
+        return pl.DataFrame(schema=CAMPAIGN_SCHEMA)
+    ids = pl.DataFrame({"customer_id": customer_ids, "customer": pl.Series(range(len(customer_ids)), dtype=pl.Int32)})
+    truth = pl.col("redeemed").cast(pl.String).str.to_lowercase().is_in(["true", "1", "yes", "t"])
+    parsed = frame.with_columns(
+        text_column("customer_id"),
+        text_column("campaign_id"),
+        text_column("campaign_type"),
+        time_column(frame, "start", timezone),
+        time_column(frame, "end", timezone),
+        truth.fill_null(False).alias("redeemed"),
+    )
+    known = parsed.join(ids, on="customer_id").select(list(CAMPAIGN_SCHEMA)).drop_nulls()
+    usable = known.filter(pl.col("start") < pl.col("end")).unique(maintain_order=True)
+    if len(usable) < len(frame):
+        found = "unknown customer, empty field, end not after start, or a repeated row"
+        problems.append(Problem("campaigns", "-", len(frame) - len(usable), found, "dropped"))
+    return usable.sort("start", "campaign_id", "customer")

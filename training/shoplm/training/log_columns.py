@@ -1,0 +1,149 @@
+"""Cleans the columns of a shop's log: every rule counts the rows that it touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+import polars as pl
+from shoplm.history import EventKind
+from shoplm.training.problems import Notes, Problem
+
+_MAX_AMOUNT = 1e9  # a quantity or price above this is a defect of the file, not a purchase
+_OLDEST = datetime(1970, 1, 2, tzinfo=UTC).timestamp()
+_EPOCH_MILLIS = 1e11  # numbers above this are milliseconds: as seconds they would lie in the year 5138
+_ITEM_COLUMNS = ("title", "category", "product_type")
+
+
+def text_column(name: str) -> pl.Expr:
+    """The column as stripped text; empty is null. A whole float loses its `.0`, as ids of nullable numbers get one."""
+    text = pl.col(name).cast(pl.String).str.strip_chars()
+    return pl.when(text != "").then(text.str.replace(r"^(-?\d+)\.0$", "$1")).alias(name)
+
+
+def time_column(frame: pl.DataFrame, name: str, timezone: str) -> pl.Expr:
+    """The column as Unix seconds, null where it cannot be read: datetimes, dates, ISO 8601 text, or Unix seconds (or
+    milliseconds). A time without a zone is one of `timezone`; a local time that does not exist is null."""
+    dtype = frame.schema[name]
+    column = pl.col(name)
+    if isinstance(dtype, pl.Datetime) and dtype.time_zone is not None:
+        return (column.dt.timestamp("us") / 1e6).alias(name)
+    if dtype.is_numeric():
+        return _unix(column.cast(pl.Float64)).alias(name)
+    if dtype == pl.Date or isinstance(dtype, pl.Datetime):
+        return _localized(column.cast(pl.Datetime("us")), timezone).alias(name)
+    text = column.cast(pl.String).str.strip_chars().str.replace(r"^(\d{4}-\d{2}-\d{2})T", "${1} ")
+    zoned = text.str.replace(r"Z$", "+00:00").str.replace(r"([+-]\d{2})$", "${1}:00")
+    with_zone = zoned.str.to_datetime("%Y-%m-%d %H:%M:%S%.f%:z", strict=False, time_unit="us").dt.timestamp("us") / 1e6
+    has_zone = text.str.contains(r"^\d{4}-\d{2}-\d{2} .*(Z|[+-]\d{2}(:?\d{2})?)$")
+    plain = pl.coalesce(
+        text.str.to_datetime("%Y-%m-%d %H:%M:%S%.f", strict=False, time_unit="us"),
+        text.str.to_datetime("%Y-%m-%d %H:%M", strict=False, time_unit="us"),
+        text.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us")),
+    )
+    numeric = _unix(text.cast(pl.Float64, strict=False))
+    return (
+        pl.when(has_zone.fill_null(False))
+        .then(with_zone)
+        .otherwise(pl.coalesce(_localized(plain, timezone), numeric))
+        .alias(name)
+    )
+
+
+def _unix(number: pl.Expr) -> pl.Expr:
+    seconds = pl.when(number > _EPOCH_MILLIS).then(number / 1000.0).otherwise(number)
+    return pl.when(seconds.is_finite()).then(seconds)
+
+
+def _localized(naive: pl.Expr, timezone: str) -> pl.Expr:
+    local = naive.dt.replace_time_zone(timezone, ambiguous="earliest", non_existent="null")
+    return local.dt.timestamp("us") / 1e6
+
+
+def cleaned_events(
+    raw: pl.DataFrame, kinds: Mapping[str, EventKind], timezone: str, now: float, problems: list[Problem]
+) -> pl.DataFrame:
+    """Columns customer_id, item_id, kind, time, quantity, price, basket; only usable rows."""
+    note = Notes("events", problems)
+    for name, default in (("type", "purchase"), ("quantity", "1"), ("price", None), ("basket_id", None)):
+        if name not in raw.columns:
+            raw = raw.with_columns(pl.lit(default, pl.String).alias(name))
+    names = pl.col("type").cast(pl.String).str.strip_chars().str.to_lowercase()
+    frame = raw.select(
+        text_column("customer_id"),
+        text_column("item_id"),
+        names.fill_null("purchase")
+        .replace_strict({name: int(kind) for name, kind in kinds.items()}, default=None, return_dtype=pl.Int8)
+        .alias("kind"),
+        time_column(raw, "time", timezone),
+        pl.col("quantity").cast(pl.Float32, strict=False),
+        pl.col("price").cast(pl.Float32, strict=False),
+        text_column("basket_id").fill_null("").alias("basket"),
+    )
+    frame = note.drop(frame, "customer_id", pl.col("customer_id").is_null(), "empty")
+    frame = note.drop(frame, "item_id", pl.col("item_id").is_null(), "empty")
+    frame = note.drop(frame, "type", pl.col("kind").is_null(), f"not one of {', '.join(kinds)}")
+    frame = note.drop(frame, "time", pl.col("time").is_null(), "empty or not a time")
+    frame = note.drop(frame, "time", pl.col("time") > now, "in the future")
+    frame = note.drop(frame, "time", pl.col("time") < _OLDEST, "before 1970-01-02")
+    negative = pl.col("quantity") < 0
+    count = frame.select(negative.sum()).item() or 0
+    note.add("quantity", count, "negative", "read as a return of as many")
+    frame = frame.with_columns(
+        pl.when(negative).then(pl.lit(int(EventKind.RETURN), pl.Int8)).otherwise(pl.col("kind")).alias("kind"),
+        pl.col("quantity").abs(),
+    )
+    odd = pl.col("quantity").is_null() | (pl.col("quantity") == 0) | ~(pl.col("quantity") <= _MAX_AMOUNT)
+    note.add("quantity", frame.select(odd.sum()).item() or 0, "empty, zero or not a number", "set to 1")
+    known = pl.col("price").is_not_null() & (pl.col("price") >= 0) & (pl.col("price") <= _MAX_AMOUNT)
+    note.add("price", frame.select((~known).sum()).item() or 0, "empty, negative or not a number", "unknown price")
+    frame = frame.with_columns(
+        pl.when(odd).then(1.0).otherwise(pl.col("quantity")).cast(pl.Float32).alias("quantity"),
+        pl.when(known).then(pl.col("price")).otherwise(float("nan")).cast(pl.Float32).alias("price"),
+    )
+    unique = frame.unique(maintain_order=True)
+    note.add("-", len(frame) - len(unique), "equal to another row in every column", "kept once")
+    if not unique["time"].is_sorted():
+        note.add("time", len(unique), "not in order of time", "sorted")
+    return unique
+
+
+def cleaned_items(raw: pl.DataFrame | None, events: pl.DataFrame, problems: list[Problem]) -> pl.DataFrame:
+    """One row per item of the catalogue or the log, sorted by id, with every column that a bundle needs."""
+    note = Notes("items", problems)
+    if raw is None:
+        raw = pl.DataFrame(schema={"item_id": pl.String})
+        note.add("item_id", events["item_id"].n_unique(), "no items file", "the id is the title")
+    frame = raw.with_columns(text_column("item_id"))
+    frame = note.drop(frame, "item_id", pl.col("item_id").is_null(), "empty")
+    unique = frame.unique("item_id", keep="first", maintain_order=True)
+    note.add("item_id", len(frame) - len(unique), "repeated", "first row kept")
+    missing = events.select("item_id").unique().join(unique.select("item_id"), on="item_id", how="anti")
+    if len(raw):
+        note.add("item_id", len(missing), "in the events but not in the items", "added, with the id as the title")
+    frame = pl.concat([unique, missing], how="diagonal")
+    for name in _ITEM_COLUMNS:
+        if name not in frame.columns:
+            frame = frame.with_columns(pl.lit(None, pl.String).alias(name))
+    price = pl.col("price").cast(pl.Float64, strict=False) if "price" in frame.columns else pl.lit(None, pl.Float64)
+    stock = pl.lit(True)
+    if "in_stock" in frame.columns:
+        stock = ~pl.col("in_stock").cast(pl.String).str.to_lowercase().is_in(["false", "0", "no", "f"])
+    frame = frame.with_columns(
+        *(text_column(name) for name in frame.columns if name not in ("item_id", "price", "in_stock")),
+        price.alias("price"),
+        stock.fill_null(True).alias("in_stock"),
+    )
+    valid = pl.col("price").is_finite() & (pl.col("price") >= 0)
+    bad = frame.select((pl.col("price").is_not_null() & ~valid).sum()).item() or 0
+    note.add("price", bad, "negative or not a number", "median price paid instead")
+    frame = frame.with_columns(pl.when(valid).then(pl.col("price")).alias("price"))
+    paid = events.filter(pl.col("price").is_not_nan()).group_by("item_id").agg(pl.col("price").median().alias("paid"))
+    frame = frame.join(paid, on="item_id", how="left").with_columns(
+        pl.coalesce("price", pl.col("paid").cast(pl.Float64)).round(2).alias("price"),
+        pl.coalesce("title", "product_type", "item_id").alias("title"),
+        pl.coalesce("category", "product_type", pl.lit("Other")).alias("category"),
+    )
+    return (
+        frame.with_columns(pl.coalesce("product_type", "category").alias("product_type")).drop("paid").sort("item_id")
+    )

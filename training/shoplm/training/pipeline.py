@@ -1,0 +1,169 @@
+"""The steps of `shoplm train`: read, number, compute hidden states, fit, tune, measure, write."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from shoplm.bundle import PromptSchema
+from shoplm.catalog.items import Catalog, read_catalog
+from shoplm.features import FEATURE_NAMES
+from shoplm.model.base import Base
+from shoplm.model.linear import packing_supported
+from shoplm.training.campaigns import fit_campaigns
+from shoplm.training.catalogue import ShopItems, choose_items
+from shoplm.training.evaluation import Model, Say, tuning_window
+from shoplm.training.examples import ranking_examples
+from shoplm.training.heads import LinearHead, Standard
+from shoplm.training.hidden import HiddenStates, Progress, Reader, make_reader
+from shoplm.training.histories import Histories
+from shoplm.training.log import ShopLog
+from shoplm.training.predictions import Predictor, fit_behaviour, observe, shifted
+from shoplm.training.ranker import OutputRows, RankerSettings, fit_ranker
+from shoplm.training.samples import HiddenTable, Task, Use
+from shoplm.training.scoring import Weights, tune
+from shoplm.training.shop import Shop
+from shoplm.training.timeline import make_timeline
+
+HIDDEN_SHARE = 0.7  # of the minutes, for hidden states; the rest fits and measures
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What training found."""
+
+    model: Model
+    ranking_examples: int
+    hidden_scales: dict[str, float]
+
+
+def prepare(log: ShopLog) -> Shop:
+    """Timeline, items and histories. Raises ConfigurationError where the log cannot be cut in time."""
+    timeline = make_timeline(log.start, log.end)
+    items = choose_items(log, timeline.test_at)
+    return Shop(log, timeline, items, Histories(log, items, timeline.cutoffs))
+
+
+def write_items(items: ShopItems, folder: Path) -> Catalog:
+    """items.parquet and types.parquet of a bundle."""
+    folder.mkdir(parents=True, exist_ok=True)
+    items.table.write_parquet(folder / "items.parquet", compression="zstd", compression_level=12)
+    items.types.write_parquet(folder / "types.parquet")
+    return read_catalog(folder)
+
+
+def prompt_schema(shop: Shop, preamble: str, budget_tokens: int, block_tokens: int) -> PromptSchema:
+    """Profile attributes are those that the customers' file has."""
+    names = sorted({name for profile in shop.log.attributes.values() for name, _ in profile})
+    return PromptSchema(preamble, tuple(names), budget_tokens, block_tokens)
+
+
+def hidden_states(
+    shop: Shop, catalog: Catalog, base: Base, schema: PromptSchema, work: Path, seed: int
+) -> tuple[HiddenStates, Reader]:
+    """Loads the base and opens the folder of shards that belongs to exactly this log, base and prompt."""
+    dtype = torch.bfloat16 if packing_supported() else torch.float32
+    vocabulary = shop.items.vocabulary(base.config.vocab_size)
+    reader = make_reader(base, catalog, vocabulary, schema, dtype)
+    identity: dict[str, object] = {
+        "base": base.fingerprint,
+        "dtype": str(dtype),
+        "shop": shop.fingerprint,
+        "schema": [schema.preamble, *schema.attributes, schema.history_budget_tokens, schema.history_block_tokens],
+    }
+    return HiddenStates(work, reader, shop.histories, shop.timeline, shop.starts, identity, seed), reader
+
+
+def compute_states(states: HiddenStates, customers: int, minutes: float | None, progress: Progress) -> HiddenTable:
+    """As many customers' states as fit into the time."""
+    deadline = None if minutes is None else time.monotonic() + HIDDEN_SHARE * 60.0 * minutes
+    return states.compute(customers, deadline, progress)
+
+
+def fit(
+    shop: Shop,
+    table: HiddenTable,
+    embeddings: torch.Tensor,
+    *,
+    seed: int,
+    settings: RankerSettings,
+    say: Say,
+    progress: Progress,
+) -> Fitted:
+    """Output rows on labels before `tuned_at`; weights and calibration on labels before `test_at`. `embeddings`
+    [rows, H] are the input embeddings of the catalogue's items."""
+    popularity = torch.from_numpy(shop.popularity())
+    window = tuning_window(shop, table, popularity, seed)
+    say("tuning the weights of counting and popularity")
+    count = tune(window, None, Weights(model=0.0, repeat=1.0, popularity=0.05, decay_days=120.0))
+    examples = ranking_examples(
+        table,
+        table.where(Task.RECOMMEND, Use.ITEM_TRAIN),
+        shop.histories,
+        shop.items.label_kind,
+        before=shop.timeline.tuned_at,
+        decay_days=count.decay_days,
+    )
+    say(f"fitting output rows on {len(examples):,} baskets")
+    states = torch.from_numpy(table.hidden[window.examples.sample])
+
+    def validate(rows: OutputRows, repeat: float) -> float:
+        return window.ndcg(Weights(1.0, repeat, 0.0, count.decay_days), rows.logits(states))
+
+    item_types = shop.items.table["type_index"].to_numpy()[shop.items.row_item]
+    hidden = torch.from_numpy(table.hidden[examples.sample])
+    rows, repeat = fit_ranker(
+        hidden,
+        examples,
+        embeddings,
+        item_types.astype(np.int32),
+        _counts_before(shop, shop.timeline.tuned_at),
+        settings=settings,
+        seed=seed,
+        validate=validate,
+        progress=lambda done, total, _: progress(done, total, 0),
+    )
+    say("tuning the score's weights")
+    logits = rows.logits(states)
+    starts = [Weights(1.0, repeat, 0.0, count.decay_days), replace(count, model=0.0)]
+    best = max((tune(window, logits, start) for start in starts), key=lambda found: window.ndcg(found, logits))
+    centre = hidden.mean(0) if len(hidden) else torch.zeros(hidden.shape[1])
+    stored = rows.scaled(best.model).rounded(centre)
+    say("fitting prediction heads")
+    predictor = fit_predictor(shop, table, seed)
+    model = Model(stored, popularity, replace(best, model=1.0), predictor)
+    return Fitted(model, len(examples), predictor.hidden_scales if predictor is not None else {})
+
+
+def fit_predictor(shop: Shop, table: HiddenTable, seed: int) -> Predictor | None:
+    """All heads that the log has enough data for; None where it has none."""
+    prices = shop.items.row_prices
+    train, late = (
+        observe(table, table.where(Task.PREDICT, use), shop.histories, shop.timeline, prices)
+        for use in (Use.HEAD_TRAIN, Use.HEAD_TUNE)
+    )
+    standard = Standard.fit(train.features)
+    heads, specs, scales = fit_behaviour(train, late, shop.timeline.horizons, standard, seed)
+    first = sum(len(head.bias) for head in heads)
+    more_heads, more_specs, more_scales = fit_campaigns(
+        shop.campaign_rows(table, "train"), shop.campaign_rows(table, "tune"), shop.campaign_types, standard, seed
+    )
+    heads += more_heads
+    specs += shifted(more_specs, first)
+    if not specs:
+        return None
+    head = LinearHead(np.concatenate([head.weight for head in heads]), np.concatenate([head.bias for head in heads]))
+    assert head.weight.shape[1] == table.hidden.shape[1] + len(FEATURE_NAMES)
+    return Predictor(standard, head, tuple(specs), {**scales, **more_scales})
+
+
+def _counts_before(shop: Shop, until: float) -> NDArray[np.int64]:
+    kept = (pl.col("time") < until) & (pl.col("kind") == int(shop.items.label_kind))
+    events = shop.log.events.filter(kept)
+    counts = np.bincount(events["item"].to_numpy(), minlength=len(shop.log.item_ids))
+    return counts[shop.items.row_item].astype(np.int64)

@@ -1,0 +1,222 @@
+"""A whole training run, and a whole evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from shoplm.bundle import ShopManifest, read_manifest
+from shoplm.catalog.items import read_catalog
+from shoplm.errors import BundleError
+from shoplm.features import FEATURE_VERSION
+from shoplm.model.base import Base, resolve_base
+from shoplm.training import pipeline
+from shoplm.training.bundle_writer import Identity, choose_demo_customers, moment_text, write_bundle
+from shoplm.training.card import render_card
+from shoplm.training.catalogue import ShopItems, choose_items
+from shoplm.training.evaluation import Model, Say, measure
+from shoplm.training.heads import LinearHead, Standard
+from shoplm.training.histories import Histories
+from shoplm.training.log import ShopLog
+from shoplm.training.predictions import Predictor
+from shoplm.training.ranker import OutputRows, RankerSettings
+from shoplm.training.report import Report
+from shoplm.training.scoring import Weights
+from shoplm.training.shop import Shop
+from shoplm.training.timeline import make_timeline
+from shoplm.vocabulary import SPECIAL_TEXTS
+
+Bar = Callable[[str, int, int], None]  # what, done, total
+_SPEED_CUSTOMERS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRequest:
+    """What `shoplm train` was asked for."""
+
+    out: Path
+    base: str | None
+    knowledge: Path | None
+    name: str
+    title: str
+    preamble: str
+    currency: str
+    notice: str
+    history_tokens: int
+    history_block: int
+    minutes: float | None  # None: as long as needed
+    max_customers: int | None  # None: as many as the time allows
+    demo_customers: int
+    epochs: int
+    seed: int
+    work: Path
+    remarks: tuple[str, ...] = ()
+
+
+class Run:
+    """One training run: everything is loaded and numbered here, computed in `train`."""
+
+    def __init__(self, request: TrainRequest, log: ShopLog, say: Say) -> None:
+        """Raises ConfigurationError for a log that cannot be cut in time and a base that cannot be used."""
+        torch.manual_seed(request.seed)
+        self._request = request
+        self._say = say
+        self._base = resolve_base(request.base)
+        say("numbering customers and items")
+        self._shop = pipeline.prepare(log)
+        self._schema = pipeline.prompt_schema(
+            self._shop, request.preamble, request.history_tokens, request.history_block
+        )
+        catalog = pipeline.write_items(self._shop.items, request.work / "items")
+        say(f"loading {self._base.name}")
+        self._states, reader = pipeline.hidden_states(
+            self._shop, catalog, self._base, self._schema, request.work, request.seed
+        )
+        first = len(SPECIAL_TEXTS)
+        self._embeddings = reader.input_rows[first : first + len(catalog)]
+
+    def estimate(self) -> list[tuple[str, str]]:
+        """What a run would do: (what, value)."""
+        request, shop = self._request, self._shop
+        per_customer = self._states.estimate_tokens()
+        speed = self._states.measure_speed(_SPEED_CUSTOMERS)
+        wanted = min(request.max_customers or len(shop.histories), len(shop.histories))
+        seconds = wanted * per_customer / speed
+        if request.minutes is not None:
+            seconds = min(seconds, pipeline.HIDDEN_SHARE * 60.0 * request.minutes)
+        customers = min(wanted, int(seconds * speed / max(per_customer, 1e-9)))
+        return [
+            ("events", f"{len(shop.log.events):,}"),
+            ("items with a token of their own", f"{len(shop.items.row_item):,}"),
+            ("product types", f"{len(shop.items.types):,}"),
+            ("training ends", moment_text(shop.timeline.test_at)),
+            ("tokens per customer", f"{per_customer:,.0f}"),
+            ("tokens per second here", f"{speed:,.0f}"),
+            ("customers", f"{customers:,} of {len(shop.histories):,}"),
+            ("tokens", f"{customers * per_customer:,.0f}"),
+            ("epochs", f"at most {request.epochs}"),
+            ("minutes for hidden states", f"{seconds / 60.0:.1f}"),
+        ]
+
+    def train(self, bar: Bar) -> Report:
+        """Compute, fit, measure, write. Returns the numbers of the card."""
+        request, shop, say = self._request, self._shop, self._say
+        wanted = request.max_customers or len(shop.histories)
+        begun = time.monotonic()
+        table = pipeline.compute_states(
+            self._states, wanted, request.minutes, lambda done, total, _: bar("hidden states", done, total)
+        )
+        say(f"{len(table):,} hidden states after {(time.monotonic() - begun) / 60.0:.1f} minutes")
+        settings = replace(RankerSettings(), epochs=request.epochs)
+        fitted = pipeline.fit(
+            shop,
+            table,
+            self._embeddings,
+            seed=request.seed,
+            settings=settings,
+            say=say,
+            progress=lambda done, total, _: bar("output rows", done, total),
+        )
+        report = measure(shop, table, fitted.model, request.seed, say)
+        card = render_card(
+            shop,
+            self._base,
+            self._schema,
+            fitted.model.weights,
+            report,
+            fitted.hidden_scales,
+            title=request.title,
+            notice=request.notice,
+            examples=fitted.ranking_examples,
+            remarks=request.remarks,
+        )
+        write_bundle(
+            request.out,
+            shop,
+            self._base,
+            self._schema,
+            fitted.model,
+            report,
+            Identity(request.name, request.title, request.currency, request.notice),
+            card=card,
+            knowledge=request.knowledge,
+            demo_customers=choose_demo_customers(shop, request.demo_customers, request.seed),
+        )
+        return report
+
+
+def evaluate_bundle(
+    folder: Path,
+    log: ShopLog,
+    *,
+    base: str | None,
+    work: Path,
+    max_customers: int | None,
+    say: Say,
+    progress: Bar,
+) -> Report:
+    """Measure a bundle with the log that it was trained on. Raises BundleError where they do not belong together."""
+    manifest = read_manifest(folder)
+    resolved = resolve_base(base)
+    _check_base(manifest, resolved, folder)
+    card = msgspec.json.decode((folder / "metrics.json").read_bytes(), type=Report)
+    shop = _shop_of(folder, manifest, log)
+    say(f"loading {resolved.name}")
+    states, _ = pipeline.hidden_states(shop, read_catalog(folder), resolved, manifest.prompt, work, card.seed)
+    wanted = min(max_customers or card.customers, card.customers)
+    table = states.compute(wanted, None, lambda done, total, _: progress("hidden states", done, total))
+    return measure(shop, table, read_model(folder, manifest), card.seed, say)
+
+
+def read_model(folder: Path, manifest: ShopManifest) -> Model:
+    """The tensors and weights of a bundle with items of one code."""
+    tensors = load_file(folder / "weights.safetensors")
+    rows = OutputRows(tensors["output_rows.0"].float(), tensors["output_bias.0"].float())
+    predictor = None
+    if manifest.targets:
+        standard = Standard(tensors["head.input_mean"].numpy(), tensors["head.input_scale"].numpy())
+        head = LinearHead(tensors["head.weight"].numpy(), tensors["head.bias"].numpy())
+        predictor = Predictor(standard, head, manifest.targets, {})
+    score = manifest.score
+    weights = Weights(1.0, score.repeat_weight, score.popularity_weight, score.decay_days)
+    return Model(rows, tensors["popularity"].float(), weights, predictor)
+
+
+def _check_base(manifest: ShopManifest, base: Base, folder: Path) -> None:
+    if manifest.base.fingerprint != base.fingerprint:
+        raise BundleError(
+            f"{folder} was trained on {manifest.base.name}, not on these weights of {base.name}; give --base"
+        )
+    if manifest.feature_version != FEATURE_VERSION:
+        raise BundleError(
+            f"{folder} has features of version {manifest.feature_version}, this code {FEATURE_VERSION}; train it again"
+        )
+    if manifest.depth != 1:
+        raise BundleError(f"{folder} has item codes of depth {manifest.depth}; only depth 1 can be evaluated")
+
+
+def _shop_of(folder: Path, manifest: ShopManifest, log: ShopLog) -> Shop:
+    """The shop as it was when the bundle was trained; the log must give the same items and the same cut."""
+    timeline = make_timeline(log.start, log.end)
+    until = datetime.fromisoformat(manifest.trained_until).timestamp()
+    if abs(timeline.test_at - until) > 1.0:
+        raise BundleError(
+            f"{folder} was trained until {manifest.trained_until}, but this log would be cut at "
+            f"{moment_text(timeline.test_at)}; evaluate with the files that it was trained on"
+        )
+    items = choose_items(log, timeline.test_at)
+    if _row_ids(items) != read_catalog(folder).item_ids:
+        raise BundleError(f"{folder} has other items than this log gives; evaluate with the files it was trained on")
+    return Shop(log, timeline, items, Histories(log, items, timeline.cutoffs))
+
+
+def _row_ids(items: ShopItems) -> list[str]:
+    ids = items.table["item_id"].to_numpy()
+    return [str(item) for item in ids[np.asarray(items.row_item)]]

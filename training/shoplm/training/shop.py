@@ -1,0 +1,115 @@
+"""A shop's log, made ready: the timeline, the numbered items, the customers' histories."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from shoplm.features import dense_features
+from shoplm.training.campaigns import Campaigns
+from shoplm.training.catalogue import ShopItems
+from shoplm.training.histories import Histories
+from shoplm.training.log import ShopLog
+from shoplm.training.samples import HiddenTable, Task, Use, campaign_starts, samples_of
+from shoplm.training.timeline import Timeline
+
+OBSERVED_SHARE = 0.8  # a campaign that goes on beyond the log counts for the test from this share of its days on
+
+
+@dataclass(frozen=True)
+class Shop:
+    """Everything about the shop that fitting and measuring read."""
+
+    log: ShopLog
+    timeline: Timeline
+    items: ShopItems
+    histories: Histories
+
+    @cached_property
+    def starts(self) -> list[list[float]]:
+        """Per customer, the starts of the campaigns that reached it."""
+        return campaign_starts(self.log.campaigns, len(self.log.customer_ids))
+
+    @cached_property
+    def campaign_types(self) -> list[str]:
+        return sorted(self.log.campaigns["campaign_type"].unique().to_list())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what prompts depend on: events, item numbers, profiles, campaigns."""
+        digest = hashlib.sha256()
+        for name in ("customer", "item", "kind", "time", "quantity", "price"):
+            digest.update(np.ascontiguousarray(self.log.events[name].to_numpy()).tobytes())
+        for text in (self.log.events["basket"].to_list(), sorted(self.log.attributes.items()), self.starts):
+            digest.update(repr(text).encode())
+        digest.update(self.items.index.tobytes() + self.items.has_row.tobytes())
+        texts = self.items.table.select("item_id", "title", "category", "product_type")
+        digest.update(texts.write_csv().encode())
+        return digest.hexdigest()
+
+    def popularity(self) -> NDArray[np.float32]:
+        """Natural log of each row's share of the label events before the test, one added to every count: [rows]."""
+        counts = self.items.row_counts.astype(np.float64)
+        shares = (counts + 1.0) / (counts.sum() + max(len(counts), 1))
+        result: NDArray[np.float32] = np.log(shares).astype(np.float32)
+        return result
+
+    def bare_table(self, customers: NDArray[np.integer]) -> HiddenTable:
+        """All samples of these customers, with hidden states of width 0: for baselines."""
+        rows = [
+            (int(customer), sample.moment, int(sample.task), int(sample.use))
+            for customer in customers
+            for sample in samples_of(self.histories[int(customer)], self.timeline, self.starts[int(customer)])
+        ]
+        columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
+        return HiddenTable(
+            np.array(columns[0], np.int32),
+            np.array(columns[1], np.float64),
+            np.array(columns[2], np.int8),
+            np.array(columns[3], np.int16),
+            np.zeros((len(rows), 0), np.float32),
+        )
+
+    def campaign_rows(self, table: HiddenTable, part: str) -> Campaigns:
+        """Customers at campaign starts. `part`: `train`, campaigns that end by `tuned_at`; `tune`, those that end by
+        `test_at`; `test`, the others of which most was observed. No outcome of one part is known in the one before.
+        Customers whose hidden state at that moment is not in the table are left out.
+        """
+        chosen = table.where(Task.PREDICT, Use.CAMPAIGN)
+        keys = {(int(table.customer[index]), float(table.moment[index])): index for index in chosen.tolist()}
+        reached = self.log.campaigns.filter(self._part(part)).sort("customer", "start", "campaign_id")
+        rows = [row for row in reached.iter_rows(named=True) if (row["customer"], row["start"]) in keys]
+        at = np.array([keys[row["customer"], row["start"]] for row in rows], np.intp)
+        return Campaigns(
+            customer=np.array([row["customer"] for row in rows], np.int32),
+            hidden=table.hidden[at],
+            features=self._features(rows),
+            kind=np.array([self.campaign_types.index(row["campaign_type"]) for row in rows], np.int64),
+            redeemed=np.array([row["redeemed"] for row in rows], bool),
+            campaign=np.array([row["campaign_id"] for row in rows], np.str_),
+        )
+
+    def _part(self, part: str) -> pl.Expr:
+        start, end = pl.col("start"), pl.col("end")
+        if part == "train":
+            return end <= self.timeline.tuned_at
+        if part == "tune":
+            return (end > self.timeline.tuned_at) & (end <= self.timeline.test_at)
+        observed = (self.timeline.end - start) >= OBSERVED_SHARE * (end - start)
+        return (end > self.timeline.test_at) & observed
+
+    def _features(self, rows: Sequence[dict[str, float]]) -> NDArray[np.float32]:
+        width = len(dense_features(self.histories[0].before(0.0), self.items.row_prices))
+        features = np.zeros((len(rows), width), np.float32)
+        last = None
+        for index, row in enumerate(rows):
+            if row["customer"] != last:
+                last = row["customer"]
+                history = self.histories[int(last)]
+            features[index] = dense_features(history.before(row["start"]), self.items.row_prices)
+        return features
