@@ -6,6 +6,7 @@ The API process: gRPC, metrics and probes on one event loop. The engine is a pro
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import shlex
@@ -30,6 +31,7 @@ from shoplm.request import StepStats
 
 EXIT_CALLS_CUT, EXIT_CONFIGURATION, EXIT_INTERRUPTED = 1, 2, 130
 _FLUSH_SECONDS = 1.0  # for the last bytes of calls that have just ended
+_QUIET_SECONDS, _LONGEST_QUIET_SECONDS = 0.1, 2.0  # without a new call, before the port closes
 _DEFAULT_ADDRESS = ("127.0.0.1", 50051)  # the command-line client's own
 
 log = logging.getLogger("shoplm.server")
@@ -123,6 +125,11 @@ class Server:
         except TimeoutError:
             log.warning("drain_seconds are over", extra={"calls": self._grpc.interceptor.in_flight})
             return False
+        # gRPC breaks off calls that it has received and not yet handed over when the port closes, and their callers
+        # would not know that they may try again. Those that were under way get their refusal first.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LONGEST_QUIET_SECONDS):
+                await self._grpc.interceptor.quiet(_QUIET_SECONDS)
         return True
 
     async def close(self, grace_seconds: float = _FLUSH_SECONDS) -> None:

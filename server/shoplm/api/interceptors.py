@@ -51,12 +51,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._wrapped: dict[str, Handler] = {}
         self._idle = asyncio.Event()
         self._idle.set()
+        self._last_arrival = 0.0  # monotonic seconds
         self.draining = False  # True: new calls are refused
         self.in_flight = 0
 
     async def idle(self) -> None:
         """Returns when no call is being served."""
         await self._idle.wait()
+
+    async def quiet(self, seconds: float) -> None:
+        """Returns when no call has arrived for this long."""
+        while (rest := self._last_arrival + seconds - time.monotonic()) > 0:  # noqa: ASYNC110 - the end moves
+            await asyncio.sleep(rest)
 
     async def intercept_service(self, continuation: Continuation, handler_call_details: Any) -> Handler:
         handler = await continuation(handler_call_details)
@@ -106,6 +112,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         request_id.set(call.request_id)  # this task's own: gRPC gives every call a task
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         self.in_flight += 1
+        self._last_arrival = time.monotonic()
         self._idle.clear()
         try:
             self._admit(context)
