@@ -33,6 +33,18 @@ class Handle(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The handle of a step that ran within `submit`."""
+
+    outcome: StepResult | Exception
+
+    def result(self) -> StepResult:
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
 class Backend(Protocol):
     """Owns the weights, the KV pool and the state slots; runs one batch after another, in the order submitted."""
 

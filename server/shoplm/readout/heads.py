@@ -37,12 +37,18 @@ class Heads:
     def outputs(self) -> int:
         return len(self.bias)
 
+    def to(self, device: torch.device) -> Heads:
+        """The same heads on `device`."""
+        tensors = (self.input_mean, self.input_scale, self.weight, self.bias)
+        return Heads(*(tensor.to(device) for tensor in tensors))
+
     def evaluate(self, hidden: Tensor, features: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
         """Raw values per row of `hidden` [rows, hidden_size] (any float type), after the final norm."""
         for row in features:
             if len(row) != self.features:
                 raise ValueError(f"{len(row)} dense features, the bundle's heads expect {self.features}")
-        dense = torch.tensor(features, dtype=torch.float32).reshape(len(features), self.features)
+        dense = torch.tensor(features, dtype=torch.float32, device=hidden.device)
+        dense = dense.reshape(len(features), self.features)
         inputs = torch.cat((hidden.float(), (dense - self.input_mean) / self.input_scale), dim=1)
         values = functional.linear(inputs, self.weight, self.bias)
         return [tuple(row) for row in values.tolist()]

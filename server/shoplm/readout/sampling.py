@@ -35,7 +35,7 @@ def sample(logits: Tensor, samplings: Sequence[Sampling], indices: Sequence[int]
     if random_rows:
         chosen = [samplings[row] for row in random_rows]
         draws = uniforms([item.seed for item in chosen], [indices[row] for row in random_rows])
-        temperatures = torch.tensor([item.temperature for item in chosen], dtype=torch.float32)
+        temperatures = torch.tensor([s.temperature for s in chosen], dtype=torch.float32, device=logits.device)
         rows = logits[random_rows].float()
         # The largest logit becomes 0 first: a tiny temperature must not overflow to infinity.
         rows = (rows - rows.amax(dim=-1, keepdim=True)) / temperatures[:, None]
@@ -52,7 +52,7 @@ def _argmax(logits: Tensor) -> Tensor:
     padded = functional.pad(logits, (0, padding), value=-torch.inf) if padding else logits
     blocks = padded.view(rows, -1, ARGMAX_BLOCK)
     block = blocks.float().amax(dim=-1).argmax(dim=-1)
-    return block * ARGMAX_BLOCK + blocks[torch.arange(rows), block].argmax(dim=-1)
+    return block * ARGMAX_BLOCK + blocks[torch.arange(rows, device=logits.device), block].argmax(dim=-1)
 
 
 def uniforms(seeds: Sequence[int], indices: Sequence[int]) -> NDArray[np.float64]:
@@ -74,9 +74,9 @@ def _splitmix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _draw(logits: Tensor, samplings: Sequence[Sampling], draws: NDArray[np.float64]) -> list[int]:
     """`logits` fp32, temperature applied."""
-    vocabulary = logits.shape[1]
-    tokens = torch.zeros(len(samplings), dtype=torch.long)
-    uniform = torch.from_numpy(draws)
+    vocabulary, device = logits.shape[1], logits.device
+    tokens = torch.zeros(len(samplings), dtype=torch.long, device=device)
+    uniform = torch.from_numpy(draws).to(device)
     is_free = [not 0 < s.top_k < vocabulary and s.top_p >= 1 for s in samplings]
     free = [row for row, is_row_free in enumerate(is_free) if is_row_free]
     if free:
@@ -88,7 +88,7 @@ def _draw(logits: Tensor, samplings: Sequence[Sampling], draws: NDArray[np.float
                 logits[bound], [samplings[row] for row in bound], uniform[bound], shortlist
             )
             done = [row for row, ok in zip(bound, settled, strict=True) if ok]
-            tokens[done] = chosen[torch.tensor(settled)]
+            tokens[done] = chosen[torch.tensor(settled, device=device)]
             bound = [row for row, ok in zip(bound, settled, strict=True) if not ok]
     result: list[int] = tokens.tolist()
     return result
@@ -101,13 +101,13 @@ def _draw_from_top(
 
     Where it did not, the shortlist may have missed tokens, or dropped the wrong ones of several equal logits.
     """
-    vocabulary = logits.shape[1]
+    vocabulary, device = logits.shape[1], logits.device
     ids = torch.topk(logits, shortlist, dim=-1, sorted=False).indices.sort(dim=-1).values
     values, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
     ids = ids.gather(-1, order)
-    top_k = torch.tensor([s.top_k if 0 < s.top_k < vocabulary else vocabulary for s in samplings])
-    top_p = torch.tensor([s.top_p for s in samplings], dtype=torch.float64)
-    in_k = torch.arange(shortlist) < top_k[:, None]
+    top_k = torch.tensor([s.top_k if 0 < s.top_k < vocabulary else vocabulary for s in samplings], device=device)
+    top_p = torch.tensor([s.top_p for s in samplings], dtype=torch.float64, device=device)
+    in_k = torch.arange(shortlist, device=device) < top_k[:, None]
     # Nucleus of the distribution that top-k leaves: normalised over its tokens, all of them where top-k is off.
     weights = torch.where(in_k, values.double().exp(), 0.0)
     total = torch.where(top_k < vocabulary, weights.sum(-1), logits.double().exp().sum(-1))
@@ -115,7 +115,7 @@ def _draw_from_top(
     kept = in_k & (before < top_p[:, None] * total[:, None])
     kept[:, 0] = True
     last = values.gather(-1, kept.sum(-1, keepdim=True) - 1)
-    settled = torch.ones(len(samplings), dtype=torch.bool)
+    settled = torch.ones(len(samplings), dtype=torch.bool, device=device)
     if shortlist < vocabulary:
         settled = (last[:, 0] > values[:, -1]) & ((top_k <= shortlist) | (top_k == vocabulary))
     picked = _inverse_cdf(torch.where(kept, weights, 0.0), uniform)

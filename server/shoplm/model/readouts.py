@@ -1,0 +1,191 @@
+"""What a backend does with a step's hidden states, whatever computed them: draw tokens, search, predict.
+
+Also the state that a running request keeps in a backend between two steps: the token drawn last, the beams.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from shoplm.engine.batch import (
+    Batch,
+    EmbedReadout,
+    PredictReadout,
+    Row,
+    RowOutput,
+    SampleReadout,
+    SelectReadout,
+)
+from shoplm.errors import BundleError, ConfigurationError
+from shoplm.model.shop_weights import NamedTrie, ShopWeights
+from shoplm.readout.sampling import sample
+from shoplm.readout.select import SelectJob, Selector
+from shoplm.readout.table import SelectTable
+from shoplm.request import Select
+from torch import Tensor
+
+
+class Readouts:
+    """All readouts of one backend, and its state slots. Products run on `device`; searches continue on the host."""
+
+    def __init__(
+        self,
+        shop: ShopWeights | None,
+        tries: Sequence[NamedTrie],
+        *,
+        text_tokens: int,
+        hidden_size: int,
+        state_slots: int,
+        device: torch.device,
+    ) -> None:
+        """`tries` are more catalogues: their tokens follow the shop's, which follow `text_tokens` ids of text.
+
+        Raises ConfigurationError for names that are the same, BundleError for rows that are not `hidden_size` wide.
+        """
+        if len({"", *(trie.name for trie in tries)}) != len(tries) + 1:
+            raise ConfigurationError(f"tries need names that differ: {[trie.name for trie in tries]}")
+        self._shop_rows = [] if shop is None else [shop.input_rows]
+        self._selectors = {} if shop is None else {"": Selector(_table_on(shop.table, device))}
+        token = text_tokens + sum(map(len, self._shop_rows))
+        for trie in tries:
+            self._selectors[trie.name] = Selector(_table_on(trie.table(token), device))
+            self._shop_rows.append(trie.input_rows)
+            token += len(trie.input_rows)
+        if any(rows.shape[1] != hidden_size for rows in self._shop_rows):
+            raise BundleError(f"the shop's rows are not {hidden_size} wide: the bundle is for another base model")
+        heads = shop.heads if shop is not None else None
+        self._heads = heads if heads is None else heads.to(device)
+        self._last_token = np.zeros(state_slots, np.int64)
+
+    @property
+    def trie_depths(self) -> dict[str, int]:
+        """Codes per item, by name of the catalogue."""
+        return {name: selector.table.trie.depth for name, selector in self._selectors.items()}
+
+    @property
+    def trie_items(self) -> dict[str, int]:
+        """Items, by name of the catalogue."""
+        return {name: selector.table.trie.items for name, selector in self._selectors.items()}
+
+    @property
+    def feature_count(self) -> int:
+        """Dense features of a prediction."""
+        return self._heads.features if self._heads is not None else 0
+
+    def take_input_rows(self, dtype: torch.dtype) -> Tensor | None:
+        """Input rows [shop tokens, H] of the bundle and all tries. Gives them away: they are needed once."""
+        rows, self._shop_rows = self._shop_rows, []
+        return torch.cat([part.to(dtype) for part in rows]) if rows else None
+
+    def lanes(self, select: Select) -> int:
+        """Lanes of this selection's beam rows."""
+        return self._selector(select.trie).lanes(select)
+
+    def lineages(self, batch: Batch) -> dict[int, NDArray[np.int64]]:
+        """By state slot of a beam row, [step, lanes]: the lane at each step that a lane descends from."""
+        return {
+            row.state_slot: self._selector(row.readout.select.trie).lineage(row.state_slot)
+            for row in batch.rows
+            if row.beam is not None and isinstance(row.readout, SelectReadout)
+        }
+
+    def tokens(self, batch: Batch) -> NDArray[np.int64]:
+        """Token ids [T], those filled in that an earlier step chose."""
+        tokens = batch.tokens.astype(np.int64)
+        single = [row for row in batch.rows if row.token_from_state]
+        if single:
+            tokens[[row.query_start for row in single]] = self._last_token[[row.state_slot for row in single]]
+        for row in batch.rows:
+            if row.beam is not None and isinstance(row.readout, SelectReadout):
+                tokens[row.query_start : row.query_end] = self._selector(row.readout.select.trie).tokens(row.state_slot)
+        return tokens
+
+    def read(
+        self, rows: Sequence[Row], first: Mapping[int, int], hidden: Tensor, head: Callable[[Tensor], Tensor]
+    ) -> tuple[RowOutput, ...]:
+        """All readouts of a step, each kind at once.
+
+        `first`: row index -> its first row of `hidden` [R, H] (see `output_tokens`). `head` gives the text logits.
+        """
+        outputs: list[RowOutput] = [None] * len(rows)
+        samples: list[int] = []
+        predictions: list[int] = []
+        selections: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
+        for index in first:
+            match rows[index].readout:
+                case SampleReadout():
+                    samples.append(index)
+                case SelectReadout(select, level):
+                    selections[select.trie, level].append(index)
+                case PredictReadout():
+                    predictions.append(index)
+                case EmbedReadout():
+                    outputs[index] = tuple(hidden[first[index]].float().tolist())
+        if samples:
+            self._sample(rows, samples, head(hidden[[first[index] for index in samples]]), outputs)
+        if predictions:
+            self._predict(rows, predictions, hidden[[first[index] for index in predictions]], outputs)
+        for (trie, _), chosen in selections.items():
+            jobs = [_select_job(rows[index], first[index]) for index in chosen]
+            found = self._selector(trie).step(hidden, jobs)
+            for index, output in zip(chosen, found, strict=True):
+                outputs[index] = output
+        return tuple(outputs)
+
+    def _sample(self, rows: Sequence[Row], chosen: list[int], logits: Tensor, outputs: list[RowOutput]) -> None:
+        readouts = [rows[index].readout for index in chosen]
+        settings = [readout for readout in readouts if isinstance(readout, SampleReadout)]
+        tokens = sample(logits, [r.sampling for r in settings], [r.index for r in settings])
+        self._last_token[[rows[index].state_slot for index in chosen]] = tokens
+        for index, token in zip(chosen, tokens, strict=True):
+            outputs[index] = token
+
+    def _predict(self, rows: Sequence[Row], chosen: list[int], hidden: Tensor, outputs: list[RowOutput]) -> None:
+        if self._heads is None:
+            raise BundleError("a prediction was asked for, but the bundle has no heads")
+        readouts = [rows[index].readout for index in chosen]
+        features = [readout.features for readout in readouts if isinstance(readout, PredictReadout)]
+        values = self._heads.evaluate(hidden, features)
+        for index, row_values in zip(chosen, values, strict=True):
+            outputs[index] = row_values
+
+    def _selector(self, trie: str) -> Selector:
+        selector = self._selectors.get(trie)
+        if selector is None:
+            raise ValueError(f"trie {trie!r} does not exist; there are {sorted(self._selectors)}")
+        return selector
+
+
+def output_tokens(batch: Batch) -> tuple[dict[int, int], NDArray[np.int64]]:
+    """Row index -> first of its outputs, for rows with a readout; and the tokens whose hidden states are read."""
+    first: dict[int, int] = {}
+    tokens: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
+    count = 0
+    for index, row in enumerate(batch.rows):
+        if row.readout is None:
+            continue
+        start = row.query_start if row.beam is not None else row.query_end - 1
+        first[index] = count
+        tokens.append(np.arange(start, row.query_end))
+        count += row.query_end - start
+    return first, np.concatenate(tokens)
+
+
+def _table_on(table: SelectTable, device: torch.device) -> SelectTable:
+    return replace(
+        table,
+        output_rows=tuple(rows.to(device) for rows in table.output_rows),
+        output_bias=tuple(bias.to(device) for bias in table.output_bias),
+    )
+
+
+def _select_job(row: Row, first: int) -> SelectJob:
+    if not isinstance(row.readout, SelectReadout):
+        raise ValueError(f"row of state slot {row.state_slot} is not a selection")
+    count = row.query_len if row.beam is not None else 1
+    return SelectJob(row.state_slot, row.readout.select, row.readout.level, first, count)
