@@ -1,0 +1,49 @@
+"""Whether the GPU backend can run on a device, and how much of its memory the KV pool may take. No Triton."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from shoplm.errors import ConfigurationError
+
+OLDEST_CAPABILITY = (8, 0)
+LEAST_MARGIN_BYTES = 1 << 30
+MARGIN_SHARE = 0.05  # of the whole memory: a step's activations, cuBLAS, the compiled kernels
+
+
+def check_device(device: torch.device) -> None:
+    """Raise ConfigurationError unless the kernels run on `device`: a GPU, or a CPU where TRITON_INTERPRET=1."""
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise ConfigurationError(
+            f"--backend triton needs an NVIDIA GPU of compute capability 8.0 or later and a CUDA build of torch, but "
+            f"torch {torch.__version__} finds no GPU: use --backend torch on this machine"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        raise ConfigurationError(
+            f"--backend triton needs an NVIDIA GPU of compute capability 8.0 or later, but "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}: use --backend torch"
+        )
+
+
+def free_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes free and in all on the GPU. What torch keeps for itself without using it counts as free."""
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + unused, total
+
+
+def pages_that_fit(free_bytes: int, total_bytes: int, page_bytes: int) -> int:
+    """Pages for which there is room, a safety margin left. Raises ConfigurationError for fewer than two."""
+    margin = max(LEAST_MARGIN_BYTES, int(MARGIN_SHARE * total_bytes))
+    pages = max(0, free_bytes - margin) // page_bytes
+    if pages < 2:
+        raise ConfigurationError(
+            f"beside the weights the GPU has {free_bytes >> 20} MiB free, of which {margin >> 20} MiB stay unused: no "
+            f"room for a KV cache in pages of {page_bytes} bytes. Take a smaller base model, a lower "
+            f"max_running_requests or max_context_tokens, or end what else uses the GPU"
+        )
+    return pages

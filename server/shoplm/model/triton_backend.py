@@ -1,0 +1,159 @@
+"""The backend for NVIDIA GPUs: attention, norms, RoPE and SwiGLU by the Triton kernels, products by cuBLAS."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from shoplm.engine.batch import Batch, RowOutput, StepResult
+from shoplm.errors import ConfigurationError
+from shoplm.kernels.attention import MAX_GROUP
+from shoplm.kernels.inputs import PagedKv
+from shoplm.kernels.tile_config import SUPPORTED_DTYPES, SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
+from shoplm.kernels.workspace import Workspace
+from shoplm.model.backend import BackendInfo, Finished, Handle
+from shoplm.model.config import ModelConfig
+from shoplm.model.gpu import check_device, free_memory, pages_that_fit
+from shoplm.model.readouts import Readouts, output_tokens
+from shoplm.model.shop_weights import NamedTrie, ShopWeights
+from shoplm.model.triton_decoder import TritonDecoder
+from shoplm.model.triton_step import plan_step
+from shoplm.model.weights import DecoderWeights
+from shoplm.request import Select
+
+
+class TritonBackend:
+    """Runs each step within `submit`: queues the layers' launches, then waits for the hidden states to read them."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        shop: ShopWeights | None = None,
+        tries: Sequence[NamedTrie] = (),
+        *,
+        pages: int | None,
+        page_size: int = 16,
+        state_slots: int = 256,
+        max_context_tokens: int | None = None,
+        max_beam_tokens: int = 2048,
+        device: torch.device | str = "cuda",
+    ) -> None:
+        """The dtype is that of the weights: bf16, fp16 or fp32. `tries` are more catalogues: their tokens follow the
+        shop's. `pages` None: as many as the GPU has room for. `max_beam_tokens` bounds the lanes of one step, all
+        selections together.
+
+        Allocates weights, pool and scratch on `device`: a GPU, or "cpu" where Triton interprets (TRITON_INTERPRET=1).
+        Raises ConfigurationError, also where the memory does not suffice.
+        """
+        self._device = torch.device(device)
+        check_device(self._device)
+        dtype = weights.embedding.dtype
+        _check_supported(config, dtype, page_size)
+        positions = min(max_context_tokens or config.max_positions, config.max_positions)
+        self._max_beam_tokens = max_beam_tokens
+        self._readouts = Readouts(
+            shop,
+            tries,
+            text_tokens=len(weights.embedding),
+            hidden_size=config.hidden_size,
+            state_slots=state_slots,
+            device=self._device,
+        )
+        try:
+            self._decoder = TritonDecoder(
+                config,
+                weights,
+                self._readouts.take_input_rows(dtype),
+                max_positions=positions,
+                workspace=Workspace.allocate(
+                    device=self._device,
+                    max_rows=state_slots,
+                    max_kv_len=positions,
+                    max_beam_tokens=max_beam_tokens,
+                    q_heads=config.num_heads,
+                    kv_heads=config.num_kv_heads,
+                    head_dim=config.head_dim,
+                ),
+                device=self._device,
+            )
+            if pages is None:
+                page_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * page_size * dtype.itemsize
+                pages = pages_that_fit(*free_memory(self._device), page_bytes)
+            self._pool = _allocate_pool(config, pages, page_size, dtype, self._device)
+        except torch.OutOfMemoryError as error:
+            raise ConfigurationError(
+                f"the GPU's memory does not suffice for the weights, the scratch memory and {pages or 0} pages of "
+                f"{page_size} tokens: lower kv_cache_mib, max_running_requests or max_context_tokens ({error})"
+            ) from error
+        self._info = BackendInfo(
+            name="triton",
+            pages=pages,
+            page_size=page_size,
+            state_slots=state_slots,
+            max_context_tokens=positions,
+            vocab_size=self._decoder.vocab_size,
+            trie_depths=self._readouts.trie_depths,
+            trie_items=self._readouts.trie_items,
+            feature_count=self._readouts.feature_count,
+        )
+
+    @property
+    def info(self) -> BackendInfo:
+        return self._info
+
+    @property
+    def pool(self) -> tuple[PagedKv, ...]:
+        """Keys and values by layer; tests fill unused pages to see that they are never read."""
+        return self._pool
+
+    def lanes(self, select: Select) -> int:
+        return self._readouts.lanes(select)
+
+    def submit(self, batch: Batch) -> Handle:
+        start = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                outputs = self._run(batch)
+        except Exception as error:  # the engine sees it where it asks for the result
+            return Finished(error)
+        return Finished(StepResult(outputs, time.perf_counter() - start))
+
+    def close(self) -> None:
+        """Nothing to do: memory goes with the object."""
+
+    def _run(self, batch: Batch) -> tuple[RowOutput, ...]:
+        beam_tokens = sum(row.query_len for row in batch.rows if row.beam is not None)
+        if beam_tokens > self._max_beam_tokens:
+            raise ValueError(f"the step has {beam_tokens} lanes, but max_beam_tokens is {self._max_beam_tokens}")
+        first, outputs = output_tokens(batch)
+        step = plan_step(batch, self._readouts.tokens(batch), outputs, self._readouts.lineages(batch), self._device)
+        hidden = self._decoder.forward(step, self._pool)
+        return self._readouts.read(batch.rows, first, hidden, self._decoder.logits)
+
+
+def _check_supported(config: ModelConfig, dtype: torch.dtype, page_size: int) -> None:
+    """Name what the kernels do not take, before anything is allocated."""
+    if dtype not in SUPPORTED_DTYPES:
+        raise ConfigurationError(f"dtype {dtype} is not supported by the triton backend: use bfloat16")
+    if page_size not in SUPPORTED_PAGE_SIZES:
+        raise ConfigurationError(f"page_size {page_size} is not one of {SUPPORTED_PAGE_SIZES}, which the kernels take")
+    if config.head_dim not in SUPPORTED_HEAD_DIMS:
+        raise ConfigurationError(
+            f"the base's head_dim {config.head_dim} is not one of {SUPPORTED_HEAD_DIMS}, which the kernels take"
+        )
+    if config.query_group > MAX_GROUP:
+        raise ConfigurationError(f"the base has {config.query_group} query heads per KV head, at most {MAX_GROUP} work")
+
+
+def _allocate_pool(
+    config: ModelConfig, pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[PagedKv, ...]:
+    """One pool [pages, kv_heads, page_size, head_dim] per layer."""
+    if pages < 1:
+        raise ConfigurationError(f"pages is {pages}, expected at least 1")
+    shape = (config.num_layers, pages, config.num_kv_heads, page_size, config.head_dim)
+    keys = torch.zeros(shape, dtype=dtype, device=device)
+    values = torch.zeros(shape, dtype=dtype, device=device)
+    return tuple(PagedKv(k, v) for k, v in zip(keys, values, strict=True))
