@@ -72,10 +72,12 @@ class ServerConfig(BaseSettings):
     metrics_port: int = Field(9464, description="its port; 0: any free one", ge=0, le=65535)
 
     # Engine
-    backend: Literal["torch"] = Field("torch", description="what computes")
+    backend: Literal["torch", "triton"] = Field("torch", description="what computes: torch a CPU, triton an NVIDIA GPU")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="type of weights and cache")
     threads: int = Field(0, description="CPU threads of the engine; 0: one per core", ge=0, le=1024)
-    kv_cache_mib: int = Field(1024, description="memory for keys and values, in MiB", ge=1)
+    kv_cache_mib: int = Field(
+        1024, description="memory for keys and values, in MiB; unset on a GPU: what it has free, less a margin", ge=1
+    )
     page_size: int = Field(16, description="tokens of a cache page", ge=1, le=1024)
     max_context_tokens: int = Field(0, description="tokens of a prompt with its answer; 0: the base model's", ge=0)
     max_step_tokens: int = Field(512, description="most tokens of one forward pass", ge=1)
@@ -177,6 +179,7 @@ class ServerConfig(BaseSettings):
 
     def engine_spec(self, base_folder: Path) -> EngineSpec:
         """What the engine process is started with."""
+        takes_free_memory = self.backend == "triton" and "kv_cache_mib" not in self.model_fields_set
         tries = [match for trie in self.synthetic_tries if (match := _TRIE.fullmatch(trie))]
         return EngineSpec(
             base_folder=str(base_folder),
@@ -184,7 +187,7 @@ class ServerConfig(BaseSettings):
             backend=self.backend,
             dtype=self.dtype,
             threads=self.threads,
-            kv_cache_bytes=self.kv_cache_mib * 2**20,
+            kv_cache_bytes=0 if takes_free_memory else self.kv_cache_mib * 2**20,
             page_size=self.page_size,
             max_context_tokens=self.max_context_tokens,
             max_step_tokens=self.max_step_tokens,

@@ -12,19 +12,23 @@ from shoplm.engine.spec import EngineSpec
 from shoplm.errors import BundleError, ConfigurationError
 from shoplm.model.backend import Backend
 from shoplm.model.config import ModelConfig
+from shoplm.model.gpu import check_device
 from shoplm.model.shop_weights import ShopWeights, load_shop_weights, random_trie
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import load_weights
 from shoplm.vocabulary import SPECIAL_TEXTS, ShopVocabulary
 
+BACKENDS = ("torch", "triton")
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def load_backend(spec: EngineSpec) -> Backend:
     """The backend of a spec, weights loaded. Raises ConfigurationError saying what cannot be used."""
-    if spec.backend != "torch":
-        raise ConfigurationError(f"backend {spec.backend!r} is not one of: torch")
+    if spec.backend not in BACKENDS:
+        raise ConfigurationError(f"backend {spec.backend!r} is not one of: {', '.join(BACKENDS)}")
+    if spec.backend == "triton":
+        check_device(torch.device("cuda"))
     if spec.dtype not in _DTYPES:
         raise ConfigurationError(f"dtype {spec.dtype!r} is not one of: {', '.join(_DTYPES)}")
     if spec.threads:
@@ -32,12 +36,8 @@ def load_backend(spec: EngineSpec) -> Backend:
     folder = Path(spec.base_folder)
     config = ModelConfig.from_folder(folder)
     dtype = _DTYPES[spec.dtype]
-    page_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * spec.page_size * dtype.itemsize
-    pages = spec.kv_cache_bytes // page_bytes
-    if pages < 2:
-        raise ConfigurationError(
-            f"a KV cache of {spec.kv_cache_bytes} bytes holds {pages} pages of {page_bytes} bytes: raise kv_cache_mib"
-        )
+    on_gpu = spec.backend == "triton"
+    pages = 0 if on_gpu and not spec.kv_cache_bytes else _pages(spec, config, dtype)
     weights = load_weights(folder, config, dtype)
     tries = [
         random_trie(
@@ -46,6 +46,21 @@ def load_backend(spec: EngineSpec) -> Backend:
         for each in spec.synthetic_tries
     ]
     shop = None if spec.bundle_folder is None else _shop(Path(spec.bundle_folder), folder, weights.embedding)
+    context = spec.max_context_tokens or None
+    if on_gpu:
+        from shoplm.model.triton_backend import TritonBackend  # Triton exists on Linux only
+
+        return TritonBackend(
+            config,
+            weights,
+            shop,
+            tries,
+            pages=pages or None,
+            page_size=spec.page_size,
+            state_slots=spec.max_running_requests,
+            max_context_tokens=context,
+            max_beam_tokens=spec.max_step_tokens,
+        )
     return TorchBackend(
         config,
         weights,
@@ -54,8 +69,18 @@ def load_backend(spec: EngineSpec) -> Backend:
         pages=pages,
         page_size=spec.page_size,
         state_slots=spec.max_running_requests,
-        max_context_tokens=spec.max_context_tokens or None,
+        max_context_tokens=context,
     )
+
+
+def _pages(spec: EngineSpec, config: ModelConfig, dtype: torch.dtype) -> int:
+    page_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * spec.page_size * dtype.itemsize
+    pages = spec.kv_cache_bytes // page_bytes
+    if pages < 2:
+        raise ConfigurationError(
+            f"a KV cache of {spec.kv_cache_bytes} bytes holds {pages} pages of {page_bytes} bytes: raise kv_cache_mib"
+        )
+    return pages
 
 
 def _shop(bundle: Path, base: Path, embedding: torch.Tensor) -> ShopWeights:

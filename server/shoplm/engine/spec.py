@@ -19,10 +19,10 @@ class EngineSpec(msgspec.Struct, frozen=True):
 
     base_folder: str
     bundle_folder: str | None = None
-    backend: str = "torch"
+    backend: str = "torch"  # or triton
     dtype: str = "bfloat16"  # or float32
     threads: int = 0  # 0: one per core
-    kv_cache_bytes: int = 1 << 30
+    kv_cache_bytes: int = 1 << 30  # 0, triton only: what the GPU has free
     page_size: int = 16  # tokens
     max_context_tokens: int = 0  # 0: the base model's
     max_step_tokens: int = 512

@@ -1,0 +1,50 @@
+"""What the GPU backend says where it cannot run, and how much memory it takes where it can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from shoplm.config import load_config
+from shoplm.engine.load import load_backend
+from shoplm.engine.spec import EngineSpec
+from shoplm.errors import ConfigurationError
+from shoplm.model.gpu import check_device, pages_that_fit
+
+GIB = 1 << 30
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_error_comes_before_any_file_is_read() -> None:
+    with pytest.raises(ConfigurationError, match="--backend triton needs an NVIDIA GPU"):
+        load_backend(EngineSpec(base_folder="does-not-exist", backend="triton"))
+
+
+def test_a_cpu_is_refused_where_triton_does_not_interpret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigurationError, match="use --backend torch"):
+        check_device(torch.device("cpu"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    check_device(torch.device("cpu"))
+
+
+def test_unknown_backends_are_named_with_the_known_ones() -> None:
+    with pytest.raises(ConfigurationError, match="'tpu' is not one of: torch, triton"):
+        load_backend(EngineSpec(base_folder="base", backend="tpu"))
+
+
+def test_the_pool_leaves_a_margin() -> None:
+    assert pages_that_fit(10 * GIB, 16 * GIB, GIB // 2) == 18  # 1 GiB stays
+    assert pages_that_fit(60 * GIB, 80 * GIB, GIB) == 56  # 5 % of 80 GiB stay
+    with pytest.raises(ConfigurationError, match=r"1500 MiB free.*lower max_running_requests"):
+        pages_that_fit(1500 << 20, 16 * GIB, GIB)
+
+
+def test_only_the_gpu_backend_takes_what_is_free_and_only_unasked() -> None:
+    def cache_bytes(*flags: str) -> int:
+        return load_config(flags, {}).engine_spec(Path("base")).kv_cache_bytes
+
+    assert cache_bytes() == cache_bytes("--backend", "torch") == GIB
+    assert cache_bytes("--backend", "triton") == 0
+    assert cache_bytes("--backend", "triton", "--kv-cache-mib", "512") == GIB // 2
