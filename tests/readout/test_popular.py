@@ -1,4 +1,4 @@
-"""Selection without a history: popularity alone, at whatever depth the codes are, and beside selections of the model."""
+"""Selection without a history: popularity alone, whatever the depth of the codes, beside selections of the model."""
 
 from __future__ import annotations
 
