@@ -245,6 +245,7 @@ class ProcessEngineClient(EngineClient):
             "shoplm.engine.process",
             address,
             msgspec.json.encode(self.spec).decode(),
+            str(os.getpid()),
             stdin=asyncio.subprocess.DEVNULL,
             # Threads that spin while they wait take the cores from whoever shares them, the API process first.
             env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},

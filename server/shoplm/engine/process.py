@@ -1,6 +1,6 @@
 """The engine's side of the process boundary: ZeroMQ and msgspec in, ZeroMQ and msgspec out.
 
-`python -m shoplm.engine.process ADDRESS SPEC` is how the API process starts it.
+`python -m shoplm.engine.process ADDRESS SPEC PARENT` is how the API process starts it.
 """
 
 from __future__ import annotations
@@ -40,8 +40,12 @@ decode_input = msgspec.msgpack.Decoder(EngineInput).decode
 decode_outputs = msgspec.msgpack.Decoder(list[EngineOutput]).decode
 
 
-def run(address: str, spec: EngineSpec, load: Callable[[EngineSpec], Backend]) -> int:
-    """Serve one API process until it drains this engine or dies. Returns the exit code."""
+def run(address: str, spec: EngineSpec, load: Callable[[EngineSpec], Backend], parent: int | None = None) -> int:
+    """Serve one API process until it drains this engine or dies. Returns the exit code.
+
+    `parent` is the process whose end is this engine's, too; None: whoever is the parent now.
+    """
+    parent = os.getppid() if parent is None else parent
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.SNDHWM, 0)
@@ -68,7 +72,7 @@ def run(address: str, spec: EngineSpec, load: Callable[[EngineSpec], Backend]) -
         socket.send(encode([ready]))
         gc.collect()
         gc.freeze()
-        _Loop(Engine(backend, scheduler_config(spec)), socket).run()
+        _Loop(Engine(backend, scheduler_config(spec)), socket, parent).run()
         backend.close()
         return 0
     finally:
@@ -79,10 +83,10 @@ def run(address: str, spec: EngineSpec, load: Callable[[EngineSpec], Backend]) -
 class _Loop:
     """Alternates between messages and steps."""
 
-    def __init__(self, engine: Engine, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, engine: Engine, socket: zmq.Socket[bytes], parent: int) -> None:
         self._engine = engine
         self._socket = socket
-        self._parent = os.getppid()
+        self._parent = parent
         self._draining = False
         self._reported = 0.0
 
@@ -129,7 +133,8 @@ def main() -> int:
     address, spec = sys.argv[1], msgspec.json.decode(sys.argv[2], type=EngineSpec)
     from shoplm.engine.load import load_backend
 
-    return run(address, spec, load_backend)
+    # The parent names itself: it may have died while this process was starting.
+    return run(address, spec, load_backend, int(sys.argv[3]))
 
 
 if __name__ == "__main__":
