@@ -1,0 +1,145 @@
+"""The engine as a process: killed, orphaned, unable to load."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from shoplm.engine.client import ProcessEngineClient
+from shoplm.engine.spec import EngineSpec
+from shoplm.errors import ConfigurationError, EngineUnavailableError
+from shoplm.request import FinishedOutput, Generate, Request, Service
+
+TinyModel = Callable[[str], Path]
+START_SECONDS = 90.0  # imports torch, on a machine that may be busy
+CALLS = 12
+
+
+def spec(folder: Path) -> EngineSpec:
+    return EngineSpec(base_folder=str(folder), dtype="float32", threads=1, kv_cache_bytes=4 << 20)
+
+
+def chat(name: str, tokens: int) -> Request:
+    return Request(name, Service.CHAT, tuple(range(3, 20)), Generate(tokens), arrival_seconds=time.monotonic())
+
+
+@asynccontextmanager
+async def running(folder: Path) -> AsyncIterator[ProcessEngineClient]:
+    client = ProcessEngineClient(spec(folder))
+    async with asyncio.timeout(2 * START_SECONDS):
+        await client.start()
+        try:
+            yield client
+        finally:
+            await client.close()
+
+
+async def test_a_killed_engine_fails_its_calls_at_once_and_comes_back(tiny_model: TinyModel) -> None:
+    states: list[bool] = []
+    back = asyncio.Event()
+
+    def on_state(serving: bool) -> None:
+        states.append(serving)
+        if serving:
+            back.set()
+
+    async with running(tiny_model("smollm2")) as client:
+        client.on_state(on_state)
+        # One request at a time ends, the others are in their midst or in the queue when the engine dies.
+        started = client.generate(chat("started", 230))
+        await anext(started)
+        calls = [asyncio.create_task(client.run(chat(f"r{i}", 230))) for i in range(CALLS)]
+        await asyncio.sleep(0)  # each of them submits
+        assert client.in_flight == CALLS + 1
+        first = client.process_id
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        killed = time.monotonic()
+        ends = await asyncio.gather(*calls, return_exceptions=True)
+        with pytest.raises(EngineUnavailableError, match="the engine was lost"):
+            async for _ in started:
+                pass
+        assert time.monotonic() - killed < 2.0
+        assert [type(end) for end in ends] == [EngineUnavailableError] * CALLS
+        assert (states, client.in_flight) == ([False], 0)
+        with pytest.raises(EngineUnavailableError, match="not running"):
+            await client.run(chat("too early", 1))
+        await back.wait()
+        assert states == [False, True]
+        assert client.process_id not in (first, None)
+        ended = await client.run(chat("next", 5))
+        assert isinstance(ended, FinishedOutput) and ended.completion_tokens == 5
+
+
+async def test_a_terminal_s_signals_are_left_to_the_parent(tiny_model: TinyModel) -> None:
+    async with running(tiny_model("smollm2")) as client:
+        assert client.process_id is not None
+        stream = client.generate(chat("long", 100))
+        await anext(stream)
+        os.kill(client.process_id, signal.SIGINT)
+        os.kill(client.process_id, signal.SIGTERM)
+        rest = [output async for output in stream]
+        assert len(rest) == 100
+        process = psutil.Process(client.process_id)
+    assert not process.is_running()  # closing ends it
+
+
+@pytest.mark.parametrize("what", ["weights", "dtype"])
+async def test_what_cannot_be_loaded_is_said_in_the_engine_s_words(
+    tiny_model: TinyModel, tmp_path: Path, what: str
+) -> None:
+    folder = tiny_model("smollm2")
+    if what == "weights":
+        (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+        bad, words = spec(tmp_path), "safetensors"
+    else:
+        bad = EngineSpec(base_folder=str(folder), dtype="float64")
+        words = "dtype 'float64' is not one of: bfloat16, float32"
+    client = ProcessEngineClient(bad)
+    async with asyncio.timeout(START_SECONDS):
+        with pytest.raises(ConfigurationError, match=words):
+            await client.start()
+        await client.close()
+
+
+PARENT = """
+import asyncio, sys, time
+from shoplm.engine.client import ProcessEngineClient
+from shoplm.engine.spec import EngineSpec
+from shoplm.request import Generate, Request, Service
+
+async def main():
+    client = ProcessEngineClient(EngineSpec(sys.argv[1], dtype="float32", threads=1, kv_cache_bytes=4 << 20))
+    await client.start()
+    if sys.argv[2] == "busy":
+        request = Request("r", Service.CHAT, (3, 4, 5), Generate(240), time.monotonic())
+        await anext(client.generate(request))
+    print(client.process_id, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("load", ["idle", "busy"])
+def test_an_orphaned_engine_ends(tiny_model: TinyModel, load: str) -> None:
+    command = [sys.executable, "-c", PARENT, str(tiny_model("smollm2")), load]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        engine = psutil.Process(int(parent.stdout.readline()))
+        assert engine.ppid() == parent.pid
+        parent.kill()
+    # Its new parent may never collect it: a zombie has ended, too.
+    deadline = time.monotonic() + 10.0
+    while engine.is_running() and engine.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the engine outlives its parent"
+        time.sleep(0.05)
