@@ -19,7 +19,7 @@ from shoplm.errors import (
     OverloadedError,
 )
 from shoplm.request import Embed, Generate, Request, Select, StepStats
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 TinyModel = Callable[[str], Path]
 LENGTHS = (1, 2, 15, 16, 17, 31, 33, 64, 90, 150)
@@ -38,7 +38,9 @@ def prompts() -> tuple[tuple[int, ...], ...]:
 @lru_cache
 def reference(folder: Path) -> tuple[tuple[int, ...], ...]:
     """Greedy continuations by transformers."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     found = []
     with torch.inference_mode():
         for prompt in prompts():
