@@ -1,0 +1,92 @@
+"""shop.toml: written, read, and refused when something is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from shoplm.bundle import (
+    FORMAT,
+    BaseReference,
+    DemoCustomer,
+    HeadSpec,
+    PromptSchema,
+    ScoreWeights,
+    ShopManifest,
+    file_hash,
+    read_manifest,
+    write_manifest,
+)
+from shoplm.errors import BundleError
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> ShopManifest:
+    (tmp_path / "items.parquet").write_bytes(b"items")
+    made = ShopManifest(
+        format=FORMAT,
+        name="shop",
+        version="1",
+        title='A "shop" of 茶',
+        currency="EUR",
+        notice="n",
+        trained_until="2018-01-01T00:00:00Z",
+        base=BaseReference("base", "f", 8, 100),
+        score=ScoreWeights(1.5, 0.1, 30.0),
+        prompt=PromptSchema("Hello.\nSecond line.", ("age",)),
+        depth=1,
+        level_sizes=(3,),
+        type_count=2,
+        feature_version=1,
+        hashes={"items.parquet": file_hash(tmp_path / "items.parquet")},
+        targets=(HeadSpec("purchase", "hazard", (0, 1), 0.25, 7, parameters={"slope": 1.0, "intercept": -0.125}),),
+        customers=(DemoCustomer("c", "2018-01-01T00:00:00Z", {"age": "45-54"}),),
+    )
+    write_manifest(tmp_path, made)
+    return made
+
+
+def test_what_was_written_is_read(manifest: ShopManifest, tmp_path: Path) -> None:
+    assert read_manifest(tmp_path) == manifest
+
+
+def test_a_changed_file_is_refused_unless_not_verified(manifest: ShopManifest, tmp_path: Path) -> None:
+    (tmp_path / "items.parquet").write_bytes(b"other")
+    with pytest.raises(BundleError, match=r"items\.parquet: differs from its SHA-256"):
+        read_manifest(tmp_path)
+    assert read_manifest(tmp_path, verify=False) == manifest
+
+
+def test_a_missing_file_is_named(manifest: ShopManifest, tmp_path: Path) -> None:
+    (tmp_path / "items.parquet").unlink()
+    with pytest.raises(BundleError, match=r"items\.parquet: missing"):
+        read_manifest(tmp_path, verify=False)
+
+
+def test_no_bundle_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="shoplm train"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": FORMAT + 1}, "bundle format"),
+        ({"level_sizes": (3, 4)}, "depth 1 but 2 level_sizes"),
+        ({"hashes": {"../x": "0"}}, "not a file of the bundle"),
+    ],
+)
+def test_contradictions_are_refused(
+    manifest: ShopManifest, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    write_manifest(tmp_path, msgspec.structs.replace(manifest, **change))
+    with pytest.raises(BundleError, match=message):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["format = ", "format = 1\nsurprise = 2\n", "\xff"])
+def test_files_that_are_not_a_manifest_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "shop.toml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(BundleError, match=r"shop\.toml"):
+        read_manifest(tmp_path)
