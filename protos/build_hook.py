@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def _stub_arguments(out: Path) -> list[str]:
-    """protoc's arguments for type stubs; none where mypy-protobuf is not installed (stubs are for type checkers only)."""
+    """protoc's arguments for type stubs, which only type checkers need; none where mypy-protobuf is missing."""
     arguments = []
     for name in ("mypy", "mypy_grpc"):
         beside = Path(sys.executable).parent / f"protoc-gen-{name}"

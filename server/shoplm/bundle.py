@@ -46,6 +46,7 @@ class PromptSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     preamble: str
     attributes: tuple[str, ...] = ()
     history_budget_tokens: int = 1024
+    chat_reads_item_tokens: bool = True  # False: the base was never trained on them, so chat gets the history in words
     history_block_tokens: int = 256  # the oldest baskets are dropped in blocks of this, so that the prefix stays put
 
 

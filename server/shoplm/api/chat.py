@@ -8,7 +8,9 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 
+import numpy as np
 from shoplm.api.core import Context, Core
+from shoplm.api.shop import Shop
 from shoplm.api.validation import Violations, quote
 from shoplm.api.warnings import Warnings
 from shoplm.history import History
@@ -22,6 +24,7 @@ from shoplm.v1.chat_pb2_grpc import ChatServiceServicer
 ROLES = ("system", "user", "assistant")
 MAX_TEMPERATURE = 10.0
 MAX_STOP_BYTES = 256
+MAX_HABITS = 5
 _SERVICE = Service.CHAT
 _LONG_TEXT_BYTES = 8 * 1024  # encoding more than this takes milliseconds: not on the event loop
 _FINISH = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
@@ -50,7 +53,8 @@ class ChatService(ChatServiceServicer):
         core, warnings = self._core, Warnings()
         turn = self._read(request, warnings)
         # Without a customer, an empty history: the prompt has the shop's preamble alone, and that is no warning.
-        prefix = core.served.prompts.prefix(turn.history)
+        reads_items = core.served.shop is None or core.served.shop.manifest.prompt.chat_reads_item_tokens
+        prefix = core.served.prompts.prefix(turn.history if reads_items else None)
         warnings.add("HISTORY_TRUNCATED", prefix.dropped_baskets)
         tokens, passages = await self._prompt(turn, prefix)
         room = core.ready().max_context_tokens - len(tokens)
@@ -101,6 +105,10 @@ class ChatService(ChatServiceServicer):
 
     async def _encode(self, turn: _Turn, prefix: Prefix, passages: list[Passage]) -> tuple[int, ...]:
         texts = [f"{passage.title}: {passage.text}" for passage in passages]
+        shop = self._core.served.shop
+        # Not beside passages: a small base mixes the two up.
+        if not texts and shop is not None and not shop.manifest.prompt.chat_reads_item_tokens:
+            texts = _habits(turn.history, shop)
         arguments = (prefix, turn.messages, texts)
         if turn.text_bytes > _LONG_TEXT_BYTES:
             return await asyncio.to_thread(self._core.served.prompts.chat, *arguments)
@@ -182,3 +190,10 @@ class _Answer:
     finish_reason: FinishReason = FinishReason.STOP
     cached_tokens: int = 0
     completion_tokens: int = 0
+
+
+def _habits(history: History, shop: Shop) -> list[str]:
+    """What the customer buys most, in words: for a base that cannot read item tokens beside text."""
+    rows, counts = history.own_counts(shop.manifest.score.decay_days)
+    titles = [shop.catalog.titles[row] for row in rows[np.argsort(-counts, kind="stable")[:MAX_HABITS]]]
+    return [f"This customer often buys: {'; '.join(titles)}."] if titles else []

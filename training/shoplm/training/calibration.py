@@ -9,6 +9,7 @@ from shoplm.bundle import HeadSpec
 from shoplm.readout.targets import PROBABILITIES, distribution, logit, raw_probabilities, unscaled_amounts
 
 _LEVEL_BOUNDS = (0.001, 0.999)
+_STEPS = tuple(0.5**halvings for halvings in range(20))
 _PRIOR = np.array([1.0, 0.0])  # slope, intercept
 
 
@@ -39,13 +40,21 @@ def calibrated(spec: HeadSpec, values: NDArray[np.float64], truth: NDArray[np.fl
 def _platt(score: NDArray[np.float64], outcome: NDArray[np.float64]) -> tuple[float, float]:
     """Slope and intercept by maximum likelihood (Newton), with a faint pull to (1, 0) for separable data."""
     x = np.stack([score, np.ones_like(score)], axis=1)
+
+    def loss(at: NDArray[np.float64]) -> float:
+        score_at = x @ at
+        fit = (np.logaddexp(0.0, score_at) - outcome * score_at).sum()
+        return float(fit + 0.5 * ((at - _PRIOR) ** 2).sum())
+
     beta = _PRIOR.copy()
     for _ in range(50):
         p = 1.0 / (1.0 + np.exp(-np.clip(x @ beta, -30, 30)))
         gradient = x.T @ (p - outcome) + (beta - _PRIOR)
         hessian = (x * (p * (1.0 - p))[:, None]).T @ x + np.eye(2)
         change = np.linalg.solve(hessian, gradient)
-        beta = beta - change
-        if np.abs(change).max() < 1e-9:
+        # Far from the optimum a whole Newton step can overshoot without end.
+        size = next((s for s in _STEPS if loss(beta - s * change) < loss(beta)), 0.0)
+        beta = beta - size * change
+        if np.abs(size * change).max() < 1e-9:
             break
     return float(beta[0]), float(beta[1])

@@ -192,6 +192,8 @@ def _limits(report: Report) -> str:
     lines = [
         "## Known limits",
         "- The base is frozen: it has never seen this shop, so most of what ranks items is counting.\n"
+        "- Chat gets the customer's habits in words, not as item tokens: the frozen base cannot go on in words behind\n"
+        "  those. So chat does not share the cached history of the other two services.\n"
         "- One year or less says nothing about the same season a year later.\n"
         "- New items have no token until the next training; they cannot be recommended.",
     ]

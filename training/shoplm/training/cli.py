@@ -52,7 +52,7 @@ def train(
     minutes: Annotated[float, typer.Option(min=0.0, help="about how long it may take; 0: as long as needed")] = 30.0,
     max_customers: Annotated[int, typer.Option(min=0, help="a random sample of customers; 0: as time allows")] = 0,
     demo_customers: Annotated[int, typer.Option(min=0, help="customers whose true events go into the bundle")] = 10,
-    epochs: Annotated[int, typer.Option(min=1, help="most passes over the baskets")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="most passes over the baskets")] = 6,
     seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
     work: WorkOption = None,
     resume: Annotated[bool, typer.Option(help="go on from what a stopped run computed")] = True,

@@ -53,8 +53,8 @@ def tuning_window(shop: Shop, table: HiddenTable, popularity: torch.Tensor, seed
     return Window(examples, shop.histories, popularity)
 
 
-def measure(shop: Shop, table: HiddenTable, model: Model, seed: int, say: Say) -> Report:
-    """All numbers of the card. `table` holds hidden states; the baselines read none of them."""
+def measure(shop: Shop, table: HiddenTable, read: int, model: Model, seed: int, say: Say) -> Report:
+    """All numbers of the card. `table` holds the hidden states of `read` customers; the baselines read none of them."""
     customers = np.unique(table.customer)
     bare = shop.bare_table(customers)
     say("tuning the count baseline")
@@ -83,7 +83,7 @@ def measure(shop: Shop, table: HiddenTable, model: Model, seed: int, say: Say) -
         chances += _campaign_rows(shop, table, bare, model.predictor, seed)
     return Report(
         seed=seed,
-        customers=len(customers),
+        customers=read,
         customers_in_log=len(shop.histories),
         rankings=tuple(rankings),
         probabilities=tuple(chances),

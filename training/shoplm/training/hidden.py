@@ -100,33 +100,35 @@ class HiddenStates:
         self._starts = starts
         self._order = np.random.default_rng(seed).permutation(len(histories))
         text = json.dumps({**identity, "seed": seed, "timeline": msgspec.to_builtins(timeline)}, sort_keys=True)
-        self._folder = folder / f"hidden-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder / f"hidden-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.tokens_computed = 0
         self.seconds = 0.0
 
-    def compute(self, customers: int, deadline: float | None, progress: Progress) -> HiddenTable:
+    def compute(self, customers: int, deadline: float | None, progress: Progress) -> tuple[HiddenTable, int]:
         """The states of the first `customers` of the order, from shards where they exist. After `deadline`
-        (time.monotonic) no new shard is begun, beyond the first."""
+        (time.monotonic) no new shard is begun, beyond the first. Also returns how many customers were read."""
         shards: list[dict[str, torch.Tensor]] = []
-        customers = min(customers, len(self._order))
+        customers, read = min(customers, len(self._order)), 0
         for start in range(0, customers, SHARD_CUSTOMERS):
             chosen = self._order[start : min(start + SHARD_CUSTOMERS, customers)]
-            path = self._folder / f"{start:07d}-{len(chosen)}.safetensors"
+            path = self.folder / f"{start:07d}-{len(chosen)}.safetensors"
             if not path.exists():
                 if deadline is not None and time.monotonic() > deadline and shards:
                     break
                 self._write(path, chosen.tolist())
             shards.append(load_file(path))
-            progress(start + len(chosen), customers, self.tokens_computed)
+            read = start + len(chosen)
+            progress(read, customers, self.tokens_computed)
         columns = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
-        return HiddenTable(
+        table = HiddenTable(
             customer=columns["customer"].numpy(),
             moment=columns["moment"].numpy(),
             task=columns["task"].numpy(),
             use=columns["use"].numpy(),
             hidden=columns["hidden"].float().numpy(),
         )
+        return table, read
 
     def estimate_tokens(self, sampled: int = 24) -> float:
         """Tokens per customer, from the first of the order."""

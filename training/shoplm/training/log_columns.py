@@ -65,6 +65,7 @@ def cleaned_events(
 ) -> pl.DataFrame:
     """Columns customer_id, item_id, kind, time, quantity, price, basket; only usable rows."""
     note = Notes("events", problems)
+    priced = "price" in raw.columns
     for name, default in (("type", "purchase"), ("quantity", "1"), ("price", None), ("basket_id", None)):
         if name not in raw.columns:
             raw = raw.with_columns(pl.lit(default, pl.String).alias(name))
@@ -96,7 +97,8 @@ def cleaned_events(
     odd = pl.col("quantity").is_null() | (pl.col("quantity") == 0) | ~(pl.col("quantity") <= _MAX_AMOUNT)
     note.add("quantity", frame.select(odd.sum()).item() or 0, "empty, zero or not a number", "set to 1")
     known = pl.col("price").is_not_null() & (pl.col("price") >= 0) & (pl.col("price") <= _MAX_AMOUNT)
-    note.add("price", frame.select((~known).sum()).item() or 0, "empty, negative or not a number", "unknown price")
+    if priced:
+        note.add("price", frame.select((~known).sum()).item() or 0, "empty, negative or not a number", "unknown price")
     frame = frame.with_columns(
         pl.when(odd).then(1.0).otherwise(pl.col("quantity")).cast(pl.Float32).alias("quantity"),
         pl.when(known).then(pl.col("price")).otherwise(float("nan")).cast(pl.Float32).alias("price"),

@@ -30,6 +30,8 @@ from shoplm.training.scoring import Weights, tune
 from shoplm.training.shop import Shop
 from shoplm.training.timeline import make_timeline
 
+# The likeliest weight of counting spreads chances over all that customers may buy; ranking ten items well takes more.
+_REPEAT_FACTORS = (1.0, 2.0, 3.0, 4.0)
 HIDDEN_SHARE = 0.7  # of the minutes, for hidden states; the rest fits and measures
 
 
@@ -60,7 +62,14 @@ def write_items(items: ShopItems, folder: Path) -> Catalog:
 def prompt_schema(shop: Shop, preamble: str, budget_tokens: int, block_tokens: int) -> PromptSchema:
     """Profile attributes are those that the customers' file has."""
     names = sorted({name for profile in shop.log.attributes.values() for name, _ in profile})
-    return PromptSchema(preamble, tuple(names), budget_tokens, block_tokens)
+    # The base is frozen: behind hundreds of item tokens, which it has never seen, it cannot go on in words.
+    return PromptSchema(
+        preamble,
+        tuple(names),
+        history_budget_tokens=budget_tokens,
+        history_block_tokens=block_tokens,
+        chat_reads_item_tokens=False,
+    )
 
 
 def hidden_states(
@@ -79,8 +88,10 @@ def hidden_states(
     return HiddenStates(work, reader, shop.histories, shop.timeline, shop.starts, identity, seed), reader
 
 
-def compute_states(states: HiddenStates, customers: int, minutes: float | None, progress: Progress) -> HiddenTable:
-    """As many customers' states as fit into the time."""
+def compute_states(
+    states: HiddenStates, customers: int, minutes: float | None, progress: Progress
+) -> tuple[HiddenTable, int]:
+    """As many customers' states as fit into the time, and how many that is."""
     deadline = None if minutes is None else time.monotonic() + HIDDEN_SHARE * 60.0 * minutes
     return states.compute(customers, deadline, progress)
 
@@ -113,7 +124,9 @@ def fit(
     states = torch.from_numpy(table.hidden[window.examples.sample])
 
     def validate(rows: OutputRows, repeat: float) -> float:
-        return window.ndcg(Weights(1.0, repeat, 0.0, count.decay_days), rows.logits(states))
+        logits = rows.logits(states)
+        tried = (Weights(1.0, repeat * factor, 0.0, count.decay_days) for factor in _REPEAT_FACTORS)
+        return max(window.ndcg(weights, logits) for weights in tried)
 
     item_types = shop.items.table["type_index"].to_numpy()[shop.items.row_item]
     hidden = torch.from_numpy(table.hidden[examples.sample])

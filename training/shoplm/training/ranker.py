@@ -36,10 +36,10 @@ _EPSILON = 1e-6
 class RankerSettings:
     """How the rows are fitted."""
 
-    epochs: int = 8
+    epochs: int = 6
     patience: int = 2  # epochs without a better validation before it stops
     batch: int = 256
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-4
     item_decay: float = 0.3  # pulls what is the item's own towards its kind
     shared_decay: float = 0.02
     state_dropout: float = 0.2

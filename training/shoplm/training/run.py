@@ -110,7 +110,7 @@ class Run:
         request, shop, say = self._request, self._shop, self._say
         wanted = request.max_customers or len(shop.histories)
         begun = time.monotonic()
-        table = pipeline.compute_states(
+        table, read = pipeline.compute_states(
             self._states, wanted, request.minutes, lambda done, total, _: bar("hidden states", done, total)
         )
         say(f"{len(table):,} hidden states after {(time.monotonic() - begun) / 60.0:.1f} minutes")
@@ -124,7 +124,7 @@ class Run:
             say=say,
             progress=lambda done, total, _: bar("output rows", done, total),
         )
-        report = measure(shop, table, fitted.model, request.seed, say)
+        report = measure(shop, table, read, fitted.model, request.seed, say)
         card = render_card(
             shop,
             self._base,
@@ -171,8 +171,8 @@ def evaluate_bundle(
     say(f"loading {resolved.name}")
     states, _ = pipeline.hidden_states(shop, read_catalog(folder), resolved, manifest.prompt, work, card.seed)
     wanted = min(max_customers or card.customers, card.customers)
-    table = states.compute(wanted, None, lambda done, total, _: progress("hidden states", done, total))
-    return measure(shop, table, read_model(folder, manifest), card.seed, say)
+    table, read = states.compute(wanted, None, lambda done, total, _: progress("hidden states", done, total))
+    return measure(shop, table, read, read_model(folder, manifest), card.seed, say)
 
 
 def read_model(folder: Path, manifest: ShopManifest) -> Model:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 TOP = 10
 DECAYS = (15.0, 30.0, 60.0, 120.0, 240.0, 480.0)  # days
-REPEAT_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+REPEAT_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 13.0, 16.0)
 POPULARITY_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 MODEL_WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)
 _CHUNK = 512
@@ -86,9 +86,14 @@ class Window:
 
 def _top(scores: Tensor, k: int) -> NDArray[np.int64]:
     """Best k columns per row, ties to the lower column."""
-    values, found = torch.topk(scores, min(2 * k, scores.shape[1]), dim=1)
+    values, found = torch.topk(scores, k, dim=1)
     order = np.lexsort((found.numpy(), -values.numpy()), axis=1)
-    return np.take_along_axis(found.numpy(), order, axis=1)[:, :k]
+    ranked: NDArray[np.int64] = np.take_along_axis(found.numpy(), order, axis=1)
+    # Where more columns share the last value than there is room for, topk takes any of them.
+    tied = (scores >= values[:, -1:]).sum(dim=1) > k
+    for row in torch.nonzero(tied)[:, 0].tolist():
+        ranked[row] = np.argsort(-scores[row].numpy(), kind="stable")[:k]
+    return ranked
 
 
 def _chunks(count: int) -> Iterator[NDArray[np.intp]]:
