@@ -41,7 +41,8 @@ class Metrics:
 
     def __init__(self, *, process: bool = True) -> None:
         """`process` adds memory, CPU, open files and collector pauses of this process."""
-        disable_created_metrics()  # `_created` series are gauges that no counter of the format asks for  # type: ignore[no-untyped-call]
+        # `_created` series are gauges that no counter of the format asks for.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         if process:
             for collector in (ProcessCollector, PlatformCollector, GCCollector):
