@@ -34,7 +34,7 @@ def manifest(tmp_path: Path) -> ShopManifest:
         trained_until="2018-01-01T00:00:00Z",
         base=BaseReference("base", "f", 8, 100),
         score=ScoreWeights(1.5, 0.1, 30.0),
-        prompt=PromptSchema("Hello.\nSecond line.", ("age",)),
+        prompt=PromptSchema(preamble="Hello.\nSecond line.", attributes=("age",)),
         depth=1,
         level_sizes=(3,),
         type_count=2,

@@ -43,7 +43,10 @@ class Marked:
 
 
 def builder(budget: int = BUDGET, block: int = BLOCK) -> PromptBuilder:
-    return PromptBuilder(Characters(), Marked(), PromptSchema("Hello.", ("age",), budget, block), SHOP)
+    schema = PromptSchema(
+        preamble="Hello.", attributes=("age",), history_budget_tokens=budget, history_block_tokens=block
+    )
+    return PromptBuilder(Characters(), Marked(), schema, SHOP)
 
 
 def purchases(
@@ -171,6 +174,6 @@ def test_without_a_bundle_there_is_only_chat() -> None:
 def test_items_of_several_codes_are_several_tokens() -> None:
     shop = ShopVocabulary(1000, (4, 6), 0)
     codes = np.array([[0, 1], [3, 5]], np.int32)
-    made = PromptBuilder(Characters(), Marked(), PromptSchema("x"), shop, codes)
+    made = PromptBuilder(Characters(), Marked(), PromptSchema(preamble="x"), shop, codes)
     tokens = [token for token in made.prefix(purchases([(1.0, [1])])).tokens if token >= 1000]
     assert tokens[1:] == [shop.level_starts[0] + 3, shop.level_starts[1] + 5]

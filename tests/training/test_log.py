@@ -1,0 +1,173 @@
+"""Shop logs as they come: what is wrong is counted, said and repaired; fatal problems are all said at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from shoplm.history import EventKind
+from shoplm.training.log import ShopLog, read_log
+from shoplm.training.problems import LogError
+from tiny_log import NOW
+
+HEADER = "customer_id,item_id,time"
+
+
+def read(folder: Path, events: str, items: str | None = None, **options: object) -> ShopLog:
+    (folder / "events.csv").write_text(events, "utf-8")
+    if items is not None:
+        (folder / "items.csv").write_text(items, "utf-8")
+        options["items"] = folder / "items.csv"
+    return read_log(folder / "events.csv", now=NOW, **options)  # type: ignore[arg-type]
+
+
+def found(log: ShopLog) -> dict[tuple[str, str], tuple[int, str]]:
+    return {(problem.column, problem.found): (problem.rows, problem.done) for problem in log.problems}
+
+
+def test_three_columns_are_enough(tmp_path: Path) -> None:
+    log = read(tmp_path, f"{HEADER}\n007,x,2021-03-01 10:00:00\n007,y,2021-03-02\n")
+    assert log.customer_ids == ["007"]
+    assert log.item_ids == ["x", "y"]
+    assert log.events["kind"].to_list() == [EventKind.PURCHASE] * 2
+    assert log.events["quantity"].to_list() == [1.0, 1.0]
+    assert log.events["price"].is_nan().all()
+    assert log.items["title"].to_list() == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("2021-03-01T10:00:00Z", 1614592800.0),
+        ("2021-03-01 10:00:00+02:00", 1614585600.0),
+        ("2021-03-01 10:00:00.250", 1614592800.25),
+        ("2021-03-01 10:00", 1614592800.0),
+        ("2021-03-01", 1614556800.0),
+        ("1614592800", 1614592800.0),
+        ("1614592800000", 1614592800.0),
+    ],
+)
+def test_times_are_read_in_all_documented_forms(tmp_path: Path, text: str, seconds: float) -> None:
+    assert read(tmp_path, f"{HEADER}\na,x,{text}\n").events["time"].to_list() == [seconds]
+
+
+def test_local_times_are_those_of_the_named_zone(tmp_path: Path) -> None:
+    log = read(tmp_path, f"{HEADER}\na,x,2021-07-01 10:00:00\na,x,2021-01-01 10:00:00\n", timezone="Europe/Berlin")
+    assert log.events["time"].to_list() == [1609491600.0, 1625126400.0]
+
+
+def test_parquet_times_keep_their_zone(tmp_path: Path) -> None:
+    moment = pl.Series([1614592800000], dtype=pl.Int64).cast(pl.Datetime("ms")).dt.replace_time_zone("UTC")
+    local = moment.dt.convert_time_zone("Asia/Tokyo")
+    pl.DataFrame({"customer_id": [1], "item_id": [2], "time": local}).write_parquet(tmp_path / "e.parquet")
+    log = read_log(tmp_path / "e.parquet", now=NOW)
+    assert log.events["time"].to_list() == [1614592800.0]
+    assert log.customer_ids == ["1"]
+
+
+def test_unusable_rows_are_dropped_and_counted(tmp_path: Path) -> None:
+    log = read(
+        tmp_path,
+        f"{HEADER},type\n"
+        "a,x,2021-03-01,purchase\n"
+        ",x,2021-03-01,purchase\n"
+        "a,,2021-03-01,purchase\n"
+        "a,x,yesterday,purchase\n"
+        "a,x,2099-01-01,purchase\n"
+        "a,x,1960-01-01,purchase\n"
+        "a,x,2021-03-02,wished for\n",
+    )
+    assert len(log.events) == 1
+    assert {column: rows for (column, _), (rows, _) in found(log).items() if column != "item_id"} == {
+        "customer_id": 1,
+        "time": 1,
+        "type": 1,
+    }
+    assert found(log)["time", "in the future"] == (1, "dropped")
+    assert found(log)["time", "empty or not a time"] == (1, "dropped")
+    assert found(log)["time", "before 1970-01-02"] == (1, "dropped")
+
+
+def test_odd_numbers_are_repaired_and_said(tmp_path: Path) -> None:
+    log = read(
+        tmp_path,
+        f"{HEADER},quantity,price\n"
+        "a,x,2021-03-01,0,1.5\n"
+        "a,y,2021-03-02,-2,-1\n"
+        "a,z,2021-03-03,nan,\n"
+        "a,z,2021-03-03,nan,\n"
+        "a,w,2021-02-03,1e30,inf\n",
+    )
+    rows = log.events.with_columns(pl.col("item").map_elements(lambda n: log.item_ids[n], return_dtype=pl.String))
+    by_item = {row["item"]: row for row in rows.iter_rows(named=True)}
+    assert len(log.events) == 4
+    assert by_item["y"]["kind"] == EventKind.RETURN
+    assert by_item["y"]["quantity"] == 2.0
+    assert by_item["x"]["quantity"] == by_item["z"]["quantity"] == by_item["w"]["quantity"] == 1.0
+    assert [bool(np.isnan(by_item[item]["price"])) for item in "xyzw"] == [False, True, True, True]
+    assert found(log)["quantity", "negative"][0] == 1
+    assert found(log)["-", "equal to another row in every column"] == (1, "kept once")
+    assert found(log)["time", "not in order of time"][1] == "sorted"
+    assert log.events["time"].is_sorted()
+
+
+def test_items_are_completed_from_the_log_and_prices_from_what_was_paid(tmp_path: Path) -> None:
+    log = read(
+        tmp_path,
+        f"{HEADER},price\na,x,2021-03-01,3\na,x,2021-03-02,5\na,new,2021-03-02,2\n",
+        "item_id,title,product_type,in_stock,colour\nx,绿茶,茶,no,green\nx,again,,,\n,no id,,,\ny,Only listed,,1,\n",
+    )
+    items = {row["item_id"]: row for row in log.items.iter_rows(named=True)}
+    assert items["x"]["title"] == "绿茶"
+    assert items["x"]["category"] == items["x"]["product_type"] == "茶"
+    assert items["x"]["price"] == 4.0
+    assert items["x"]["colour"] == "green"
+    assert [items[name]["in_stock"] for name in ("x", "y", "new")] == [False, True, True]
+    assert items["new"]["title"] == "new"
+    assert items["y"]["price"] is None
+    assert found(log)["item_id", "repeated"][0] == 1
+    assert found(log)["item_id", "in the events but not in the items"][0] == 1
+
+
+def test_fatal_problems_are_said_together(tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text("name\nx\n")
+    (tmp_path / "events.csv").write_text("customer,item_id\na,x\n")
+    with pytest.raises(LogError) as caught:
+        read_log(tmp_path / "events.csv", tmp_path / "items.csv", now=NOW)
+    assert [(p.table, p.column) for p in caught.value.problems if p.fatal] == [
+        ("events", "customer_id"),
+        ("events", "time"),
+        ("items", "item_id"),
+    ]
+
+
+def test_a_log_without_a_usable_row_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LogError, match="no usable row is left"):
+        read(tmp_path, f"{HEADER}\na,x,never\n")
+
+
+def test_unknown_kinds_of_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "events.xlsx").write_bytes(b"PK")
+    with pytest.raises(LogError, match=r"neither \.parquet nor \.csv"):
+        read_log(tmp_path / "events.xlsx", now=NOW)
+
+
+def test_campaigns_and_profiles_of_unknown_customers_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "campaigns.csv").write_text(
+        "customer_id,campaign_id,campaign_type,start,end,redeemed\n"
+        "a,1,A,2021-03-01,2021-03-09,true\n"
+        "a,2,A,2021-03-09,2021-03-01,1\n"
+        "nobody,1,A,2021-03-01,2021-03-09,0\n"
+    )
+    (tmp_path / "customers.csv").write_text("customer_id,age,city\na,30,\nnobody,40,x\na,50,y\n")
+    log = read(
+        tmp_path,
+        f"{HEADER}\na,x,2021-03-01\n",
+        campaigns=tmp_path / "campaigns.csv",
+        customers=tmp_path / "customers.csv",
+    )
+    assert log.campaigns["campaign_id"].to_list() == ["1"]
+    assert log.campaigns["redeemed"].to_list() == [True]
+    assert log.attributes["a"] == (("age", "30"),)

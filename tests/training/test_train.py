@@ -1,0 +1,254 @@
+"""`shoplm train` end to end on small logs of every shape, through the command line, with a tiny base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import typer
+from polars.testing import assert_frame_equal
+from safetensors.torch import load_file
+from shoplm.bundle import read_manifest
+from shoplm.catalog.items import read_catalog
+from shoplm.features import FEATURE_NAMES
+from shoplm.model.base import Base
+from shoplm.model.shop_weights import load_shop_weights
+from shoplm.readout.targets import check_spec
+from shoplm.training.cli import evaluate, train
+from shoplm.training.report import Report
+from shoplm.vocabulary import ShopVocabulary
+from tiny_log import START, events, items
+from typer.testing import CliRunner
+
+FILES = ("--items", "items.parquet"), ("--customers", "customers.parquet"), ("--campaigns", "campaigns.parquet")
+Invoke = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def shell(tiny_base: Base) -> Invoke:
+    """Runs a command with the tiny base and returns what it printed; fails where it fails."""
+    app = typer.Typer()
+    app.command()(train)
+    app.command()(evaluate)
+
+    def invoke(*arguments: object, code: int = 0) -> str:
+        result = CliRunner().invoke(app, [*map(str, arguments), "--base", str(tiny_base.folder)])
+        assert result.exit_code == code, result.output
+        return result.output
+
+    return invoke
+
+
+def quick(out: Path) -> list[object]:
+    return ["--out", out, "--history-tokens", 64, "--history-block", 32, "--epochs", 2, "--minutes", 0]
+
+
+@pytest.fixture(scope="module")
+def trained(shell: Invoke, tiny_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "my-shop"
+    (tiny_files / "knowledge").mkdir()
+    (tiny_files / "knowledge" / "returns.md").write_text("# Returns\nWithin 30 days.\n")
+    paths = [part for flag, name in FILES for part in (flag, tiny_files / name)]
+    knowledge = ["--knowledge", tiny_files / "knowledge", "--demo-customers", 4]
+    shell("train", "--events", tiny_files / "events.parquet", *paths, *quick(out), *knowledge)
+    return out
+
+
+def opened(folder: Path, base: Base) -> None:
+    """The bundle is one that the server can load: hashes, shapes, targets."""
+    manifest = read_manifest(folder)
+    catalog = read_catalog(folder)
+    assert manifest.base.fingerprint == base.fingerprint
+    vocabulary = ShopVocabulary(manifest.base.vocab_size, manifest.level_sizes, manifest.type_count)
+    assert len(catalog) == manifest.level_sizes[0]
+    embedding = torch.zeros(manifest.base.vocab_size, manifest.base.hidden_size)
+    weights = load_shop_weights(
+        folder / "weights.safetensors", manifest, vocabulary, embedding, token_texts=[[1]] * vocabulary.shop_size
+    )
+    assert bool(np.isfinite(weights.table.popularity).all())
+    outputs = weights.heads.outputs if weights.heads is not None else 0
+    assert weights.heads is None or weights.heads.features == len(FEATURE_NAMES)
+    for spec in manifest.targets:
+        check_spec(spec, outputs)
+    for tensor in load_file(folder / "weights.safetensors").values():
+        assert bool(torch.isfinite(tensor).all())
+
+
+def test_the_bundle_has_everything_the_server_reads(trained: Path, tiny_base: Base) -> None:
+    opened(trained, tiny_base)
+    manifest = read_manifest(trained)
+    assert {spec.kind for spec in manifest.targets} == {
+        "purchase",
+        "purchase_count",
+        "spend",
+        "churn",
+        "coupon_redemption",
+    }
+    assert [spec.campaign_type for spec in manifest.targets if spec.campaign_type] == ["A", "B"]
+    assert manifest.prompt.attributes == ("age",)
+    assert (trained / "knowledge" / "returns.md").is_file()
+    demo = pl.read_parquet(trained / "customers.parquet")
+    assert sorted(demo["customer_id"].unique().to_list()) == sorted(c.customer_id for c in manifest.customers)
+    assert len(manifest.customers) == 4
+
+
+def test_the_demo_customers_events_are_the_true_ones(trained: Path, tiny_files: Path) -> None:
+    demo = pl.read_parquet(trained / "customers.parquet")
+    true = pl.read_parquet(tiny_files / "events.parquet").filter(
+        pl.col("customer_id").is_in(demo["customer_id"].unique().to_list())
+    )
+    columns = ["customer_id", "item_id", "basket_id", "time"]
+    assert_frame_equal(demo.select(columns).sort(columns), true.select(columns).sort(columns))
+
+
+def test_the_card_says_what_was_measured(trained: Path) -> None:
+    card = (trained / "card.md").read_text()
+    report = msgspec.json.decode((trained / "metrics.json").read_bytes(), type=Report)
+    for result in report.rankings:
+        for row in result.rows:
+            assert f"| {row.name} | {row.recall:.4f} | {row.ndcg:.4f} |" in card
+    assert "popularity" in card and "tuned count" in card and "Privacy" in card
+    assert all(f"| {row.target} | {row.customers:,} |" in card for row in (*report.probabilities, *report.amounts))
+
+
+def test_evaluate_reproduces_the_card(trained: Path, shell: Invoke, tiny_files: Path, tmp_path: Path) -> None:
+    """From the bundle's files and freshly computed hidden states alone."""
+    paths = [part for flag, name in FILES for part in (flag, tiny_files / name)]
+    out, work = tmp_path / "again.json", tmp_path / "work"
+    shell(
+        "evaluate",
+        "--bundle",
+        trained,
+        "--events",
+        tiny_files / "events.parquet",
+        *paths,
+        "--work",
+        work,
+        "--json",
+        out,
+    )
+    assert list(work.glob("hidden-*/*.safetensors"))
+    assert out.read_bytes() == (trained / "metrics.json").read_bytes()
+
+
+def test_the_model_is_not_below_counting_on_a_shop_that_repeats(trained: Path) -> None:
+    report = msgspec.json.decode((trained / "metrics.json").read_bytes(), type=Report)
+    for result in report.rankings:
+        ndcg = {row.name: row.ndcg for row in result.rows}
+        assert ndcg["ShopLM"] > ndcg["tuned count + decay + popularity"] - 0.03
+        assert ndcg["ShopLM"] > ndcg["popularity"] + 0.1
+
+
+def test_the_same_seed_gives_the_same_bundle_and_a_stopped_run_goes_on(
+    trained: Path, shell: Invoke, tiny_files: Path, tmp_path: Path
+) -> None:
+    paths = [part for flag, name in FILES for part in (flag, tiny_files / name)]
+    out = tmp_path / "my-shop"
+    arguments = ["train", "--events", tiny_files / "events.parquet", *paths, *quick(out), "--demo-customers", 4]
+    shell(*arguments, "--max-customers", 32)
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / ".my-shop.train").glob("hidden-*/*.safetensors")}
+    assert len(shards) == 1
+    shell(*arguments)
+    assert {path: path.stat().st_mtime_ns for path in shards} == shards
+    one, two = (load_file(folder / "weights.safetensors") for folder in (trained, out))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert read_manifest(out).version == read_manifest(trained).version
+
+
+def test_a_log_that_is_another_is_refused_by_evaluate(trained: Path, shell: Invoke, tmp_path: Path) -> None:
+    events(days=150).write_parquet(tmp_path / "events.parquet")
+    said = shell("evaluate", "--bundle", trained, "--events", tmp_path / "events.parquet", code=2)
+    assert "was trained until" in " ".join(said.split())
+
+
+def test_a_dry_run_writes_nothing(shell: Invoke, tiny_files: Path, tmp_path: Path) -> None:
+    said = shell("train", "--events", tiny_files / "events.parquet", *quick(tmp_path / "out"), "--dry-run")
+    assert "tokens per second here" in said
+    assert not (tmp_path / "out").exists()
+
+
+def ids_only() -> pl.DataFrame:
+    return events(customers=12, days=60).select("customer_id", "item_id", "time")
+
+
+def views_and_carts() -> pl.DataFrame:
+    kinds = pl.Series("type", ["view", "cart", "view"])
+    made = events(customers=12, days=60).drop("basket_id", "price")
+    return made.with_columns(kinds.gather(pl.Series(np.arange(len(made)) % 3)).alias("type"))
+
+
+def one_customer() -> pl.DataFrame:
+    return events(customers=1, days=120)
+
+
+def three_events() -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "customer_id": ["a", "a", "b"],
+            "item_id": ["x", "y", "x"],
+            "time": [START, START.replace(day=3), START.replace(day=9)],
+        }
+    )
+
+
+def two_items() -> pl.DataFrame:
+    return events(customers=15, days=80, items=2)
+
+
+def messy() -> pl.DataFrame:
+    made = events(customers=12, days=60)
+    twice = pl.concat([made, made]).sample(fraction=1.0, shuffle=True, seed=3)
+    return twice.with_columns(pl.lit(None, pl.Float64).alias("price"))
+
+
+@pytest.mark.parametrize("make", [ids_only, views_and_carts, one_customer, three_events, two_items, messy])
+def test_any_log_becomes_a_bundle(
+    make: Callable[[], pl.DataFrame], shell: Invoke, tiny_base: Base, tmp_path: Path
+) -> None:
+    make().write_csv(tmp_path / "events.csv", datetime_format="%Y-%m-%dT%H:%M:%SZ")
+    shell("train", "--events", tmp_path / "events.csv", *quick(tmp_path / "shop"), "--epochs", 1)
+    opened(tmp_path / "shop", tiny_base)
+
+
+def test_chinese_titles(shell: Invoke, tiny_base: Base, tmp_path: Path) -> None:
+    events(customers=10, days=50).write_parquet(tmp_path / "events.parquet")
+    named = items().with_columns(
+        pl.format("绿茶 {} 克", pl.int_range(pl.len())).alias("title"), pl.lit("饮料").alias("category")
+    )
+    named.write_csv(tmp_path / "items.csv")
+    arguments = ["--events", tmp_path / "events.parquet", "--items", tmp_path / "items.csv"]
+    shell("train", *arguments, *quick(tmp_path / "shop"), "--title", "茶店", "--epochs", 1)
+    opened(tmp_path / "shop", tiny_base)
+    assert "绿茶" in read_catalog(tmp_path / "shop").titles[0]
+    assert read_manifest(tmp_path / "shop").title == "茶店"
+
+
+def test_the_sample_of_the_docs_trains_without_a_problem(shell: Invoke, tiny_base: Base, tmp_path: Path) -> None:
+    sample = Path(__file__).parents[2] / "docs" / "sample"
+    arguments = ["--events", sample / "events.csv", "--items", sample / "items.csv"]
+    said = shell("train", *arguments, *quick(tmp_path / "my-shop"), "--currency", "EUR")
+    assert "the log's problems" not in said
+    opened(tmp_path / "my-shop", tiny_base)
+    manifest = read_manifest(tmp_path / "my-shop")
+    assert {spec.kind for spec in manifest.targets} == {"purchase", "purchase_count", "spend"}
+    assert len(manifest.customers) == 10
+
+
+def test_fatal_problems_come_as_a_table_before_any_work(shell: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text("customer,item\na,x\n")
+    said = shell("train", "--events", tmp_path / "events.csv", *quick(tmp_path / "shop"), code=2)
+    assert "customer_id" in said and "the column is missing" in " ".join(said.split())
+    assert not (tmp_path / "shop").exists()
+
+
+def test_a_bad_name_and_impossible_budgets_are_refused(shell: Invoke, tiny_files: Path, tmp_path: Path) -> None:
+    events_path = tiny_files / "events.parquet"
+    said = shell("train", "--events", events_path, "--out", tmp_path / "x", "--name", "No Good", code=2)
+    assert "--name" in said
+    budgets = ["--history-tokens", 64, "--history-block", 128]
+    assert "--history-block" in shell("train", "--events", events_path, "--out", tmp_path / "x", *budgets, code=2)
