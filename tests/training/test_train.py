@@ -81,6 +81,7 @@ def opened(folder: Path, base: Base) -> None:
 
 def test_the_bundle_has_everything_the_server_reads(trained: Path, tiny_base: Base) -> None:
     opened(trained, tiny_base)
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in trained.iterdir())
     manifest = read_manifest(trained)
     assert {spec.kind for spec in manifest.targets} == {
         "purchase",

@@ -185,3 +185,4 @@ def _write_weights(path: Path, model: Model) -> None:
             "head.bias": torch.from_numpy(model.predictor.head.bias.astype(np.float32)),
         }
     save_file(tensors, path)
+    path.chmod(0o644)  # safetensors keeps it to its owner; a server may run as another user

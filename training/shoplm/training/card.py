@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from shoplm.bundle import PromptSchema
+from shoplm.bundle import HeadSpec, PromptSchema
 from shoplm.model.base import Base
-from shoplm.training.report import AmountRow, ProbabilityRow, RankingResult, Report
+from shoplm.training.report import AmountRow, ProbabilityRow, RankingResult, Report, label
 from shoplm.training.scoring import Weights
 from shoplm.training.shop import Shop
 
@@ -18,6 +18,7 @@ def render_card(
     schema: PromptSchema,
     weights: Weights,
     report: Report,
+    targets: Sequence[HeadSpec],
     hidden_scales: dict[str, float],
     *,
     title: str,
@@ -40,7 +41,7 @@ def render_card(
         *(_ranking(result) for result in report.rankings),
         *(["Too few events after the cut to measure recommendations."] if not report.rankings else []),
         "## Prediction",
-        *_predictions(report),
+        *_predictions(report, targets),
         _privacy(),
         _limits(report),
         "## Reproduce",
@@ -131,7 +132,7 @@ def _ranking(result: RankingResult) -> str:
     )
 
 
-def _predictions(report: Report) -> list[str]:
+def _predictions(report: Report, targets: Sequence[HeadSpec]) -> list[str]:
     if not report.probabilities and not report.amounts:
         return ["No targets: the log is too short, or has too few purchases, to fit and calibrate any."]
     parts = [
@@ -142,6 +143,11 @@ def _predictions(report: Report) -> list[str]:
         parts.append("\n".join([_PROBABILITY_HEADER, *map(_probability, report.probabilities)]))
     if report.amounts:
         parts.append("\n".join([_AMOUNT_HEADER, *map(_amount, report.amounts)]))
+    tested = {row.target for row in report.probabilities} | {row.target for row in report.amounts}
+    names = (label(spec.kind, spec.horizon_days, spec.campaign_type) for spec in targets)
+    untested = [name for name in names if name not in tested]
+    if untested:
+        parts.append(f"Served, but not tested, for want of outcomes after the cut: {', '.join(untested)}.")
     return parts
 
 

@@ -39,7 +39,7 @@ class RankerSettings:
     epochs: int = 6
     patience: int = 2  # epochs without a better validation before it stops
     batch: int = 256
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-4
     item_decay: float = 0.3  # pulls what is the item's own towards its kind
     shared_decay: float = 0.02
     state_dropout: float = 0.2

@@ -21,6 +21,7 @@ from shoplm.training import pipeline
 from shoplm.training.bundle_writer import Identity, choose_demo_customers, moment_text, write_bundle
 from shoplm.training.card import render_card
 from shoplm.training.catalogue import ShopItems, choose_items
+from shoplm.training.determinism import deterministic
 from shoplm.training.evaluation import Model, Say, measure
 from shoplm.training.heads import LinearHead, Standard
 from shoplm.training.histories import Histories
@@ -115,15 +116,16 @@ class Run:
         )
         say(f"{len(table):,} hidden states after {(time.monotonic() - begun) / 60.0:.1f} minutes")
         settings = replace(RankerSettings(), epochs=request.epochs)
-        fitted = pipeline.fit(
-            shop,
-            table,
-            self._embeddings,
-            seed=request.seed,
-            settings=settings,
-            say=say,
-            progress=lambda done, total, _: bar("output rows", done, total),
-        )
+        with deterministic():
+            fitted = pipeline.fit(
+                shop,
+                table,
+                self._embeddings,
+                seed=request.seed,
+                settings=settings,
+                say=say,
+                progress=lambda done, total, _: bar("output rows", done, total),
+            )
         report = measure(shop, table, read, fitted.model, request.seed, say)
         card = render_card(
             shop,
@@ -131,6 +133,7 @@ class Run:
             self._schema,
             fitted.model.weights,
             report,
+            fitted.model.predictor.specs if fitted.model.predictor is not None else (),
             fitted.hidden_scales,
             title=request.title,
             notice=request.notice,
