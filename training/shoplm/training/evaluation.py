@@ -80,7 +80,7 @@ def measure(shop: Shop, table: HiddenTable, read: int, model: Model, seed: int, 
                 chances.append(_chance(spec, train, test, values, seed))
             else:
                 amounts.append(_amount(spec, train, test, values, seed))
-        chances += _campaign_rows(shop, table, bare, model.predictor, seed)
+        chances += _campaign_rows(shop, bare, model.predictor, seed)
     return Report(
         seed=seed,
         customers=read,
@@ -173,14 +173,14 @@ def _amount(spec: HeadSpec, train: Observed, test: Observed, values: NDArray[np.
     )
 
 
-def _campaign_rows(
-    shop: Shop, table: HiddenTable, bare: HiddenTable, predictor: Predictor, seed: int
-) -> list[ProbabilityRow]:
+def _campaign_rows(shop: Shop, bare: HiddenTable, predictor: Predictor, seed: int) -> list[ProbabilityRow]:
     specs = [spec for spec in predictor.specs if spec.kind == "coupon_redemption"]
     if not specs:
         return []
-    test, train = shop.campaign_rows(table, "test"), shop.campaign_rows(bare, "train")
-    values = predictor.values(test.hidden, test.features)
+    test, train = shop.campaign_rows(bare, "test"), shop.campaign_rows(bare, "train")
+    # The weights on the hidden state are zero; see shoplm.training.campaigns.
+    hidden_size = predictor.head.weight.shape[1] - test.features.shape[1]
+    values = predictor.values(np.zeros((len(test), hidden_size), np.float32), test.features)
     boosted = baselines.boosted_probability(_with_kind(train), train.redeemed, _with_kind(test), seed)
     rows = []
     for spec in specs:

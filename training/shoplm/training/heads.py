@@ -82,7 +82,8 @@ def fit_head(
     held = np.random.default_rng(seed).permutation(people)[: int(_HELD_OUT * len(people))]
     outside = np.isin(data.customer, held)
     best: tuple[float, float, float] | None = None
-    for scale in HIDDEN_SCALES if outside.any() and not outside.all() else (0.0,):
+    scales = HIDDEN_SCALES if hidden.shape[1] and outside.any() and not outside.all() else (0.0,)
+    for scale in scales:
         for penalty in PENALTIES:
             inputs = torch.from_numpy(np.concatenate([hidden * scale, data.standard], axis=1))
             weight, bias = _fit(inputs[~outside], outputs, loss_of(rows[~outside]), penalty, initial)

@@ -89,7 +89,6 @@ class HiddenStates:
         reader: Reader,
         histories: Histories,
         timeline: Timeline,
-        starts: Sequence[Sequence[float]],
         identity: dict[str, object],
         seed: int,
     ) -> None:
@@ -97,7 +96,6 @@ class HiddenStates:
         self._reader = reader
         self._histories = histories
         self._timeline = timeline
-        self._starts = starts
         self._order = np.random.default_rng(seed).permutation(len(histories))
         text = json.dumps({**identity, "seed": seed, "timeline": msgspec.to_builtins(timeline)}, sort_keys=True)
         self.folder = folder / f"hidden-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -148,7 +146,7 @@ class HiddenStates:
 
     def _packs(self, customer: int) -> list[Pack]:
         history = self._histories[customer]
-        return pack_samples(self._reader.builder, history, samples_of(history, self._timeline, self._starts[customer]))
+        return pack_samples(self._reader.builder, history, samples_of(history, self._timeline))
 
     def _write(self, path: Path, customers: Sequence[int]) -> None:
         begun = time.perf_counter()

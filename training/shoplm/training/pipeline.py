@@ -85,7 +85,7 @@ def hidden_states(
         "shop": shop.fingerprint,
         "schema": [schema.preamble, *schema.attributes, schema.history_budget_tokens, schema.history_block_tokens],
     }
-    return HiddenStates(work, reader, shop.histories, shop.timeline, shop.starts, identity, seed), reader
+    return HiddenStates(work, reader, shop.histories, shop.timeline, identity, seed), reader
 
 
 def compute_states(
@@ -163,16 +163,18 @@ def fit_predictor(shop: Shop, table: HiddenTable, seed: int) -> Predictor | None
     standard = Standard.fit(train.features)
     heads, specs, scales = fit_behaviour(train, late, shop.timeline.horizons, standard, seed)
     first = sum(len(head.bias) for head in heads)
-    more_heads, more_specs, more_scales = fit_campaigns(
-        shop.campaign_rows(table, "train"), shop.campaign_rows(table, "tune"), shop.campaign_types, standard, seed
-    )
+    bare = shop.bare_table(np.unique(table.customer))
+    early, later = (shop.campaign_rows(bare, part) for part in ("train", "tune"))
+    more_heads, more_specs = fit_campaigns(early, later, shop.campaign_types, standard, table.hidden.shape[1], seed)
+    if more_specs:
+        scales = {**scales, "coupon_redemption": 0.0}
     heads += more_heads
     specs += shifted(more_specs, first)
     if not specs:
         return None
     head = LinearHead(np.concatenate([head.weight for head in heads]), np.concatenate([head.bias for head in heads]))
     assert head.weight.shape[1] == table.hidden.shape[1] + len(FEATURE_NAMES)
-    return Predictor(standard, head, tuple(specs), {**scales, **more_scales})
+    return Predictor(standard, head, tuple(specs), scales)
 
 
 def _counts_before(shop: Shop, until: float) -> NDArray[np.int64]:

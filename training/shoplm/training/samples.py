@@ -30,7 +30,7 @@ class Use(IntFlag):
     HEAD_TRAIN = 16
     HEAD_TUNE = 32
     HEAD_TEST = 64
-    CAMPAIGN = 128  # at the start of a campaign that reached the customer
+    CAMPAIGN = 128  # at the start of a campaign that reached the customer; no hidden state is read there
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Sample:
     required: bool
 
 
-def samples_of(history: History, timeline: Timeline, campaign_starts: Sequence[float]) -> list[Sample]:
+def samples_of(history: History, timeline: Timeline, campaign_starts: Sequence[float] = ()) -> list[Sample]:
     """All samples of one customer, in order of time; none where there is no history before the moment."""
     if not len(history):
         return []

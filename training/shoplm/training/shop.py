@@ -41,11 +41,11 @@ class Shop:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what prompts depend on: events, item numbers, profiles, campaigns."""
+        """SHA-256 of what prompts depend on: events, item numbers and texts, profiles."""
         digest = hashlib.sha256()
         for name in ("customer", "item", "kind", "time", "quantity", "price"):
             digest.update(np.ascontiguousarray(self.log.events[name].to_numpy()).tobytes())
-        for text in (self.log.events["basket"].to_list(), sorted(self.log.attributes.items()), self.starts):
+        for text in (self.log.events["basket"].to_list(), sorted(self.log.attributes.items())):
             digest.update(repr(text).encode())
         digest.update(self.items.index.tobytes() + self.items.has_row.tobytes())
         texts = self.items.table.select("item_id", "title", "category", "product_type")
@@ -78,16 +78,14 @@ class Shop:
     def campaign_rows(self, table: HiddenTable, part: str) -> Campaigns:
         """Customers at campaign starts. `part`: `train`, campaigns that end by `tuned_at`; `tune`, those that end by
         `test_at`; `test`, the others of which most was observed. No outcome of one part is known in the one before.
-        Customers whose hidden state at that moment is not in the table are left out.
+        `table` is a bare one: it names the customers and moments.
         """
         chosen = table.where(Task.PREDICT, Use.CAMPAIGN)
-        keys = {(int(table.customer[index]), float(table.moment[index])): index for index in chosen.tolist()}
+        keys = set(zip(table.customer[chosen].tolist(), table.moment[chosen].tolist(), strict=True))
         reached = self.log.campaigns.filter(self._part(part)).sort("customer", "start", "campaign_id")
         rows = [row for row in reached.iter_rows(named=True) if (row["customer"], row["start"]) in keys]
-        at = np.array([keys[row["customer"], row["start"]] for row in rows], np.intp)
         return Campaigns(
             customer=np.array([row["customer"] for row in rows], np.int32),
-            hidden=table.hidden[at],
             features=self._features(rows),
             kind=np.array([self.campaign_types.index(row["campaign_type"]) for row in rows], np.int64),
             redeemed=np.array([row["redeemed"] for row in rows], bool),
