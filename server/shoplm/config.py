@@ -257,12 +257,6 @@ def load_config(
         raise ConfigurationError(_explain(error, origin)) from error
 
 
-def help_text() -> str:
-    """The flags, as `--help` shows them."""
-    text: str = _flag_parser([]).root_parser.format_help()
-    return text
-
-
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(read_file("config", path).decode("utf-8"))

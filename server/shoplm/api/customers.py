@@ -172,8 +172,6 @@ def _no_catalog() -> Catalog:
         categories=[],
         prices=np.zeros(0),
         in_stock=np.zeros(0, np.bool_),
-        type_of_row=np.zeros(0, np.int32),
-        type_titles=[],
         type_texts=[],
         rare={},
     )

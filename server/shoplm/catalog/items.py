@@ -32,8 +32,6 @@ class Catalog:
     categories: list[str]
     prices: NDArray[np.float64]  # NaN where unknown
     in_stock: NDArray[np.bool_]
-    type_of_row: NDArray[np.int32]
-    type_titles: list[str]
     type_texts: list[str]  # what the type is, in words: its input embedding is made from this
     rare: dict[str, int]  # item_id -> product type index, for known items without a row
 
@@ -76,8 +74,6 @@ def read_catalog(folder: Path) -> Catalog:
         categories=with_row["category"].to_list(),
         prices=with_row["price"].fill_null(float("nan")).to_numpy().astype(np.float64),
         in_stock=with_row["in_stock"].fill_null(True).to_numpy().astype(np.bool_),
-        type_of_row=with_row["type_index"].fill_null(0).to_numpy().astype(np.int32),
-        type_titles=types["title"].to_list(),
         type_texts=[f" {text}" for text in types["description"].to_list()],
         rare=dict(zip(without["item_id"].to_list(), without["type_index"].to_list(), strict=True)),
     )

@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
@@ -53,7 +54,7 @@ _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 10.0
 log = logging.getLogger("shoplm.engine")
 
 
-class EngineClient:
+class EngineClient(ABC):
     """Submits requests and hands out what comes back. One event loop; subclasses say where the engine runs."""
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -69,8 +70,6 @@ class EngineClient:
         self._loaded: asyncio.Future[None] | None = None
         self._serving = False
         self._lives = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     # ---- calls -------------------------------------------------------------------------------------------------
 
@@ -85,7 +84,6 @@ class EngineClient:
             raise InvalidRequestError(("request", f"request id {request.request_id!r} is in use"))
         queue: asyncio.Queue[EngineOutput] = asyncio.Queue()
         self._calls[request.request_id] = queue
-        self._idle.clear()
         ended = False
         try:
             self._send(Submit(request))
@@ -98,8 +96,6 @@ class EngineClient:
                     yield output
         finally:
             self._calls.pop(request.request_id, None)
-            if not self._calls:
-                self._idle.set()
             if not ended and self._serving:
                 self._send(Cancel(request.request_id))
 
@@ -129,11 +125,6 @@ class EngineClient:
     async def start(self) -> None:
         """Start the engine and wait until it is loaded. Raises ConfigurationError if it cannot load."""
         await self._launch()
-
-    async def drain(self, timeout_seconds: float) -> None:
-        """Wait until nothing is in flight. Raises TimeoutError."""
-        async with asyncio.timeout(timeout_seconds):
-            await self._idle.wait()
 
     async def close(self) -> None:
         """Stop the engine; calls in flight fail."""
@@ -170,11 +161,13 @@ class EngineClient:
         await self._loaded
         self._serving = True
 
+    @abstractmethod
     async def _start_engine(self, address: str) -> None:
-        raise NotImplementedError
+        """Start an engine that connects to `address`."""
 
+    @abstractmethod
     async def _stop_engine(self) -> None:
-        raise NotImplementedError
+        """Wait for the end of the engine, which has been told to drain."""
 
     def _send(self, message: Submit | Cancel | Drain) -> None:
         assert self._socket is not None

@@ -47,7 +47,7 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Drop a request; its pages are free when this returns."""
-        self.scheduler.cancel(request_id, self._clock())
+        self.scheduler.cancel(request_id)
 
     @property
     def is_idle(self) -> bool:

@@ -27,7 +27,8 @@ def load_backend(spec: EngineSpec) -> Backend:
     """The backend of a spec, weights loaded. Raises ConfigurationError saying what cannot be used."""
     if spec.backend not in BACKENDS:
         raise ConfigurationError(f"backend {spec.backend!r} is not one of: {', '.join(BACKENDS)}")
-    if spec.backend == "triton":
+    on_gpu = spec.backend == "triton"
+    if on_gpu:
         check_device(torch.device("cuda"))
     if spec.dtype not in _DTYPES:
         raise ConfigurationError(f"dtype {spec.dtype!r} is not one of: {', '.join(_DTYPES)}")
@@ -36,7 +37,6 @@ def load_backend(spec: EngineSpec) -> Backend:
     folder = Path(spec.base_folder)
     config = ModelConfig.from_folder(folder)
     dtype = _DTYPES[spec.dtype]
-    on_gpu = spec.backend == "triton"
     pages = 0 if on_gpu and not spec.kv_cache_bytes else _pages(spec, config, dtype)
     weights = load_weights(folder, config, dtype)
     tries = [
@@ -109,5 +109,6 @@ def _token_texts(base: Path, manifest: ShopManifest, catalog: Catalog) -> list[l
         return None
     tokenizer = Tokenizer.from_folder(base)
     texts = [*SPECIAL_TEXTS.values(), *(catalog.text(row) for row in range(len(catalog))), *catalog.type_texts]
-    known: dict[str, list[int]] = {}
-    return [known.setdefault(text, tokenizer.encode(text)) if text not in known else known[text] for text in texts]
+    # Many items share their words: each text is encoded once.
+    encoded = {text: tokenizer.encode(text) for text in set(texts)}
+    return [encoded[text] for text in texts]

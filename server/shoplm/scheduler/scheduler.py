@@ -75,9 +75,9 @@ class Scheduler:
             self._refuse(request, *refusal)
             return
         self._sequences[request.request_id] = sequence
-        self._enqueue(sequence, now)
+        self._enqueue(sequence)
 
-    def cancel(self, request_id: str, now: float) -> None:
+    def cancel(self, request_id: str) -> None:
         """The caller has gone: free what the request holds at once. Unknown ids are ignored: the end was under way."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
@@ -302,8 +302,7 @@ class Scheduler:
     def _rank(self, sequence: Sequence) -> tuple[int, float]:
         return (-sequence.request.priority, sequence.due_seconds)
 
-    def _enqueue(self, sequence: Sequence, now: float) -> None:
-        sequence.waiting_since = now
+    def _enqueue(self, sequence: Sequence) -> None:
         heapq.heappush(self._waiting, (*self._rank(sequence), next(self._tie), sequence))
         sequence.queued_tokens = len(sequence.tokens)
         self._queued_requests += 1
@@ -345,7 +344,7 @@ class Scheduler:
         sequence.computed = sequence.level = 0
         sequence.epoch += 1
         self.stats.preemptions += 1
-        self._enqueue(sequence, sequence.waiting_since)
+        self._enqueue(sequence)
 
     def _end(self, sequence: Sequence) -> None:
         if sequence.state_slot is None:

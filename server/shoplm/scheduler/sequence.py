@@ -27,7 +27,6 @@ class Sequence:
     state_slot: int | None = None  # None: not running
     epoch: int = 0  # counts preemptions: results of an earlier life of a selection are void
     cached_tokens: int | None = None  # of the prompt, at first admission
-    waiting_since: float = 0.0
     queued_tokens: int = 0  # what it counts in the queue's bound while it waits
     started_seconds: float | None = None
     first_seconds: float | None = None
