@@ -74,7 +74,7 @@ def load_backend(spec: EngineSpec) -> Backend:
 
 
 def _pages(spec: EngineSpec, config: ModelConfig, dtype: torch.dtype) -> int:
-    page_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * spec.page_size * dtype.itemsize
+    page_bytes = config.kv_page_bytes(spec.page_size, dtype.itemsize)
     pages = spec.kv_cache_bytes // page_bytes
     if pages < 2:
         raise ConfigurationError(

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from shoplm.engine.batch import Batch, RowOutput, StepResult
+from shoplm.engine.batch import Batch, RowOutput
 from shoplm.errors import ConfigurationError
 from shoplm.model.attention_plan import plan_attention
-from shoplm.model.backend import BackendInfo, Finished, Handle
 from shoplm.model.config import ModelConfig
 from shoplm.model.decoder import Decoder, StepInputs
+from shoplm.model.eager_backend import EagerBackend
 from shoplm.model.kv_pool import KVPool
 from shoplm.model.linear import Linear
 from shoplm.model.readouts import Readouts, output_tokens
 from shoplm.model.shop_weights import NamedTrie, ShopWeights
 from shoplm.model.weights import DecoderWeights
-from shoplm.request import Select
 
 
-class TorchBackend:
+class TorchBackend(EagerBackend):
     """Runs each step at once, in the thread that submits it."""
 
     def __init__(
@@ -43,7 +41,7 @@ class TorchBackend:
         dtype = weights.embedding.dtype
         if dtype not in (torch.bfloat16, torch.float32):
             raise ConfigurationError(f"dtype {dtype} is not supported on a CPU: use bfloat16 or float32")
-        self._readouts = Readouts(
+        readouts = Readouts(
             shop,
             tries,
             text_tokens=len(weights.embedding),
@@ -53,7 +51,7 @@ class TorchBackend:
         )
         positions = min(max_context_tokens or config.max_positions, config.max_positions)
         with torch.no_grad():
-            self._decoder = Decoder(config, weights, self._readouts.take_input_rows(dtype), positions)
+            self._decoder = Decoder(config, weights, readouts.take_input_rows(dtype), positions)
             self._head = Linear(weights.lm_head)
         self._pool = KVPool(
             layers=config.num_layers,
@@ -63,41 +61,20 @@ class TorchBackend:
             head_dim=config.head_dim,
             dtype=dtype,
         )
-        self._info = BackendInfo(
-            name="torch",
+        super().__init__(
+            "torch",
+            readouts,
             pages=pages,
             page_size=page_size,
             state_slots=state_slots,
             max_context_tokens=positions,
             vocab_size=self._decoder.vocab_size,
-            trie_depths=self._readouts.trie_depths,
-            trie_items=self._readouts.trie_items,
-            feature_count=self._readouts.feature_count,
         )
-
-    @property
-    def info(self) -> BackendInfo:
-        return self._info
 
     @property
     def pool(self) -> KVPool:
         """The keys and values; tests fill unused pages to see that they are never read."""
         return self._pool
-
-    def lanes(self, select: Select) -> int:
-        return self._readouts.lanes(select)
-
-    def submit(self, batch: Batch) -> Handle:
-        start = time.perf_counter()
-        try:
-            with torch.inference_mode():
-                outputs = self._run(batch)
-        except Exception as error:  # the engine sees it where it asks for the result
-            return Finished(error)
-        return Finished(StepResult(outputs, time.perf_counter() - start))
-
-    def close(self) -> None:
-        """Nothing to do: memory goes with the object."""
 
     def _run(self, batch: Batch) -> tuple[RowOutput, ...]:
         config = self._decoder.config

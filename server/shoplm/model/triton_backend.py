@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import torch
-from shoplm.engine.batch import Batch, RowOutput, StepResult
+from shoplm.engine.batch import Batch, RowOutput
 from shoplm.errors import ConfigurationError
 from shoplm.kernels.attention import MAX_GROUP
 from shoplm.kernels.inputs import PagedKv
 from shoplm.kernels.tile_config import SUPPORTED_DTYPES, SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
 from shoplm.kernels.workspace import Workspace
-from shoplm.model.backend import BackendInfo, Finished, Handle
 from shoplm.model.config import ModelConfig
+from shoplm.model.eager_backend import EagerBackend
 from shoplm.model.gpu import check_device, free_memory, pages_that_fit
 from shoplm.model.readouts import Readouts, output_tokens
 from shoplm.model.shop_weights import NamedTrie, ShopWeights
 from shoplm.model.triton_decoder import TritonDecoder
 from shoplm.model.triton_step import plan_step
 from shoplm.model.weights import DecoderWeights
-from shoplm.request import Select
 
 
-class TritonBackend:
+class TritonBackend(EagerBackend):
     """Runs each step within `submit`: queues the layers' launches, then waits for the hidden states to read them."""
 
     def __init__(
@@ -53,7 +51,7 @@ class TritonBackend:
         _check_supported(config, dtype, page_size)
         positions = min(max_context_tokens or config.max_positions, config.max_positions)
         self._max_beam_tokens = max_beam_tokens
-        self._readouts = Readouts(
+        readouts = Readouts(
             shop,
             tries,
             text_tokens=len(weights.embedding),
@@ -65,7 +63,7 @@ class TritonBackend:
             self._decoder = TritonDecoder(
                 config,
                 weights,
-                self._readouts.take_input_rows(dtype),
+                readouts.take_input_rows(dtype),
                 max_positions=positions,
                 workspace=Workspace.allocate(
                     device=self._device,
@@ -79,7 +77,7 @@ class TritonBackend:
                 device=self._device,
             )
             if pages is None:
-                page_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * page_size * dtype.itemsize
+                page_bytes = config.kv_page_bytes(page_size, dtype.itemsize)
                 pages = pages_that_fit(*free_memory(self._device), page_bytes)
             self._pool = _allocate_pool(config, pages, page_size, dtype, self._device)
         except torch.OutOfMemoryError as error:
@@ -87,41 +85,20 @@ class TritonBackend:
                 f"the GPU's memory does not suffice for the weights, the scratch memory and {pages or 0} pages of "
                 f"{page_size} tokens: lower kv_cache_mib, max_running_requests or max_context_tokens ({error})"
             ) from error
-        self._info = BackendInfo(
-            name="triton",
+        super().__init__(
+            "triton",
+            readouts,
             pages=pages,
             page_size=page_size,
             state_slots=state_slots,
             max_context_tokens=positions,
             vocab_size=self._decoder.vocab_size,
-            trie_depths=self._readouts.trie_depths,
-            trie_items=self._readouts.trie_items,
-            feature_count=self._readouts.feature_count,
         )
-
-    @property
-    def info(self) -> BackendInfo:
-        return self._info
 
     @property
     def pool(self) -> tuple[PagedKv, ...]:
         """Keys and values by layer; tests fill unused pages to see that they are never read."""
         return self._pool
-
-    def lanes(self, select: Select) -> int:
-        return self._readouts.lanes(select)
-
-    def submit(self, batch: Batch) -> Handle:
-        start = time.perf_counter()
-        try:
-            with torch.inference_mode():
-                outputs = self._run(batch)
-        except Exception as error:  # the engine sees it where it asks for the result
-            return Finished(error)
-        return Finished(StepResult(outputs, time.perf_counter() - start))
-
-    def close(self) -> None:
-        """Nothing to do: memory goes with the object."""
 
     def _run(self, batch: Batch) -> tuple[RowOutput, ...]:
         beam_tokens = sum(row.query_len for row in batch.rows if row.beam is not None)

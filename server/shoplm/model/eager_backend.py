@@ -1,0 +1,63 @@
+"""What the backends that run a step within `submit` share: the contract around one forward pass and its readouts."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+
+import torch
+from shoplm.engine.batch import Batch, RowOutput, StepResult
+from shoplm.model.backend import BackendInfo, Finished, Handle
+from shoplm.model.readouts import Readouts
+from shoplm.request import Select
+
+
+class EagerBackend(ABC):
+    """Implements `Backend`, but for the forward pass itself."""
+
+    def __init__(
+        self,
+        name: str,
+        readouts: Readouts,
+        *,
+        pages: int,
+        page_size: int,
+        state_slots: int,
+        max_context_tokens: int,
+        vocab_size: int,
+    ) -> None:
+        self._readouts = readouts
+        self._info = BackendInfo(
+            name=name,
+            pages=pages,
+            page_size=page_size,
+            state_slots=state_slots,
+            max_context_tokens=max_context_tokens,
+            vocab_size=vocab_size,
+            trie_depths=readouts.trie_depths,
+            trie_items=readouts.trie_items,
+            feature_count=readouts.feature_count,
+        )
+
+    @property
+    def info(self) -> BackendInfo:
+        return self._info
+
+    def lanes(self, select: Select) -> int:
+        return self._readouts.lanes(select)
+
+    def submit(self, batch: Batch) -> Handle:
+        start = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                outputs = self._run(batch)
+        except Exception as error:  # the engine sees it where it asks for the result
+            return Finished(error)
+        return Finished(StepResult(outputs, time.perf_counter() - start))
+
+    def close(self) -> None:  # noqa: B027 - no abstract hook: there is nothing that a subclass would have to do
+        """Nothing to do: memory goes with the object."""
+
+    @abstractmethod
+    def _run(self, batch: Batch) -> tuple[RowOutput, ...]:
+        """Forward pass and readouts; one output per row."""
