@@ -11,8 +11,8 @@ import heapq
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from itertools import count
+from typing import TYPE_CHECKING
 
-from shoplm.engine.batch import RowOutput
 from shoplm.request import (
     EngineOutput,
     FailedOutput,
@@ -32,6 +32,9 @@ from shoplm.scheduler.memory import SequenceMemory
 from shoplm.scheduler.plan import Plan, PlanRow
 from shoplm.scheduler.sequence import Sequence
 from shoplm.scheduler.stats import SchedulerStats
+
+if TYPE_CHECKING:
+    from shoplm.engine.batch import RowOutput  # numpy; the scheduler itself needs none
 
 
 class Scheduler:
