@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import polars as pl
 import pytest
 from shoplm.bench.plan import LoadService, LoadSettings, parse_mix, poisson_arrivals
-from shoplm.bench.workload import Shop, WorkloadError, make_customers, read_histories, request_for
+from shoplm.bench.workload import NEW_CUSTOMERS_AS_OF, Shop, WorkloadError, make_customers, read_histories, request_for
 from shoplm.v1 import model_pb2, shop_pb2
 
 
@@ -91,6 +92,16 @@ def test_returning_customers_have_prefixes_of_real_histories_in_whole_baskets(sh
         assert tuple(customer.events) == full[: len(customer.events)]
         assert len(customer.events) % 4 == 0
         assert customer.as_of.seconds > customer.events[-1].time.seconds
+
+
+def test_the_longest_new_history_ends_where_it_should(shop: Shop) -> None:
+    """A long history reaches further back, not into the future, which a server refuses."""
+    event = next(iter(shop.histories.values()))[0]
+    shop = replace(shop, histories={"much": (event,) * 3000})
+    for customer in make_customers(shop, LoadSettings(customers=8, new_customer_share=1.0)):
+        times = [each.time.seconds for each in customer.events]
+        assert min(times) > 0 and times == sorted(times) and max(times) < customer.as_of.seconds
+        assert NEW_CUSTOMERS_AS_OF <= customer.as_of.seconds < NEW_CUSTOMERS_AS_OF + 365 * 86_400
 
 
 def test_new_customers_share_no_prefix_and_have_real_lengths(shop: Shop) -> None:

@@ -39,7 +39,7 @@ def bench(
     rate: Annotated[float, typer.Option(help="Requests per second, over all services.")] = 2.0,
     seconds: Annotated[float, typer.Option(help="Measured seconds of the mixed load.")] = 60.0,
     warmup_seconds: Annotated[float, typer.Option(help="Seconds of load before, not measured.")] = 10.0,
-    mix: Annotated[str, typer.Option(help="Weights of the services.")] = "recommendation=6,chat=1,prediction=3",
+    mix: Annotated[str, typer.Option(help="Weights of the services.")] = "recommendation=4,chat=3,prediction=3",
     customers: Annotated[int, typer.Option(help="Different customers.")] = 64,
     new_customer_share: Annotated[float, typer.Option(help="Share of them whose history nobody shares.")] = 0.5,
     chat_tokens: Annotated[int, typer.Option(help="Longest chat answer.")] = 32,

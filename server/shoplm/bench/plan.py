@@ -110,7 +110,7 @@ def poisson_arrivals(settings: LoadSettings, customers: int) -> tuple[Arrival, .
 
 
 def parse_mix(text: str) -> dict[LoadService, float]:
-    """`recommendation=6,chat=1,prediction=3` as weights. ValueError names the part that is wrong."""
+    """`recommendation=4,chat=3,prediction=3` as weights. ValueError names the part that is wrong."""
     mix: dict[LoadService, float] = {}
     for part in text.split(","):
         name, _, weight = part.strip().partition("=")

@@ -27,7 +27,7 @@ from shoplm.v1 import (
 )
 
 SECONDS_PER_DAY = 86_400
-NEW_CUSTOMERS_START = 1_500_000_000  # Unix seconds; any fixed moment will do
+NEW_CUSTOMERS_AS_OF = 1_500_000_000  # Unix seconds, and up to a year later; any fixed moment will do
 QUESTIONS = (
     "How do returns work?",
     "When are you open on Sundays?",
@@ -162,11 +162,12 @@ def _returning_customer(generator: random.Random, shop: Shop) -> shop_pb2.Custom
 def _new_customer(
     generator: random.Random, number: int, item_ids: Sequence[str], typical_lengths: Sequence[int]
 ) -> shop_pb2.Customer:
-    """Baskets of one to eight items, days apart, as many events as some real customer has."""
+    """Baskets of one to eight items, days apart, as many events as some real customer has. A longer history begins
+    earlier; its end does not depend on its length."""
     length = generator.choice(typical_lengths)
     events: list[shop_pb2.Event] = []
-    moment = NEW_CUSTOMERS_START + generator.randrange(365) * SECONDS_PER_DAY
-    basket = 0
+    as_of = NEW_CUSTOMERS_AS_OF + generator.randrange(365) * SECONDS_PER_DAY
+    moment = basket = 0
     while len(events) < length:
         for item_id in generator.choices(item_ids, k=min(generator.randint(1, 8), length - len(events))):
             events.append(
@@ -180,4 +181,6 @@ def _new_customer(
             )
         basket += 1
         moment += generator.randint(1, 14) * SECONDS_PER_DAY
-    return shop_pb2.Customer(customer_id=f"bench-{number}", events=events, as_of=Timestamp(seconds=moment))
+    for event in events:
+        event.time.seconds += as_of - moment
+    return shop_pb2.Customer(customer_id=f"bench-{number}", events=events, as_of=Timestamp(seconds=as_of))
