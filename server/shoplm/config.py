@@ -17,7 +17,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -29,6 +37,8 @@ from pydantic_settings import (
 )
 from shoplm.engine.spec import EngineSpec, SyntheticTrie
 from shoplm.errors import ConfigurationError
+from shoplm.request import Service
+from shoplm.scheduler.config import SchedulingPolicy
 
 ENVIRONMENT_PREFIX = "SHOPLM_"
 # Variables of the same prefix that other parts read: the model cache; the client's address, token and certificate.
@@ -52,6 +62,22 @@ def _split(value: object) -> object:
 
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+
+
+def _weights(entries: Iterable[str]) -> dict[str, float]:
+    """`NAME=WEIGHT` entries. ValueError names the one that is wrong."""
+    weights: dict[str, float] = {}
+    for entry in entries:
+        name, equals, written = entry.rpartition("=")
+        try:
+            weights[name] = float(written)
+        except ValueError:
+            equals = ""
+        if not equals or not 0 < weights[name] < math.inf:
+            raise ValueError(f"{entry!r} is not of the form NAME=WEIGHT with a positive weight, such as gold=3")
+    return weights
+
+
 _TRIE = re.compile(r"(?P<name>[\w-]+)=(?P<items>\d+):(?P<sizes>\d+(x\d+)*)")
 
 
@@ -85,6 +111,16 @@ class ServerConfig(BaseSettings):
     max_running_requests: int = Field(256, description="most requests in one forward pass", ge=1)
     max_queued_requests: int = Field(2048, description="more are refused with RESOURCE_EXHAUSTED", ge=1)
     max_queued_tokens: int = Field(1_000_000, description="the same, in prompt tokens", ge=1)
+
+    # Scheduling (docs/scheduling.md)
+    scheduling_policy: Literal["slack", "fcfs"] = Field("slack", description="by deadlines and shares, or by arrival")
+    recommendation_target_seconds: float = Field(0.1, description="default target of a recommendation", gt=0)
+    prediction_target_seconds: float = Field(0.05, description="default target of a prediction", gt=0)
+    chat_first_target_seconds: float = Field(0.5, description="default target of a chat's first token", gt=0)
+    chat_token_target_seconds: float = Field(0.06, description="target of each further token", gt=0)
+    enforced_targets: Names = Field((), description="services whose target refuses as a caller's deadline would")
+    service_weights: Names = Field((), description="shares of a busy engine, each SERVICE=WEIGHT; 1 where unnamed")
+    tenant_weights: Names = Field((), description="shares within a service, each TENANT=WEIGHT; 1 where unnamed")
     synthetic_tries: Names = Field(
         (), description="random catalogues for the engine API, each NAME=ITEMS:SIZExSIZE… (a comma between two)"
     )
@@ -153,6 +189,22 @@ class ServerConfig(BaseSettings):
                 raise ValueError(f"{trie!r}: levels of {match['sizes']} codes hold fewer than {match['items']} items")
         return tries
 
+    @field_validator("enforced_targets")
+    @classmethod
+    def _services_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in list(Service):
+                raise ValueError(f"{name!r} is not one of {', '.join(Service)}")
+        return names
+
+    @field_validator("service_weights", "tenant_weights")
+    @classmethod
+    def _weights_readable(cls, entries: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        for name in _weights(entries):
+            if info.field_name == "service_weights" and name not in list(Service):
+                raise ValueError(f"{name!r} is not one of {', '.join(Service)}")
+        return entries
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -195,10 +247,25 @@ class ServerConfig(BaseSettings):
             max_running_requests=self.max_running_requests,
             max_queued_requests=self.max_queued_requests,
             max_queued_tokens=self.max_queued_tokens,
+            policy=self._policy(),
             synthetic_tries=tuple(
                 SyntheticTrie(match["name"], int(match["items"]), tuple(map(int, match["sizes"].split("x"))))
                 for match in tries
             ),
+        )
+
+    def _policy(self) -> SchedulingPolicy:
+        return SchedulingPolicy(
+            order=self.scheduling_policy,
+            target_seconds={
+                Service.RECOMMENDATION: self.recommendation_target_seconds,
+                Service.PREDICTION: self.prediction_target_seconds,
+                Service.CHAT: self.chat_first_target_seconds,
+            },
+            token_target_seconds=self.chat_token_target_seconds,
+            enforced=tuple(Service(name) for name in self.enforced_targets),
+            service_weights={Service(name): weight for name, weight in _weights(self.service_weights).items()},
+            tenant_weights=_weights(self.tenant_weights),
         )
 
     @property

@@ -88,14 +88,25 @@ class Request(msgspec.Struct, frozen=True):
     deadline_seconds: float | None = None  # absolute; None: the caller set none
     history_tokens: int = 0  # leading tokens that are the customer's prefix
     cache_root: str = ""  # base, bundle version, adapter, tenant: nothing is shared across roots
-    tenant: str = ""
+    tenant: str = ""  # who shares the engine fairly with whom; "" is a tenant like any other
     priority: int = 0  # larger is sooner, within a tenant
+    allow_degraded: bool = False  # rather a smaller answer in time than none
 
     def __post_init__(self) -> None:
         if not self.tokens:
             raise ValueError(f"request {self.request_id}: tokens is empty")
         if not 0 <= self.history_tokens <= len(self.tokens):
             raise ValueError(f"request {self.request_id}: history_tokens {self.history_tokens} outside the prompt")
+
+
+class Degradation(StrEnum):
+    """What was taken from an answer, with the caller's leave, so that it came in time.
+
+    Explanations are not among them: they are the terms of the score, which every selection computes anyway.
+    """
+
+    NARROWER_BEAMS = "narrower_beams"
+    FEWER_TOKENS = "fewer_tokens"
 
 
 class FinishReason(StrEnum):
@@ -140,7 +151,7 @@ class FinishedOutput(msgspec.Struct, frozen=True, tag=True):
     finish_reason: FinishReason = FinishReason.STOP
     selected: SelectOutput | None = None  # for Select
     values: tuple[float, ...] = ()  # for Predict: head outputs; for Embed: the hidden state
-    degraded: bool = False
+    degraded: tuple[Degradation, ...] = ()  # empty: the answer is what was asked for
 
 
 class FailureKind(StrEnum):
@@ -159,7 +170,7 @@ class FailedOutput(msgspec.Struct, frozen=True, tag=True):
     kind: FailureKind
     message: str
     reason: str  # stable UPPER_SNAKE code
-    retry_seconds: float = 0.0
+    retry_seconds: float = 0.0  # when it would be worth trying again; 0: it would not
 
 
 class StepStats(msgspec.Struct, frozen=True):
@@ -177,6 +188,11 @@ class StepStats(msgspec.Struct, frozen=True):
     prefix_hit_tokens: int = 0
     evicted_pages: int = 0
     failures: dict[str, int] = {}  # "service:kind" -> count
+    submitted: dict[str, int] = {}  # by service; each ends in total_seconds or in failures
+    refusals: dict[str, int] = {}  # "service:reason" -> count, of the overloaded among the failures
+    degraded: dict[str, int] = {}  # "service:degradation" -> count
+    preemptions: int = 0
+    cost_errors: tuple[float, ...] = ()  # |predicted - measured| / measured, one entry per step
     queued_requests: dict[str, int] = {}
     running_requests: dict[str, int] = {}
     queued_tokens: int = 0

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from shoplm.request import (
+    Degradation,
     FinishedOutput,
     FinishReason,
     Generate,
@@ -109,5 +110,5 @@ class ScriptedEngine:
             finish_reason=FinishReason.STOP,
             selected=selected,
             values=values,
-            degraded=self.degraded,
+            degraded=(Degradation.NARROWER_BEAMS,) if self.degraded else (),
         )

@@ -51,7 +51,7 @@ class RecommendationService(RecommendationServiceServicer):
             items=_items(shop, selected, history, request.explain),
             model=self._core.served.model_version,
             usage=self._core.usage(work, finished.cached_tokens, finished.completion_tokens),
-            degraded=finished.degraded,
+            degraded=bool(finished.degraded),
             warnings=self._core.warned(_SERVICE, warnings),
         )
 

@@ -120,4 +120,5 @@ def scheduler_config(spec: EngineSpec) -> SchedulerConfig:
         max_mixed_prompt_tokens=min(spec.max_mixed_prompt_tokens, spec.max_step_tokens),
         max_queued_requests=spec.max_queued_requests,
         max_queued_tokens=spec.max_queued_tokens,
+        policy=spec.policy,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+from shoplm.scheduler.config import SchedulingPolicy
 
 
 class SyntheticTrie(msgspec.Struct, frozen=True):
@@ -30,4 +31,5 @@ class EngineSpec(msgspec.Struct, frozen=True):
     max_running_requests: int = 256
     max_queued_requests: int = 2048
     max_queued_tokens: int = 1_000_000
+    policy: SchedulingPolicy = msgspec.field(default_factory=SchedulingPolicy)
     synthetic_tries: tuple[SyntheticTrie, ...] = ()

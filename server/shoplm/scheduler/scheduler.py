@@ -266,7 +266,12 @@ class Scheduler:
             # Popularity alone is answered after the prompt: there are no beams, however deep the trie is.
             depth = 1 if request.task.popularity_only else self._trie_depths.get(request.task.trie, 0)
             lanes = self._lanes(request.task) if depth > 1 else 0
-        return Sequence(request, self.config.due_seconds(request), list(request.tokens), max(depth, 1), lanes)
+        return Sequence(request, self._due_seconds(request), list(request.tokens), max(depth, 1), lanes)
+
+    def _due_seconds(self, request: Request) -> float:
+        """When the request should have its (first) result: the caller's deadline, or the service's target."""
+        target = request.arrival_seconds + self.config.policy.target_seconds[request.service]
+        return target if request.deadline_seconds is None else min(target, request.deadline_seconds)
 
     def _refusal(self, sequence: Sequence, now: float) -> tuple[FailureKind, str, str] | None:
         request, task = sequence.request, sequence.request.task
