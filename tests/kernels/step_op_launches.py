@@ -75,9 +75,11 @@ def beam_call(
     allowed = torch.zeros(1, trie.items + 1, dtype=torch.int32)
     out = BeamSelection.allocate(groups, select, "cpu")
     first_row, width, wanted, filter_row = indices
+    flat = trie.child_start.shape[0] == 2  # its level is the last: the items' other terms are added
+    bonus: dict[str, Any] = {"bonus": torch.zeros(1, trie.items), "bonus_row": filter_row} if flat else {}
     return lambda: beam_step_op.beam_step(
         logits, first_row, trie, nodes, scores, width, wanted, max_select=select, allowed_cumsum=allowed,
-        filter_row=filter_row, workspace=workspace, out=out,
+        filter_row=filter_row, workspace=workspace, out=out, **bonus,
     )  # fmt: skip
 
 

@@ -182,6 +182,25 @@ def test_filter_does_not_change_the_scores_of_what_it_leaves() -> None:
     assert got.scores[0, :2].tolist() == pytest.approx([scores[node] for node in got.nodes[0, :2].tolist()], abs=1e-5)
 
 
+@pytest.mark.parametrize("filtered", [False, True])
+def test_the_last_level_is_cut_by_the_whole_score(filtered: bool) -> None:
+    """Items whose model score alone would not pass the cut: their other terms carry them over it, group by group."""
+    generator = torch.Generator().manual_seed(9)
+    trie = make_trie([70, 90], 90, generator, items_per_child=1)
+    case = make_case(trie, [2, 1, 2], 2, [12, 5, 12], 90, generator)
+    bonus = torch.randn(2, trie.items + 3, generator=generator)[:, : trie.items] * 4
+    keywords: dict[str, Any] = {"bonus": bonus, "bonus_row": torch.tensor([1, 0, 0], dtype=torch.int32)}
+    if filtered:
+        allowed = torch.rand(1, trie.items, generator=generator) < 0.5
+        keywords |= {"allowed_cumsum": allowed_prefix(allowed), "filter_row": torch.zeros(3, dtype=torch.int32)}
+    want = reference_ops.beam_step(*case.arguments(), max_select=12, **keywords)
+    got = beam_step(*case.arguments(), max_select=12, **keywords, tile=TILE)
+    assert got.nodes.tolist() == want.nodes.tolist()
+    torch.testing.assert_close(got.scores, want.scores, rtol=1e-5, atol=1e-5)
+    without = beam_step(*case.arguments(), max_select=12, tile=TILE)
+    assert set(got.nodes[0].tolist()) != set(without.nodes[0].tolist())
+
+
 def test_logits_of_minus_infinity_come_last_and_never_nan() -> None:
     generator = torch.Generator().manual_seed(3)
     case = make_case(make_trie([10, 10], 10, generator), [2], 2, [20], 10, generator)
@@ -305,6 +324,7 @@ def test_bad_arguments_are_named() -> None:
         ({"logits": torch.zeros(8, 9).t()}, {}, ValueError, "logits has last stride"),
         ({}, {"max_select": 33}, ValueError, "max_select is 33, expected at most 32"),
         ({}, {"filter_row": torch.zeros(1, dtype=torch.int32)}, ValueError, "pass both or neither"),
+        ({}, {"bonus": torch.zeros(1, trie.items)}, ValueError, "one of bonus and bonus_row"),
         ({}, {"out": BeamSelection.allocate(1, 3, "cpu")}, ValueError, "out.scores has shape"),
         (
             {},

@@ -154,6 +154,8 @@ def _keep_top(
         "select_ptr",
         "allowed_stride",
         "filter_ptr",
+        "bonus_stride",
+        "bonus_row_ptr",
         "max_live",
         "max_select",
     ]
@@ -171,6 +173,9 @@ def tile_kernel(
     allowed_ptr: tl.tensor,
     allowed_stride: tl.tensor,
     filter_ptr: tl.tensor,
+    bonus_ptr: tl.tensor,
+    bonus_stride: tl.tensor,
+    bonus_row_ptr: tl.tensor,
     offset_ptr: tl.tensor,
     shift_ptr: tl.tensor,
     lse_ptr: tl.tensor,
@@ -182,6 +187,7 @@ def tile_kernel(
     BEAMS: tl.constexpr,
     SELECT: tl.constexpr,
     HAS_FILTER: tl.constexpr,
+    HAS_BONUS: tl.constexpr,
 ) -> None:
     """Grid (tiles, groups): score one tile of candidates and keep its top `select`."""
     tile = tl.program_id(0)
@@ -202,6 +208,10 @@ def tile_kernel(
     # Where every child is -inf so is the log-sum-exp: the difference would be NaN.
     log_p = tl.where(logit == float("-inf"), float("-inf"), log_p)
     score = tl.load(score_ptr + group * score_stride + beam, mask=inside, other=0.0) + log_p
+    if HAS_BONUS:
+        bonus_row = bonus_ptr + tl.load(bonus_row_ptr + group).to(tl.int64) * bonus_stride
+        item = tl.load(item_lo_ptr + child, mask=inside, other=0)
+        score += tl.load(bonus_row + item, mask=inside, other=0.0)
     if HAS_FILTER:
         allowed_row = allowed_ptr + tl.load(filter_ptr + group).to(tl.int64) * allowed_stride
         lo = tl.load(item_lo_ptr + child, mask=inside, other=0)

@@ -5,7 +5,9 @@ For a live beam b at trie node n(b), over the children c of n(b) and their logit
     log p(c | b) = z(b, c) - log sum_{c'} exp z(b, c')          over every trie-valid child
     score(b, c)  = score(b) + log p(c | b)                      for children with an allowed item below, else excluded
 
-and the group keeps its `select` best (b, c), best first, ties to the lower (b, c). A catalogue of depth 1 is the case
+plus, with `bonus`, the entry of the child's first item: at the last level, where a child is an item, that item's other
+terms (repeat purchases, popularity), so that the cut is by the whole score. The group keeps its `select` best (b, c),
+best first, ties to the lower (b, c). A catalogue of depth 1 is the case
 of one live beam whose node's children are all items. Constrained decoding over a flattened trie follows GENRE (De Cao
 et al. 2021) and STATIC's CSR layout; normalising before the filter keeps scores equal whether or not a filter is on.
 
@@ -38,8 +40,11 @@ from shoplm.kernels.beam_step_types import (
     TrieTables,
     next_power_of_two,
 )
+from shoplm.kernels.inputs import check_aligned
 
 NUM_WARPS = 8
+
+_RowsOfGroups = tuple[torch.Tensor | None, torch.Tensor | None]  # a table over the items, the row of each group
 
 
 def beam_step(
@@ -54,6 +59,8 @@ def beam_step(
     max_select: int,
     allowed_cumsum: torch.Tensor | None = None,
     filter_row: torch.Tensor | None = None,
+    bonus: torch.Tensor | None = None,
+    bonus_row: torch.Tensor | None = None,
     workspace: BeamWorkspace | None = None,
     out: BeamSelection | None = None,
     tile: int = TILE_CANDIDATES,
@@ -72,6 +79,8 @@ def beam_step(
         allowed_cumsum: [filters, items + 1], int32: entry i = allowed items before item i, over the sorted items (see
             `allowed_prefix`). None: every item is allowed.
         filter_row: [groups], int32, the row of `allowed_cumsum` of each group; with it only.
+        bonus: [bonuses, items], fp32, added to the score of a child at its first item. Last levels only. None: 0.
+        bonus_row: [groups], int32, the row of `bonus` of each group; with it only.
         workspace: scratch memory for at least these bounds. Allocated when absent.
         out: outputs, [groups, max_select]. Allocated when absent.
         tile: candidates per program, a power of two; the workspace must have been made for the same.
@@ -84,13 +93,16 @@ def beam_step(
     """
     groups, max_live = _check_beams(logits, first_row, trie, nodes, scores, width, select)
     _check_filter(trie, groups, allowed_cumsum, filter_row)
+    _check_bonus(trie, groups, bonus, bonus_row)
     bounds = BeamBounds.of(trie, groups, max_live, max_select, tile)
     workspace = BeamWorkspace.allocate(bounds, logits.device) if workspace is None else workspace
     workspace.check(bounds, logits.device)
     out = BeamSelection.allocate(groups, max_select, logits.device) if out is None else out
     _check_out(out, groups, max_select, logits.device)
     _normalisers(bounds, workspace, logits, first_row, trie, nodes, width)
-    _first_cut(bounds, workspace, logits, first_row, trie, scores, select, allowed_cumsum, filter_row)
+    _first_cut(
+        bounds, workspace, logits, first_row, trie, scores, select, (allowed_cumsum, filter_row), (bonus, bonus_row)
+    )
     _select(bounds, workspace, trie, select, out)
     return out
 
@@ -148,10 +160,12 @@ def _first_cut(
     trie: TrieTables,
     scores: torch.Tensor,
     select: torch.Tensor,
-    allowed_cumsum: torch.Tensor | None,
-    filter_row: torch.Tensor | None,
+    filters: _RowsOfGroups,
+    bonuses: _RowsOfGroups,
 ) -> None:
     """Launch 3: each tile's best candidates."""
+    allowed_cumsum, filter_row = filters
+    bonus, bonus_row = bonuses
     tile_kernel[(bounds.tiles, bounds.groups)](
         logits,
         leading_stride(logits),
@@ -165,6 +179,9 @@ def _first_cut(
         allowed_cumsum,
         0 if allowed_cumsum is None else leading_stride(allowed_cumsum),
         filter_row,
+        bonus,
+        0 if bonus is None else leading_stride(bonus),
+        bonus_row,
         workspace.offsets,
         workspace.shift,
         workspace.lse,
@@ -176,6 +193,7 @@ def _first_cut(
         BEAMS=next_power_of_two(bounds.max_live),
         SELECT=next_power_of_two(bounds.max_select),
         HAS_FILTER=allowed_cumsum is not None,
+        HAS_BONUS=bonus is not None,
         num_warps=NUM_WARPS,
     )
 
@@ -272,6 +290,17 @@ def _check_filter(
     check_tensor("filter_row", filter_row, (groups,), (torch.int32,), device)
 
 
+def _check_bonus(trie: TrieTables, groups: int, bonus: torch.Tensor | None, bonus_row: torch.Tensor | None) -> None:
+    if bonus is None and bonus_row is None:
+        return
+    if bonus is None or bonus_row is None:
+        raise ValueError("got one of bonus and bonus_row; pass both or neither")
+    device = trie.child_start.device
+    check_tensor("bonus", bonus, (None, trie.items), (torch.float32,), device)
+    check_aligned("bonus", bonus)
+    check_tensor("bonus_row", bonus_row, (groups,), (torch.int32,), device)
+
+
 def _check_out(out: BeamSelection, groups: int, max_select: int, device: torch.device) -> None:
     check_tensor("out.scores", out.scores, (groups, max_select), (torch.float32,), device)
     for name in ("parents", "nodes", "codes"):
@@ -299,11 +328,15 @@ def _cells_within(arch: int, variant: str, bounds: BeamBounds) -> list[AotCell]:
     last = next_power_of_two((bounds.merge_rounds or (bounds.tiles,))[-1] * bounds.max_select)
     tile: dict[str, object] = {"TILE": bounds.tile, "BEAMS": beams, "SELECT": select}
     plan: dict[str, object] = {"PIECE": bounds.piece, "BEAMS": beams, "PIECES_AT_ONCE": _pieces_at_once(bounds)}
+    # A flat catalogue's level is its last, where the items' other terms are added; a deep one stands for the others.
+    bonus: dict[str, object] = {"HAS_BONUS": True}
+    if bounds.max_live > 1:
+        bonus = {"HAS_BONUS": False, "bonus_ptr": None, "bonus_row_ptr": None}
     merge: dict[str, object] = {"TILE": bounds.tile, "SELECT": select, "MERGED": 0}
     cases: list[tuple[Any, dict[str, object], int]] = [
         (lse_kernel, {"PIECE": bounds.piece}, _lse_warps(bounds.piece)),
         (plan_kernel, plan, 4),
-        (tile_kernel, tile | {"HAS_FILTER": True}, NUM_WARPS),
+        (tile_kernel, tile | {"HAS_FILTER": True} | bonus, NUM_WARPS),
         *[(merge_kernel, merge, NUM_WARPS)] * min(1, rounds),
         (final_kernel, tile | {"LAST": last, "MERGED": rounds}, NUM_WARPS),
     ]
@@ -312,7 +345,7 @@ def _cells_within(arch: int, variant: str, bounds: BeamBounds) -> list[AotCell]:
 
 def _cell(arch: int, variant: str, kernel: Any, constants: dict[str, object], num_warps: int) -> AotCell:
     """Types follow from the arguments' names: counts are int32, scores and partial sums fp32, indices int32 tensors."""
-    wide = ("score_ptr", "out_score_ptr", "partial_max_ptr", "partial_sum_ptr", "lse_ptr")
+    wide = ("score_ptr", "bonus_ptr", "out_score_ptr", "partial_max_ptr", "partial_sum_ptr", "lse_ptr")
     types = {name: "*i32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names if name not in constants}
     types |= {name: "*fp32" for name in wide if name in types}
     types |= {"logits_ptr": pointer(torch.bfloat16)}

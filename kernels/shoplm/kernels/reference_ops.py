@@ -114,6 +114,8 @@ def beam_step(
     max_select: int,
     allowed_cumsum: torch.Tensor | None = None,
     filter_row: torch.Tensor | None = None,
+    bonus: torch.Tensor | None = None,
+    bonus_row: torch.Tensor | None = None,
 ) -> BeamSelection:
     """Arguments and results as `shoplm.kernels.beam_step.beam_step`."""
     groups = nodes.shape[0]
@@ -132,6 +134,8 @@ def beam_step(
         child = torch.arange(len(beam), device=device) - first[beam] + start[beam]
         logit = logits[int(first_row[group]) + beam, trie.child_code[child].long()].float()
         score = scores[group, beam] + _log_softmax_by_beam(logit, beam, live)
+        if bonus is not None and bonus_row is not None:
+            score = score + bonus[int(bonus_row[group]), trie.item_lo[child].long()]
         if allowed_cumsum is not None and filter_row is not None:
             before = allowed_cumsum[int(filter_row[group])]
             kept = before[trie.item_hi[child].long()] > before[trie.item_lo[child].long()]
