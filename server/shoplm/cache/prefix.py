@@ -52,6 +52,18 @@ class PrefixTree:
         """Pages that `take` can give: free ones and idle ones."""
         return self._pool.free + self._idle
 
+    def match(self, root: Hashable, tokens: Sequence[int], limit: int) -> int:
+        """How many nodes `acquire` would return; nothing is held."""
+        node = self._roots.get(root)
+        size = self._page_size
+        found = 0
+        for start in range(0, limit - size + 1, size):
+            node = node.children.get(tuple(tokens[start : start + size])) if node is not None else None
+            if node is None:
+                break
+            found += 1
+        return found
+
     def acquire(self, root: Hashable, tokens: Sequence[int], limit: int) -> list[Node]:
         """The longest chain of nodes for the full pages among the first `limit` tokens, each now held once more."""
         node = self._roots.get(root)

@@ -31,6 +31,14 @@ class SequenceMemory:
         longest = sequence.prompt_length + (task.max_tokens if isinstance(task, Generate) else 0)
         return self._pages(longest) + self._pages(sequence.lanes * (sequence.depth - 1)) <= self.pool.size
 
+    def expected(self, sequence: Sequence) -> int:
+        """Leading tokens that need not be computed for this sequence, as things are: pages that are or will be there.
+
+        Never its last token: its hidden state is what the task reads.
+        """
+        shareable = len(sequence.tokens) - 1
+        return self.page_size * self.tree.match(sequence.request.cache_root, sequence.tokens, shareable)
+
     def admit(self, sequence: Sequence) -> bool:
         """Give the sequence every page of its known tokens and beams; False, and nothing changed, if they are short."""
         tokens, size, tree = sequence.tokens, self.page_size, self.tree

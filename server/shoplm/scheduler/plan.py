@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
+from shoplm.scheduler.cost import StepLoad, kv_tokens
 from shoplm.scheduler.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class PlanRow:
+class PlanRow(msgspec.Struct, frozen=True, gc=False):
     """A sequence's part of a step: tokens `start` .. `start + count - 1`, or its beams at `level`."""
 
     sequence: Sequence
@@ -21,13 +20,19 @@ class PlanRow:
     sample_index: int = 0  # Generate: how many tokens were drawn before this one
     epoch: int = 0
 
+    @property
+    def keys(self) -> int:
+        """Keys that its queries read. A lane of a search reads the prompt and its own few tokens."""
+        return self.count * self.start if self.is_beam else kv_tokens(self.start, self.count)
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+
+class Plan(msgspec.Struct, frozen=True):
     """One step."""
 
     rows: tuple[PlanRow, ...]
+    load: StepLoad = StepLoad(0, 0, 0)
+    planned_seconds: float = 0.0  # when
 
     @property
     def tokens(self) -> int:
-        return sum(row.count for row in self.rows)
+        return self.load.tokens

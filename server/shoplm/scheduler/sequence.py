@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from shoplm.cache.prefix import Node
-from shoplm.request import Generate, Request, Select
+from shoplm.request import Degradation, Generate, Request, Select
+
+if TYPE_CHECKING:
+    from shoplm.scheduler.fairness import Tenant
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
     """Mutable state of one request. There is no prefill and no decode: `length` runs ahead, `computed` catches up."""
 
-    request: Request
-    due_seconds: float  # what the work is ordered by: the deadline, or arrival + the service's target
+    request: Request  # as it is served: degraded, it is no longer what was submitted
+    due_seconds: float  # when its first result should be there: what prompts are ordered by
     tokens: list[int]  # prompt and the produced tokens that are known
     depth: int = 1  # codes per item, for Select
     lanes: int = 0  # of a beam row, for Select with depth > 1
+    limit_seconds: float | None = None  # when its first result must be there, or it is a lost cause
     computed: int = 0  # leading tokens whose keys and values are computed or in flight
     in_flight: int = 0  # submitted steps of this sequence whose result is not in yet
     unknown: int = 0  # sampled tokens that are in flight
@@ -27,7 +32,15 @@ class Sequence:
     state_slot: int | None = None  # None: not running
     epoch: int = 0  # counts preemptions: results of an earlier life of a selection are void
     cached_tokens: int | None = None  # of the prompt, at first admission
+    expected_cached: int = 0  # leading tokens that the tree held when it was queued
     queued_tokens: int = 0  # what it counts in the queue's bound while it waits
+    ticket: int = 0  # of its place in the queue; 0: it does not wait
+    tenant: Tenant | None = None  # whom its work is charged to
+    is_late: bool = False  # it has missed its target and nobody set a deadline: it gets what others leave, and a share
+    work_seconds: float = 0.0  # what it counts in the backlog until its first result
+    work_bucket: int | None = None  # where it counts; None: nowhere
+    degraded: tuple[Degradation, ...] = ()
+    last_planned_seconds: float = 0.0  # when a part of it was last planned
     started_seconds: float | None = None
     first_seconds: float | None = None
     last_token_seconds: float | None = None
@@ -55,6 +68,12 @@ class Sequence:
     def is_selecting(self) -> bool:
         """The prompt is computed and the search goes on in beams."""
         return isinstance(self.request.task, Select) and self.level > 0
+
+    @property
+    def is_prompt(self) -> bool:
+        """The prompt, or what was known of it and its answer when it was preempted, is not computed to its end."""
+        behind = self.computed < len(self.request.tokens) or len(self.tokens) + self.unknown - self.computed > 1
+        return behind and self.level == 0
 
     @property
     def wants_more(self) -> bool:

@@ -25,6 +25,10 @@ class SchedulerStats:
         self.total_seconds: defaultdict[str, list[float]] = defaultdict(list)
         self.inter_token_seconds: list[float] = []
         self.failures: Counter[str] = Counter()
+        self.submitted: Counter[str] = Counter()
+        self.refusals: Counter[str] = Counter()
+        self.degraded: Counter[str] = Counter()
+        self.cost_errors: list[float] = []
 
     def step(self, plan: Plan) -> None:
         """A step was computed."""
@@ -50,6 +54,8 @@ class SchedulerStats:
         """A request was served."""
         self.total_seconds[service].append(seconds)
 
-    def failure(self, service: Service, kind: FailureKind) -> None:
+    def failure(self, service: Service, kind: FailureKind, reason: str) -> None:
         """A request was not served."""
         self.failures[f"{service}:{kind}"] += 1
+        if kind is FailureKind.OVERLOADED:
+            self.refusals[f"{service}:{reason}"] += 1

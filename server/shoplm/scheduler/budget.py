@@ -1,0 +1,159 @@
+"""How much a step may compute: tokens, and seconds.
+
+A step should end before the most urgent of its requests is due, and before a running answer's next token is; and it
+should not be so long that what arrives meanwhile is late already. A target that cannot be kept by any step constrains
+none: then, and before the cost model is fitted, steps are bounded by tokens alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from shoplm.request import Generate, Service
+from shoplm.scheduler.config import SchedulerConfig
+from shoplm.scheduler.cost import CostModel
+from shoplm.scheduler.forecast import Forecast
+from shoplm.scheduler.plan import PlanRow
+from shoplm.scheduler.sequence import Sequence
+
+ATTAINABLE = 0.8  # of the token target that answers may take of a step; the rest is for prompts and for error
+PROMPT_FLOOR = 0.15  # of the token target that prompts get of a step, however urgent the answers are
+LEAST_CHUNK = 16  # tokens of a prompt that are worth a row, unless fewer end it
+_PATIENCE = 5.0  # token targets after which an answer of late work must go on
+_RECENT_SECONDS = 5.0  # how long a service that asked counts as one that may ask any moment
+_LEAST_STEPS = 4.0  # a step is never bounded below so many times its constant part: efficiency
+
+
+@dataclass(slots=True)
+class StepBudget:
+    """What is left of a step that is being planned."""
+
+    tokens: int
+    prompt_tokens: int
+    seconds: float
+    answers_first: bool
+
+    def take(self, tokens: int, seconds: float, is_prompt: bool) -> None:
+        """A row was planned."""
+        self.tokens -= tokens
+        self.seconds -= seconds
+        if is_prompt:
+            self.prompt_tokens -= tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The answers and searches that go on, as one load."""
+
+    count: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # that all of them together add to a step
+    first_due: float = math.inf  # when the first of them should have its next token or level
+
+    @staticmethod
+    def of(sequences: Seq[Sequence], cost: CostModel, token_target: float) -> Answers:
+        """One pass over what goes on."""
+        kv = rows = 0
+        tokens = 0
+        first = math.inf
+        for sequence in sequences:
+            lanes = sequence.lanes if sequence.level else 1
+            tokens += lanes
+            kv += lanes * sequence.computed
+            rows += 1
+            if sequence.level:
+                due = sequence.due_seconds
+            elif sequence.last_token_seconds is None:
+                continue
+            else:
+                due = sequence.last_token_seconds + token_target
+            if sequence.is_late:
+                due += (_PATIENCE - 1) * token_target
+            first = min(first, due)
+        return Answers(rows, tokens, cost.work_seconds(tokens, kv, rows), first)
+
+
+class Budgeter:
+    """Opens steps."""
+
+    def __init__(self, config: SchedulerConfig, cost: CostModel, forecast: Forecast) -> None:
+        self._config = config
+        self._cost = cost
+        self._forecast = forecast
+        self._by_time = config.policy.order == "slack"
+        self._asked: dict[Service, float] = {}
+
+    def saw_request(self, service: Service, now: float) -> None:
+        """A request arrived."""
+        self._asked[service] = now
+
+    @property
+    def uses_time(self) -> bool:
+        """Steps have a budget of seconds."""
+        return self._by_time and self._cost.is_fitted
+
+    def open(self, answers: Answers, urgent: Sequence | None, now: float) -> StepBudget:
+        """The budget of the next step; `urgent` is the prompt that comes first, of those that run and those that wait.
+
+        The prompt's tokens come before the answers' if it is due before them and would be late behind them.
+        """
+        config = self._config
+        if not self.uses_time:
+            most = config.max_mixed_prompt_tokens if answers.count else config.max_step_tokens
+            return StepBudget(config.max_step_tokens, most, math.inf, True)
+        constant, target = self._cost.coefficients.step, config.policy.token_target_seconds
+        limit = self.longest_step_seconds(now)
+        prompt_tokens, answers_first = config.max_step_tokens, True
+        seconds = limit
+        if answers.count:
+            floor = constant + answers.seconds + max(PROMPT_FLOOR * target, self._cost.work_seconds(LEAST_CHUNK, 0, 1))
+            if not self.attainable(answers.seconds):
+                prompt_tokens = config.max_mixed_prompt_tokens
+                seconds = max(limit, constant + answers.seconds + self._cost.work_seconds(prompt_tokens, 0, 1))
+            else:
+                seconds = max(floor, min(limit, answers.first_due - now))
+        if urgent is not None and not urgent.is_late:
+            need, room = self._forecast.alone_seconds(urgent), urgent.due_seconds - now
+            if need <= room < seconds:
+                answers_first = need + answers.seconds <= room or answers.first_due <= urgent.due_seconds
+                seconds = max(room, need + answers.seconds) if answers_first else room
+        return StepBudget(config.max_step_tokens, prompt_tokens, seconds - constant, answers_first)
+
+    def attainable(self, answers_seconds: float) -> bool:
+        """Whether answers that add so much to each step have their tokens in time."""
+        return self._cost.coefficients.step + answers_seconds <= ATTAINABLE * self._config.policy.token_target_seconds
+
+    def may_answer(self, sequence: Sequence, answers: Answers) -> bool:
+        """Whether one answer more still leaves those that go on their tokens in time. Late ones are not protected, and
+        a target that even a single answer misses protects none."""
+        if not self.uses_time or answers.first_due == math.inf or not isinstance(sequence.request.task, Generate):
+            return True
+        one = self._cost.work_seconds(1, sequence.prompt_length, 1)
+        return self.attainable(answers.seconds + one) or not self.attainable(one)
+
+    def longest_step_seconds(self, now: float) -> float:
+        """Half of the shortest target among the services that have asked of late: who arrives during a step can still
+        be served in time after it."""
+        targets = self._config.policy.target_seconds
+        recent = [targets[service] for service, asked in self._asked.items() if now - asked <= _RECENT_SECONDS]
+        half = 0.5 * min(recent, default=max(targets.values()))
+        return max(half, _LEAST_STEPS * self._cost.coefficients.step)
+
+    def tokens_within(self, seconds: float, start: int) -> int:
+        """Most tokens of a prompt, from `start` on, that add no more than so much to a step."""
+        if seconds == math.inf:
+            return self._config.max_step_tokens
+        each = self._cost.coefficients
+        per_token = each.token + each.kv * start
+        if per_token <= 0:
+            return self._config.max_step_tokens
+        count = (seconds - each.row) / per_token
+        # Later tokens read more keys; once more with those of the middle one.
+        count = (seconds - each.row) / (per_token + each.kv * max(count, 0.0) / 2)
+        return max(int(min(count, self._config.max_step_tokens)), 0)
+
+    def row_seconds(self, row: PlanRow) -> float:
+        """What a row adds to a step."""
+        return self._cost.work_seconds(row.count, row.keys, 1)

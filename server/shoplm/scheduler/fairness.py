@@ -1,0 +1,108 @@
+"""Shares of a busy engine: between services, and between the tenants of a service.
+
+Each service and each tenant has a virtual time, which runs by the seconds of steps that were spent on it, divided by
+its weight (start-time fair queueing: Goyal, Vin and Cheng, 1996). Whoever has nothing left waiting is moved up to the
+others, so nobody saves up time while idle.
+
+Services have targets of different lengths, so deadlines may decide between them within a window; a service that is
+further ahead than that waits. The tenants of a service take turns by their virtual times alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from shoplm.request import Service
+
+WINDOW_SECONDS = 0.5  # of steps, for a service of average weight
+_FEW_TENANTS = 64
+
+
+class Tenant:
+    """One tenant of one service."""
+
+    __slots__ = ("name", "requests", "service", "virtual", "weight")
+
+    def __init__(self, name: str, service: ServiceShare, weight: float, virtual: float) -> None:
+        self.name = name
+        self.service = service
+        self.weight = weight
+        self.virtual = virtual
+        self.requests = 0  # that have not ended
+
+
+class ServiceShare:
+    """One service and its tenants."""
+
+    def __init__(self, service: Service, weight: float, tenant_weights: Mapping[str, float]) -> None:
+        self.service = service
+        self.weight = weight
+        self.virtual = 0.0
+        self.waiting = 0  # requests in the queue
+        self.used_seconds = 0.0  # of steps, since the start
+        self.tenants: dict[str, Tenant] = {}
+        self.turn = 0.0  # virtual time at which newcomers begin
+        self._weights = tenant_weights
+        self._sweep_at = _FEW_TENANTS
+
+    def join(self, name: str) -> Tenant:
+        """The tenant of that name, with one request more."""
+        tenant = self.tenants.get(name)
+        if tenant is None:
+            if len(self.tenants) >= self._sweep_at:
+                self._drop_idle()
+            tenant = self.tenants[name] = Tenant(name, self, self._weights.get(name, 1.0), self.turn)
+        if not tenant.requests:
+            tenant.virtual = max(tenant.virtual, self.turn)
+        tenant.requests += 1
+        return tenant
+
+    def begin_turn(self, virtual_times: Iterable[float | None]) -> None:
+        """Newcomers begin where the tenant that is furthest behind is, by the heads of the queues."""
+        waiting = [virtual for virtual in virtual_times if virtual is not None]
+        if waiting:
+            self.turn = max(self.turn, min(waiting))
+
+    def _drop_idle(self) -> None:
+        """Forget tenants without requests, unless they are still ahead of the others."""
+        self.tenants = {n: each for n, each in self.tenants.items() if each.requests or each.virtual > self.turn}
+        # Not again for each newcomer while most are in use.
+        self._sweep_at = max(_FEW_TENANTS, 2 * len(self.tenants))
+
+
+class Shares:
+    """All services' shares."""
+
+    def __init__(self, service_weights: Mapping[Service, float], tenant_weights: Mapping[str, float]) -> None:
+        weights = {service: service_weights.get(service, 1.0) for service in Service}
+        mean = sum(weights.values()) / len(weights)
+        self.services = {
+            service: ServiceShare(service, weight / mean, tenant_weights) for service, weight in weights.items()
+        }
+
+    def charge(self, tenant: Tenant, seconds: float) -> None:
+        """A part of a step was planned for a tenant."""
+        tenant.virtual += seconds / tenant.weight
+        tenant.service.virtual += seconds / tenant.service.weight
+        tenant.service.used_seconds += seconds
+
+    def settle(self) -> None:
+        """A step was planned: services that got all they asked for are moved up to those that wait."""
+        services = self.services.values()
+        wanting = [each.virtual for each in services if each.waiting]
+        floor = min(wanting) if wanting else max(each.virtual for each in services)
+        for each in services:
+            if not each.waiting and each.virtual < floor:
+                each.virtual = floor
+
+    def ahead(self) -> frozenset[Service]:
+        """Services that have had so much more than another one that waits, that they must wait now."""
+        wanting = [each.virtual for each in self.services.values() if each.waiting]
+        if not wanting:
+            return frozenset()
+        bound = min(wanting) + WINDOW_SECONDS
+        return frozenset(service for service, each in self.services.items() if each.virtual > bound)
+
+    def fraction(self, service: Service) -> float:
+        """The share of a service while all of them are busy."""
+        return self.services[service].weight / sum(each.weight for each in self.services.values())

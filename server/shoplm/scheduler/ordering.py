@@ -1,0 +1,231 @@
+"""Who comes next: the queue of requests that wait, and the rank of prompts beside it.
+
+By slack: what can still be on time comes before what is late, by when it is due; late work gets what is left, oldest
+first, and a share of its own, so that it never starves. Services that are ahead of their share come last; the tenants
+of a service take turns. Requests whose prefix is cached are due a little earlier: served now, it need not be computed
+again. By arrival: first come, first served.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping
+from itertools import count
+from typing import Protocol
+
+from shoplm.request import Service
+from shoplm.scheduler.fairness import ServiceShare, Shares, Tenant
+from shoplm.scheduler.forecast import Forecast
+from shoplm.scheduler.sequence import Sequence
+
+PRIORITY_SECONDS = 10.0  # by which one level of priority is due earlier, among the requests of a tenant
+LATE_SHARE = 0.15  # of the time, for late work while work that can be on time would take all of it
+_MOST_CREDIT_SECONDS = 0.2
+_MOST_AFFINITY_SECONDS = 0.25
+
+
+class Order(Protocol):
+    """What the scheduler asks of an order."""
+
+    def push(self, sequence: Sequence) -> None:
+        """A request begins to wait."""
+        ...
+
+    def drop(self, sequence: Sequence) -> None:
+        """A request waits no more: it was started or has ended."""
+        ...
+
+    def open(self, now: float) -> None:
+        """A step is being planned."""
+        ...
+
+    def peek(self, now: float) -> Sequence | None:
+        """Who is to be started next."""
+        ...
+
+    def hold(self, sequence: Sequence) -> None:
+        """It cannot be started in this step, and nobody of its service overtakes it."""
+        ...
+
+    def before(self, one: Sequence, other: Sequence) -> bool:
+        """Whether `one` comes before `other`, each a running prompt or whom `peek` returned."""
+        ...
+
+    def overdue(self, sequence: Sequence, now: float) -> bool:
+        """Whether it has missed what it was due at; it is ordered by its deadline then, or as late work."""
+        ...
+
+    def spent(self, seconds: Mapping[Tenant, float], late_seconds: float) -> None:
+        """Seconds of a step, by whom they were given to, and how many of them went to late work."""
+        ...
+
+
+class ArrivalOrder:
+    """First come, first served."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Sequence]] = []
+        self._tickets = count(1)
+        self._held = False
+
+    def push(self, sequence: Sequence) -> None:
+        sequence.ticket = next(self._tickets)
+        heapq.heappush(self._heap, (sequence.request.arrival_seconds, sequence.ticket, sequence))
+
+    def drop(self, sequence: Sequence) -> None:
+        sequence.ticket = 0
+
+    def open(self, now: float) -> None:
+        self._held = False
+
+    def peek(self, now: float) -> Sequence | None:
+        return None if self._held else _head(self._heap)
+
+    def hold(self, sequence: Sequence) -> None:
+        self._held = True
+
+    def before(self, one: Sequence, other: Sequence) -> bool:
+        return one.request.arrival_seconds < other.request.arrival_seconds
+
+    def overdue(self, sequence: Sequence, now: float) -> bool:
+        return False
+
+    def spent(self, seconds: Mapping[Tenant, float], late_seconds: float) -> None:
+        """Nobody has a share."""
+
+
+class SlackOrder:
+    """By slack, within shares."""
+
+    def __init__(self, shares: Shares, forecast: Forecast, moved: Callable[[Sequence], None]) -> None:
+        """`moved` is told of a request that is due at another time now, or late."""
+        self._shares = shares
+        self._moved = moved
+        self._forecast = forecast
+        self._tickets = count(1)
+        self._timely = {service: _Turns(share) for service, share in shares.services.items()}
+        self._late = {service: _Turns(share) for service, share in shares.services.items()}
+        self._late_credit = 0.0  # seconds of steps that late work is owed
+        self._ahead: frozenset[Service] = frozenset()
+        self._held: set[Service] = set()
+
+    def push(self, sequence: Sequence) -> None:
+        request = sequence.request
+        sequence.ticket = next(self._tickets)
+        earlier = PRIORITY_SECONDS * request.priority
+        if sequence.is_late:
+            self._late[request.service].push(sequence, request.arrival_seconds - earlier)
+        else:
+            cached = self._forecast.cost.work_seconds(sequence.expected_cached, 0, 0)
+            earlier += min(cached, _MOST_AFFINITY_SECONDS)
+            self._timely[request.service].push(sequence, sequence.due_seconds - earlier)
+
+    def drop(self, sequence: Sequence) -> None:
+        sequence.ticket = 0
+
+    def open(self, now: float) -> None:
+        self._shares.settle()
+        self._ahead = self._shares.ahead()
+        self._held.clear()
+
+    def peek(self, now: float) -> Sequence | None:
+        best: Sequence | None = None
+        for service in self._shares.services:
+            if service in self._held:
+                continue
+            for head in (self._timely_head(service, now), self._late[service].head()):
+                if head is not None and (best is None or self.before(head, best)):
+                    best = head
+            self._shares.services[service].begin_turn(
+                turns.virtual for turns in (self._timely[service], self._late[service])
+            )
+        return best
+
+    def hold(self, sequence: Sequence) -> None:
+        self._held.add(sequence.request.service)
+
+    def before(self, one: Sequence, other: Sequence) -> bool:
+        left, right = self._rank(one), self._rank(other)
+        if one.request.tenant == other.request.tenant and left[:2] == right[:2]:
+            # Priorities count among the requests of one tenant only.
+            earlier = PRIORITY_SECONDS * (one.request.priority - other.request.priority)
+            return left[2] - earlier < right[2]
+        return left < right
+
+    def _rank(self, sequence: Sequence) -> tuple[bool, int, float]:
+        ahead = sequence.request.service in self._ahead
+        if sequence.is_late:
+            return (ahead, 2 if self._late_credit <= 0 else 0, sequence.request.arrival_seconds)
+        return (ahead, 1, sequence.due_seconds)
+
+    def overdue(self, sequence: Sequence, now: float) -> bool:
+        limit = sequence.limit_seconds
+        if sequence.is_late or self._forecast.can_be_on_time(sequence, now):
+            return False
+        if limit is None:
+            sequence.is_late = True
+        elif limit > sequence.due_seconds:
+            sequence.due_seconds = limit
+        else:
+            return False  # a lost cause, which is the scheduler's to give up
+        self._moved(sequence)
+        return True
+
+    def spent(self, seconds: Mapping[Tenant, float], late_seconds: float) -> None:
+        for tenant, part in seconds.items():
+            self._shares.charge(tenant, part)
+        self._late_credit += LATE_SHARE * sum(seconds.values()) - late_seconds
+        self._late_credit = min(max(self._late_credit, -_MOST_CREDIT_SECONDS), _MOST_CREDIT_SECONDS)
+
+    def _timely_head(self, service: Service, now: float) -> Sequence | None:
+        """The first that can be on time. One that has missed its target but not its deadline is due at that one."""
+        turns = self._timely[service]
+        while (head := turns.head()) is not None and self.overdue(head, now):
+            self.push(head)
+        return head
+
+
+class _Turns:
+    """Tenants of one service that have requests of one kind waiting, by their virtual times."""
+
+    def __init__(self, share: ServiceShare) -> None:
+        self._share = share
+        self._tenants: list[tuple[float, int, Tenant]] = []
+        self._queues: dict[Tenant, list[tuple[float, int, Sequence]]] = {}
+        self._tie = count()
+
+    def push(self, sequence: Sequence, key: float) -> None:
+        tenant = sequence.tenant
+        assert tenant is not None, "a request that waits has a tenant"
+        queue = self._queues.get(tenant)
+        if queue is None:
+            queue = self._queues[tenant] = []
+            tenant.virtual = max(tenant.virtual, self._share.turn)
+            heapq.heappush(self._tenants, (tenant.virtual, next(self._tie), tenant))
+        heapq.heappush(queue, (key, sequence.ticket, sequence))
+
+    def head(self) -> Sequence | None:
+        """The first request of the tenant whose turn it is."""
+        while self._tenants:
+            virtual, _, tenant = self._tenants[0]
+            head = _head(self._queues[tenant])
+            if head is None:
+                heapq.heappop(self._tenants)
+                del self._queues[tenant]
+            elif tenant.virtual > virtual:
+                heapq.heapreplace(self._tenants, (tenant.virtual, next(self._tie), tenant))
+            else:
+                return head
+        return None
+
+    @property
+    def virtual(self) -> float | None:
+        """Virtual time of the tenant whose turn it is, as of the last `head`; None: nobody waits."""
+        return self._tenants[0][0] if self._tenants else None
+
+
+def _head(heap: list[tuple[float, int, Sequence]]) -> Sequence | None:
+    """The first entry that is still in its place; entries that are not are dropped."""
+    while heap and heap[0][2].ticket != heap[0][1]:
+        heapq.heappop(heap)
+    return heap[0][2] if heap else None

@@ -1,0 +1,84 @@
+"""What the callers are told, and what is counted of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shoplm.request import (
+    EngineOutput,
+    FailedOutput,
+    FinishedOutput,
+    FinishReason,
+    Request,
+    SelectOutput,
+    Timings,
+    TokensOutput,
+)
+from shoplm.scheduler.admission import Refusal
+from shoplm.scheduler.forecast import Forecast
+from shoplm.scheduler.sequence import Sequence
+from shoplm.scheduler.stats import SchedulerStats
+
+if TYPE_CHECKING:
+    from shoplm.engine.batch import RowOutput  # numpy; the scheduler itself needs none
+
+
+class Outcomes:
+    """Outputs in the order in which things happened. Each request gets exactly one end."""
+
+    def __init__(self, stats: SchedulerStats, forecast: Forecast) -> None:
+        self._stats = stats
+        self._forecast = forecast
+        self._outputs: list[EngineOutput] = []
+
+    def drain(self) -> list[EngineOutput]:
+        """What happened since the last call."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def failed(self, request: Request, refusal: Refusal) -> None:
+        """A request was not served."""
+        kind, reason, message, retry = refusal
+        self._outputs.append(FailedOutput(request.request_id, kind, message, reason, retry))
+        self._stats.failure(request.service, kind, reason)
+
+    def token(self, sequence: Sequence, token: int, now: float) -> None:
+        """A chat answer goes on."""
+        request = sequence.request
+        if sequence.first_seconds is None:
+            sequence.first_seconds = now
+            self._stats.first(request.service, now - request.arrival_seconds)
+        elif sequence.last_token_seconds is not None:
+            gap = now - sequence.last_token_seconds
+            self._stats.inter_token(gap)
+            self._forecast.saw_gap(gap)
+        sequence.last_token_seconds = now
+        self._outputs.append(TokensOutput(request.request_id, (token,), sequence.cached_tokens or 0))
+
+    def finished(
+        self, sequence: Sequence, now: float, *, reason: FinishReason = FinishReason.STOP, output: RowOutput = None
+    ) -> None:
+        """A request was served."""
+        request = sequence.request
+        arrival = request.arrival_seconds
+        started = sequence.started_seconds if sequence.started_seconds is not None else now
+        if sequence.first_seconds is None:
+            sequence.first_seconds = now
+            self._stats.first(request.service, now - arrival)
+        self._stats.finished(request.service, now - arrival)
+        for degradation in sequence.degraded:
+            self._stats.degraded[f"{request.service}:{degradation}"] += 1
+        self._forecast.saw_answer(sequence)
+        self._outputs.append(
+            FinishedOutput(
+                request_id=request.request_id,
+                timings=Timings(started - arrival, sequence.first_seconds - arrival, now - arrival),
+                prompt_tokens=sequence.prompt_length,
+                cached_tokens=sequence.cached_tokens or 0,
+                completion_tokens=sequence.completion_tokens,
+                finish_reason=reason,
+                selected=output if isinstance(output, SelectOutput) else None,
+                values=output if isinstance(output, tuple) else (),
+                degraded=sequence.degraded,
+            )
+        )

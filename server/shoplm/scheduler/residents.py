@@ -1,0 +1,82 @@
+"""The requests that run: they hold a state slot and pages, until they end or make room for others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+
+from shoplm.request import Generate
+from shoplm.scheduler.memory import SequenceMemory
+from shoplm.scheduler.sequence import Sequence
+
+
+class Residents:
+    """Gives requests a state slot and pages, and takes them back."""
+
+    def __init__(self, memory: SequenceMemory, state_slots: int) -> None:
+        self.memory = memory
+        self._slots = list(range(state_slots - 1, -1, -1))
+        self._running: dict[str, Sequence] = {}
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def all(self) -> Seq[Sequence]:
+        """In the order in which they were started."""
+        return tuple(self._running.values())
+
+    def start(self, sequence: Sequence) -> bool:
+        """Let a request run, if there is a state slot and memory for it."""
+        # After a preemption, results of its earlier life must be in before it may run again; and it comes back when
+        # the answers that go on have room to grow, else the next page that one of them needs would be taken from it.
+        if not self._slots or sequence.in_flight:
+            return False
+        if sequence.epoch and not self._has_room(sequence):
+            return False
+        if not self.memory.admit(sequence):
+            return False
+        sequence.state_slot = self._slots.pop()
+        self._running[sequence.request.request_id] = sequence
+        return True
+
+    def stop(self, sequence: Sequence) -> None:
+        """Give back the state slot and the pages; what is known to be computed stays cached."""
+        if sequence.state_slot is None:
+            return
+        # The newest token is never computed when its sequence ends, and a step in flight is not yet.
+        safe = 0 if sequence.in_flight else min(sequence.computed, len(sequence.tokens))
+        self.memory.release(sequence, safe)
+        self._slots.append(sequence.state_slot)
+        sequence.state_slot = None
+        del self._running[sequence.request.request_id]
+
+    def make_room(self) -> Iterable[Sequence]:
+        """Every answer that goes on gets the page of its next token; yields who was stopped for that.
+
+        Whoever came last makes room. That never changes, so the first comer always gets on, and no two requests take
+        each other's pages in turn. Comes before any row is planned, so that nobody who was stopped is in the step.
+        """
+        for sequence in self.all():
+            if sequence.level or sequence.is_prompt or not sequence.wants_more:
+                continue
+            while sequence.state_slot is not None and not self.memory.grow(sequence):
+                victim = max(self._running.values(), key=_last_to_yield)
+                self.stop(victim)
+                victim.computed = victim.level = 0
+                victim.epoch += 1
+                yield victim
+
+    def check(self) -> None:
+        """Every page and state slot has exactly one owner; AssertionError says which has not."""
+        self.memory.check(self._running.values())
+        slots = [*self._slots, *(sequence.state_slot for sequence in self._running.values())]
+        assert len(slots) == len(set(slots)), "a state slot has two owners"
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        growing = sum(isinstance(each.request.task, Generate) for each in self._running.values())
+        return not growing or self.memory.tree.available >= self.memory.pages_needed(sequence) + growing
+
+
+def _last_to_yield(sequence: Sequence) -> tuple[int, float, str]:
+    request = sequence.request
+    return (-request.priority, request.arrival_seconds, request.request_id)

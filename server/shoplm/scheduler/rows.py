@@ -1,0 +1,36 @@
+"""Rows of a step: the next tokens of a sequence, or the next level of its beams."""
+
+from __future__ import annotations
+
+from shoplm.request import Generate, Select
+from shoplm.scheduler.memory import SequenceMemory
+from shoplm.scheduler.plan import PlanRow
+from shoplm.scheduler.sequence import Sequence
+
+
+def next_level(sequence: Sequence) -> PlanRow:
+    """All lanes of the next level of a search."""
+    row = PlanRow(sequence, sequence.prompt_length, sequence.lanes, True, True, sequence.level, True, 0, sequence.epoch)
+    sequence.level += 1
+    return row
+
+
+def next_tokens(sequence: Sequence, most: int, memory: SequenceMemory) -> PlanRow | None:
+    """The next tokens of a sequence, as many as `most` and the pages of others allow; None when there are none."""
+    if not memory.catch_up(sequence):
+        return None
+    known = memory.computable(sequence) if sequence.computed < len(sequence.tokens) else 0
+    from_state = known == 0 and sequence.unknown > 0
+    size = min(known if known else sequence.pending, most)
+    if size < 1:
+        return None
+    start = sequence.computed
+    sequence.computed += size
+    reads = sequence.computed == sequence.length
+    index = sequence.length - sequence.prompt_length
+    row = PlanRow(sequence, start, size, reads, from_state, 0, False, index, sequence.epoch)
+    if reads and isinstance(sequence.request.task, Generate):
+        sequence.unknown += 1
+    elif reads and isinstance(sequence.request.task, Select):
+        sequence.level = 1
+    return row
