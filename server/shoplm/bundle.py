@@ -7,6 +7,7 @@ types.parquet        one row per product type: title, description (in order of t
 weights.safetensors  output rows, popularity, heads (see `shoplm.model.shop_weights`)
 customers.parquet    demo customers' events: customer_id, item_id, type, time, quantity, price, basket_id
 card.md              data, splits, metrics beside baselines, limits
+adapter_*            where the base was adapted: a LoRA adapter in PEFT's format, merged when the base is loaded
 knowledge/*.md       the shop's own texts for chat
 """
 
@@ -21,6 +22,8 @@ import msgspec
 from shoplm.errors import BundleError
 
 FORMAT = 1
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 class BaseReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,6 +94,11 @@ class ShopManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hashes: dict[str, str]  # file -> SHA-256, for every file but shop.toml, card.md and knowledge/
     targets: tuple[HeadSpec, ...] = ()
     customers: tuple[DemoCustomer, ...] = ()
+
+    @property
+    def has_adapter(self) -> bool:
+        """The base is served with the adapter that lies in the bundle."""
+        return ADAPTER_WEIGHTS in self.hashes
 
 
 def file_hash(path: Path) -> str:

@@ -11,6 +11,7 @@ import typer
 # Commands of the optional parts: name -> (module, function, the extra that brings it).
 _COMMANDS = {
     "train": ("shoplm.training.cli", "train", "train"),
+    "adapt": ("shoplm.training.cli", "adapt", "train"),
     "evaluate": ("shoplm.training.cli", "evaluate", "train"),
     "bench": ("shoplm.bench.cli", "bench", "server"),
 }

@@ -89,6 +89,9 @@ class ServerConfig(BaseSettings):
     # What is served
     base: str | None = Field(None, description="base model: folder, GGUF file or hub id; unset: the packaged default")
     bundle: Path | None = Field(None, description="bundle folder of the shop; unset: chat only")
+    adapter: Path | None = Field(
+        None, description="LoRA adapter in PEFT's format for a base without a bundle; merged at load"
+    )
     verify_bundle: bool = Field(True, description="compare the bundle's files with their SHA-256 at start")
 
     # Where
@@ -236,6 +239,7 @@ class ServerConfig(BaseSettings):
         return EngineSpec(
             base_folder=str(base_folder),
             bundle_folder=None if self.bundle is None else str(self.bundle),
+            adapter_folder=None if self.adapter is None else str(self.adapter),
             backend=self.backend,
             dtype=self.dtype,
             threads=self.threads,

@@ -16,6 +16,7 @@ import numpy as np
 from shoplm.errors import BundleError
 
 _HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*\s*$", re.MULTILINE)
+DECLINED = "I don't know. The shop's information does not say."  # what an adapted base says where no passage answers
 MAX_PASSAGE_CHARACTERS = 1200  # longer passages are split at blank lines
 
 
@@ -26,6 +27,11 @@ class Passage:
     source: str  # file name in knowledge/
     title: str
     text: str
+
+
+def item_passage(title: str, category: str, price: float, currency: str) -> Passage:
+    """What the catalogue says of an item, as a passage."""
+    return Passage("items.parquet", title, f"category {category}, price {price:.2f} {currency}")
 
 
 class Knowledge:

@@ -10,6 +10,7 @@ from shoplm.catalog.filters import ItemColumns
 from shoplm.catalog.items import Catalog, read_catalog
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import BundleError, ConfigurationError
+from shoplm.model.adapter import Adapter, read_adapter
 from shoplm.model.backend import Backend
 from shoplm.model.config import ModelConfig
 from shoplm.model.gpu import check_device
@@ -38,7 +39,7 @@ def load_backend(spec: EngineSpec) -> Backend:
     config = ModelConfig.from_folder(folder)
     dtype = _DTYPES[spec.dtype]
     pages = 0 if on_gpu and not spec.kv_cache_bytes else _pages(spec, config, dtype)
-    weights = load_weights(folder, config, dtype)
+    weights = load_weights(folder, config, dtype, adapter=_adapter(spec))
     tries = [
         random_trie(
             each.name, items=each.items, level_sizes=each.level_sizes, hidden_size=config.hidden_size, seed=each.seed
@@ -81,6 +82,15 @@ def _pages(spec: EngineSpec, config: ModelConfig, dtype: torch.dtype) -> int:
             f"a KV cache of {spec.kv_cache_bytes} bytes holds {pages} pages of {page_bytes} bytes: raise kv_cache_mib"
         )
     return pages
+
+
+def _adapter(spec: EngineSpec) -> Adapter | None:
+    """The adapter that was asked for, or the one that the bundle was trained with."""
+    own = spec.bundle_folder is not None and read_manifest(Path(spec.bundle_folder), verify=False).has_adapter
+    if own and spec.adapter_folder is not None:
+        raise BundleError(f"{spec.bundle_folder} was trained with an adapter of its own: leave --adapter out")
+    folder = spec.bundle_folder if own else spec.adapter_folder
+    return None if folder is None else read_adapter(Path(folder))
 
 
 def _shop(bundle: Path, base: Path, embedding: torch.Tensor) -> ShopWeights:

@@ -20,6 +20,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
 
     base_folder: str
     bundle_folder: str | None = None
+    adapter_folder: str | None = None  # of the base; None: the bundle's, if it has one
     backend: str = "torch"  # or triton
     dtype: str = "bfloat16"  # or float32
     threads: int = 0  # 0: one per core

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from shoplm.errors import BaseModelError
+from shoplm.model.adapter import Adapter
 from shoplm.model.config import ModelConfig
 from shoplm.model.weight_files import weight_files
 
@@ -52,14 +53,18 @@ class DecoderWeights:
 
 
 def load_weights(
-    folder: Path, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    adapter: Adapter | None = None,
 ) -> DecoderWeights:
-    """Reads model.safetensors, or the shards that model.safetensors.index.json lists.
+    """Reads model.safetensors, or the shards that model.safetensors.index.json lists, and merges the adapter.
 
     Raises BaseModelError where files or tensors are missing, damaged, of another shape, or left over.
     """
     with ExitStack() as stack:
-        reader = _Reader(stack, folder, dtype, torch.device(device))
+        reader = _Reader(stack, folder, dtype, torch.device(device), adapter)
         hidden, vocabulary = config.hidden_size, config.vocab_size
         embedding = reader.take("model.embed_tokens.weight", vocabulary, hidden)
         layers = tuple(_load_layer(reader, config, layer) for layer in range(config.num_layers))
@@ -96,8 +101,10 @@ def _load_layer(reader: _Reader, config: ModelConfig, layer: int) -> LayerWeight
 class _Reader:
     """Hands out each tensor of a checkpoint once, checked and cast, and knows which were not asked for."""
 
-    def __init__(self, stack: ExitStack, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self._folder, self._dtype, self._device = folder, dtype, device
+    def __init__(
+        self, stack: ExitStack, folder: Path, dtype: torch.dtype, device: torch.device, adapter: Adapter | None
+    ) -> None:
+        self._folder, self._dtype, self._device, self._adapter = folder, dtype, device, adapter
         self._files: dict[str, Any] = {}  # tensor name -> open file
         for path in weight_files(folder):
             try:
@@ -134,6 +141,8 @@ class _Reader:
                 f"the weights in {self._folder} do not fit its config.json: {'; '.join(problems)}. "
                 "The download may be incomplete, or the files belong to another model"
             )
+        if self._adapter is not None:
+            self._adapter.finish()
 
     def _fill(self, parts: list[tuple[str, tuple[int, ...]]], shape: tuple[int, ...]) -> torch.Tensor:
         absent = [name for name, _ in parts if name not in self._files]
@@ -161,4 +170,4 @@ class _Reader:
             )
         if not tensor.is_floating_point():
             raise BaseModelError(f"tensor {name} in {self._folder} has dtype {tensor.dtype}, not a floating-point one")
-        return tensor
+        return tensor if self._adapter is None else self._adapter.merge(name, tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import polars as pl
 import torch
 from safetensors.torch import save_file
 from shoplm.bundle import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     FORMAT,
     BaseReference,
     DemoCustomer,
@@ -30,7 +33,15 @@ from shoplm.training.pipeline import write_items
 from shoplm.training.report import Report
 from shoplm.training.shop import Shop
 
-HASHED = ("items.parquet", "types.parquet", "weights.safetensors", "customers.parquet", "metrics.json")
+HASHED = (
+    "items.parquet",
+    "types.parquet",
+    "weights.safetensors",
+    "customers.parquet",
+    "metrics.json",
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +64,7 @@ def write_bundle(
     identity: Identity,
     *,
     card: str,
+    adapter: Path | None,
     knowledge: Path | None,
     demo_customers: Sequence[int],
 ) -> ShopManifest:
@@ -65,10 +77,13 @@ def write_bundle(
     demo_events(shop, demo_customers).write_parquet(partial / "customers.parquet")
     (partial / "metrics.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     (partial / "card.md").write_text(card, "utf-8")
+    if adapter is not None:
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            shutil.copyfile(adapter / name, partial / name)
     source = knowledge if knowledge is not None else folder / "knowledge"
     if source.is_dir():
         shutil.copytree(source, partial / "knowledge")
-    hashes = {name: file_hash(partial / name) for name in HASHED}
+    hashes = {name: file_hash(partial / name) for name in HASHED if (partial / name).exists()}
     manifest = _manifest(shop, base, schema, model, identity, hashes, demo_customers)
     write_manifest(partial, manifest)
     old = folder.with_name(f".{folder.name}.old")
@@ -90,7 +105,8 @@ def _manifest(
     demo_customers: Sequence[int],
 ) -> ShopManifest:
     # Its version is what the files are: the same training gives the same version, another one another.
-    version = hashes["weights.safetensors"][:12]
+    weights = [hashes[name] for name in ("weights.safetensors", ADAPTER_WEIGHTS) if name in hashes]
+    version = (weights[0] if len(weights) == 1 else hashlib.sha256("".join(weights).encode()).hexdigest())[:12]
     return ShopManifest(
         format=FORMAT,
         name=identity.name,

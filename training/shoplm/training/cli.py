@@ -40,6 +40,9 @@ def train(
     customers: CustomersOption = None,
     campaigns: CampaignsOption = None,
     base: BaseOption = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="LoRA adapter that `shoplm adapt` trained", exists=True, file_okay=False)
+    ] = None,
     knowledge: Annotated[Path | None, typer.Option(help="folder of .md files for chat", exists=True)] = None,
     name: Annotated[str | None, typer.Option(help="the bundle's name; default: the folder's")] = None,
     title: Annotated[str | None, typer.Option(help="the shop's name for people")] = None,
@@ -74,6 +77,7 @@ def train(
     request = TrainRequest(
         out=out,
         base=base,
+        adapter=adapter,
         knowledge=knowledge,
         name=chosen,
         title=shown,
@@ -99,6 +103,34 @@ def train(
             report = run.train(bar)
     print_report(console, report)
     console.print(f"wrote [bold]{out}[/bold]; serve it with: shoplm serve --bundle {out}")
+
+
+def adapt(
+    bundle: Annotated[Path, typer.Option(help="a bundle of this shop, from `shoplm train`", exists=True)],
+    events: EventsOption,
+    out: Annotated[Path, typer.Option(help="folder of the adapter, its checkpoint and its replayed answers")],
+    items: ItemsOption = None,
+    customers: CustomersOption = None,
+    campaigns: CampaignsOption = None,
+    base: BaseOption = None,
+    timezone: TimezoneOption = "UTC",
+    steps: Annotated[int, typer.Option(min=1, help="steps of four customers each")] = 340,
+    rank: Annotated[int, typer.Option(min=1, max=256, help="of the low-rank matrices")] = 16,
+    seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
+) -> None:
+    """Adapt the base to a shop (LoRA): baskets, behaviour and chat in one run. Goes on where it was stopped.
+
+    Give the result to `shoplm train --adapter`.
+    """
+    from shoplm.training.adapt.run import AdaptRequest, adapt
+
+    console = Console(stderr=True)
+    with _errors(console):
+        log = _read(console, events, items, customers, campaigns, timezone)
+        with _bar(console) as bar:
+            request = AdaptRequest(bundle, out, base, steps, rank, seed)
+            folder = adapt(request, log, lambda text: console.print(f"[dim]{text}[/dim]"), bar)
+    console.print(f"wrote [bold]{folder}[/bold]; use it with: shoplm train --adapter {folder}")
 
 
 def evaluate(

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from shoplm.bundle import PromptSchema
 from shoplm.catalog.items import Catalog
+from shoplm.model.adapter import read_adapter
 from shoplm.model.base import Base
 from shoplm.model.chat_template import ChatTemplate
 from shoplm.model.shop_weights import mean_embeddings
@@ -57,13 +58,18 @@ class Reader:
 
 
 def make_reader(
-    base: Base, catalog: Catalog, vocabulary: ShopVocabulary, schema: PromptSchema, dtype: torch.dtype
+    base: Base,
+    catalog: Catalog,
+    vocabulary: ShopVocabulary,
+    schema: PromptSchema,
+    dtype: torch.dtype,
+    adapter: Path | None = None,
 ) -> Reader:
-    """Loads the base. Input rows are the mean embeddings of the tokens' texts, as when the bundle is served."""
+    """Loads the base, merged with the adapter in that folder. Input rows are the mean embeddings of the tokens' texts,
+    as when the bundle is served."""
     tokenizer = Tokenizer.from_folder(base.folder)
-    weights = load_weights(base.folder, base.config, dtype)
-    texts = [tokenizer.encode(text) for text in token_texts(catalog)]
-    rows = mean_embeddings(weights.embedding, texts)
+    weights = load_weights(base.folder, base.config, dtype, adapter=None if adapter is None else read_adapter(adapter))
+    rows = mean_embeddings(weights.embedding, [tokenizer.encode(text) for text in token_texts(catalog)])
     if len(rows) != vocabulary.shop_size:
         raise ValueError(f"{len(rows)} token texts for {vocabulary.shop_size} shop tokens")
     weights = dataclasses.replace(weights, embedding=torch.cat((weights.embedding, rows)))

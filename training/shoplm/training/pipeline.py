@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
-from shoplm.bundle import PromptSchema
+from shoplm.bundle import ADAPTER_WEIGHTS, PromptSchema, file_hash
 from shoplm.catalog.items import Catalog, read_catalog
 from shoplm.features import FEATURE_NAMES
 from shoplm.model.base import Base
@@ -59,32 +59,34 @@ def write_items(items: ShopItems, folder: Path) -> Catalog:
     return read_catalog(folder)
 
 
-def prompt_schema(shop: Shop, preamble: str, budget_tokens: int, block_tokens: int) -> PromptSchema:
+def prompt_schema(shop: Shop, preamble: str, budget_tokens: int, block_tokens: int, *, adapted: bool) -> PromptSchema:
     """Profile attributes are those that the customers' file has."""
     names = sorted({name for profile in shop.log.attributes.values() for name, _ in profile})
-    # The base is frozen: behind hundreds of item tokens, which it has never seen, it cannot go on in words.
+    # Behind hundreds of item tokens, which it has never seen, a base that was not adapted cannot go on in words.
     return PromptSchema(
         preamble,
         tuple(names),
         history_budget_tokens=budget_tokens,
         history_block_tokens=block_tokens,
-        chat_reads_item_tokens=False,
+        chat_reads_item_tokens=adapted,
     )
 
 
 def hidden_states(
-    shop: Shop, catalog: Catalog, base: Base, schema: PromptSchema, work: Path, seed: int
+    shop: Shop, catalog: Catalog, base: Base, schema: PromptSchema, work: Path, seed: int, adapter: Path | None
 ) -> tuple[HiddenStates, Reader]:
-    """Loads the base and opens the folder of shards that belongs to exactly this log, base and prompt."""
+    """Loads the base and opens the folder of shards that belongs to exactly this log, base, adapter and prompt."""
     dtype = torch.bfloat16 if packing_supported() else torch.float32
     vocabulary = shop.items.vocabulary(base.config.vocab_size)
-    reader = make_reader(base, catalog, vocabulary, schema, dtype)
+    reader = make_reader(base, catalog, vocabulary, schema, dtype, adapter)
     identity: dict[str, object] = {
         "base": base.fingerprint,
         "dtype": str(dtype),
         "shop": shop.fingerprint,
         "schema": [schema.preamble, *schema.attributes, schema.history_budget_tokens, schema.history_block_tokens],
     }
+    if adapter is not None:
+        identity["adapter"] = file_hash(adapter / ADAPTER_WEIGHTS)
     return HiddenStates(work, reader, shop.histories, shop.timeline, identity, seed), reader
 
 

@@ -44,6 +44,7 @@ class TrainRequest:
 
     out: Path
     base: str | None
+    adapter: Path | None
     knowledge: Path | None
     name: str
     title: str
@@ -73,12 +74,16 @@ class Run:
         say("numbering customers and items")
         self._shop = pipeline.prepare(log)
         self._schema = pipeline.prompt_schema(
-            self._shop, request.preamble, request.history_tokens, request.history_block
+            self._shop,
+            request.preamble,
+            request.history_tokens,
+            request.history_block,
+            adapted=request.adapter is not None,
         )
         catalog = pipeline.write_items(self._shop.items, request.work / "items")
         say(f"loading {self._base.name}")
         self._states, reader = pipeline.hidden_states(
-            self._shop, catalog, self._base, self._schema, request.work, request.seed
+            self._shop, catalog, self._base, self._schema, request.work, request.seed, request.adapter
         )
         first = len(SPECIAL_TEXTS)
         self._embeddings = reader.input_rows[first : first + len(catalog)]
@@ -149,6 +154,7 @@ class Run:
             report,
             Identity(request.name, request.title, request.currency, request.notice),
             card=card,
+            adapter=request.adapter,
             knowledge=request.knowledge,
             demo_customers=choose_demo_customers(shop, request.demo_customers, request.seed),
         )
@@ -170,9 +176,10 @@ def evaluate_bundle(
     resolved = resolve_base(base)
     _check_base(manifest, resolved, folder)
     card = msgspec.json.decode((folder / "metrics.json").read_bytes(), type=Report)
-    shop = _shop_of(folder, manifest, log)
+    shop = shop_of_bundle(folder, manifest, log)
     say(f"loading {resolved.name}")
-    states, _ = pipeline.hidden_states(shop, read_catalog(folder), resolved, manifest.prompt, work, card.seed)
+    adapter = folder if manifest.has_adapter else None
+    states, _ = pipeline.hidden_states(shop, read_catalog(folder), resolved, manifest.prompt, work, card.seed, adapter)
     wanted = min(max_customers or card.customers, card.customers)
     table, read = states.compute(wanted, None, lambda done, total, _: progress("hidden states", done, total))
     return measure(shop, table, read, read_model(folder, manifest), card.seed, say)
@@ -205,7 +212,7 @@ def _check_base(manifest: ShopManifest, base: Base, folder: Path) -> None:
         raise BundleError(f"{folder} has item codes of depth {manifest.depth}; only depth 1 can be evaluated")
 
 
-def _shop_of(folder: Path, manifest: ShopManifest, log: ShopLog) -> Shop:
+def shop_of_bundle(folder: Path, manifest: ShopManifest, log: ShopLog) -> Shop:
     """The shop as it was when the bundle was trained; the log must give the same items and the same cut."""
     timeline = make_timeline(log.start, log.end)
     until = datetime.fromisoformat(manifest.trained_until).timestamp()

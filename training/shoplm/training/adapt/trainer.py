@@ -1,0 +1,289 @@
+"""The joint training of an adapter: baskets, behaviour and chat behind one prefix, in one pass per customer.
+
+    loss = cross-entropy of the next basket (as `shoplm.training.ranker`)
+         + cross-entropy of a purchase within each horizon
+         + KL(base without history || adapted behind the history) on the base's own answers
+         + cross-entropy of the answers that repeat the shop's facts
+
+The third term is what lets chat read the customer's prefix: the adapted model, behind item tokens that the base has
+never seen, must say what the base says without them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from shoplm.history import History
+from shoplm.model.tokenizer import Tokenizer
+from shoplm.prompt import PromptBuilder
+from shoplm.retrieval import Passage
+from shoplm.training.adapt.conversations import Fact, FactWriter
+from shoplm.training.adapt.model import AdaptedModel
+from shoplm.training.adapt.replay import Replay
+from shoplm.training.adapt.tensors import Branch, PassInputs, pass_inputs
+from shoplm.training.examples import ranking_examples
+from shoplm.training.labels import behaviour
+from shoplm.training.packing import pack_samples
+from shoplm.training.ranker import basket_loss
+from shoplm.training.samples import HiddenTable, Sample, Task, Use, samples_of
+from shoplm.training.shop import Shop
+from torch import Tensor
+from torch.nn import functional
+
+CHECKPOINT_STEPS = 25
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptSettings:
+    """How an adapter is trained."""
+
+    steps: int
+    rank: int = 16
+    passes_per_step: int = 4
+    learning_rate: float = 4e-4  # of the adapter
+    head_learning_rate: float = 1e-4
+    talk_share: float = 0.5  # of the passes that carry a talk conversation; each carries one fact
+    bare_share: float = 0.2  # of the passes that have no history: chat without a customer
+    chat_weight: float = 1.0
+    behaviour_weight: float = 0.3
+    decay_days: float = 120.0
+    warm_up: float = 0.05
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class Losses:
+    """Sums and counts of each part since the last report."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, value: Tensor) -> Tensor:
+        self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
+        self.counts[name] = self.counts.get(name, 0) + 1
+        return value
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+
+class AdapterTrainer:
+    """Draws customers at random, step by step; a stopped run goes on where its checkpoint was."""
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        builder: PromptBuilder,
+        shop: Shop,
+        facts: FactWriter,
+        replays: Sequence[Replay],
+        tokenizer: Tokenizer,
+        settings: AdaptSettings,
+        folder: Path,
+    ) -> None:
+        self.model, self.settings, self.step, self.tokens = model, settings, 0, 0
+        self._builder, self._shop, self._facts, self._replays = builder, shop, facts, replays
+        self._tokenizer, self._end_token, self._folder = tokenizer, tokenizer.end_token_ids[0], folder
+        self._random = np.random.default_rng(settings.seed)
+        # The adapter multiplies in bf16, whose rounding would swallow small updates: they are summed up in fp32.
+        self._masters = [parameter.detach().float() for parameter in model.adapter_parameters()]
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": self._masters, "lr": settings.learning_rate, "weight_decay": 0.0},
+                {"params": model.head_parameters(), "lr": settings.head_learning_rate, "weight_decay": 0.01},
+            ],
+            betas=(0.9, 0.98),
+        )
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._rate)
+
+    def run(self, report: Callable[[int, dict[str, float]], None]) -> None:
+        """Train until `settings.steps`. `report` gets the step and the mean losses since the last report."""
+        self._resume()
+        self.model.train()
+        losses = Losses()
+        while self.step < self.settings.steps:
+            for _ in range(self.settings.passes_per_step):
+                loss = self._pass(losses)
+                if loss is not None:
+                    (loss / self.settings.passes_per_step).backward()  # type: ignore[no-untyped-call]
+            self._update()
+            self.step += 1
+            if self.step % CHECKPOINT_STEPS == 0 or self.step == self.settings.steps:
+                self._save()
+                report(self.step, losses.means())
+                losses = Losses()
+
+    def _update(self) -> None:
+        pairs = list(zip(self._masters, self.model.adapter_parameters(), strict=True))
+        for master, parameter in pairs:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        torch.nn.utils.clip_grad_norm_(self._masters, 1.0)
+        self._optimizer.step()
+        self._schedule.step()
+        self.model.zero_grad()
+        for master, parameter in pairs:
+            parameter.data.copy_(master)
+
+    def _rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to a tenth."""
+        done = step / max(self.settings.steps, 1)
+        if done < self.settings.warm_up:
+            return max(done, 1.0 / max(self.settings.steps, 1)) / self.settings.warm_up
+        return 0.1 + 0.45 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+
+    # ---- one pass ------------------------------------------------------------------------------------------------
+
+    def _pass(self, losses: Losses) -> Tensor | None:
+        random, shop = self._random, self._shop
+        customer = int(random.integers(len(shop.histories)))
+        bare = random.random() < self.settings.bare_share
+        history = shop.histories[customer].before(shop.timeline.tuned_at)
+        samples = [] if bare else self._samples(history)
+        packs = pack_samples(self._builder, history, samples) if samples else []
+        pack = packs[0] if packs else None
+        prefix = pack.prefix if pack is not None else self._builder.prefix(None).tokens
+        branches: list[Branch] = []
+        if pack is not None:
+            branches += [Branch(length, suffix) for length, suffix in zip(pack.lengths, pack.suffixes, strict=True)]
+        chats = self._chats(bare or pack is None)
+        branches += [Branch(len(prefix), suffix + answer) for suffix, answer, _ in chats]
+        inputs = pass_inputs(prefix, branches)
+        hidden = self.model.hidden(inputs)
+        self.tokens += len(inputs.tokens)
+        total: Tensor | None = None
+        parts: list[Tensor] = []
+        if pack is not None:
+            ends = [start + len(b.tokens) - 1 for start, b in zip(inputs.starts, branches, strict=True)]
+            parts += self._shop_losses(customer, pack.samples, hidden[ends[: len(pack.samples)]], losses)
+        first = len(branches) - len(chats)
+        for index, chat in enumerate(chats, first):
+            parts.append(self.settings.chat_weight * self._chat_loss(inputs, index, hidden, chat, losses))
+        for part in parts:
+            total = part if total is None else total + part
+        return total
+
+    def _samples(self, history: History) -> list[Sample]:
+        """Moments of training, before any label that is tuned or tested on."""
+        kept = Use.ITEM_TRAIN | Use.HEAD_TRAIN
+        return [sample for sample in samples_of(history, self._shop.timeline) if sample.use & kept]
+
+    def _chats(self, bare: bool) -> list[tuple[tuple[int, ...], tuple[int, ...], bool]]:
+        """(prompt behind the prefix, answer, whether it is talk) of this pass."""
+        chats = []
+        if not bare or self._random.random() < 0.5:
+            fact = self._facts.draw(self._random)
+            chats.append((*self._encode(fact), False))
+        if self._replays and (bare or self._random.random() < self.settings.talk_share):
+            replay = self._replays[int(self._random.integers(len(self._replays)))]
+            chats.append((replay.suffix, replay.answer, True))
+        return chats
+
+    def _encode(self, fact: Fact) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return encode_chat(self._builder, fact.question, fact.passages), (
+            *self._tokenizer.encode(fact.answer),
+            self._end_token,
+        )
+
+    def _shop_losses(self, customer: int, samples: Sequence[Sample], hidden: Tensor, losses: Losses) -> list[Tensor]:
+        shop, count = self._shop, len(samples)
+        table = HiddenTable(
+            customer=np.full(count, customer, np.int32),
+            moment=np.array([sample.moment for sample in samples]),
+            task=np.array([int(sample.task) for sample in samples], np.int8),
+            use=np.array([int(sample.use) for sample in samples], np.int16),
+            hidden=np.zeros((count, 0), np.float32),
+        )
+        parts = []
+        examples = ranking_examples(
+            table,
+            table.where(Task.RECOMMEND, Use.ITEM_TRAIN),
+            shop.histories,
+            shop.items.label_kind,
+            before=shop.timeline.tuned_at,
+            decay_days=self.settings.decay_days,
+        )
+        if len(examples):
+            logits = self.model.item_logits(hidden[torch.from_numpy(examples.sample)])
+            loss = basket_loss(logits, self.model.repeat_weight, examples, np.arange(len(examples)))
+            parts.append(losses.add("basket", loss))
+        heads = table.where(Task.PREDICT, Use.HEAD_TRAIN)
+        if len(heads) and shop.timeline.horizons:
+            longest = shop.timeline.horizons[-1]
+            delays = [
+                behaviour(shop.histories[customer], float(table.moment[at]), longest, shop.items.row_prices).delay_days
+                for at in heads.tolist()
+            ]
+            wanted = torch.tensor([[delay < horizon for horizon in shop.timeline.horizons] for delay in delays])
+            logits = self.model.purchase_logits(hidden[torch.from_numpy(heads)])
+            loss = functional.binary_cross_entropy_with_logits(logits, wanted.float())
+            parts.append(self.settings.behaviour_weight * losses.add("purchase", loss))
+        return parts
+
+    def _chat_loss(
+        self,
+        inputs: PassInputs,
+        branch: int,
+        hidden: Tensor,
+        chat: tuple[tuple[int, ...], tuple[int, ...], bool],
+        losses: Losses,
+    ) -> Tensor:
+        suffix, answer, talk = chat
+        first = inputs.starts[branch] + len(suffix) - 1  # the state that gives the answer's first token
+        logits = self.model.text_logits(hidden[first : first + len(answer)])
+        if not talk:
+            return losses.add("fact", functional.cross_entropy(logits, torch.tensor(answer)))
+        prefix = self._builder.prefix(None).tokens
+        with torch.no_grad():
+            alone = pass_inputs((*prefix, *suffix, *answer), ())
+            at = len(prefix) + len(suffix) - 1
+            teacher = self.model.hidden(alone, adapted=False)[at : at + len(answer)]
+            target = self.model.text_logits(teacher).log_softmax(-1)
+        loss = functional.kl_div(logits.log_softmax(-1), target, reduction="none", log_target=True).sum(-1).mean()
+        return losses.add("talk", loss)
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        trained = {name: value.detach() for name, value in self.model.named_parameters() if value.requires_grad}
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "steps": self.settings.steps,
+            "random": json.dumps(self._random.bit_generator.state),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "masters": self._masters,
+            "trained": trained,
+        }
+        temporary = self._folder / ".checkpoint.partial"
+        torch.save(state, temporary)
+        temporary.replace(self._folder / "checkpoint.pt")
+        self.model.save_adapter(self._folder / "adapter")
+
+    def _resume(self) -> None:
+        path = self._folder / "checkpoint.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, weights_only=True)
+        if state["steps"] != self.settings.steps:
+            raise ValueError(f"{path} is of a run of {state['steps']} steps, not {self.settings.steps}")
+        self.model.load_state_dict(state["trained"], strict=False)
+        for master, saved in zip(self._masters, state["masters"], strict=True):
+            master.copy_(saved)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._random.bit_generator.state = json.loads(state["random"])
+        self.step, self.tokens = state["step"], state["tokens"]
+
+
+def encode_chat(builder: PromptBuilder, question: str, passages: Sequence[Passage]) -> tuple[int, ...]:
+    """Tokens of a question and its passages behind any prefix, as the server writes them."""
+    prefix = builder.prefix(None)
+    texts = [f"{passage.title}: {passage.text}" for passage in passages]
+    return builder.chat(prefix, [("user", question)], texts)[len(prefix.tokens) :]
