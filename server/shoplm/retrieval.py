@@ -34,6 +34,11 @@ def item_passage(title: str, category: str, price: float, currency: str) -> Pass
     return Passage("items.parquet", title, f"category {category}, price {price:.2f} {currency}")
 
 
+def habits_passage(titles: Sequence[str]) -> Passage:
+    """What the customer buys most, best first, as a passage."""
+    return Passage("customer", "What this customer often buys", "; ".join(titles))
+
+
 class Knowledge:
     """All passages of a bundle, and the search over them. Safe to share: it is not changed after construction."""
 

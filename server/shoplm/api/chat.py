@@ -8,23 +8,21 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 
-import numpy as np
 from shoplm.api.core import Context, Core
-from shoplm.api.shop import Shop
 from shoplm.api.validation import Violations, quote
 from shoplm.api.warnings import Warnings
+from shoplm.grounding import Grounding
 from shoplm.history import History
 from shoplm.model.tokenizer import StopStrings, StreamDecoder
 from shoplm.prompt import Prefix
 from shoplm.request import FinishedOutput, FinishReason, Generate, Request, Sampling, Service
-from shoplm.retrieval import Knowledge, Passage
+from shoplm.retrieval import Passage
 from shoplm.v1 import chat_pb2 as pb
 from shoplm.v1.chat_pb2_grpc import ChatServiceServicer
 
 ROLES = ("system", "user", "assistant")
 MAX_TEMPERATURE = 10.0
 MAX_STOP_BYTES = 256
-MAX_HABITS = 5
 _SERVICE = Service.CHAT
 _LONG_TEXT_BYTES = 8 * 1024  # encoding more than this takes milliseconds: not on the event loop
 _FINISH = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
@@ -40,7 +38,7 @@ class _Turn:
     sampling: Sampling
     max_tokens: int
     stops: tuple[str, ...]
-    knowledge: Knowledge | None  # None: not to be used
+    grounding: Grounding | None  # None: not to be used
 
 
 class ChatService(ChatServiceServicer):
@@ -94,8 +92,7 @@ class ChatService(ChatServiceServicer):
 
     async def _prompt(self, turn: _Turn, prefix: Prefix) -> tuple[tuple[int, ...], list[Passage]]:
         """Prompt tokens and the passages in them. Passages that do not fit are left out; they are an offer."""
-        question = turn.messages[-1][1]
-        passages = turn.knowledge.search(question, self._core.config.max_passages) if turn.knowledge else []
+        passages = self._passages(turn)
         tokens = await self._encode(turn, prefix, passages)
         if passages and len(tokens) >= self._core.ready().max_context_tokens:
             passages = []
@@ -103,12 +100,19 @@ class ChatService(ChatServiceServicer):
         self._core.check_prompt("messages", len(tokens), produced=1)
         return tokens, passages
 
+    def _passages(self, turn: _Turn) -> list[Passage]:
+        if turn.grounding is None:
+            return []
+        question = turn.messages[-1][1]
+        passages = turn.grounding.search(question, turn.history, self._core.config.max_passages)
+        assert self._core.served.shop is not None
+        # A base that cannot read the history gets it in words; not beside others, for a small one mixes them up.
+        if not passages and not self._core.served.shop.manifest.prompt.chat_reads_item_tokens:
+            return turn.grounding.habits(turn.history)
+        return passages
+
     async def _encode(self, turn: _Turn, prefix: Prefix, passages: list[Passage]) -> tuple[int, ...]:
         texts = [f"{passage.title}: {passage.text}" for passage in passages]
-        shop = self._core.served.shop
-        # Not beside passages: a small base mixes the two up.
-        if not texts and shop is not None and not shop.manifest.prompt.chat_reads_item_tokens:
-            texts = _habits(turn.history, shop)
         arguments = (prefix, turn.messages, texts)
         if turn.text_bytes > _LONG_TEXT_BYTES:
             return await asyncio.to_thread(self._core.served.prompts.chat, *arguments)
@@ -126,7 +130,7 @@ class ChatService(ChatServiceServicer):
         if violations.length("stop", request.stop, config.max_stop_strings, "max_stop_strings"):
             for index, stop in enumerate(request.stop):
                 violations.text(f"stop[{index}]", stop, MAX_STOP_BYTES, required=True)
-        knowledge = self._knowledge(request, violations)
+        grounding = self._grounding(request, violations)
         violations.raise_if_any()
         return _Turn(
             history=history,
@@ -140,7 +144,7 @@ class ChatService(ChatServiceServicer):
             ),
             max_tokens=request.max_tokens or config.default_completion_tokens,
             stops=tuple(request.stop),
-            knowledge=knowledge,
+            grounding=grounding,
         )
 
     def _check_messages(self, request: pb.ChatRequest, violations: Violations) -> int:
@@ -169,16 +173,16 @@ class ChatService(ChatServiceServicer):
             )
         return sum(sizes)
 
-    def _knowledge(self, request: pb.ChatRequest, violations: Violations) -> Knowledge | None:
+    def _grounding(self, request: pb.ChatRequest, violations: Violations) -> Grounding | None:
         shop = self._core.served.shop
-        knowledge = shop.knowledge if shop is not None and len(shop.knowledge) else None
+        grounding = shop.grounding if shop is not None else None
         if request.grounding == pb.GROUNDING_OFF:
             return None
-        if request.grounding == pb.GROUNDING_ON and knowledge is None:
-            violations.add("grounding", "is GROUNDING_ON, but what is served has no knowledge folder")
+        if request.grounding == pb.GROUNDING_ON and grounding is None:
+            violations.add("grounding", "is GROUNDING_ON, but no bundle is served, whose texts and items could be used")
         elif request.grounding not in pb.Grounding.values():
             violations.add("grounding", f"is {request.grounding}, which is no grounding")
-        return knowledge
+        return grounding
 
 
 @dataclass
@@ -190,10 +194,3 @@ class _Answer:
     finish_reason: FinishReason = FinishReason.STOP
     cached_tokens: int = 0
     completion_tokens: int = 0
-
-
-def _habits(history: History, shop: Shop) -> list[str]:
-    """What the customer buys most, in words: for a base that cannot read item tokens beside text."""
-    rows, counts = history.own_counts(shop.manifest.score.decay_days)
-    titles = [shop.catalog.titles[row] for row in rows[np.argsort(-counts, kind="stable")[:MAX_HABITS]]]
-    return [f"This customer often buys: {'; '.join(titles)}."] if titles else []

@@ -15,6 +15,7 @@ from shoplm.bundle import HeadSpec, ShopManifest, read_manifest
 from shoplm.catalog.items import Catalog, read_catalog
 from shoplm.errors import BundleError
 from shoplm.features import FEATURE_VERSION
+from shoplm.grounding import Grounding
 from shoplm.model.base import Base
 from shoplm.model.chat_template import ChatTemplate
 from shoplm.model.tokenizer import Tokenizer
@@ -34,6 +35,7 @@ class Shop:
     vocabulary: ShopVocabulary
     demo: dict[str, DemoHistory]
     knowledge: Knowledge
+    grounding: Grounding
 
     @property
     def targets(self) -> tuple[HeadSpec, ...]:
@@ -87,7 +89,15 @@ def load_served(base: Base, bundle: Path | None, *, verify: bool = True) -> Serv
     catalog = read_catalog(bundle)
     vocabulary = ShopVocabulary(base.config.vocab_size, manifest.level_sizes, manifest.type_count)
     codes = _read_codes(bundle, manifest, len(catalog))
-    shop = Shop(manifest, catalog, vocabulary, read_demo_customers(bundle, manifest, catalog), read_knowledge(bundle))
+    knowledge = read_knowledge(bundle)
+    shop = Shop(
+        manifest,
+        catalog,
+        vocabulary,
+        read_demo_customers(bundle, manifest, catalog),
+        knowledge,
+        Grounding(knowledge, catalog, manifest.currency, manifest.score.decay_days),
+    )
     return Served(base, tokenizer, PromptBuilder(tokenizer, template, manifest.prompt, vocabulary, codes), shop)
 
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from shoplm.catalog.items import Catalog
-from shoplm.retrieval import DECLINED, Passage, item_passage
+from shoplm.retrieval import DECLINED, Passage, habits_passage, item_passage
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9])")
 _WORD = re.compile(r"[A-Za-z][A-Za-z'-]+")
 _COMMON = frozenset(
     """the and are you your our for with from that this they them can cannot not have has had was were will would what
     when where which who how its every each per any all one two into out over under than then there here get got take
-    taken come comes goes made make used use""".split()
+    taken come comes goes made make used use""".split()  # noqa: SIM905 - a list of words is easier to read without quotes
 )
 _PRICE_QUESTIONS = (
     "What does {title} cost?",
@@ -42,6 +42,12 @@ _WORD_QUESTIONS = (
     "How is it with {words}?",
     "What do I need to know about {words}?",
     "Please tell me about {words}.",
+)
+_HABIT_QUESTIONS = (
+    "What do I usually buy?",
+    "What are my favourite products?",
+    "What do I buy most often?",
+    "Remind me what I often buy.",
 )
 _UNKNOWN_QUESTIONS = (
     "Who founded the shop?",
@@ -143,10 +149,12 @@ class FactWriter:
         if self._knowledge:
             kinds += ["sentence", "sentence", "title"]
         if len(self._rows) > 1:
-            kinds += ["price", "price", "category", "missing"]
+            kinds += ["price", "price", "category", "missing", "habits"]
         kind = kinds[random.integers(len(kinds))]
         if kind in ("sentence", "title"):
             return self._about_knowledge(random, whole=kind == "title")
+        if kind == "habits":
+            return self._habits(random)
         if kind == "unknown":
             question = _UNKNOWN_QUESTIONS[random.integers(len(_UNKNOWN_QUESTIONS))]
             return Fact(question, self._mixed(random, None), DECLINED)
@@ -171,6 +179,12 @@ class FactWriter:
             text = " ".join(words[index] for index in chosen).lower()
             question = _WORD_QUESTIONS[random.integers(len(_WORD_QUESTIONS))].format(words=text)
         return Fact(question, self._mixed(random, passage), answer)
+
+    def _habits(self, random: np.random.Generator) -> Fact:
+        rows = random.choice(self._rows, min(len(self._rows), int(random.integers(1, 5))), replace=False)
+        titles = [self._catalog.titles[row].split(",")[0] for row in rows.tolist()]
+        question = _HABIT_QUESTIONS[random.integers(len(_HABIT_QUESTIONS))]
+        return Fact(question, self._mixed(random, habits_passage(titles)), f"You often buy {'; '.join(titles)}.")
 
     def _about_item(self, random: np.random.Generator, kind: str) -> Fact:
         row = self._rows[random.integers(len(self._rows))]

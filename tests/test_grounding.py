@@ -1,0 +1,74 @@
+"""Chat's passages: an item counts when its name stands in the question, habits when the customer asks for them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from shoplm.catalog.items import Catalog
+from shoplm.grounding import MAX_HABITS, Grounding
+from shoplm.history import EventKind, History, build_history
+from shoplm.retrieval import Knowledge, Passage
+
+_TITLES = ["Olive oil, 34 oz", "Olive oil, 8 oz", "Oil, motor", "Tea", "", "Olive oil, 34 oz", "Bread"]
+_RETURNS = Passage("returns.md", "Returns", "Unopened goods and oil can be returned within 30 days.")
+
+
+@pytest.fixture(scope="module")
+def grounding() -> Grounding:
+    catalog = Catalog(
+        item_ids=[str(row) for row in range(len(_TITLES))],
+        titles=_TITLES,
+        categories=["Pantry"] * len(_TITLES),
+        prices=np.array([6.99, 3.19, 9.0, np.nan, 1.0, 7.5, 2.0]),
+        in_stock=np.ones(len(_TITLES), bool),
+        type_texts=[],
+        rare={},
+    )
+    return Grounding(Knowledge([_RETURNS]), catalog, "EUR", decay_days=30.0)
+
+
+def _history(items: list[int]) -> History:
+    count = len(items)
+    return build_history(
+        item=np.array(items, np.int32),
+        has_item=np.ones(count, bool),
+        kind=np.full(count, int(EventKind.PURCHASE), np.int8),
+        time=np.arange(count, dtype=np.float64),
+        quantity=np.ones(count, np.float32),
+        price=np.ones(count, np.float32),
+        basket_key=np.array([""] * count),
+        as_of=float(count),
+        attributes=(),
+    )
+
+
+def _titles(passages: list[Passage]) -> list[str]:
+    return [passage.title for passage in passages]
+
+
+def test_an_item_is_found_by_its_whole_name(grounding: Grounding) -> None:
+    found = grounding.search("What does OLIVE OIL, 34 OZ cost?", _history([]), 4)
+    assert _titles(found) == ["Olive oil, 34 oz", "Olive oil, 8 oz", "Returns"]  # not motor oil, whose name is shorter
+    assert found[0].text == "category Pantry, price 6.99 EUR"  # of two items with this title, the first
+    assert _titles(grounding.search("Can I return olive trees?", _history([]), 4)) == ["Returns"]
+
+
+def test_an_item_without_a_price_or_a_title_is_none(grounding: Grounding) -> None:
+    assert grounding.search("Do you have tea?", _history([]), 3) == []
+
+
+def test_the_shops_texts_keep_a_place(grounding: Grounding) -> None:
+    assert _titles(grounding.search("olive oil 34 oz, oil, returned?", _history([]), 2)) == [
+        "Olive oil, 34 oz",
+        "Returns",
+    ]
+    assert grounding.search("olive oil", _history([]), 0) == []
+
+
+def test_habits_are_offered_to_whoever_asks_for_theirs(grounding: Grounding) -> None:
+    bought = _history([6, 6, 6, 0, 1])
+    (habits, *_) = grounding.search("What do I usually buy?", bought, 2)
+    assert (habits.source, habits.text) == ("customer", "Bread; Olive oil")
+    assert grounding.search("What do I usually buy?", _history([]), 2) == []
+    assert "customer" not in {each.source for each in grounding.search("Where can one buy bread?", bought, 3)}
+    assert len(grounding.habits(_history([0, 2, 3, 6] * 3))[0].text.split(";")) <= MAX_HABITS
