@@ -30,7 +30,6 @@ class Grounding:
         for row, title in enumerate(catalog.titles):
             if title.strip() and np.isfinite(catalog.prices[row]):
                 rows.setdefault(title, row)
-        prices = catalog.prices.tolist()
         self._items = Knowledge(
             [
                 item_passage(title, catalog.categories[row], float(catalog.prices[row]), currency)
