@@ -1,4 +1,4 @@
-"""What the backends that run a step within `submit` share: the contract around one forward pass and its readouts."""
+"""What all backends share: the contract around one step, and, for those that run it within `submit`, the rest."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from shoplm.model.readouts import Readouts
 from shoplm.request import Select
 
 
-class EagerBackend(ABC):
-    """Implements `Backend`, but for the forward pass itself."""
+class LocalBackend(ABC):
+    """Implements `Backend`, but for the step itself."""
 
     def __init__(
         self,
@@ -25,6 +25,7 @@ class EagerBackend(ABC):
         state_slots: int,
         max_context_tokens: int,
         vocab_size: int,
+        pipeline_depth: int = 1,
     ) -> None:
         self._readouts = readouts
         self._info = BackendInfo(
@@ -36,6 +37,7 @@ class EagerBackend(ABC):
             vocab_size=vocab_size,
             trie_depths=readouts.trie_depths,
             trie_items=readouts.trie_items,
+            pipeline_depth=pipeline_depth,
             feature_count=readouts.feature_count,
         )
 
@@ -47,16 +49,27 @@ class EagerBackend(ABC):
         return self._readouts.lanes(select)
 
     def submit(self, batch: Batch) -> Handle:
-        start = time.perf_counter()
         try:
             with torch.inference_mode():
-                outputs = self._run(batch)
+                return self._start(batch)
         except Exception as error:  # the engine sees it where it asks for the result
             return Finished(error)
-        return Finished(StepResult(outputs, time.perf_counter() - start))
 
     def close(self) -> None:  # noqa: B027 - no abstract hook: there is nothing that a subclass would have to do
         """Nothing to do: memory goes with the object."""
+
+    @abstractmethod
+    def _start(self, batch: Batch) -> Handle:
+        """Start the step. May raise."""
+
+
+class EagerBackend(LocalBackend):
+    """A backend that runs each step within `submit`."""
+
+    def _start(self, batch: Batch) -> Handle:
+        start = time.perf_counter()
+        outputs = self._run(batch)
+        return Finished(StepResult(outputs, time.perf_counter() - start))
 
     @abstractmethod
     def _run(self, batch: Batch) -> tuple[RowOutput, ...]:

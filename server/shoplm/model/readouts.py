@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from shoplm.engine.batch import (
 )
 from shoplm.errors import BundleError, ConfigurationError
 from shoplm.model.shop_weights import NamedTrie, ShopWeights
+from shoplm.readout.heads import Heads
 from shoplm.readout.sampling import sample
 from shoplm.readout.select import SelectJob, Selector
 from shoplm.readout.table import SelectTable
@@ -31,7 +31,8 @@ from torch import Tensor
 
 
 class Readouts:
-    """All readouts of one backend, and its state slots. Products run on `device`; searches continue on the host."""
+    """All readouts of one backend, and its state slots, on the host. The GPU backend takes tables and heads from here
+    and reads out on its device (`device_readouts`)."""
 
     def __init__(
         self,
@@ -41,7 +42,6 @@ class Readouts:
         text_tokens: int,
         hidden_size: int,
         state_slots: int,
-        device: torch.device,
     ) -> None:
         """`tries` are more catalogues: their tokens follow the shop's, which follow `text_tokens` ids of text.
 
@@ -50,17 +50,26 @@ class Readouts:
         if len({"", *(trie.name for trie in tries)}) != len(tries) + 1:
             raise ConfigurationError(f"tries need names that differ: {[trie.name for trie in tries]}")
         self._shop_rows = [] if shop is None else [shop.input_rows]
-        self._selectors = {} if shop is None else {"": Selector(_table_on(shop.table, device))}
+        self._selectors = {} if shop is None else {"": Selector(shop.table)}
         token = text_tokens + sum(map(len, self._shop_rows))
         for trie in tries:
-            self._selectors[trie.name] = Selector(_table_on(trie.table(token), device))
+            self._selectors[trie.name] = Selector(trie.table(token))
             self._shop_rows.append(trie.input_rows)
             token += len(trie.input_rows)
         if any(rows.shape[1] != hidden_size for rows in self._shop_rows):
             raise BundleError(f"the shop's rows are not {hidden_size} wide: the bundle is for another base model")
-        heads = shop.heads if shop is not None else None
-        self._heads = heads if heads is None else heads.to(device)
+        self._heads = shop.heads if shop is not None else None
         self._last_token = np.zeros(state_slots, np.int64)
+
+    @property
+    def tables(self) -> dict[str, SelectTable]:
+        """What items are scored with, by name of the catalogue."""
+        return {name: selector.table for name, selector in self._selectors.items()}
+
+    @property
+    def heads(self) -> Heads | None:
+        """The prediction heads, where the bundle has any."""
+        return self._heads
 
     @property
     def trie_depths(self) -> dict[str, int]:
@@ -174,14 +183,6 @@ def output_tokens(batch: Batch) -> tuple[dict[int, int], NDArray[np.int64]]:
         tokens.append(np.arange(start, row.query_end))
         count += row.query_end - start
     return first, np.concatenate(tokens)
-
-
-def _table_on(table: SelectTable, device: torch.device) -> SelectTable:
-    return replace(
-        table,
-        output_rows=tuple(rows.to(device) for rows in table.output_rows),
-        output_bias=tuple(bias.to(device) for bias in table.output_bias),
-    )
 
 
 def _select_job(row: Row, first: int) -> SelectJob:

@@ -47,7 +47,6 @@ class TorchBackend(EagerBackend):
             text_tokens=len(weights.embedding),
             hidden_size=config.hidden_size,
             state_slots=state_slots,
-            device=torch.device("cpu"),
         )
         positions = min(max_context_tokens or config.max_positions, config.max_positions)
         with torch.no_grad():

@@ -5,24 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from shoplm.engine.batch import Batch, RowOutput
+from shoplm.engine.batch import Batch
 from shoplm.errors import ConfigurationError
 from shoplm.kernels.attention import MAX_GROUP
 from shoplm.kernels.inputs import PagedKv
 from shoplm.kernels.tile_config import SUPPORTED_DTYPES, SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
 from shoplm.kernels.workspace import Workspace
+from shoplm.model.backend import Handle
 from shoplm.model.config import ModelConfig
-from shoplm.model.eager_backend import EagerBackend
+from shoplm.model.device_readouts import DeviceReadouts
+from shoplm.model.eager_backend import LocalBackend
 from shoplm.model.gpu import check_device, free_memory, pages_that_fit
-from shoplm.model.readouts import Readouts, output_tokens
+from shoplm.model.queued import Queued, StepClock
+from shoplm.model.readouts import Readouts
 from shoplm.model.shop_weights import NamedTrie, ShopWeights
+from shoplm.model.step_graphs import GraphLimits, StepGraphs, graph_buckets
 from shoplm.model.triton_decoder import TritonDecoder
-from shoplm.model.triton_step import plan_step
+from shoplm.model.triton_program import StepProgram
+from shoplm.model.triton_step import KernelStep, StepBounds, plan_step
 from shoplm.model.weights import DecoderWeights
 
 
-class TritonBackend(EagerBackend):
-    """Runs each step within `submit`: queues the layers' launches, then waits for the hidden states to read them."""
+class TritonBackend(LocalBackend):
+    """Queues each step within `submit` and returns; `result` waits. Two steps may be in flight: the second reads the
+    tokens and beams of the first where its kernels leave them, so the host plans while the GPU computes."""
 
     def __init__(
         self,
@@ -36,11 +42,12 @@ class TritonBackend(EagerBackend):
         state_slots: int = 256,
         max_context_tokens: int | None = None,
         max_beam_tokens: int = 2048,
+        graph_seconds: float = 0.0,
         device: torch.device | str = "cuda",
     ) -> None:
         """The dtype is that of the weights: bf16, fp16 or fp32. `tries` are more catalogues: their tokens follow the
         shop's. `pages` None: as many as the GPU has room for. `max_beam_tokens` bounds the lanes of one step, all
-        selections together.
+        selections together. `graph_seconds` is the time for capturing steps as CUDA graphs; 0: none.
 
         Allocates weights, pool and scratch on `device`: a GPU, or "cpu" where Triton interprets (TRITON_INTERPRET=1).
         Raises ConfigurationError, also where the memory does not suffice.
@@ -52,15 +59,10 @@ class TritonBackend(EagerBackend):
         positions = min(max_context_tokens or config.max_positions, config.max_positions)
         self._max_beam_tokens = max_beam_tokens
         readouts = Readouts(
-            shop,
-            tries,
-            text_tokens=len(weights.embedding),
-            hidden_size=config.hidden_size,
-            state_slots=state_slots,
-            device=self._device,
+            shop, tries, text_tokens=len(weights.embedding), hidden_size=config.hidden_size, state_slots=state_slots
         )
         try:
-            self._decoder = TritonDecoder(
+            decoder = TritonDecoder(
                 config,
                 weights,
                 readouts.take_input_rows(dtype),
@@ -75,6 +77,9 @@ class TritonBackend(EagerBackend):
                     head_dim=config.head_dim,
                 ),
                 device=self._device,
+            )
+            self._device_readouts = DeviceReadouts(
+                readouts, state_slots=state_slots, max_lanes=max_beam_tokens, dtype=dtype, device=self._device
             )
             if pages is None:
                 page_bytes = config.kv_page_bytes(page_size, dtype.itemsize)
@@ -92,22 +97,46 @@ class TritonBackend(EagerBackend):
             page_size=page_size,
             state_slots=state_slots,
             max_context_tokens=positions,
-            vocab_size=self._decoder.vocab_size,
+            vocab_size=decoder.vocab_size,
+            pipeline_depth=2,
         )
+        state = self._device_readouts.state
+        self._program = StepProgram(decoder, self._pool, state, most_samples=state_slots)
+        self._graphs = StepGraphs(self._program, state)
+        if graph_seconds > 0:
+            limits = GraphLimits(
+                rows=state_slots,
+                kv_len=positions,
+                page_size=page_size,
+                query_group=config.query_group,
+                steps=state.parents.shape[1],
+                lane_tokens=max_beam_tokens,
+            )
+            with torch.inference_mode():
+                self._graphs.capture(graph_buckets(limits), graph_seconds)
 
     @property
     def pool(self) -> tuple[PagedKv, ...]:
         """Keys and values by layer; tests fill unused pages to see that they are never read."""
         return self._pool
 
-    def _run(self, batch: Batch) -> tuple[RowOutput, ...]:
-        beam_tokens = sum(row.query_len for row in batch.rows if row.beam is not None)
-        if beam_tokens > self._max_beam_tokens:
-            raise ValueError(f"the step has {beam_tokens} lanes, but max_beam_tokens is {self._max_beam_tokens}")
-        first, outputs = output_tokens(batch)
-        step = plan_step(batch, self._readouts.tokens(batch), outputs, self._readouts.lineages(batch), self._device)
-        hidden = self._decoder.forward(step, self._pool)
-        return self._readouts.read(batch.rows, first, hidden, self._decoder.logits)
+    @property
+    def graphs(self) -> StepGraphs:
+        """The captured steps."""
+        return self._graphs
+
+    def _start(self, batch: Batch) -> Handle:
+        clock = StepClock(self._device)
+        need = StepBounds.of(batch)
+        if need.lane_tokens > self._max_beam_tokens:
+            raise ValueError(f"the step has {need.lane_tokens} lanes, but max_beam_tokens is {self._max_beam_tokens}")
+        outputs = self._graphs.run(batch, need)
+        if outputs is None:
+            state = self._device_readouts.state
+            outputs = self._program(KernelStep.upload(plan_step(batch, need, state), need, self._device))
+        answers = self._device_readouts.read(batch, outputs.hidden, outputs.tokens)
+        clock.stop()
+        return Queued(answers, clock)
 
 
 def _check_supported(config: ModelConfig, dtype: torch.dtype, page_size: int) -> None:

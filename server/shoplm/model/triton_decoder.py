@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from shoplm.kernels.attention import beam_attention, paged_attention
-from shoplm.kernels.inputs import PagedKv
+from shoplm.kernels.inputs import BeamGroups, PagedKv, RaggedRows
 from shoplm.kernels.kv_write import kv_write
 from shoplm.kernels.norm import add_rms_norm, rms_norm
 from shoplm.kernels.swiglu import swiglu
@@ -69,14 +69,23 @@ class TritonDecoder:
         """Text logits [R, vocab_size] of hidden states [R, H]."""
         return functional.linear(hidden, self._head)
 
-    def forward(self, step: KernelStep, pool: tuple[PagedKv, ...]) -> Tensor:
-        """Run the step: writes the tokens' keys and values, returns hidden states [R, H] after the final norm."""
+    @property
+    def text_vocab_size(self) -> int:
+        """Rows of the LM head."""
+        return len(self._head)
+
+    def forward(self, step: KernelStep, tokens: Tensor, beams: BeamGroups | None, pool: tuple[PagedKv, ...]) -> Tensor:
+        """Run the step: writes the tokens' keys and values, returns hidden states [R, H] after the final norm.
+
+        `tokens` int64 [T] and `beams` are the step's, as the state resolves them.
+        """
         eps = self.config.rms_norm_eps
-        residual = functional.embedding(step.tokens, self._embedding)
+        rows = step.rows()
+        residual = functional.embedding(tokens, self._embedding)
         normed = rms_norm(residual, self._layers[0].input_norm, eps)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
-            attended = self._attention(index, layer, normed, step, pool[index])
+            attended = self._attention(index, layer, normed, step, (rows, beams), pool[index])
             if index == last:  # nothing behind it is needed of the other tokens
                 residual, attended = residual[step.outputs], attended[step.outputs]
             projected = functional.linear(attended, layer.output, layer.output_bias)
@@ -87,9 +96,18 @@ class TritonDecoder:
             normed = add_rms_norm(contracted, residual, following, eps)
         return normed
 
-    def _attention(self, index: int, layer: LayerWeights, normed: Tensor, step: KernelStep, kv: PagedKv) -> Tensor:
+    def _attention(
+        self,
+        index: int,
+        layer: LayerWeights,
+        normed: Tensor,
+        step: KernelStep,
+        parts: tuple[RaggedRows | None, BeamGroups | None],
+        kv: PagedKv,
+    ) -> Tensor:
         """Self-attention before the output projection: [T, num_heads * head_dim]."""
         config = self.config
+        rows, beams = parts
         heads, kv_heads = config.num_heads, config.num_kv_heads
         projected = functional.linear(normed, layer.qkv, layer.qkv_bias)
         projected = projected.view(-1, heads + 2 * kv_heads, config.head_dim)
@@ -111,11 +129,11 @@ class TritonDecoder:
         )
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         window = config.sliding_windows[index]
-        if step.rows is not None:
-            paged_attention(q, kv, step.rows, out=out, workspace=self._workspace, window=window)
-        if step.beams is not None:
-            part = slice(step.row_tokens, None)
-            beam_attention(q[part], kv, step.beams, out=out[part], workspace=self._workspace, window=window)
+        if rows is not None:
+            paged_attention(q, kv, rows, out=out, workspace=self._workspace, window=window)
+        if beams is not None:
+            part = slice(step.bounds.row_tokens, None)
+            beam_attention(q[part], kv, beams, out=out[part], workspace=self._workspace, window=window)
         return out.flatten(1)
 
 

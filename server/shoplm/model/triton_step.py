@@ -1,123 +1,317 @@
-"""What one step's kernels read: a batch as device tensors, made once and used by every layer.
+"""What one step's kernels read: a batch as arrays, padded to bounds where a captured graph asks for it, then on the
+device in one copy.
 
 Beams are moved behind all other tokens, so that each attention kernel meets one contiguous part of the flat axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from shoplm.engine.batch import Batch, BeamStep, Row
+from shoplm.engine.batch import Batch, BeamStep, Row, SampleReadout, SelectReadout
 from shoplm.kernels.inputs import BeamGroups, RaggedRows
+from shoplm.model.device_io import upload
+from shoplm.model.device_state import DeviceState
 from torch import Tensor
 
-LANES_STEP = 128  # the room for lanes grows by this much; the least of it already takes the widest tile, see `_beams`
+LANES_STEP = (
+    128  # the room for lanes grows by this much; the least of it already takes the widest tile, see `StepBounds`
+)
+
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+Draws = tuple[Int64, Int64, Float32, Int32, Float32, Int64, Int32]  # the last seven arrays of `StepArrays`
+
+
+@dataclass(frozen=True, slots=True)
+class StepBounds:
+    """Sizes of a step's arrays. A captured graph serves every step within its own.
+
+    The room for lanes decides the beam kernel's tile, and the tile the order of its sums. A multiple of `LANES_STEP`
+    (more packed rows than a narrow tile has) makes the tile the same for every step.
+    """
+
+    row_tokens: int  # tokens of prompts and chats
+    rows: int
+    query_len: int  # most new tokens of a row
+    kv_len: int  # most tokens that a row reads, or that a search's prompt has
+    pages: int  # columns of the page tables
+    groups: int = 0  # searches
+    lane_tokens: int = 0  # tokens of all searches
+    lanes: int = 0  # room for the lanes of one search
+    steps: int = 0  # codes of one search's lanes
+    samples: int = 0  # rows that draw a token
+    outputs: int = 0  # hidden states that are read
+
+    @staticmethod
+    def of(batch: Batch) -> StepBounds:
+        """What a step needs."""
+        linear = [row for row in batch.rows if row.beam is None]
+        beams = [row for row in batch.rows if row.beam is not None]
+        widest = max((row.query_len for row in beams), default=0)
+        return StepBounds(
+            row_tokens=sum(row.query_len for row in linear),
+            rows=len(linear),
+            query_len=max((row.query_len for row in linear), default=0),
+            kv_len=max(row.kv_len for row in batch.rows),
+            pages=max(len(row.pages) for row in batch.rows),
+            groups=len(beams),
+            lane_tokens=sum(row.query_len for row in beams),
+            lanes=-(-widest // LANES_STEP) * LANES_STEP,
+            steps=max((beam_of(row).step for row in beams), default=0),
+            samples=sum(isinstance(row.readout, SampleReadout) for row in batch.rows),
+            outputs=sum(_output_count(row) for row in batch.rows),
+        )
+
+    def cover(self, other: StepBounds) -> bool:
+        """Whether a step of these sizes has room for `other`."""
+        return all(getattr(self, field.name) >= getattr(other, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True, slots=True)
+class StepArrays:
+    """One step on the host. T tokens: those of rows first, then their padding, then those of beams and theirs."""
+
+    tokens: Int64  # [T]
+    from_state: NDArray[np.bool_]  # [T]: the token is what `source` of the state's tokens holds
+    source: Int64  # [T]
+    positions: Int32  # [T]
+    slots: Int64  # [T]: pool slots to write; -1 for padding
+    outputs: Int64  # [R]: tokens whose hidden state is read
+    row_pages: Int32  # [rows, pages]
+    row_kv_len: Int32  # [rows]
+    row_start: Int32  # [rows + 1]: first token of each row
+    beam_pages: Int32  # [groups, pages]
+    beam_prompt_len: Int32  # [groups]
+    beam_start: Int32  # [groups + 1], counted from the first lane
+    beam_width: Int32  # [groups]
+    beam_step: Int32  # [groups]
+    beam_slots: Int64  # [groups]: state slots, where the lanes' parents are
+    own_slots: Int64  # [groups, steps, lanes]
+    sample_outputs: Int64  # [S]: which of the outputs are drawn from
+    sample_target: Int64  # [S]: entry of the state's tokens that the drawn one goes to
+    temperature: Float32  # [S]
+    top_k: Int32  # [S]
+    top_p: Float32  # [S]
+    seed: Int64  # [S]
+    sample_index: Int32  # [S]
 
 
 @dataclass(frozen=True, slots=True)
 class KernelStep:
-    """One step's inputs on the device. T tokens: those of `rows` first, those of `beams` behind them."""
+    """One step on the device; see `StepArrays`, whose tensors these are."""
 
-    tokens: Tensor  # int64 [T]
-    positions: Tensor  # int32 [T]
-    slots: Tensor  # int64 [T]: pool slots to write
-    outputs: Tensor  # int64 [R]: tokens whose hidden state is read
-    row_tokens: int  # tokens of `rows`
-    rows: RaggedRows | None  # prompt chunks and single tokens; None: there are none
-    beams: BeamGroups | None
+    bounds: StepBounds
+    tokens: Tensor
+    from_state: Tensor
+    source: Tensor
+    positions: Tensor
+    slots: Tensor
+    outputs: Tensor
+    row_pages: Tensor
+    row_kv_len: Tensor
+    row_start: Tensor
+    beam_pages: Tensor
+    beam_prompt_len: Tensor
+    beam_start: Tensor
+    beam_width: Tensor
+    beam_step: Tensor
+    beam_slots: Tensor
+    own_slots: Tensor
+    sample_outputs: Tensor
+    sample_target: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    seed: Tensor
+    sample_index: Tensor
+
+    @staticmethod
+    def upload(arrays: StepArrays, bounds: StepBounds, device: torch.device, into: Tensor | None = None) -> KernelStep:
+        """One copy, to the buffer `into` where it is given."""
+        return KernelStep(bounds, *upload(host_arrays(arrays), device, into))
+
+    def known_tokens(self, state: DeviceState) -> Tensor:
+        """int64 [T]: token ids, those filled in that an earlier step chose."""
+        return torch.where(self.from_state, state.tokens.view(-1)[self.source], self.tokens)
+
+    def rows(self) -> RaggedRows | None:
+        """Prompt chunks and single tokens; None: there are none."""
+        if not self.bounds.rows:
+            return None
+        return RaggedRows(
+            page_table=self.row_pages,
+            kv_len=self.row_kv_len,
+            query_start=self.row_start,
+            max_query_len=self.bounds.query_len,
+            max_kv_len=self.bounds.kv_len,
+        )
+
+    def beams(self, state: DeviceState) -> BeamGroups | None:
+        """The searches, with the lanes' parents as the state has them now; None: there are none."""
+        bounds = self.bounds
+        if not bounds.groups:
+            return None
+        parents = state.parents.index_select(0, self.beam_slots)[:, : bounds.steps, : bounds.lanes]
+        return BeamGroups(
+            page_table=self.beam_pages,
+            prompt_len=self.beam_prompt_len,
+            query_start=self.beam_start,
+            width=self.beam_width,
+            step=self.beam_step,
+            own_slots=self.own_slots,
+            parents=parents.contiguous(),
+            max_prompt_len=bounds.kv_len,
+        )
 
 
-def plan_step(
-    batch: Batch,
-    tokens: NDArray[np.int64],
-    outputs: NDArray[np.int64],
-    lineages: Mapping[int, NDArray[np.int64]],
-    device: torch.device,
-) -> KernelStep:
-    """Device tensors of `batch`.
+def host_arrays(arrays: StepArrays) -> list[NDArray[np.generic]]:
+    """The arrays in their order of upload."""
+    return [getattr(arrays, field.name) for field in fields(arrays)]
 
-    `tokens` [T] are the batch's, those filled in that come from a state slot; `outputs` [R] index the batch's flat
-    axis. `lineages` gives, by state slot of a beam row, [step, lanes]: the lane at each step that a lane descends from.
+
+def plan_step(batch: Batch, bounds: StepBounds, state: DeviceState) -> StepArrays:
+    """The arrays of `batch` in the sizes of `bounds`, which must cover it. Outputs are in the batch's order of rows.
+
+    Padding computes nothing that is kept: no page is written, rows and groups are empty, drawn tokens go to the spare
+    slot. A padded output repeats the first one, so that no garbage is multiplied.
     """
     linear = [row for row in batch.rows if row.beam is None]
     beams = [row for row in batch.rows if row.beam is not None]
-    order = np.concatenate([np.arange(row.query_start, row.query_end) for row in (*linear, *beams)])
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    return KernelStep(
-        tokens=_upload(tokens[order], device),
-        positions=_upload(batch.positions[order].astype(np.int32), device),
-        slots=_upload(batch.slots[order], device),
-        outputs=_upload(place[outputs], device),
-        row_tokens=sum(row.query_len for row in linear),
-        rows=_ragged(linear, device) if linear else None,
-        beams=_beams(beams, lineages, device) if beams else None,
+    place = np.zeros(len(batch.tokens), np.int64)
+    start = 0
+    for row in linear:
+        place[row.query_start : row.query_end] = np.arange(start, start + row.query_len)
+        start += row.query_len
+    start = bounds.row_tokens
+    for row in beams:
+        place[row.query_start : row.query_end] = np.arange(start, start + row.query_len)
+        start += row.query_len
+    size = bounds.row_tokens + bounds.lane_tokens
+    from_state, source = _sources(batch, state)
+    outputs = np.concatenate([np.zeros(0, np.int64), *(_output_tokens(row) for row in batch.rows)])
+    placed = place[outputs]
+    padded = np.full(bounds.outputs, placed[0] if len(placed) else 0, np.int64)
+    padded[: len(placed)] = placed
+    sample_outputs, sample_target, temperature, top_k, top_p, seed, sample_index = _samples(
+        batch, bounds.samples, state
+    )
+    return StepArrays(
+        tokens=_spread(batch.tokens, place, size, 0, np.int64),
+        from_state=_spread(from_state, place, size, 0, np.bool_),
+        source=_spread(source, place, size, 0, np.int64),
+        positions=_spread(batch.positions, place, size, 0, np.int32),
+        slots=_spread(batch.slots, place, size, -1, np.int64),
+        outputs=padded,
+        row_pages=_page_table(linear, bounds.rows, bounds.pages),
+        row_kv_len=_column([row.kv_len for row in linear], bounds.rows, 0, np.int32),
+        row_start=_starts(linear, bounds.rows),
+        beam_pages=_page_table(beams, bounds.groups, bounds.pages),
+        beam_prompt_len=_column([row.kv_len for row in beams], bounds.groups, 0, np.int32),
+        beam_start=_starts(beams, bounds.groups),
+        beam_width=_column([row.query_len for row in beams], bounds.groups, 0, np.int32),
+        beam_step=_column([beam_of(row).step - 1 for row in beams], bounds.groups, 0, np.int32),
+        beam_slots=_column([row.state_slot for row in beams], bounds.groups, state.spare_slot, np.int64),
+        own_slots=_own_slots(beams, bounds),
+        sample_outputs=sample_outputs,
+        sample_target=sample_target,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        sample_index=sample_index,
     )
 
 
-def _ragged(rows: Sequence[Row], device: torch.device) -> RaggedRows:
-    return RaggedRows(
-        page_table=_page_table(rows, device),
-        kv_len=_upload(np.array([row.kv_len for row in rows], np.int32), device),
-        query_start=_starts(rows, device),
-        max_query_len=max(row.query_len for row in rows),
-        max_kv_len=max(row.kv_len for row in rows),
-    )
-
-
-def _beams(rows: Sequence[Row], lineages: Mapping[int, NDArray[np.int64]], device: torch.device) -> BeamGroups:
-    """The kernel walks from a lane to its ancestors by parents. Here each lane's ancestors are known already, so its
-    column holds their slots and every parent is the lane itself.
-
-    The room for lanes decides the kernel's tile, and the tile the order of its sums. A multiple of `LANES_STEP` (more
-    packed rows than a narrow tile has) makes the tile the same for every step.
-    """
-    steps = max(_beam(row).step for row in rows)
-    room = -(-max(row.query_len for row in rows) // LANES_STEP) * LANES_STEP
-    own_slots = np.zeros((len(rows), steps, room), np.int64)
-    for index, row in enumerate(rows):
-        beam, lineage = _beam(row), lineages[row.state_slot]
-        if lineage.shape != (beam.step, row.query_len):
-            raise ValueError(
-                f"row of state slot {row.state_slot}: step {beam.step} of {row.query_len} lanes does not continue the "
-                f"search there, which has {lineage.shape[0]} codes in {lineage.shape[1]} lanes"
-            )
-        own_slots[index, : beam.step, : row.query_len] = np.take_along_axis(beam.own_slots[: beam.step], lineage, 1)
-    parents = torch.arange(room, dtype=torch.int32, device=device).expand(len(rows), steps, room).contiguous()
-    return BeamGroups(
-        page_table=_page_table(rows, device),
-        prompt_len=_upload(np.array([row.kv_len for row in rows], np.int32), device),
-        query_start=_starts(rows, device),
-        width=_upload(np.array([row.query_len for row in rows], np.int32), device),
-        step=_upload(np.array([_beam(row).step - 1 for row in rows], np.int32), device),
-        own_slots=_upload(own_slots, device),
-        parents=parents,
-        max_prompt_len=max(row.kv_len for row in rows),
-    )
-
-
-def _page_table(rows: Sequence[Row], device: torch.device) -> Tensor:
-    """int32 [rows, most pages]; the kernels read no entry past a row's own."""
-    table = np.zeros((len(rows), max(len(row.pages) for row in rows)), np.int32)
-    for index, row in enumerate(rows):
-        table[index, : len(row.pages)] = row.pages
-    return _upload(table, device)
-
-
-def _starts(rows: Sequence[Row], device: torch.device) -> Tensor:
-    """int32 [rows + 1]: prefix sums of the rows' tokens."""
-    return _upload(np.cumsum([0, *(row.query_len for row in rows)]).astype(np.int32), device)
-
-
-def _beam(row: Row) -> BeamStep:
+def beam_of(row: Row) -> BeamStep:
+    """The beams of a row that has them."""
     if row.beam is None:
         raise ValueError(f"row of state slot {row.state_slot} has no beams")
     return row.beam
 
 
-def _upload(values: NDArray[np.int32] | NDArray[np.int64], device: torch.device) -> Tensor:
-    return torch.from_numpy(values).to(device)
+def _output_count(row: Row) -> int:
+    return 0 if row.readout is None else row.query_len if row.beam is not None else 1
+
+
+def _output_tokens(row: Row) -> Int64:
+    return np.arange(row.query_end - _output_count(row), row.query_end)
+
+
+def _sources(batch: Batch, state: DeviceState) -> tuple[NDArray[np.bool_], Int64]:
+    """Which tokens an earlier step chose, and their entries of the state."""
+    from_state = np.zeros(len(batch.tokens), np.bool_)
+    source = np.zeros(len(batch.tokens), np.int64)
+    for row in batch.rows:
+        part = slice(row.query_start, row.query_end)
+        first = row.state_slot * state.token_columns
+        if row.token_from_state:
+            source[part] = first
+        elif row.beam is not None and isinstance(row.readout, SelectReadout):
+            if row.query_len > state.lanes:
+                raise ValueError(f"state slot {row.state_slot} has {row.query_len} lanes, at most {state.lanes} fit")
+            source[part] = first + 1 + np.arange(row.query_len)
+        else:
+            continue
+        from_state[part] = True
+    return from_state, source
+
+
+def _samples(batch: Batch, count: int, state: DeviceState) -> Draws:
+    """The draws' settings. Padding is greedy, and goes to the spare slot."""
+    first = np.cumsum([0, *(_output_count(row) for row in batch.rows)])
+    drawn = [(row, at, row.readout) for row, at in zip(batch.rows, first, strict=False)]
+    chosen = [(row, int(at), readout) for row, at, readout in drawn if isinstance(readout, SampleReadout)]
+    settings = [readout.sampling for _, _, readout in chosen]
+    columns = state.token_columns
+    seeds = np.array([sampling.seed % 2**64 for sampling in settings], np.uint64).view(np.int64)
+    return (
+        _column([at for _, at, _ in chosen], count, 0, np.int64),
+        _column([row.state_slot * columns for row, _, _ in chosen], count, state.spare_slot * columns, np.int64),
+        _column([sampling.temperature for sampling in settings], count, 0, np.float32),
+        _column([sampling.top_k for sampling in settings], count, 0, np.int32),
+        _column([sampling.top_p for sampling in settings], count, 1, np.float32),
+        _column(seeds.tolist(), count, 0, np.int64),
+        _column([readout.index for _, _, readout in chosen], count, 0, np.int32),
+    )
+
+
+def _own_slots(rows: Sequence[Row], bounds: StepBounds) -> Int64:
+    own = np.zeros((bounds.groups, bounds.steps, bounds.lanes), np.int64)
+    for index, row in enumerate(rows):
+        beam = beam_of(row)
+        own[index, : beam.step, : row.query_len] = beam.own_slots[: beam.step]
+    return own
+
+
+def _page_table(rows: Sequence[Row], count: int, pages: int) -> Int32:
+    """[count, pages]; the kernels read no entry past a row's own."""
+    table = np.zeros((count, pages), np.int32)
+    for index, row in enumerate(rows):
+        table[index, : len(row.pages)] = row.pages
+    return table
+
+
+def _starts(rows: Sequence[Row], count: int) -> Int32:
+    """[count + 1]: prefix sums of the rows' tokens; padding rows are empty ones at the end."""
+    starts = np.cumsum([0, *(row.query_len for row in rows)])
+    return _column(starts.tolist(), count + 1, int(starts[-1]), np.int32)
+
+
+def _spread(values: NDArray[np.generic], place: Int64, size: int, fill: int, dtype: type[_Scalar]) -> NDArray[_Scalar]:
+    result: NDArray[_Scalar] = np.full(size, fill, dtype)
+    result[place] = values
+    return result
+
+
+def _column(values: Sequence[float], count: int, fill: int, dtype: type[_Scalar]) -> NDArray[_Scalar]:
+    result: NDArray[_Scalar] = np.full(count, fill, dtype)
+    result[: len(values)] = values
+    return result

@@ -1,0 +1,188 @@
+"""Steps as CUDA graphs: the launches of a small step cost more than its work, and a replayed graph is one launch.
+
+A graph has fixed sizes, so a step is padded to the smallest *bucket* that covers it; steps with a long prompt chunk,
+where the work is what costs, and steps larger than every bucket run launch by launch. Which buckets there are and which
+one a step takes is decided here without CUDA.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from shoplm.engine.batch import Batch
+from shoplm.kernels.tile_config import SHORT_ROWS
+from shoplm.model.device_io import packed_bytes
+from shoplm.model.device_state import DeviceState
+from shoplm.model.triton_program import StepOutputs
+from shoplm.model.triton_step import LANES_STEP, KernelStep, StepBounds, host_arrays, plan_step
+
+log = logging.getLogger("shoplm.graphs")
+
+DECODE_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 384, 512)
+SHORT_TOKENS = (16, 64, 128)  # steps whose prompts lack a few tokens each: most prompts behind a cached history
+LANE_TOKENS = (64, 128, 256, 512, 1024)
+SEARCHES = 8
+SHORT_CONTEXT = 4096  # tokens: a grid for the longest context has many programs that only find out they are not needed
+REPORT_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class GraphLimits:
+    """What the buckets depend on."""
+
+    rows: int  # most requests that run at once
+    kv_len: int  # tokens, the longest context
+    page_size: int
+    query_group: int  # query heads per KV head
+    steps: int  # most codes of an item, but the last; 0: no beams
+    lane_tokens: int  # most lanes of a step
+
+
+def graph_buckets(limits: GraphLimits) -> tuple[StepBounds, ...]:
+    """The buckets in the order of capture: what chats need first, the rarest last."""
+    contexts = sorted({min(SHORT_CONTEXT, limits.kv_len), limits.kv_len})
+    buckets = [_bounds(limits, kv_len, rows, rows, 1) for kv_len in contexts for rows in _up_to(DECODE_ROWS, limits)]
+    query_len = max(1, SHORT_ROWS // limits.query_group)  # longer chunks take the prefill kernel
+    for kv_len in contexts:
+        if limits.steps:
+            for tokens in sorted({min(size, limits.lane_tokens) for size in LANE_TOKENS}):
+                buckets.append(_with_searches(_bounds(limits, kv_len, 0, 0, 0), limits, tokens))
+        for tokens in SHORT_TOKENS:
+            short = _bounds(limits, kv_len, tokens, min(tokens, limits.rows), query_len)
+            buckets.append(short)
+            if limits.steps:
+                for lanes in sorted({min(size, limits.lane_tokens) for size in LANE_TOKENS[1:-1]}):
+                    buckets.append(_with_searches(short, limits, lanes))
+    return tuple(buckets)
+
+
+def smallest_cover(buckets: Sequence[StepBounds], need: StepBounds) -> StepBounds | None:
+    """The bucket with the least padding that has room for a step, if there is one."""
+    covers = [bucket for bucket in buckets if bucket.cover(need)]
+    return min(covers, key=lambda b: (b.row_tokens + b.lane_tokens, b.kv_len, b.rows + b.groups), default=None)
+
+
+def _up_to(sizes: Sequence[int], limits: GraphLimits) -> list[int]:
+    return sorted({min(size, limits.rows) for size in sizes})
+
+
+def _bounds(limits: GraphLimits, kv_len: int, tokens: int, rows: int, query_len: int) -> StepBounds:
+    pages = -(-kv_len // limits.page_size)
+    return StepBounds(tokens, rows, query_len, kv_len, pages, samples=rows, outputs=rows)
+
+
+def _with_searches(bounds: StepBounds, limits: GraphLimits, lane_tokens: int) -> StepBounds:
+    return StepBounds(
+        row_tokens=bounds.row_tokens,
+        rows=bounds.rows,
+        query_len=bounds.query_len,
+        kv_len=bounds.kv_len,
+        pages=bounds.pages,
+        groups=min(SEARCHES, lane_tokens),
+        lane_tokens=lane_tokens,
+        lanes=-(-lane_tokens // LANES_STEP) * LANES_STEP,
+        steps=limits.steps,
+        samples=bounds.samples,
+        outputs=bounds.rows + lane_tokens,
+    )
+
+
+class Captured(Protocol):
+    """A step of fixed sizes whose inputs lie at fixed places."""
+
+    outputs: StepOutputs
+
+    def replay(self) -> None:
+        """Queue it on the inputs that are there now; `outputs` are its results until the next replay of any."""
+        ...
+
+
+class RunAgain:
+    """Where there is no CUDA: the launches once more. For tests of everything but the capture."""
+
+    def __init__(self, run: Callable[[], StepOutputs]) -> None:
+        self._run = run
+        self.outputs = run()
+
+    def replay(self) -> None:
+        self.outputs = self._run()
+
+
+class CudaGraph:
+    """A captured CUDA graph; all of a backend's share one pool of memory, since they run one after another."""
+
+    def __init__(self, run: Callable[[], StepOutputs], pool: Any) -> None:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()  # compiles kernels and lets cuBLAS take its workspace, neither of which may happen in a capture
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self.outputs = run()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class StepGraphs:
+    """The captured buckets of one backend."""
+
+    def __init__(self, program: Callable[[KernelStep], StepOutputs], state: DeviceState) -> None:
+        self._program = program
+        self._state = state
+        self._device = state.tokens.device
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=self._device)
+        self._captured: dict[StepBounds, Captured] = {}
+
+    @property
+    def buckets(self) -> tuple[StepBounds, ...]:
+        """What has been captured."""
+        return tuple(self._captured)
+
+    def capture(self, buckets: Sequence[StepBounds], budget_seconds: float) -> None:
+        """Capture buckets in order until the time is spent; what is left out runs launch by launch. Logs progress."""
+        arrays = [plan_step(_EMPTY, bounds, self._state) for bounds in buckets]
+        sizes = [packed_bytes(host_arrays(each)) for each in arrays]
+        self._buffer = torch.zeros(max(sizes, default=0), dtype=torch.uint8, device=self._device)
+        pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        start = reported = time.perf_counter()
+        for bounds, inputs in zip(buckets, arrays, strict=True):
+            now = time.perf_counter()
+            if now - start > budget_seconds:
+                break
+            if now - reported > REPORT_SECONDS:
+                log.info("captured %d of %d step sizes in %.0f s", len(self._captured), len(buckets), now - start)
+                reported = now
+            step = KernelStep.upload(inputs, bounds, self._device, self._buffer)
+
+            def run(step: KernelStep = step) -> StepOutputs:
+                return self._program(step)
+
+            self._captured[bounds] = RunAgain(run) if pool is None else CudaGraph(run, pool)
+        log.info(
+            "captured %d of %d step sizes in %.1f s (budget %.0f s)",
+            len(self._captured),
+            len(buckets),
+            time.perf_counter() - start,
+            budget_seconds,
+        )
+
+    def run(self, batch: Batch, need: StepBounds) -> StepOutputs | None:
+        """Queue the step by the smallest captured bucket; None where none has room for it."""
+        bounds = smallest_cover(self.buckets, need)
+        if bounds is None:
+            return None
+        KernelStep.upload(plan_step(batch, bounds, self._state), bounds, self._device, self._buffer)
+        captured = self._captured[bounds]
+        captured.replay()
+        return captured.outputs
+
+
+_EMPTY = Batch(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64), ())
