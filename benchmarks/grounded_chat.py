@@ -1,0 +1,86 @@
+"""Does chat answer from the shop's facts? Asks a running server the questions of a bundle, by string.
+
+    shoplm serve --bundle bundles/complete-journey
+    python benchmarks/grounded_chat.py bundles/complete-journey --customer 1000
+
+A question of `questions.toml` counts as right if the answer holds one of its expected strings, and as declined if it
+holds `DECLINED`'s first words. Greedy, at most 40 tokens; asked with grounding, and once more without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from shoplm.client import Client
+from shoplm.retrieval import DECLINED
+
+MAX_TOKENS = 40
+_TIMEOUT_SECONDS = 300.0
+_AT_ONCE = 8
+_DECLINED = DECLINED.split(".")[0].lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One question and what became of it."""
+
+    question: str
+    answer: str
+    right: bool
+    cited: tuple[str, ...]
+    cached_tokens: int
+    prompt_tokens: int
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path, help="folder with questions.toml")
+    parser.add_argument("--address", default="127.0.0.1:50051")
+    parser.add_argument("--customer", help="a demo customer, whose history stands before every question")
+    parser.add_argument("--out", type=Path, help="write all answers here, as JSON")
+    options = parser.parse_args()
+    questions = tomllib.loads((options.bundle / "questions.toml").read_text("utf-8"))
+    with Client(options.address) as client:
+        version = client.get_model().model.version
+        rows = {
+            f"{kind}, grounding {name}": ask(client, questions[kind], options.customer, grounding)
+            for name, grounding in (("on", True), ("off", False))
+            for kind in ("answered", "unanswered")
+        }
+    print(f"bundle version {version}, customer {options.customer or 'none'}")
+    for name, asked in rows.items():
+        right = sum(each.right for each in asked)
+        print(f"{name:28} {right:3} of {len(asked)} right ({100.0 * right / len(asked):.0f} %)")
+    if options.out is not None:
+        data = {name: [asdict(each) for each in asked] for name, asked in rows.items()}
+        options.out.write_text(json.dumps({"version": version, **data}, indent=1, ensure_ascii=False) + "\n")
+    return 0
+
+
+def ask(client: Client, questions: list[dict[str, object]], customer: str | None, grounding: bool) -> list[Asked]:
+    """All questions, a few at once. Without `expect`, declining is right."""
+
+    def one(entry: dict[str, object]) -> Asked:
+        question, expect = str(entry["question"]), entry.get("expect")
+        stream = client.chat(
+            question, customer=customer, max_tokens=MAX_TOKENS, grounding=grounding, timeout=_TIMEOUT_SECONDS
+        )
+        answer = stream.text()
+        wanted = [str(each) for each in expect] if isinstance(expect, list) else [_DECLINED]
+        right = any(each.lower() in answer.lower() for each in wanted)
+        cited = tuple(each.title for each in stream.summary.citations)
+        usage = stream.summary.usage
+        return Asked(question, answer, right, cited, usage.cached_tokens, usage.prompt_tokens)
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(one, questions))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
