@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from shoplm.bundle import (
     FORMAT,
+    REQUIRED_FILES,
     BaseReference,
     DemoCustomer,
     HeadSpec,
@@ -23,7 +24,8 @@ from shoplm.errors import BundleError
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> ShopManifest:
-    (tmp_path / "items.parquet").write_bytes(b"items")
+    for name in REQUIRED_FILES:
+        (tmp_path / name).write_bytes(name.encode())
     made = ShopManifest(
         format=FORMAT,
         name="shop",
@@ -39,7 +41,7 @@ def manifest(tmp_path: Path) -> ShopManifest:
         level_sizes=(3,),
         type_count=2,
         feature_version=1,
-        hashes={"items.parquet": file_hash(tmp_path / "items.parquet")},
+        hashes={name: file_hash(tmp_path / name) for name in REQUIRED_FILES},
         targets=(HeadSpec("purchase", "hazard", (0, 1), 0.25, 7, parameters={"slope": 1.0, "intercept": -0.125}),),
         customers=(DemoCustomer("c", "2018-01-01T00:00:00Z", {"age": "45-54"}),),
     )
@@ -74,7 +76,8 @@ def test_no_bundle_says_how_to_make_one(tmp_path: Path) -> None:
     [
         ({"format": FORMAT + 1}, "bundle format"),
         ({"level_sizes": (3, 4)}, "depth 1 but 2 level_sizes"),
-        ({"hashes": {"../x": "0"}}, "not a file of the bundle"),
+        ({"hashes": {"../x": "0", **dict.fromkeys(REQUIRED_FILES, "0")}}, "not a file of the bundle"),
+        ({"hashes": {}}, r"hashes lacks items\.parquet, types\.parquet, weights\.safetensors"),
     ],
 )
 def test_contradictions_are_refused(
@@ -82,6 +85,12 @@ def test_contradictions_are_refused(
 ) -> None:
     write_manifest(tmp_path, msgspec.structs.replace(manifest, **change))
     with pytest.raises(BundleError, match=message):
+        read_manifest(tmp_path)
+
+
+def test_a_later_format_is_named_before_fields_that_nobody_here_knows(tmp_path: Path) -> None:
+    (tmp_path / "shop.toml").write_text(f"format = {FORMAT + 1}\nfield_of_the_future = 1\n")
+    with pytest.raises(BundleError, match=f"bundle format {FORMAT + 1}, this server reads {FORMAT}"):
         read_manifest(tmp_path)
 
 

@@ -22,6 +22,7 @@ import msgspec
 from shoplm.errors import BundleError
 
 FORMAT = 1
+REQUIRED_FILES = ("items.parquet", "types.parquet", "weights.safetensors")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -116,13 +117,17 @@ def read_manifest(folder: Path, *, verify: bool = True) -> ShopManifest:
     if not path.is_file():
         raise BundleError(f"{folder}: no bundle there (shop.toml is missing); make one with `shoplm train`")
     try:
-        manifest = msgspec.convert(tomllib.loads(path.read_text("utf-8")), ShopManifest)
+        data = tomllib.loads(path.read_text("utf-8"))
+        # First of all: a later format may have fields that this code does not know.
+        if data.get("format", FORMAT) != FORMAT:
+            raise BundleError(f"{path}: bundle format {data['format']}, this server reads {FORMAT}; train it again")
+        manifest = msgspec.convert(data, ShopManifest)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise BundleError(f"{path}: {error}") from error
-    if manifest.format != FORMAT:
-        raise BundleError(f"{path}: bundle format {manifest.format}, this server reads {FORMAT}; train it again")
     if len(manifest.level_sizes) != manifest.depth:
         raise BundleError(f"{path}: depth {manifest.depth} but {len(manifest.level_sizes)} level_sizes")
+    if unnamed := [name for name in REQUIRED_FILES if name not in manifest.hashes]:
+        raise BundleError(f"{path}: hashes lacks {', '.join(unnamed)}: nothing says what these files should hold")
     for name, expected in manifest.hashes.items():
         if Path(name).name != name:
             raise BundleError(f"{path}: hashes names {name!r}, which is not a file of the bundle")

@@ -14,6 +14,7 @@ _COMMANDS = {
     "adapt": ("shoplm.training.cli", "adapt", "train"),
     "evaluate": ("shoplm.training.cli", "evaluate", "train"),
     "bench": ("shoplm.bench.cli", "bench", "server"),
+    "bundle": ("shoplm.bundle_cli", "bundle", "server"),
 }
 _HELP = """One language model for a shop's recommendations, chat and predictions.
 
@@ -48,7 +49,11 @@ def _application(first: list[str]) -> typer.Typer:
     for name in wanted:
         module, function, extra = _COMMANDS[name]
         try:
-            app.command(name)(getattr(import_module(module), function))
+            found = getattr(import_module(module), function)
+            if isinstance(found, typer.Typer):
+                app.add_typer(found, name=name)
+            else:
+                app.command(name)(found)
         except ModuleNotFoundError as error:
             if first == [name]:
                 sys.exit(_missing(name, error, extra))
