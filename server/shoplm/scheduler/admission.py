@@ -13,12 +13,13 @@ from typing import NamedTuple
 import msgspec
 from shoplm.request import Degradation, FailureKind, Generate, Select, Service
 from shoplm.scheduler.backlog import Backlog
-from shoplm.scheduler.budget import Answers, Budgeter
+from shoplm.scheduler.budget import Budgeter
 from shoplm.scheduler.config import SchedulerConfig
 from shoplm.scheduler.fairness import Shares
 from shoplm.scheduler.forecast import Forecast
 from shoplm.scheduler.memory import SequenceMemory
 from shoplm.scheduler.sequence import Sequence
+from shoplm.scheduler.survey import Answers
 
 LEAST_TOKENS = 8  # of a chat answer that was made shorter
 _LEAST_RATE = 0.1  # of the time, that prompts are assumed to get
@@ -114,8 +115,8 @@ class Admission:
         return Refusal(FailureKind.OVERLOADED, "DEADLINE_LOST", message, retry)
 
     def _never(self, sequence: Sequence) -> Refusal | None:
-        request, task = sequence.request, sequence.request.task
-        longest = len(request.tokens) + (task.max_tokens if isinstance(task, Generate) else 0)
+        task = sequence.request.task
+        longest = sequence.most_length
         most, context = self._config.max_step_tokens, self._limits.max_context_tokens
         reason, message = "", ""
         if isinstance(task, Generate) and task.max_tokens < 1:
@@ -171,7 +172,7 @@ class Admission:
             busy = own + sum(min(ahead, entitled[other]) for other, ahead in others.items())
         step = cost.coefficients.step
         cycle = min(self._budgeter.longest_step_seconds(load.starts_seconds), max(busy + step, 2 * step))
-        if load.answers.count:
+        if load.answers.requests:
             cycle = max(min(cycle, self._config.policy.token_target_seconds), step + load.answers.seconds)
         rate = max(1 - (step + load.answers.seconds) / cycle, _LEAST_RATE)
         levels = sequence.depth - 1
@@ -216,12 +217,13 @@ class Admission:
         while lanes and width > task.count:
             width = max(width // 2, task.count)
             narrow = msgspec.structs.replace(task, beam_width=width)
-            sequence.request = msgspec.structs.replace(asked, task=narrow)
+            sequence.serve(msgspec.structs.replace(asked, task=narrow))
             sequence.lanes = self._limits.lanes(narrow)
             if self._in_time(sequence, load):
                 sequence.degraded = (Degradation.NARROWER_BEAMS,)
                 return True
-        sequence.request, sequence.lanes = asked, lanes
+        sequence.serve(asked)
+        sequence.lanes = lanes
         return False
 
     def _shorten(self, sequence: Sequence, task: Generate, load: Load) -> bool:
@@ -232,12 +234,13 @@ class Admission:
         tokens = int(left / self._forecast.token_seconds) + 1
         if not LEAST_TOKENS <= tokens < task.max_tokens:
             return False
-        sequence.request = msgspec.structs.replace(asked, task=msgspec.structs.replace(task, max_tokens=tokens))
+        sequence.serve(msgspec.structs.replace(asked, task=msgspec.structs.replace(task, max_tokens=tokens)))
         sequence.limit_seconds = self._forecast.limit_seconds(sequence)
         if self._in_time(sequence, load):
             sequence.degraded = (Degradation.FEWER_TOKENS,)
             return True
-        sequence.request, sequence.limit_seconds = asked, limit
+        sequence.serve(asked)
+        sequence.limit_seconds = limit
         return False
 
     def _in_time(self, sequence: Sequence, load: Load) -> bool:

@@ -8,7 +8,6 @@ none: then, and before the cost model is fitted, steps are bounded by tokens alo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from shoplm.request import Generate, Service
@@ -17,11 +16,11 @@ from shoplm.scheduler.cost import CostModel
 from shoplm.scheduler.forecast import Forecast
 from shoplm.scheduler.plan import PlanRow
 from shoplm.scheduler.sequence import Sequence
+from shoplm.scheduler.survey import Answers
 
 ATTAINABLE = 0.8  # of the token target that answers may take of a step; the rest is for prompts and for error
 PROMPT_FLOOR = 0.15  # of the token target that prompts get of a step, however urgent the answers are
 LEAST_CHUNK = 16  # tokens of a prompt that are worth a row, unless fewer end it
-_PATIENCE = 5.0  # token targets after which an answer of late work must go on
 _RECENT_SECONDS = 5.0  # how long a service that asked counts as one that may ask any moment
 _LEAST_STEPS = 4.0  # a step is never bounded below so many times its constant part: efficiency
 
@@ -33,46 +32,21 @@ class StepBudget:
     tokens: int
     prompt_tokens: int
     seconds: float
+    answer_seconds: float  # of these, at most
     answers_first: bool
 
-    def take(self, tokens: int, seconds: float, is_prompt: bool) -> None:
-        """A row was planned."""
+    def take_prompt(self, tokens: int, seconds: float) -> None:
+        """A chunk of a prompt was planned."""
+        self.tokens -= tokens
+        self.prompt_tokens -= tokens
+        self.seconds -= seconds
+        self.answer_seconds -= seconds
+
+    def take_answers(self, tokens: int, seconds: float) -> None:
+        """Tokens of answers, or levels of searches, were planned."""
         self.tokens -= tokens
         self.seconds -= seconds
-        if is_prompt:
-            self.prompt_tokens -= tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """The answers and searches that go on, as one load."""
-
-    count: int = 0
-    tokens: int = 0
-    seconds: float = 0.0  # that all of them together add to a step
-    first_due: float = math.inf  # when the first of them should have its next token or level
-
-    @staticmethod
-    def of(sequences: Seq[Sequence], cost: CostModel, token_target: float) -> Answers:
-        """One pass over what goes on."""
-        kv = rows = 0
-        tokens = 0
-        first = math.inf
-        for sequence in sequences:
-            lanes = sequence.lanes if sequence.level else 1
-            tokens += lanes
-            kv += lanes * sequence.computed
-            rows += 1
-            if sequence.level:
-                due = sequence.due_seconds
-            elif sequence.last_token_seconds is None:
-                continue
-            else:
-                due = sequence.last_token_seconds + token_target
-            if sequence.is_late:
-                due += (_PATIENCE - 1) * token_target
-            first = min(first, due)
-        return Answers(rows, tokens, cost.work_seconds(tokens, kv, rows), first)
+        self.answer_seconds -= seconds
 
 
 class Budgeter:
@@ -101,25 +75,30 @@ class Budgeter:
         """
         config = self._config
         if not self.uses_time:
-            most = config.max_mixed_prompt_tokens if answers.count else config.max_step_tokens
-            return StepBudget(config.max_step_tokens, most, math.inf, True)
+            most = config.max_mixed_prompt_tokens if answers.requests else config.max_step_tokens
+            return StepBudget(config.max_step_tokens, most, math.inf, math.inf, True)
         constant, target = self._cost.coefficients.step, config.policy.token_target_seconds
-        limit = self.longest_step_seconds(now)
+        seconds = self.longest_step_seconds(now)
+        least = max(PROMPT_FLOOR * target, self._cost.work_seconds(LEAST_CHUNK, 0, 1))
         prompt_tokens, answers_first = config.max_step_tokens, True
-        seconds = limit
-        if answers.count:
-            floor = constant + answers.seconds + max(PROMPT_FLOOR * target, self._cost.work_seconds(LEAST_CHUNK, 0, 1))
-            if not self.attainable(answers.seconds):
-                prompt_tokens = config.max_mixed_prompt_tokens
-                seconds = max(limit, constant + answers.seconds + self._cost.work_seconds(prompt_tokens, 0, 1))
-            else:
-                seconds = max(floor, min(limit, answers.first_due - now))
+        if answers.requests and self.attainable(answers.seconds):
+            seconds = max(min(seconds, answers.first_due - now), constant + answers.seconds + least)
+        elif answers.requests:
+            prompt_tokens = config.max_mixed_prompt_tokens
+            seconds = max(seconds, constant + 2 * least)
         if urgent is not None and not urgent.is_late:
             need, room = self._forecast.alone_seconds(urgent), urgent.due_seconds - now
             if need <= room < seconds:
                 answers_first = need + answers.seconds <= room or answers.first_due <= urgent.due_seconds
                 seconds = max(room, need + answers.seconds) if answers_first else room
-        return StepBudget(config.max_step_tokens, prompt_tokens, seconds - constant, answers_first)
+        return StepBudget(
+            config.max_step_tokens,
+            prompt_tokens,
+            seconds - constant,
+            # Answers that do not all fit leave something to the prompts.
+            seconds - constant - (least if urgent is not None and answers_first else 0.0),
+            answers_first,
+        )
 
     def attainable(self, answers_seconds: float) -> bool:
         """Whether answers that add so much to each step have their tokens in time."""

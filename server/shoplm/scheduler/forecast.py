@@ -55,7 +55,7 @@ class Forecast:
 
     def work_seconds(self, sequence: Sequence) -> float:
         """What the first result still adds to steps: the prompt's rest and the levels of a search."""
-        if not sequence.is_prompt and not sequence.is_selecting:
+        if not sequence.level and not sequence.is_prompt:
             return 0.0
         work = 0.0
         if sequence.level == 0:
@@ -71,7 +71,7 @@ class Forecast:
     def alone_seconds(self, sequence: Sequence) -> float:
         """To the first result on an engine that does nothing else. 0 when all of it is on its way."""
         steps = 0
-        if sequence.level == 0:
+        if sequence.level == 0 and sequence.is_prompt:
             left = len(sequence.tokens) - (sequence.computed or sequence.expected_cached)
             steps = -(-left // self._config.max_step_tokens)
         steps += sequence.depth - max(sequence.level, 1)

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from shoplm.cache.pages import PagePool
 from shoplm.cache.prefix import PrefixTree
-from shoplm.request import Generate
 from shoplm.scheduler.sequence import Sequence
 
 
@@ -27,9 +26,7 @@ class SequenceMemory:
 
     def fits(self, sequence: Sequence) -> bool:
         """Whether the pool could hold the sequence to its very end, were it alone."""
-        task = sequence.request.task
-        longest = sequence.prompt_length + (task.max_tokens if isinstance(task, Generate) else 0)
-        return self._pages(longest) + self._pages(sequence.lanes * (sequence.depth - 1)) <= self.pool.size
+        return self._pages(sequence.most_length) + self._pages(sequence.lanes * (sequence.depth - 1)) <= self.pool.size
 
     def expected(self, sequence: Sequence) -> int:
         """Leading tokens that need not be computed for this sequence, as things are: pages that are or will be there.
@@ -107,11 +104,12 @@ class SequenceMemory:
 
     def fill(self, sequence: Sequence, end: int) -> None:
         """The keys and values of the leading `end` tokens are in the pool now: others may read them."""
-        for node in reversed(sequence.nodes[: end // self.page_size]):
-            if node.filled:
-                break
-            node.filled = True
-            node.writer = None
+        nodes = sequence.nodes
+        index = min(end // self.page_size, len(nodes)) - 1
+        while index >= 0 and not nodes[index].filled:
+            nodes[index].filled = True
+            nodes[index].writer = None
+            index -= 1
 
     def release(self, sequence: Sequence, computed: int) -> None:
         """Take everything back. Own full pages among the leading `computed` tokens stay cached for the next turn."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence as Seq
+from collections.abc import Collection, Iterator
 
 from shoplm.request import Generate
 from shoplm.scheduler.memory import SequenceMemory
@@ -21,9 +20,9 @@ class Residents:
     def __len__(self) -> int:
         return len(self._running)
 
-    def all(self) -> Seq[Sequence]:
+    def all(self) -> Collection[Sequence]:
         """In the order in which they were started."""
-        return tuple(self._running.values())
+        return self._running.values()
 
     def start(self, sequence: Sequence) -> bool:
         """Let a request run, if there is a state slot and memory for it."""
@@ -50,14 +49,16 @@ class Residents:
         sequence.state_slot = None
         del self._running[sequence.request.request_id]
 
-    def make_room(self) -> Iterable[Sequence]:
+    def make_room(self) -> Iterator[Sequence]:
         """Every answer that goes on gets the page of its next token; yields who was stopped for that.
 
         Whoever came last makes room. That never changes, so the first comer always gets on, and no two requests take
         each other's pages in turn. Comes before any row is planned, so that nobody who was stopped is in the step.
         """
-        for sequence in self.all():
-            if sequence.level or sequence.is_prompt or not sequence.wants_more:
+        size = self.memory.page_size
+        at_page_ends = [each for each in self._running.values() if not each.computed % size and not each.level]
+        for sequence in at_page_ends:
+            if sequence.is_prompt or not sequence.wants_more:
                 continue
             while sequence.state_slot is not None and not self.memory.grow(sequence):
                 victim = max(self._running.values(), key=_last_to_yield)

@@ -15,6 +15,16 @@ def next_level(sequence: Sequence) -> PlanRow:
     return row
 
 
+def next_token(sequence: Sequence) -> PlanRow:
+    """The next token of an answer that goes on: all that is known before it is computed, or in flight."""
+    start = sequence.computed
+    index = start + 1 - sequence.prompt_length
+    row = PlanRow(sequence, start, 1, True, start >= len(sequence.tokens), 0, False, index, sequence.epoch)
+    sequence.computed = start + 1
+    sequence.unknown += 1
+    return row
+
+
 def next_tokens(sequence: Sequence, most: int, memory: SequenceMemory) -> PlanRow | None:
     """The next tokens of a sequence, as many as `most` and the pages of others allow; None when there are none."""
     if not memory.catch_up(sequence):

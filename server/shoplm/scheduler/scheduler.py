@@ -12,11 +12,12 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from functools import cmp_to_key
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from shoplm.request import Degradation, EngineOutput, FailureKind, FinishReason, Generate, Request, Select, Service
 from shoplm.scheduler.admission import Admission, Limits, Load, Refusal
-from shoplm.scheduler.budget import LEAST_CHUNK, Answers, Budgeter, StepBudget
+from shoplm.scheduler.budget import LEAST_CHUNK, Budgeter, StepBudget
 from shoplm.scheduler.config import SchedulerConfig
 from shoplm.scheduler.cost import CostModel, StepLoad
 from shoplm.scheduler.deadlines import Deadlines
@@ -27,9 +28,10 @@ from shoplm.scheduler.ordering import ArrivalOrder, Order, SlackOrder
 from shoplm.scheduler.outcomes import Outcomes
 from shoplm.scheduler.plan import Plan, PlanRow
 from shoplm.scheduler.residents import Residents
-from shoplm.scheduler.rows import next_level, next_tokens
+from shoplm.scheduler.rows import next_level, next_token, next_tokens
 from shoplm.scheduler.sequence import Sequence
 from shoplm.scheduler.stats import SchedulerStats
+from shoplm.scheduler.survey import Answers, survey
 
 if TYPE_CHECKING:
     from shoplm.engine.batch import RowOutput  # numpy; the scheduler itself needs none
@@ -69,7 +71,7 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._queued_tokens = 0
         self._queued_requests = 0
-        self._going_on = Answers()  # as of the last plan
+        self._answers = Answers()  # as of the last plan
         self._in_flight: deque[float] = deque()  # predicted seconds of the steps in flight
         self._busy_until = 0.0  # when they should be done
         self._last_commit = 0.0
@@ -126,7 +128,7 @@ class Scheduler:
 
     def running(self) -> Seq[Sequence]:
         """The sequences that hold pages."""
-        return self._residents.all()
+        return tuple(self._residents.all())
 
     def alive(self) -> Seq[Sequence]:
         """Every request that has not ended."""
@@ -156,29 +158,25 @@ class Scheduler:
             self.stats.preemptions += 1
             self._enqueue(stopped)
         self._order.open(now)
-        answers, prompts = self._wanting(now)
+        going_on, prompts, self._answers = survey(
+            self._residents.all(), self.cost, self.config.policy.token_target_seconds
+        )
+        self._arrange(prompts, now)
         starts = max(now, self._busy_until)
-        budget = self._budgeter.open(self._going_on, self._most_urgent(prompts, now), starts)
+        budget = self._budgeter.open(self._answers, self._most_urgent(prompts, now), starts)
         rows: list[PlanRow] = []
         if budget.answers_first:
-            self._plan_answers(answers, rows, budget)
+            self._plan_answers(going_on, rows, budget)
         self._plan_prompts(prompts, rows, budget, now)
         if not budget.answers_first:
-            self._plan_answers(answers, rows, budget)
+            self._plan_answers(going_on, rows, budget)
         return self._close(rows, starts, now)
 
-    def _wanting(self, now: float) -> tuple[list[Sequence], list[Sequence]]:
-        """Running requests with something to submit: answers and searches that go on, and prompts by their rank."""
-        answers: list[Sequence] = []
-        prompts: list[Sequence] = []
-        for sequence in self._residents.all():
-            if sequence.wants_more:
-                (prompts if sequence.is_prompt else answers).append(sequence)
+    def _arrange(self, prompts: list[Sequence], now: float) -> None:
+        """Running prompts by their order; with few of them it is no work."""
         for prompt in prompts:
             self._order.overdue(prompt, now)
         prompts.sort(key=cmp_to_key(lambda one, other: -1 if self._order.before(one, other) else 1))
-        self._going_on = Answers.of(answers, self.cost, self.config.policy.token_target_seconds)
-        return answers, prompts
 
     def _most_urgent(self, prompts: Seq[Sequence], now: float) -> Sequence | None:
         first = prompts[0] if prompts else None
@@ -187,18 +185,21 @@ class Scheduler:
             return first
         return waiting
 
-    def _plan_answers(self, answers: list[Sequence], rows: list[PlanRow], budget: StepBudget) -> None:
+    def _plan_answers(self, going_on: list[Sequence], rows: list[PlanRow], budget: StepBudget) -> None:
         """A token or a level for each answer; if not all fit, for those that have waited longest."""
-        if self._going_on.seconds > budget.seconds or self._going_on.tokens > budget.tokens:
-            answers.sort(key=lambda sequence: sequence.last_planned_seconds)
-        for sequence in answers:
+        answers = self._answers
+        if answers.tokens <= budget.tokens and answers.seconds <= budget.answer_seconds:
+            rows += [next_level(each) if each.level else next_token(each) for each in going_on]
+            budget.take_answers(answers.tokens, answers.seconds)
+            return
+        for sequence in sorted(going_on, key=attrgetter("last_planned_seconds")):
+            if budget.tokens < 1 or (rows and budget.answer_seconds <= 0):
+                break
             lanes = sequence.lanes if sequence.level else 1
-            if lanes > budget.tokens or (rows and budget.seconds <= 0):
-                continue
-            row = next_level(sequence) if sequence.level else next_tokens(sequence, 1, self.memory)
-            if row is not None:
+            if lanes <= budget.tokens:
+                row = next_level(sequence) if sequence.level else next_token(sequence)
                 rows.append(row)
-                budget.take(lanes, self._budgeter.row_seconds(row), is_prompt=False)
+                budget.take_answers(lanes, self._budgeter.row_seconds(row))
 
     def _plan_prompts(self, prompts: list[Sequence], rows: list[PlanRow], budget: StepBudget, now: float) -> None:
         """Chunks of prompts: running ones and, in the same order, newly started ones."""
@@ -218,7 +219,7 @@ class Scheduler:
             row = self._chunk(running, budget, is_first=not rows)
             if row is not None:
                 rows.append(row)
-                budget.take(row.count, self._budgeter.row_seconds(row), is_prompt=True)
+                budget.take_prompt(row.count, self._budgeter.row_seconds(row))
 
     def _chunk(self, sequence: Sequence, budget: StepBudget, *, is_first: bool) -> PlanRow | None:
         most = min(budget.tokens, budget.prompt_tokens)
@@ -320,7 +321,7 @@ class Scheduler:
         return sequence
 
     def _load(self, now: float) -> Load:
-        return Load(self._queued_requests, self._queued_tokens, self._going_on, max(now, self._busy_until))
+        return Load(self._queued_requests, self._queued_tokens, self._answers, max(now, self._busy_until))
 
     def _enqueue(self, sequence: Sequence) -> None:
         self._order.push(sequence)
@@ -338,7 +339,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, now: float) -> bool:
         """Let the first of the queue run, if it may and there is room for it."""
-        if not self._budgeter.may_answer(sequence, self._going_on) or not self._residents.start(sequence):
+        if not self._budgeter.may_answer(sequence, self._answers) or not self._residents.start(sequence):
             return False
         self._dequeue(sequence)
         if sequence.epoch == 0:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shoplm.cache.prefix import Node
-from shoplm.request import Degradation, Generate, Request, Select
+from shoplm.request import Degradation, Generate, Request
 
 if TYPE_CHECKING:
     from shoplm.scheduler.fairness import Tenant
@@ -45,10 +45,18 @@ class Sequence:
     first_seconds: float | None = None
     last_token_seconds: float | None = None
     ended: bool = False
+    prompt_length: int = field(init=False)
+    most_length: int = field(init=False)  # of prompt and answer
 
-    @property
-    def prompt_length(self) -> int:
-        return len(self.request.tokens)
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.request.tokens)
+        self.serve(self.request)
+
+    def serve(self, request: Request) -> None:
+        """Serve this one, which is the request or a smaller one."""
+        self.request = request
+        task = request.task
+        self.most_length = self.prompt_length + (task.max_tokens if isinstance(task, Generate) else 0)
 
     @property
     def length(self) -> int:
@@ -65,22 +73,16 @@ class Sequence:
         return self.length - self.computed
 
     @property
-    def is_selecting(self) -> bool:
-        """The prompt is computed and the search goes on in beams."""
-        return isinstance(self.request.task, Select) and self.level > 0
-
-    @property
     def is_prompt(self) -> bool:
         """The prompt, or what was known of it and its answer when it was preempted, is not computed to its end."""
-        behind = self.computed < len(self.request.tokens) or len(self.tokens) + self.unknown - self.computed > 1
+        behind = self.computed < self.prompt_length or len(self.tokens) + self.unknown - self.computed > 1
         return behind and self.level == 0
 
     @property
     def wants_more(self) -> bool:
         """There is something left to submit."""
-        task = self.request.task
-        if isinstance(task, Select) and self.level:
+        if self.level:
             return self.level < self.depth
-        if isinstance(task, Generate):
-            return self.length - self.prompt_length < task.max_tokens and self.pending > 0
+        if self.most_length > self.prompt_length and self.length >= self.most_length:
+            return False
         return self.pending > 0

@@ -1,0 +1,143 @@
+"""What the scheduler itself takes of a step: `plan` + `commit`, with many requests running and queued.
+
+    python benchmarks/scheduler_overhead.py --running 1000 --queued 10000
+
+Two loads. `few`: steps as a CPU makes them, where the token target bounds how many answers fit into a step. `all`:
+every running answer has its token in every step, as on a GPU; the step's own work is then per row. The steps take
+simulated time; what is measured is the scheduler alone, without batch and backend. Prints microseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from dataclasses import dataclass
+
+from shoplm.request import Generate, Predict, Request, Select, Service, Task
+from shoplm.scheduler.config import SchedulerConfig, SchedulingPolicy
+from shoplm.scheduler.cost import Coefficients
+from shoplm.scheduler.plan import Plan
+from shoplm.scheduler.scheduler import Scheduler
+
+CURVES = {
+    "few": Coefficients(step=15e-3, token=9e-4, kv=4e-7, row=1.5e-3),
+    "all": Coefficients(step=2.5e-3, token=5e-6, kv=2e-9, row=5e-6),
+}
+ANSWER_TOKENS = 4_000
+QUEUED_TASKS: tuple[tuple[Service, Task], ...] = (
+    (Service.RECOMMENDATION, Select(10, 32)),
+    (Service.PREDICTION, Predict(())),
+    (Service.CHAT, Generate(64)),
+)
+
+
+@dataclass(slots=True)
+class Times:
+    """Seconds of each step."""
+
+    plan: list[float]
+    commit: list[float]
+    rows: list[int]
+
+
+class Bench:
+    """A scheduler with steps of simulated time."""
+
+    def __init__(self, curve: Coefficients, running: int) -> None:
+        policy = SchedulingPolicy(token_target_seconds=0.5)
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                max_step_tokens=2048, max_queued_requests=100_000, max_queued_tokens=100_000_000, policy=policy
+            ),
+            pages=running * (ANSWER_TOKENS // 16 + 4),
+            page_size=16,
+            state_slots=running,
+            max_context_tokens=8192,
+            trie_depths={"": 1},
+            lanes=lambda select: select.beam_width,
+        )
+        self._curve = curve
+        self.now = 0.0
+        self._number = 0
+
+    def submit(self, service: Service, task: Task, length: int, deadline: float | None) -> None:
+        """One request of a customer of its own."""
+        self._number += 1
+        start = self._number * 1_000_000
+        request = Request(
+            str(self._number),
+            service,
+            tuple(range(start, start + length)),
+            task,
+            arrival_seconds=self.now,
+            deadline_seconds=deadline,
+            tenant=str(self._number % 20),
+        )
+        self.scheduler.admit(request, self.now)
+
+    def step(self) -> tuple[float, float, int]:
+        """Plan and commit one step; returns the seconds of both, and its rows."""
+        begin = time.perf_counter()
+        plan = self.scheduler.plan(self.now)
+        planned = time.perf_counter() - begin
+        self.now += self._curve.seconds(plan.load)
+        outputs = [self._output(plan, index) for index in range(len(plan.rows))]
+        begin = time.perf_counter()
+        self.scheduler.commit(plan, outputs, self.now)
+        committed = time.perf_counter() - begin
+        self.scheduler.drain_outputs()
+        self.scheduler.stats.clear()
+        return planned, committed, len(plan.rows)
+
+    def _output(self, plan: Plan, index: int) -> int | tuple[float, ...] | None:
+        row = plan.rows[index]
+        if not row.reads:
+            return None
+        return 7 if isinstance(row.sequence.request.task, Generate) else (0.0,)
+
+
+def measure(load: str, running: int, queued: int, steps: int) -> Times:
+    """Fill the engine with answers, then the queue, and time steps."""
+    bench = Bench(CURVES[load], running)
+    for _ in range(running):
+        bench.submit(Service.CHAT, Generate(ANSWER_TOKENS), 32, None)
+    while sum(sequence.completion_tokens > 0 for sequence in bench.scheduler.running()) < running:
+        bench.step()
+    for number in range(queued):
+        service, task = QUEUED_TASKS[number % len(QUEUED_TASKS)]
+        # Half of them with a deadline that is far enough not to be refused, half late work without one.
+        bench.submit(service, task, 300, bench.now + 100_000 if number % 2 else None)
+    gc.collect()
+    gc.freeze()
+    times = Times([], [], [])
+    for _ in range(steps):
+        planned, committed, rows = bench.step()
+        times.plan.append(planned)
+        times.commit.append(committed)
+        times.rows.append(rows)
+    gc.unfreeze()
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--running", type=int, default=1_000)
+    parser.add_argument("--queued", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=300)
+    arguments = parser.parse_args()
+    print(f"{arguments.running} running, {arguments.queued} queued, microseconds, median (95th percentile)")
+    for load in CURVES:
+        times = measure(load, arguments.running, arguments.queued, arguments.steps)
+        both = [1e6 * (plan + commit) for plan, commit in zip(times.plan, times.commit, strict=True)]
+        ordered = sorted(both)
+        print(
+            f"{load:4} {statistics.median(times.rows):6.0f} rows  plan + commit {statistics.median(both):7.0f}"
+            f" ({ordered[int(0.95 * len(ordered))]:.0f})  plan {1e6 * statistics.median(times.plan):7.0f}"
+            f"  commit {1e6 * statistics.median(times.commit):7.0f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A fleet on simulated time: the real scheduler and step loop over a backend that only takes time. No torch."""
