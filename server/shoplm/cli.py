@@ -14,6 +14,7 @@ _COMMANDS = {
     "adapt": ("shoplm.training.cli", "adapt", "train"),
     "evaluate": ("shoplm.training.cli", "evaluate", "train"),
     "bench": ("shoplm.bench.cli", "bench", "server"),
+    "simulate": ("shoplm.simulate.cli", "simulate", "server"),
     "bundle": ("shoplm.bundle_cli", "bundle", "server"),
 }
 _HELP = """One language model for a shop's recommendations, chat and predictions.

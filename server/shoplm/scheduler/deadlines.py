@@ -19,7 +19,7 @@ class Deadlines:
     """
 
     def __init__(self, moment: Callable[[Sequence], float | None]) -> None:
-        """`moment` tells when a request will be lost if nothing more is computed of it; None: never."""
+        """`moment` tells when a request will be lost if nothing more is computed of it; None: never, from now on."""
         self._moment = moment
         self._heap: list[tuple[float, int, Sequence]] = []
         self._tie = count()
@@ -51,7 +51,7 @@ class Deadlines:
             if sequence.ended:
                 continue
             moment = self._moment(sequence)
-            if moment is not None and moment > now:
-                heapq.heappush(self._heap, (moment, next(self._tie), sequence))
-            else:
+            if moment is not None and moment <= now:
                 yield sequence
+            elif moment is not None:
+                heapq.heappush(self._heap, (moment, next(self._tie), sequence))
