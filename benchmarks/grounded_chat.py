@@ -1,9 +1,9 @@
-"""Does chat answer from the shop's facts? Asks a running server the questions of a bundle, by string.
+"""Does chat answer from the shop's facts? Asks a running server a list of questions, and compares by string.
 
     shoplm serve --bundle bundles/complete-journey
-    python benchmarks/grounded_chat.py bundles/complete-journey --customer 1000
+    python benchmarks/grounded_chat.py benchmarks/questions/complete-journey.toml --customer 1000
 
-A question of `questions.toml` counts as right if the answer holds one of its expected strings, and as declined if it
+A question counts as right if the answer holds one of its expected strings, and as declined if it
 holds `DECLINED`'s first words. Greedy, at most 40 tokens; asked with grounding, and once more without.
 """
 
@@ -40,12 +40,12 @@ class Asked:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path, help="folder with questions.toml")
+    parser.add_argument("questions", type=Path, help="TOML: `answered`, with `expect`, and `unanswered`")
     parser.add_argument("--address", default="127.0.0.1:50051")
     parser.add_argument("--customer", help="a demo customer, whose history stands before every question")
     parser.add_argument("--out", type=Path, help="write all answers here, as JSON")
     options = parser.parse_args()
-    questions = tomllib.loads((options.bundle / "questions.toml").read_text("utf-8"))
+    questions = tomllib.loads(options.questions.read_text("utf-8"))
     with Client(options.address) as client:
         version = client.get_model().model.version
         rows = {

@@ -21,13 +21,8 @@ class Replay(msgspec.Struct, frozen=True):
     answer: tuple[int, ...]
 
 
-def load_replays(path: Path) -> list[Replay] | None:
-    """Those written before; None where there are none."""
-    return msgspec.json.decode(path.read_bytes(), type=list[Replay]) if path.exists() else None
-
-
 @torch.inference_mode()
-def write_replays(
+def replays_of(
     path: Path,
     base: Path,
     builder: PromptBuilder,
@@ -37,7 +32,9 @@ def write_replays(
     seed: int,
     progress: Callable[[int, int], None],
 ) -> list[Replay]:
-    """Let the base answer `prompts` (temperature 0.8), and keep the answers in `path`."""
+    """The base's answers to `prompts` (temperature 0.8), from `path` where it has them, else written there."""
+    if path.exists():
+        return msgspec.json.decode(path.read_bytes(), type=list[Replay])
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="sdpa")
     model.train(False)

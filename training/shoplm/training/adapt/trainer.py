@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from shoplm.errors import ConfigurationError
 from shoplm.history import History
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.prompt import PromptBuilder
@@ -104,7 +105,6 @@ class AdapterTrainer:
 
     def run(self, report: Callable[[int, dict[str, float]], None]) -> None:
         """Train until `settings.steps`. `report` gets the step and the mean losses since the last report."""
-        self._resume()
         self.model.train()
         losses = Losses()
         while self.step < self.settings.steps:
@@ -266,13 +266,16 @@ class AdapterTrainer:
         temporary.replace(self._folder / "checkpoint.pt")
         self.model.save_adapter(self._folder / "adapter")
 
-    def _resume(self) -> None:
+    def resume(self) -> int:
+        """Go on from the checkpoint, if there is one; how many tokens were trained on before."""
         path = self._folder / "checkpoint.pt"
         if not path.exists():
-            return
+            return 0
         state = torch.load(path, weights_only=True)
         if state["steps"] != self.settings.steps:
-            raise ValueError(f"{path} is of a run of {state['steps']} steps, not {self.settings.steps}")
+            raise ConfigurationError(
+                f"{path} is of a run of {state['steps']} steps, not {self.settings.steps}: change --steps or --out"
+            )
         self.model.load_state_dict(state["trained"], strict=False)
         for master, saved in zip(self._masters, state["masters"], strict=True):
             master.copy_(saved)
@@ -280,6 +283,7 @@ class AdapterTrainer:
         self._schedule.load_state_dict(state["schedule"])
         self._random.bit_generator.state = json.loads(state["random"])
         self.step, self.tokens = state["step"], state["tokens"]
+        return self.tokens
 
 
 def encode_chat(builder: PromptBuilder, question: str, passages: Sequence[Passage]) -> tuple[int, ...]:
