@@ -1,0 +1,167 @@
+"""`shoplm adapt`: one pass equals its branches alone, a stopped run goes on, and the adapter is what is served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file
+from shoplm.bundle import ADAPTER_WEIGHTS, read_manifest
+from shoplm.catalog.items import Catalog
+from shoplm.model.base import Base
+from shoplm.retrieval import DECLINED, Passage
+from shoplm.training.adapt import trainer
+from shoplm.training.adapt.conversations import FactWriter, talk_prompts
+from shoplm.training.adapt.model import AdaptedModel
+from shoplm.training.adapt.tensors import Branch, pass_inputs
+from shoplm.training.cli import adapt, evaluate, train
+from shoplm.training.ranker import OutputRows
+from typer.testing import CliRunner
+
+Shell = Callable[..., str]
+_KNOWLEDGE = (Passage("a.md", "Returns", "You can return goods within 30 days. Bring the receipt."),)
+
+
+@pytest.fixture(scope="module")
+def shell(tiny_base: Base, tiny_files: Path) -> Shell:
+    app = typer.Typer()
+    for command in (adapt, train, evaluate):
+        app.command()(command)
+
+    def invoke(*arguments: object) -> str:
+        log = [tiny_files / name for name in ("events.parquet", "items.parquet", "customers.parquet")]
+        files = ["--events", log[0], "--items", log[1], "--customers", log[2], "--base", tiny_base.folder]
+        result = CliRunner().invoke(app, [*map(str, (*arguments, *files))])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    return invoke
+
+
+@pytest.fixture(scope="module")
+def bundle(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("adapt") / "shop"
+    shell("train", "--out", out, *_quick())
+    return out
+
+
+def _quick() -> list[object]:
+    return ["--history-tokens", 64, "--history-block", 32, "--epochs", 1, "--minutes", 0]
+
+
+def _model(base: Base) -> AdaptedModel:
+    hidden = base.config.hidden_size
+    torch.manual_seed(0)
+    rows = OutputRows(torch.zeros(4, hidden), torch.zeros(4))
+    return AdaptedModel(base.folder, [[3], [4, 5], [6]], rows, 1.0, 2, rank=2)
+
+
+def test_a_branch_sees_its_prefix_and_itself_alone(tiny_base: Base) -> None:
+    model = _model(tiny_base).float()
+    random = np.random.default_rng(3)
+    prefix = tuple(random.integers(3, 400, 20).tolist())
+    branches = [Branch(20, (7, 8)), Branch(5, (9, 10, 11)), Branch(0, (12,))]
+    model.float()
+    inputs = pass_inputs(prefix, branches)
+    packed = model.hidden(inputs)
+    for start, branch in zip(inputs.starts, branches, strict=True):
+        alone = model.hidden(pass_inputs((*prefix[: branch.length], *branch.tokens), ()))
+        torch.testing.assert_close(packed[start : start + len(branch.tokens)], alone[branch.length :])
+    with pytest.raises(ValueError, match="a branch of length 21"):
+        pass_inputs(prefix, [Branch(21, (1,))])
+
+
+def test_an_untrained_adapter_changes_nothing(tiny_base: Base) -> None:
+    model = _model(tiny_base)
+    inputs = pass_inputs((3, 4, 5, 6), ())
+    assert torch.equal(model.hidden(inputs), model.hidden(inputs, adapted=False))
+    for name, parameter in model.peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    assert not torch.equal(model.hidden(inputs), model.hidden(inputs, adapted=False))
+
+
+def test_facts_are_answered_by_a_passage_or_declined() -> None:
+    catalog = Catalog(
+        item_ids=["a", "b", "c"],
+        titles=["Red tea, 20 bags", "Black tea, 20 bags", "Soap"],
+        categories=["Drinks", "Drinks", "Bath"],
+        prices=np.array([2.5, 3.25, np.nan]),
+        in_stock=np.ones(3, bool),
+        type_texts=[],
+        rare={},
+    )
+    random = np.random.default_rng(0)
+    writer = FactWriter(catalog, _KNOWLEDGE, "EUR")
+    facts = [writer.draw(random) for _ in range(400)]
+    declined = [fact for fact in facts if fact.answer == DECLINED]
+    assert 0.1 < len(declined) / len(facts) < 0.5
+    for fact in facts:
+        if fact.answer == DECLINED:
+            assert not any(passage.title in fact.question for passage in fact.passages)
+        elif "costs" in fact.answer:
+            (price,) = [each for each in ("2.50", "3.25") if each in fact.answer]
+            assert any(price in passage.text and passage.title in fact.question for passage in fact.passages)
+        else:
+            assert any(_holds(passage, fact.answer) for passage in fact.passages), fact
+    nothing_known = FactWriter(Catalog([], [], [], np.zeros(0), np.zeros(0, bool), [], {}), (), "EUR")
+    assert {nothing_known.draw(random).answer for _ in range(20)} == {DECLINED}
+    assert len(talk_prompts(catalog, 9, random)) == 9
+
+
+def _holds(passage: Passage, answer: str) -> bool:
+    words = answer.removeprefix("You often buy ").split(" is in ")[-1].rstrip(".")
+    return words in passage.text or passage.text.rstrip(".") in words
+
+
+def test_a_stopped_run_ends_where_an_uninterrupted_one_does(
+    shell: Shell, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoplm.training.adapt.run.TALK_PROMPTS", 6)
+    monkeypatch.setattr("shoplm.training.adapt.run.HELD_OUT_PROMPTS", 4)
+    monkeypatch.setattr(trainer, "CHECKPOINT_STEPS", 2)
+    shell("adapt", bundle, "--out", tmp_path / "whole", "--steps", 3, "--rank", 2)
+
+    class StopError(Exception):
+        pass
+
+    def stop(self: trainer.AdapterTrainer) -> None:
+        if self.step == 2:
+            raise StopError
+        update(self)
+
+    update = trainer.AdapterTrainer._update
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        patch.setattr(trainer.AdapterTrainer, "_update", stop)
+        _raise(shell, "adapt", bundle, "--out", tmp_path / "parts", "--steps", 3, "--rank", 2)
+    shell("adapt", bundle, "--out", tmp_path / "parts", "--steps", 3, "--rank", 2)
+    whole, parts = (load_file(tmp_path / name / "adapter" / ADAPTER_WEIGHTS) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, parts[name]), name
+    assert any(bool(tensor.any()) for name, tensor in whole.items() if "lora_B" in name)
+    _trains_and_measures(shell, bundle, tmp_path)
+
+
+def _raise(shell: Shell, *arguments: object) -> None:
+    try:
+        shell(*arguments)
+    except AssertionError as error:
+        context = error.__context__ or error
+        raise context from None
+
+
+def _trains_and_measures(shell: Shell, bundle: Path, tmp_path: Path) -> None:
+    """The adapter goes into the bundle, and `evaluate` reads the states of the adapted base."""
+    out = tmp_path / "adapted"
+    shell("train", "--out", out, "--adapter", tmp_path / "whole" / "adapter", *_quick())
+    manifest, plain = read_manifest(out), read_manifest(bundle)
+    assert manifest.has_adapter and manifest.prompt.chat_reads_item_tokens
+    assert not plain.has_adapter and not plain.prompt.chat_reads_item_tokens
+    assert manifest.version != plain.version
+    shell("evaluate", out, "--json", tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (out / "metrics.json").read_bytes()
