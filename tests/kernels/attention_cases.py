@@ -140,8 +140,8 @@ def poisoned(like: torch.Tensor) -> torch.Tensor:
 def poisoned_workspace(shape: Shape, *, rows: int = 0, kv_len: int = 0, beams: int = 0) -> Workspace:
     """A workspace whose contents would spoil any result that read them before writing."""
     workspace = Workspace.allocate(
-        device=torch.device("cpu"), max_rows=rows, max_kv_len=kv_len, max_beam_tokens=beams, q_heads=shape.q_heads,
-        kv_heads=shape.kv_heads, head_dim=shape.head_dim,
+        device=torch.get_default_device(), max_rows=rows, max_kv_len=kv_len, max_beam_tokens=beams,
+        q_heads=shape.q_heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
     )  # fmt: skip
     for partials in (workspace.decode, workspace.short, workspace.beam):
         partials.out.fill_(math.nan)

@@ -6,9 +6,12 @@ import os
 
 import torch
 from shoplm.errors import ConfigurationError
+from shoplm.model.config import ModelConfig
 
 OLDEST_CAPABILITY = (8, 0)
 LEAST_MARGIN_BYTES = 1 << 30
+FP8_CAPABILITY = (8, 9)
+KV_FORMATS: dict[str, torch.dtype | None] = {"model": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 MARGIN_SHARE = 0.05  # of the whole memory: a step's activations, cuBLAS, the compiled kernels
 
 
@@ -27,6 +30,33 @@ def check_device(device: torch.device) -> None:
             f"--backend triton needs an NVIDIA GPU of compute capability 8.0 or later, but "
             f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}: use --backend torch"
         )
+
+
+def kv_dtype(kv_format: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of keys and values in the pool, for activations of `dtype`. Raises ConfigurationError."""
+    if kv_format not in KV_FORMATS:
+        raise ConfigurationError(f"kv_format {kv_format!r} is not one of: {', '.join(KV_FORMATS)}")
+    check_fp8("kv_format", kv_format, device)
+    return KV_FORMATS[kv_format] or dtype
+
+
+def check_fp8(flag: str, value: str, device: torch.device) -> None:
+    """Raise ConfigurationError where `value` is "fp8" and the card has no such numbers."""
+    if value != "fp8" or device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        raise ConfigurationError(
+            f"{flag} fp8 needs compute capability 8.9 or later, but {torch.cuda.get_device_name(device)} has "
+            f"{capability[0]}.{capability[1]}: use int8"
+        )
+
+
+def kv_page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one page in all layers; one-byte keys and values have an fp32 scale per (token, head)."""
+    values = config.kv_page_bytes(page_size, dtype.itemsize)
+    scales = 2 * config.num_layers * config.num_kv_heads * page_size * 4
+    return values + (scales if dtype.itemsize == 1 else 0)
 
 
 def free_memory(device: torch.device) -> tuple[int, int]:

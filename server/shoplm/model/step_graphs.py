@@ -96,10 +96,8 @@ def _with_searches(bounds: StepBounds, limits: GraphLimits, lane_tokens: int) ->
 class Captured(Protocol):
     """A step of fixed sizes whose inputs lie at fixed places."""
 
-    outputs: StepOutputs
-
-    def replay(self) -> None:
-        """Queue it on the inputs that are there now; `outputs` are its results until the next replay of any."""
+    def replay(self) -> StepOutputs:
+        """Queue it on the inputs that are there now. The results are good until the next replay of any."""
         ...
 
 
@@ -108,10 +106,9 @@ class RunAgain:
 
     def __init__(self, run: Callable[[], StepOutputs]) -> None:
         self._run = run
-        self.outputs = run()
 
-    def replay(self) -> None:
-        self.outputs = self._run()
+    def replay(self) -> StepOutputs:
+        return self._run()
 
 
 class CudaGraph:
@@ -125,10 +122,11 @@ class CudaGraph:
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            self.outputs = run()
+            self._outputs = run()
 
-    def replay(self) -> None:
+    def replay(self) -> StepOutputs:
         self._graph.replay()
+        return self._outputs
 
 
 class StepGraphs:
@@ -136,7 +134,7 @@ class StepGraphs:
 
     def __init__(self, program: Callable[[KernelStep], StepOutputs], state: DeviceState) -> None:
         self._program = program
-        self._state = state
+        self.state = state
         self._device = state.tokens.device
         self._buffer = torch.empty(0, dtype=torch.uint8, device=self._device)
         self._captured: dict[StepBounds, Captured] = {}
@@ -148,7 +146,7 @@ class StepGraphs:
 
     def capture(self, buckets: Sequence[StepBounds], budget_seconds: float) -> None:
         """Capture buckets in order until the time is spent; what is left out runs launch by launch. Logs progress."""
-        arrays = [plan_step(_EMPTY, bounds, self._state) for bounds in buckets]
+        arrays = [plan_step(_EMPTY, bounds, self.state) for bounds in buckets]
         sizes = [packed_bytes(host_arrays(each)) for each in arrays]
         self._buffer = torch.zeros(max(sizes, default=0), dtype=torch.uint8, device=self._device)
         pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
@@ -174,15 +172,17 @@ class StepGraphs:
             budget_seconds,
         )
 
+    def replay(self, bounds: StepBounds) -> StepOutputs:
+        """Queue a captured bucket on the inputs that are there now: for measurements."""
+        return self._captured[bounds].replay()
+
     def run(self, batch: Batch, need: StepBounds) -> StepOutputs | None:
         """Queue the step by the smallest captured bucket; None where none has room for it."""
         bounds = smallest_cover(self.buckets, need)
         if bounds is None:
             return None
-        KernelStep.upload(plan_step(batch, bounds, self._state), bounds, self._device, self._buffer)
-        captured = self._captured[bounds]
-        captured.replay()
-        return captured.outputs
+        KernelStep.upload(plan_step(batch, bounds, self.state), bounds, self._device, self._buffer)
+        return self._captured[bounds].replay()
 
 
 _EMPTY = Batch(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64), ())

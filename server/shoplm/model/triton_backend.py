@@ -15,7 +15,7 @@ from shoplm.model.backend import Handle
 from shoplm.model.config import ModelConfig
 from shoplm.model.device_readouts import DeviceReadouts
 from shoplm.model.eager_backend import LocalBackend
-from shoplm.model.gpu import check_device, free_memory, pages_that_fit
+from shoplm.model.gpu import check_device, check_fp8, free_memory, kv_dtype, kv_page_bytes, pages_that_fit
 from shoplm.model.queued import Queued, StepClock
 from shoplm.model.readouts import Readouts
 from shoplm.model.shop_weights import NamedTrie, ShopWeights
@@ -42,12 +42,16 @@ class TritonBackend(LocalBackend):
         state_slots: int = 256,
         max_context_tokens: int | None = None,
         max_beam_tokens: int = 2048,
+        weight_format: str = "model",
+        kv_format: str = "model",
         graph_seconds: float = 0.0,
         device: torch.device | str = "cuda",
     ) -> None:
         """The dtype is that of the weights: bf16, fp16 or fp32. `tries` are more catalogues: their tokens follow the
         shop's. `pages` None: as many as the GPU has room for. `max_beam_tokens` bounds the lanes of one step, all
-        selections together. `graph_seconds` is the time for capturing steps as CUDA graphs; 0: none.
+        selections together. `weight_format` of the layers' products: see `gpu_linear`. `kv_format`: what the pool
+        keeps, "model" (the weights' dtype), "int8" or "fp8". `graph_seconds` is the time for capturing steps as CUDA
+        graphs; 0: none.
 
         Allocates weights, pool and scratch on `device`: a GPU, or "cpu" where Triton interprets (TRITON_INTERPRET=1).
         Raises ConfigurationError, also where the memory does not suffice.
@@ -56,6 +60,8 @@ class TritonBackend(LocalBackend):
         check_device(self._device)
         dtype = weights.embedding.dtype
         _check_supported(config, dtype, page_size)
+        check_fp8("weight_format", weight_format, self._device)
+        pool_dtype = kv_dtype(kv_format, dtype, self._device)
         positions = min(max_context_tokens or config.max_positions, config.max_positions)
         self._max_beam_tokens = max_beam_tokens
         readouts = Readouts(
@@ -77,14 +83,15 @@ class TritonBackend(LocalBackend):
                     head_dim=config.head_dim,
                 ),
                 device=self._device,
+                weight_format=weight_format,
             )
             self._device_readouts = DeviceReadouts(
                 readouts, state_slots=state_slots, max_lanes=max_beam_tokens, dtype=dtype, device=self._device
             )
             if pages is None:
-                page_bytes = config.kv_page_bytes(page_size, dtype.itemsize)
+                page_bytes = kv_page_bytes(config, page_size, pool_dtype)
                 pages = pages_that_fit(*free_memory(self._device), page_bytes)
-            self._pool = _allocate_pool(config, pages, page_size, dtype, self._device)
+            self._pool = _allocate_pool(config, pages, page_size, pool_dtype, self._device)
         except torch.OutOfMemoryError as error:
             raise ConfigurationError(
                 f"the GPU's memory does not suffice for the weights, the scratch memory and {pages or 0} pages of "
@@ -162,4 +169,7 @@ def _allocate_pool(
     shape = (config.num_layers, pages, config.num_kv_heads, page_size, config.head_dim)
     keys = torch.zeros(shape, dtype=dtype, device=device)
     values = torch.zeros(shape, dtype=dtype, device=device)
-    return tuple(PagedKv(k, v) for k, v in zip(keys, values, strict=True))
+    if dtype.itemsize > 1:
+        return tuple(PagedKv(k, v) for k, v in zip(keys, values, strict=True))
+    scales = torch.zeros(2, *shape[:-1], dtype=torch.float32, device=device)
+    return tuple(PagedKv(*layer) for layer in zip(keys, values, *scales, strict=True))

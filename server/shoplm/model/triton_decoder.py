@@ -1,4 +1,4 @@
-"""The decoder's forward pass on a GPU: products by cuBLAS, everything between them by the kernels.
+"""The decoder's forward pass on a GPU: products by `gpu_linear`, everything between them by the kernels.
 
 Per layer six launches beside the four products: norm with the residual addition, QK-norm with RoPE and the write to the
 pool, attention of rows, attention of beams, norm with the residual addition, SwiGLU. Formulas: see each kernel.
@@ -6,7 +6,7 @@ pool, attention of rows, attention of beams, norm with the residual addition, Sw
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from shoplm.kernels.attention import beam_attention, paged_attention
@@ -16,6 +16,7 @@ from shoplm.kernels.norm import add_rms_norm, rms_norm
 from shoplm.kernels.swiglu import swiglu
 from shoplm.kernels.workspace import Workspace
 from shoplm.model.config import ModelConfig
+from shoplm.model.gpu_linear import make_linear
 from shoplm.model.rope import rope_tables
 from shoplm.model.triton_step import KernelStep
 from shoplm.model.weights import DecoderWeights, LayerWeights
@@ -32,6 +33,20 @@ class _Rotation:
     inv_freq: Tensor | None  # fp32 [head_dim / 2]
 
 
+class _Layer:
+    """One layer on the device, its projections in the weight format."""
+
+    def __init__(self, weights: LayerWeights, weight_format: str, device: torch.device) -> None:
+        self.input_norm = weights.input_norm.to(device)
+        self.mlp_norm = weights.mlp_norm.to(device)
+        self.query_norm = None if weights.query_norm is None else weights.query_norm.to(device)
+        self.key_norm = None if weights.key_norm is None else weights.key_norm.to(device)
+        self.qkv = make_linear(weights.qkv, weights.qkv_bias, weight_format, device)
+        self.output = make_linear(weights.output, weights.output_bias, weight_format, device)
+        self.gate_up = make_linear(weights.gate_up, None, weight_format, device)
+        self.down = make_linear(weights.down, None, weight_format, device)
+
+
 class TritonDecoder:
     """Weights, position tables and scratch of one model on one device. Keys and values belong to the caller."""
 
@@ -44,6 +59,7 @@ class TritonDecoder:
         max_positions: int,
         workspace: Workspace,
         device: torch.device,
+        weight_format: str = "model",
     ) -> None:
         """`shop_rows` [shop tokens, H] are the input embeddings behind the text vocabulary. Copies what is elsewhere
         than on `device` to it."""
@@ -53,7 +69,7 @@ class TritonDecoder:
         self._embedding = text if shop_rows is None else torch.cat((text, shop_rows.to(device, text.dtype)))
         self._head = text if weights.lm_head is weights.embedding else weights.lm_head.to(device)
         self._final_norm = weights.final_norm.to(device)
-        self._layers = [_layer_on(layer, device) for layer in weights.layers]
+        self._layers = [_Layer(layer, weight_format, device) for layer in weights.layers]
         cos, sin = (table.to(device) for table in rope_tables(config.rope, config.head_dim, max_positions))
         turned = _Rotation(cos, sin, None)
         # A layer without positions turns by frequencies of 0, that is not at all.
@@ -88,10 +104,10 @@ class TritonDecoder:
             attended = self._attention(index, layer, normed, step, (rows, beams), pool[index])
             if index == last:  # nothing behind it is needed of the other tokens
                 residual, attended = residual[step.outputs], attended[step.outputs]
-            projected = functional.linear(attended, layer.output, layer.output_bias)
+            projected = layer.output(attended)
             normed = add_rms_norm(projected, residual, layer.mlp_norm, eps)
-            expanded = swiglu(functional.linear(normed, layer.gate_up))
-            contracted = functional.linear(expanded, layer.down)
+            expanded = swiglu(layer.gate_up(normed))
+            contracted = layer.down(expanded)
             following = self._final_norm if index == last else self._layers[index + 1].input_norm
             normed = add_rms_norm(contracted, residual, following, eps)
         return normed
@@ -99,7 +115,7 @@ class TritonDecoder:
     def _attention(
         self,
         index: int,
-        layer: LayerWeights,
+        layer: _Layer,
         normed: Tensor,
         step: KernelStep,
         parts: tuple[RaggedRows | None, BeamGroups | None],
@@ -109,7 +125,7 @@ class TritonDecoder:
         config = self.config
         rows, beams = parts
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        projected = functional.linear(normed, layer.qkv, layer.qkv_bias)
+        projected = layer.qkv(normed)
         projected = projected.view(-1, heads + 2 * kv_heads, config.head_dim)
         q, k, v = projected[:, :heads], projected[:, heads:-kv_heads], projected[:, -kv_heads:]
         rotation = self._rotations[index]
@@ -135,8 +151,3 @@ class TritonDecoder:
             part = slice(step.bounds.row_tokens, None)
             beam_attention(q[part], kv, beams, out=out[part], workspace=self._workspace, window=window)
         return out.flatten(1)
-
-
-def _layer_on(layer: LayerWeights, device: torch.device) -> LayerWeights:
-    present = {field.name: getattr(layer, field.name) for field in fields(layer)}
-    return replace(layer, **{name: tensor.to(device) for name, tensor in present.items() if tensor is not None})

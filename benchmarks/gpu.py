@@ -1,0 +1,205 @@
+"""Proof on a GPU, in one command: every op against its specification, the backend, then the times.
+
+    python benchmarks/gpu.py --out DIR                       everything, in less than nine minutes
+    python benchmarks/gpu.py --out DIR --stages prefill,decode
+    python benchmarks/gpu.py --out DIR --wheels FOLDER       wheels of what the machine lacks, e.g. msgspec and pyzmq
+    python benchmarks/gpu.py --out DIR --smoke               no GPU: the same code on tiny shapes, interpreted
+
+Each stage is a process of its own with a time limit; one that fails or is stopped leaves the rows it had, and the
+next goes on. The kernels' stages need torch, triton and numpy alone. `DIR/rows.jsonl` has one JSON object per row, with
+card, driver and versions; the table comes last. Ends with 0 only where every row of every stage passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TOTAL_SECONDS = 530.0
+SMOKE_FACTOR = 10  # an interpreter on a shared CPU is slow
+MISSING = 3  # exit code of a stage that lacks a module
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A group of stages: run side by side where they only check, one by one where they measure."""
+
+    stages: tuple[str, ...]
+    limit_seconds: float
+
+
+PLANS = (
+    Plan(("correct-attention-1", "correct-attention-2", "correct-attention-3", "correct-ops", "correct-backend"), 150),
+    Plan(("prefill",), 60),
+    Plan(("decode",), 50),
+    Plan(("ops",), 60),
+    Plan(("beams",), 40),
+    Plan(("search",), 90),
+    Plan(("step",), 90),
+    Plan(("server",), 110),
+)
+STAGES = tuple(stage for plan in PLANS for stage in plan.stages)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a stage ended."""
+
+    stage: str
+    outcome: str  # passed | failed | stopped | skipped
+    seconds: float
+    note: str = ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stages and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--stages", default=",".join(STAGES), help="which, separated by commas; default: all")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels to use; nothing is installed")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on a CPU, under Triton's interpreter")
+    parser.add_argument("--total-seconds", type=float, default=TOTAL_SECONDS, help="later stages get what is left")
+    options = parser.parse_args(arguments)
+    wanted = options.stages.split(",")
+    unknown = sorted(set(wanted) - set(STAGES))
+    if unknown:
+        parser.error(f"unknown stages {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    for stage in wanted:
+        (options.out / f"{stage}.jsonl").unlink(missing_ok=True)
+    environment = stage_environment(options.out, options.wheels, options.smoke)
+    patience = SMOKE_FACTOR if options.smoke else 1
+    deadline = time.monotonic() + options.total_seconds * patience
+    ended: list[Ended] = []
+    for plan in PLANS:
+        stages = [stage for stage in plan.stages if stage in wanted]
+        if stages:
+            limit = plan.limit_seconds * patience
+            limit = min(limit, deadline - time.monotonic())
+            ended += run_together(stages, options.out, environment, limit, smoke=options.smoke)
+    rows = read_rows(options.out, wanted)
+    with (options.out / "rows.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    print(table(rows, ended))
+    good = all(end.outcome in ("passed", "skipped") for end in ended) and all(
+        row["passed"] is not False for row in rows
+    )
+    return 0 if good else 1
+
+
+def stage_environment(out: Path, wheels: Path | None, smoke: bool) -> dict[str, str]:
+    """The stages' environment: the source folders before whatever is installed; unpacked wheels; no network."""
+    folders = [REPOSITORY / part for part in ("benchmarks", "kernels", "server", "tests/kernels")]
+    folders += [REPOSITORY / part for part in ("clients/python", "protos/gen")]
+    if wheels is not None:
+        folders.append(unpack(wheels, out / "site"))
+    path = os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    if smoke:
+        environment |= {"TRITON_INTERPRET": "1"}
+    return environment
+
+
+def unpack(wheels: Path, target: Path) -> Path:
+    """The wheels' contents, importable: a wheel is an archive, and importing compiled modules needs files."""
+    for wheel in sorted(wheels.glob("*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target)
+    return target
+
+
+def run_together(
+    stages: Sequence[str], out: Path, environment: dict[str, str], limit_seconds: float, *, smoke: bool
+) -> list[Ended]:
+    """Run stages side by side; at the limit, what still runs is stopped with all its children."""
+    if limit_seconds < 5:
+        return [Ended(stage, "stopped", 0.0, "no time was left") for stage in stages]
+    start = time.monotonic()
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    for stage in stages:
+        command = [sys.executable, "-m", "gpu_stages", stage, "--out", str(out), *(["--smoke"] if smoke else [])]
+        with (out / f"{stage}.log").open("wb") as log:
+            running[stage] = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+    ended: list[Ended] = []
+    while running:
+        late = time.monotonic() - start > limit_seconds
+        for stage, process in list(running.items()):
+            if process.poll() is None and late:
+                os.killpg(process.pid, 9)
+                process.wait()
+                ended.append(Ended(stage, "stopped", time.monotonic() - start, f"limit {limit_seconds:.0f} s"))
+            elif process.poll() is None:
+                continue
+            else:
+                ended.append(how_it_ended(stage, process.returncode, time.monotonic() - start, out))
+            del running[stage]
+            print(f"{ended[-1].seconds:5.0f} s  {stage}: {ended[-1].outcome} {ended[-1].note}", flush=True)
+        time.sleep(0.1)
+    return ended
+
+
+def how_it_ended(stage: str, code: int, seconds: float, out: Path) -> Ended:
+    """From the exit code and the log's last line."""
+    lines = (out / f"{stage}.log").read_text("utf-8", "replace").strip().splitlines()
+    last = lines[-1] if lines else ""
+    if code == 0:
+        return Ended(stage, "passed", seconds)
+    if code == MISSING:
+        return Ended(stage, "skipped", seconds, f"needs {last}: carry the wheels and pass --wheels")
+    note = "a row failed" if code == 1 and (out / f"{stage}.jsonl").exists() and "Error" not in last else last[:200]
+    return Ended(stage, "failed", seconds, note or f"exit code {code}")
+
+
+def read_rows(out: Path, stages: Sequence[str]) -> list[dict[str, Any]]:
+    """All rows, stage by stage; a line that a stopped stage left half is dropped."""
+    rows: list[dict[str, Any]] = []
+    for stage in stages:
+        path = out / f"{stage}.jsonl"
+        for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]], ended: Sequence[Ended]) -> str:
+    """Checks in one line a stage unless they failed; measurements one by one."""
+    lines = []
+    for row in rows:
+        checks = row["stage"].startswith("correct")
+        if checks and row["passed"]:
+            continue
+        value = "-" if row["value"] is None else f"{row['value']:.4g}"
+        share = row["details"].get("floor_share")
+        judged = {True: "ok", False: "MISSED", None: ""}[row["passed"]]
+        target = "" if row["target"] is None else f"target {row['target']:g}"
+        floor = "" if share is None else f"{100 * share:.0f} % of floor"
+        lines.append(
+            f"{row['name'][:58]:58s} {value:>10s} {row['unit']:8s} {floor:15s} {target:12s} {judged} {row['note']}"
+        )
+    for end in ended:
+        count = [row["passed"] for row in rows if row["stage"] == end.stage]
+        checked = f"{sum(passed is True for passed in count)} ok, {sum(passed is False for passed in count)} not"
+        lines.append(f"{end.stage:24s} {end.outcome:8s} {end.seconds:5.0f} s  {checked}  {end.note}")
+    machine = rows[0]["machine"] if rows else {}
+    lines.append(", ".join(f"{key} {value}" for key, value in machine.items()))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

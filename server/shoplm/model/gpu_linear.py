@@ -1,0 +1,103 @@
+"""Linear layers of the GPU backend, by weight format: as the model has them, FP8, INT8 or INT4.
+
+- model: cuBLAS.
+- fp8: e4m3 with a scale per output row, activations with a scale per token, `torch._scaled_mm`: half the bytes and
+  twice the peak of bf16, on compute capability 8.9 and later.
+- int8, int4: the weight alone; few rows by `kernels.weight_only`, more by cuBLAS with the weight dequantised in
+  passing.
+
+Embeddings, norms, biases and the LM head keep the model's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from shoplm.errors import ConfigurationError
+from shoplm.kernels.weight_only import GROUP, MAX_ROWS, dequantise, quantise, weight_only
+from torch import Tensor
+from torch.nn import functional
+
+WEIGHT_FORMATS = ("model", "int8", "int4", "fp8")
+E4M3_MAX = 448.0
+FP8_MULTIPLE = 16  # of both sizes of an FP8 weight
+
+
+class GpuLinear(Protocol):
+    """y = x W^T + b."""
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """`states` [rows, in] to [rows, out], of the same dtype."""
+        ...
+
+
+class DenseLinear:
+    """The weight as it is."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return functional.linear(states, self._weight, self._bias)
+
+
+class Fp8Linear:
+    """Both operands in e4m3, scales per row of either, the sum in fp32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._bias = bias
+        self._values, self._scale = to_fp8(weight)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        values, scale = to_fp8(states)
+        if states.device.type != "cuda":  # the same numbers, multiplied in fp32
+            product = (values.float() * scale) @ (self._values.float() * self._scale).t()
+            result = product.to(states.dtype)
+        else:
+            result = torch._scaled_mm(
+                values, self._values.t(), scale_a=scale, scale_b=self._scale.t(), out_dtype=states.dtype
+            )
+        return result if self._bias is None else result + self._bias
+
+
+class WeightOnlyLinear:
+    """The weight in 8 or 4 bits, activations as they are."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, bits: int) -> None:
+        self._bias = bias
+        self._weight = quantise(weight, bits)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        if len(states) <= MAX_ROWS:
+            return weight_only(states, self._weight, self._bias)
+        return functional.linear(states, dequantise(self._weight, states.dtype), self._bias)
+
+
+def make_linear(weight: Tensor, bias: Tensor | None, weight_format: str, device: torch.device) -> GpuLinear:
+    """A layer of `weight` [out, in] on `device`. Raises ConfigurationError where the format does not suit it."""
+    weight, bias = weight.to(device), None if bias is None else bias.to(device)
+    outputs, inputs = weight.shape
+    if weight_format == "model":
+        return DenseLinear(weight, bias)
+    if weight_format == "fp8":
+        if outputs % FP8_MULTIPLE or inputs % FP8_MULTIPLE:
+            raise ConfigurationError(
+                f"weight_format fp8 needs multiples of {FP8_MULTIPLE}, but a layer is {outputs} x {inputs}"
+            )
+        return Fp8Linear(weight, bias)
+    bits = {"int8": 8, "int4": 4}.get(weight_format)
+    if bits is None:
+        raise ConfigurationError(f"weight_format {weight_format!r} is not one of: {', '.join(WEIGHT_FORMATS)}")
+    if inputs % GROUP:
+        raise ConfigurationError(
+            f"weight_format {weight_format} needs layers with a multiple of {GROUP} inputs, but one has {inputs}"
+        )
+    return WeightOnlyLinear(weight, bias, bits)
+
+
+def to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
+    """`values` [rows, n] as e4m3 with one fp32 scale per row [rows, 1]: value = stored * scale."""
+    wide = values.float()
+    scale = (wide.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=1e-12)
+    return (wide / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale

@@ -1,0 +1,46 @@
+"""The GPU backend's linear layers in every weight format, as far as a CPU computes them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shoplm.errors import ConfigurationError
+from shoplm.model.gpu_linear import WEIGHT_FORMATS, make_linear
+from shoplm.model.triton_decoder import TritonDecoder
+from toy_backend import toy_config, toy_weights
+
+CPU = torch.device("cpu")
+# Largest error of a product, as a share of the root mean square: a few of the format's own rounding steps.
+LIMITS = {"model": 1e-6, "int8": 0.05, "int4": 0.7, "fp8": 0.2}
+
+
+@pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
+def test_a_product_is_off_by_the_formats_rounding(weight_format: str, rows: int) -> None:
+    """Few rows, and more than the kernel of quantised weights takes."""
+    weight, bias, states = torch.randn(96, 128), torch.randn(96), torch.randn(rows, 128)
+    want = torch.nn.functional.linear(states, weight, bias)
+    found = make_linear(weight, bias, weight_format, CPU)(states)
+    error = float((found - want).abs().max() / want.square().mean().sqrt())
+    assert error <= LIMITS[weight_format]
+    assert weight_format == "model" or error > LIMITS[weight_format] / 50
+
+
+def test_formats_that_a_layer_does_not_suit_are_refused() -> None:
+    for weight_format, message in (
+        ("int4", "a multiple of 64 inputs, but one has 40"),
+        ("fp8", "multiples of 16, but a layer is 8 x 40"),
+        ("int3", "'int3' is not one of: model, int8, int4, fp8"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            make_linear(torch.randn(8, 40), None, weight_format, CPU)
+
+
+def test_the_decoder_quantises_every_projection() -> None:
+    """The toy's hidden size suits no INT8 kernel: the refusal shows that the flag reaches the layers."""
+    config = toy_config(traits=False)
+    with pytest.raises(ConfigurationError, match="a multiple of 64 inputs, but one has 48"):
+        TritonDecoder(
+            config, toy_weights(config), None, max_positions=8, workspace=None, device=CPU,  # type: ignore[arg-type]
+            weight_format="int8",
+        )  # fmt: skip

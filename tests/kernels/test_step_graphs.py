@@ -1,0 +1,185 @@
+"""Padded steps and steps in flight, under the interpreter: what a captured graph replays gives what the launches give.
+
+The capture itself needs CUDA. Everything around it runs here: which bucket a step takes, its padding, the inputs' fixed
+places, and that a step is queued before the host has seen the one before it.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from shoplm.engine.batch import Batch
+from shoplm.engine.engine import Engine
+from shoplm.model.backend import Backend, BackendInfo, Handle
+from shoplm.model.direct import Output
+from shoplm.model.step_graphs import GraphLimits, StepGraphs, graph_buckets, smallest_cover
+from shoplm.model.triton_step import StepBounds
+from shoplm.request import (
+    FailedOutput,
+    FinishedOutput,
+    Generate,
+    Predict,
+    Request,
+    Sampling,
+    Select,
+    Service,
+    TokensOutput,
+)
+from shoplm.scheduler.config import SchedulerConfig
+from toy_backend import assert_same, backends, chats, run, work
+
+LIMITS = GraphLimits(rows=256, kv_len=8192, page_size=16, query_group=3, steps=2, lane_tokens=512)
+
+
+def need(**sizes: int) -> StepBounds:
+    """The sizes of a step of single tokens with a context of 100."""
+    rows = sizes.pop("rows", 0)
+    base = {"row_tokens": rows, "rows": rows, "query_len": min(rows, 1), "kv_len": 100, "pages": 7}
+    return StepBounds(**base | {"samples": rows, "outputs": rows} | sizes)
+
+
+def test_the_smallest_bucket_that_has_room_is_taken() -> None:
+    buckets = graph_buckets(LIMITS)
+    chat = smallest_cover(buckets, need(rows=33))
+    assert chat is not None and (chat.rows, chat.query_len, chat.kv_len, chat.groups) == (48, 1, 4096, 0)
+    long = smallest_cover(buckets, need(rows=33, kv_len=4097, pages=257))
+    assert long is not None and (long.rows, long.kv_len) == (48, 8192)
+    suffix = smallest_cover(buckets, need(row_tokens=20, rows=4, query_len=17, outputs=2))
+    assert suffix is not None and (suffix.row_tokens, suffix.query_len) == (64, 21)
+    search = need(groups=2, lane_tokens=100, lanes=128, steps=1, outputs=100)
+    beams = smallest_cover(buckets, search)
+    assert beams is not None and (beams.rows, beams.lane_tokens, beams.steps) == (0, 128, 2)
+
+
+def test_a_long_prompt_chunk_and_too_many_rows_are_not_captured() -> None:
+    buckets = graph_buckets(LIMITS)
+    assert smallest_cover(buckets, need(row_tokens=60, rows=2, query_len=59)) is None
+    assert smallest_cover(buckets, need(row_tokens=300, rows=300, outputs=300)) is None
+    assert smallest_cover(buckets, need(rows=1, kv_len=8193, pages=513)) is None
+    assert smallest_cover(buckets, need(groups=9, lane_tokens=90, lanes=128, steps=1, outputs=90)) is None
+
+
+def test_buckets_stay_within_the_limits_and_start_with_chats() -> None:
+    small = GraphLimits(rows=9, kv_len=128, page_size=16, query_group=2, steps=0, lane_tokens=32)
+    buckets = graph_buckets(small)
+    assert all(bucket.rows <= 9 and bucket.kv_len == 128 and not bucket.groups for bucket in buckets)
+    assert len(set(buckets)) == len(buckets)
+    assert [bucket.rows for bucket in buckets[:6]] == [1, 2, 4, 8, 9, 9]
+    assert [bucket.query_len for bucket in buckets[:6]] == [1, 1, 1, 1, 1, 32]
+
+
+def test_padded_steps_equal_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, backend = backends(traits=True, graph_seconds=600.0)
+    taken: list[bool] = []
+    replayed = StepGraphs.run
+
+    def counted(self: StepGraphs, batch: Batch, bounds: StepBounds) -> object:
+        outputs = replayed(self, batch, bounds)
+        taken.append(outputs is not None)
+        return outputs
+
+    monkeypatch.setattr(StepGraphs, "run", counted)
+    expected, outputs = run(reference, 15, work())
+    found, answers = run(backend, 15, work())
+    assert taken.count(True) >= len(taken) - 2  # the first step or two carry long chunks
+    for (batch, want), (_, have) in zip(expected.steps, found.steps, strict=True):
+        assert len(have) == len(batch.rows)
+        for one, other in zip(want, have, strict=True):
+            assert_same(one, other)
+    for output, answer in zip(outputs, answers, strict=True):
+        assert_same(output, answer)
+
+
+def test_drawn_tokens_do_not_depend_on_padding() -> None:
+    jobs = chats(Sampling(temperature=1.5, seed=1), Sampling(temperature=1.5, top_k=30, top_p=0.9, seed=7), Sampling())
+    _, eager = backends(traits=False)
+    _, padded = backends(traits=False, graph_seconds=600.0)
+    assert run(padded, 2048, jobs)[1] == run(eager, 2048, jobs)[1]
+
+
+def test_an_empty_bucket_computes_nothing_that_is_kept() -> None:
+    """What a capture runs: all rows empty. It writes no page and no request's state."""
+    _, backend = backends(traits=False, graph_seconds=600.0)
+    state = backend.graphs.state
+    before = state.tokens[: state.spare_slot].clone()
+    bounds = next(bucket for bucket in backend.graphs.buckets if bucket.groups and bucket.rows)
+    empty = Batch(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64), ())
+    with torch.inference_mode():
+        assert backend.graphs.run(empty, bounds) is not None
+    assert torch.equal(state.tokens[: state.spare_slot], before)
+    assert all(bool(kv.k.isnan().all()) and bool(kv.v.isnan().all()) for kv in backend.pool)
+
+
+def test_the_time_budget_ends_the_capture_and_the_rest_runs_by_launches() -> None:
+    _, backend = backends(traits=False, graph_seconds=1e-9)
+    assert not backend.graphs.buckets
+    _, whole = backends(traits=False)
+    assert run(backend, 15, chats(Sampling()))[1] == run(whole, 15, chats(Sampling()))[1]
+
+
+class InFlight:
+    """A backend that shows how many steps wait for their results."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.most = self._now = 0
+
+    @property
+    def info(self) -> BackendInfo:
+        return self._backend.info
+
+    def lanes(self, select: Select) -> int:
+        return self._backend.lanes(select)
+
+    def submit(self, batch: Batch) -> Handle:
+        self._now += 1
+        self.most = max(self.most, self._now)
+        handle = self._backend.submit(batch)
+
+        class Taken:
+            def result(inner) -> object:
+                self._now -= 1
+                return handle.result()
+
+        return Taken()  # type: ignore[return-value]
+
+    def close(self) -> None:
+        self._backend.close()
+
+
+def served(backend: Backend) -> dict[str, Output]:
+    """All work through the engine, which keeps as many steps in flight as the backend says."""
+    ticks = itertools.count()
+    config = SchedulerConfig(max_step_tokens=64, max_mixed_prompt_tokens=20)
+    engine = Engine(backend, config, lambda: float(next(ticks)) * 1e-6)
+    services = {Generate: Service.CHAT, Select: Service.RECOMMENDATION, Predict: Service.PREDICTION}
+    for index, (tokens, task) in enumerate(work()):
+        service = services.get(type(task), Service.PREDICTION)
+        engine.submit(Request(str(index), service, tuple(tokens), task, 0.0, history_tokens=len(tokens)))
+    tokens_of: dict[str, list[int]] = {}
+    answers: dict[str, Output] = {}
+    while not engine.is_idle:
+        for output in engine.step():
+            assert not isinstance(output, FailedOutput), output
+            if isinstance(output, TokensOutput):
+                tokens_of.setdefault(output.request_id, []).extend(output.tokens)
+            elif isinstance(output, FinishedOutput):
+                drawn = tuple(tokens_of.get(output.request_id, ()))
+                answers[output.request_id] = output.selected or output.values or drawn
+    engine.scheduler.check()
+    return answers
+
+
+def test_two_steps_in_flight_give_the_answers_of_one() -> None:
+    """Tokens, beams and their ancestors come from device memory: the host has not seen them when it plans on."""
+    reference, backend = backends(traits=False)
+    watched = InFlight(backend)
+    found = served(watched)
+    assert watched.most == backend.info.pipeline_depth == 2
+    expected = served(reference)
+    assert len(expected) == len(work())
+    for key, answer in expected.items():
+        assert_same(answer, found[key])

@@ -1,0 +1,57 @@
+"""weight_only under the interpreter: the product with the dequantised weight, every remainder of rows and outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shoplm.kernels.weight_only import GROUP, QuantisedWeight, dequantise, quantise, weight_only
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs"),
+    [(1, 1, GROUP), (16, 32, 2 * GROUP), (17, 33, 3 * GROUP), (65, 70, GROUP), (0, 5, GROUP)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_equals_the_product_with_the_dequantised_weight(
+    bits: int, rows: int, outputs: int, inputs: int, dtype: torch.dtype
+) -> None:
+    weight = quantise(torch.randn(outputs, inputs) * inputs**-0.5, bits)
+    x = torch.full((rows, inputs + 16), torch.nan, dtype=dtype)[:, :inputs]
+    x.copy_(torch.randn(rows, inputs))
+    bias = torch.randn(outputs).to(dtype) if rows % 2 else None
+    out = torch.full((rows, outputs), torch.nan, dtype=dtype)
+    assert weight_only(x, weight, bias, out=out) is out
+    want = x.float() @ dequantise(weight, torch.float32).t() + (0 if bias is None else bias.float())
+    torch.testing.assert_close(out.float(), want, rtol=2e-3, atol=2e-3 if dtype == torch.float16 else 1e-5)
+
+
+@pytest.mark.parametrize(("bits", "steps"), [(8, 127), (4, 7)])
+def test_rounding_is_to_the_nearest_step(bits: int, steps: int) -> None:
+    weight = torch.randn(9, 2 * GROUP)
+    weight[4] = 0  # a row without a scale
+    found = dequantise(quantise(weight, bits), torch.float32)
+    grouped = weight.view(9, 1 if bits == 8 else 2, -1)
+    step = (grouped.abs().amax(-1, keepdim=True) / steps).expand_as(grouped).reshape(9, -1)
+    assert ((found - weight).abs() <= step / 2 + 1e-6).all()
+    assert (found[4] == 0).all()
+
+
+def test_every_int4_value_survives_packing() -> None:
+    values = torch.arange(GROUP).remainder(15) - 7
+    found = dequantise(quantise(values[None].float(), 4), torch.float32)
+    assert found[0].tolist() == values.tolist()
+
+
+def test_what_does_not_fit_is_named() -> None:
+    weight = quantise(torch.randn(4, GROUP), 4)
+    with pytest.raises(ValueError, match="65 inputs, expected a multiple of 64"):
+        quantise(torch.randn(4, 65), 8)
+    with pytest.raises(ValueError, match="bits is 3"):
+        quantise(torch.randn(4, 64), 3)
+    with pytest.raises(ValueError, match="x has shape"):
+        weight_only(torch.randn(2, 32), weight)
+    with pytest.raises(ValueError, match="row stride 65"):
+        weight_only(torch.randn(2, 65)[:, :64], weight)
+    with pytest.raises(ValueError, match="scale has shape"):
+        QuantisedWeight(weight.values, weight.scale[:, :0])
