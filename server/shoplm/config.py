@@ -78,6 +78,7 @@ def _weights(entries: Iterable[str]) -> dict[str, float]:
     return weights
 
 
+_KEY = re.compile(r"[a-z0-9_.-]*")  # gRPC's rule
 _TRIE = re.compile(r"(?P<name>[\w-]+)=(?P<items>\d+):(?P<sizes>\d+(x\d+)*)")
 
 
@@ -107,6 +108,8 @@ class ServerConfig(BaseSettings):
     kv_cache_mib: int = Field(
         1024, description="memory for keys and values, in MiB; unset on a GPU: what it has free, less a margin", ge=1
     )
+    kv_format: Literal["model", "int8", "fp8"] = Field("model", description="keys and values; int8, fp8: a GPU's")
+    graph_seconds: float = Field(30.0, description="GPU: time to capture steps as CUDA graphs; 0: none", ge=0, le=600)
     page_size: int = Field(16, description="tokens of a cache page", ge=1, le=1024)
     max_context_tokens: int = Field(0, description="tokens of a prompt with its answer; 0: the base model's", ge=0)
     max_step_tokens: int = Field(512, description="most tokens of one forward pass", ge=1)
@@ -124,6 +127,9 @@ class ServerConfig(BaseSettings):
     enforced_targets: Names = Field((), description="services whose target refuses as a caller's deadline would")
     service_weights: Names = Field((), description="shares of a busy engine, each SERVICE=WEIGHT; 1 where unnamed")
     tenant_weights: Names = Field((), description="shares within a service, each TENANT=WEIGHT; 1 where unnamed")
+    tenant_metadata_key: str = Field(
+        "x-tenant-id", description="metadata key whose value is the tenant; empty: all callers are one"
+    )
     synthetic_tries: Names = Field(
         (), description="random catalogues for the engine API, each NAME=ITEMS:SIZExSIZE… (a comma between two)"
     )
@@ -200,6 +206,15 @@ class ServerConfig(BaseSettings):
                 raise ValueError(f"{name!r} is not one of {', '.join(Service)}")
         return names
 
+    @field_validator("tenant_metadata_key")
+    @classmethod
+    def _key_usable(cls, key: str) -> str:
+        if not _KEY.fullmatch(key) or key.endswith("-bin"):
+            raise ValueError(
+                "expected lower-case letters, digits or _.- without -bin at the end, which means bytes"
+            )
+        return key
+
     @field_validator("service_weights", "tenant_weights")
     @classmethod
     def _weights_readable(cls, entries: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
@@ -243,6 +258,8 @@ class ServerConfig(BaseSettings):
             backend=self.backend,
             dtype=self.dtype,
             threads=self.threads,
+            kv_format=self.kv_format,
+            graph_seconds=self.graph_seconds,
             kv_cache_bytes=0 if takes_free_memory else self.kv_cache_mib * 2**20,
             page_size=self.page_size,
             max_context_tokens=self.max_context_tokens,

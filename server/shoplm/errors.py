@@ -4,7 +4,7 @@
     ├── InvalidRequestError      a field of a request is wrong      -> INVALID_ARGUMENT + BadRequest
     ├── UnauthenticatedError     no or a wrong token                -> UNAUTHENTICATED
     ├── NotServingError          this server has no such service    -> UNIMPLEMENTED / FAILED_PRECONDITION
-    ├── OverloadedError          a queue or memory bound is reached -> RESOURCE_EXHAUSTED + RetryInfo
+    ├── OverloadedError          load, or a deadline out of reach   -> RESOURCE_EXHAUSTED + RetryInfo
     ├── ExpiredError             the deadline passed in the queue   -> DEADLINE_EXCEEDED
     ├── CancelledByCallerError   the caller has gone                -> CANCELLED
     ├── EngineUnavailableError   the engine died or is draining     -> UNAVAILABLE + RetryInfo
@@ -50,7 +50,7 @@ class NotServingError(ShopLMError):
 
 
 class OverloadedError(ShopLMError):
-    """A bound on queued requests, tokens or memory is reached; worth trying again after `retry_seconds`."""
+    """Refused because of load; worth trying again after `retry_seconds`, and not at all where that is 0."""
 
     reason = "OVERLOADED"
 

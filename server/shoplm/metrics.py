@@ -19,6 +19,7 @@ LATENCY_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.075, 0.09, 0.1, 0.12, 0.15, 0.175, 0.2),
     *(0.25, 0.35, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
 )
+RATIO_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 # The services of `shoplm.request.Service` and those that the engine knows nothing of.
 MODEL_SERVICE = "model"
@@ -117,6 +118,26 @@ class Metrics:
             "Requests that the engine ended without an answer: cancelled, expired, overloaded, ….",
             *("service", "kind"),
         )
+        self.engine_submitted = self._counter(
+            "shoplm_engine_submitted",
+            "Requests that reached the engine; each ends in shoplm_engine_time_seconds or shoplm_engine_failures.",
+            "service",
+        )
+        self.engine_refusals = self._counter(
+            "shoplm_engine_refusals",
+            "Requests that the engine refused or gave up because of load.",
+            "service",
+            "reason",
+        )
+        self.degraded = self._counter(
+            "shoplm_degraded", "Answers made smaller so that they came in time.", "service", "degradation"
+        )
+        self.preemptions = self._counter(
+            "shoplm_preemptions", "Requests that lost their pages to a more urgent one and are computed again."
+        )
+        self.cost_error = self._histogram(
+            "shoplm_cost_error_ratio", "|predicted - measured| / measured step time.", buckets=RATIO_BUCKETS
+        )
         self.queued = self._gauge("shoplm_requests_queued", "Requests that wait for their first step.", "service")
         self.running = self._gauge("shoplm_requests_running", "Requests that hold pages.", "service")
         self.queued_tokens = self._gauge("shoplm_queued_tokens", "Prompt tokens that wait.")
@@ -135,6 +156,7 @@ class Metrics:
             for counter in (self.prompt_tokens, self.cached_tokens, self.completion_tokens, self.step_tokens):
                 counter.labels(service.value)
             self.step_rows.labels(service.value)
+            self.engine_submitted.labels(service.value)
             self.in_flight.labels(service.value)
             self.queued.labels(service.value)
             self.running.labels(service.value)
@@ -176,12 +198,24 @@ class Metrics:
                 child = histogram.labels(service)
                 for seconds in values:
                     child.observe(seconds)
-        for counter, counts in ((self.step_tokens, stats.tokens), (self.step_rows, stats.rows)):
+        for error in stats.cost_errors:
+            self.cost_error.observe(error)
+        for counter, counts in (
+            (self.step_tokens, stats.tokens),
+            (self.step_rows, stats.rows),
+            (self.engine_submitted, stats.submitted),
+        ):
             for service, count in counts.items():
                 counter.labels(service).inc(count)
-        for key, count in stats.failures.items():
-            service, _, kind = key.partition(":")
-            self.engine_failures.labels(service, kind).inc(count)
+        for counter, counts in (
+            (self.engine_failures, stats.failures),
+            (self.engine_refusals, stats.refusals),
+            (self.degraded, stats.degraded),
+        ):
+            for key, count in counts.items():
+                service, _, what = key.partition(":")
+                counter.labels(service, what).inc(count)
+        self.preemptions.inc(stats.preemptions)
         self.mixed_steps.inc(stats.mixed_steps)
         self.prefix_queries.inc(stats.prefix_query_tokens)
         self.prefix_hits.inc(stats.prefix_hit_tokens)

@@ -33,9 +33,10 @@ class ScriptedEngine:
         self.cancelled: list[str] = []
         self.answer: Sequence[Sequence[int]] = ((7,), (8,), (9,))  # tokens of each output
         self.error: Exception | None = None
+        self.errors: list[Exception] = []  # of the next requests, one each
         self.holds = False  # True: a request gets its first output and then waits until it is cancelled or released
         self.head_outputs = 64
-        self.degraded = False
+        self.degraded: tuple[Degradation, ...] = ()
         self.started = asyncio.Event()
         self.released = asyncio.Event()
         self._states: list[Callable[[bool], None]] = []
@@ -63,6 +64,8 @@ class ScriptedEngine:
 
     async def generate(self, request: Request) -> AsyncGenerator[TokensOutput | FinishedOutput]:
         self.requests.append(request)
+        if self.errors:
+            raise self.errors.pop(0)
         if self.error is not None:
             raise self.error
         try:
@@ -110,5 +113,5 @@ class ScriptedEngine:
             finish_reason=FinishReason.STOP,
             selected=selected,
             values=values,
-            degraded=(Degradation.NARROWER_BEAMS,) if self.degraded else (),
+            degraded=self.degraded,
         )

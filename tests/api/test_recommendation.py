@@ -196,11 +196,3 @@ def test_a_history_does_not_depend_on_the_order_in_which_it_is_sent(serve_script
     first, second = scripted.engine.requests
     assert first.tokens == second.tokens
     assert first.task == second.task
-
-
-def test_a_degraded_answer_says_so(serve_scripted: Serve) -> None:
-    scripted = serve_scripted()
-    for degraded in (False, True):
-        scripted.engine.degraded = degraded
-        response = scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=DEMO, allow_degraded=True))
-        assert response.degraded is degraded

@@ -8,8 +8,10 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from shoplm.config import load_config
 from shoplm.errors import BundleError, ConfigurationError
 from shoplm.request import StepStats
 from shoplm.server import Server, ready_text, serve
-from shoplm.v1 import chat_pb2, model_pb2, prediction_pb2, recommendation_pb2, shop_pb2
+from shoplm.v1 import chat_pb2, model_pb2, prediction_pb2, recommendation_pb2, recommendation_pb2_grpc, shop_pb2
 from tiny_shop import DEMO_CUSTOMER, write_base
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -206,6 +208,35 @@ def _signalled(folders: ShopFolders, engine: ScriptedEngine, signals: int) -> in
 
 def test_sigterm_ends_the_server_with_exit_code_zero(shop_folders: ShopFolders) -> None:
     assert _signalled(shop_folders, ScriptedEngine(), 1) == 0
+
+
+def test_a_second_signal_stops_at_once_although_a_call_runs(shop_folders: ShopFolders) -> None:
+    engine = ScriptedEngine()
+    engine.holds = True
+
+    async def run() -> tuple[int, grpc.StatusCode, float]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        flags = ("--port", str(port), "--drain-seconds", "600")
+        serving = asyncio.create_task(serve(shop_folders.config(*flags), lambda *_: engine))
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = recommendation_pb2_grpc.RecommendationServiceStub(channel).Recommend(RECOMMEND, wait_for_ready=True)
+            await engine.started.wait()
+            os.kill(os.getpid(), signal.SIGINT)
+            health = health_pb2_grpc.HealthStub(channel)
+            while (await health.Check(health_pb2.HealthCheckRequest())).status == SERVING:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            assert not serving.done()  # it drains: the call runs
+            second = time.monotonic()
+            os.kill(os.getpid(), signal.SIGINT)
+            code = await asyncio.wait_for(serving, TIMEOUT_SECONDS)
+            return code, await call.code(), time.monotonic() - second
+
+    code, status, seconds = asyncio.run(run())
+    assert (code, status) == (130, grpc.StatusCode.UNAVAILABLE)  # which the caller may try elsewhere
+    assert seconds < 5.0
+    assert engine.cancelled
 
 
 def test_a_port_that_is_taken_is_said_before_anything_is_loaded(

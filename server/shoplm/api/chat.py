@@ -15,7 +15,7 @@ from shoplm.grounding import Grounding
 from shoplm.history import History
 from shoplm.model.tokenizer import StopStrings, StreamDecoder
 from shoplm.prompt import Prefix
-from shoplm.request import FinishedOutput, FinishReason, Generate, Request, Sampling, Service
+from shoplm.request import Degradation, FinishedOutput, FinishReason, Generate, Request, Sampling, Service
 from shoplm.retrieval import Passage
 from shoplm.v1 import chat_pb2 as pb
 from shoplm.v1.chat_pb2_grpc import ChatServiceServicer
@@ -57,7 +57,11 @@ class ChatService(ChatServiceServicer):
         tokens, passages = await self._prompt(turn, prefix)
         room = core.ready().max_context_tokens - len(tokens)
         task = Generate(min(turn.max_tokens, room), turn.sampling, core.served.tokenizer.end_token_ids)
-        work = core.request(_SERVICE, tokens, task, context, history_tokens=len(prefix.tokens))
+        work = core.request(
+            *(_SERVICE, tokens, task, context),
+            history_tokens=len(prefix.tokens),
+            allow_degraded=request.allow_degraded,
+        )
         answer = _Answer(StreamDecoder(core.served.tokenizer), StopStrings(turn.stops))
         async with aclosing(self._deltas(work, answer)) as deltas:
             async for delta in deltas:
@@ -69,6 +73,7 @@ class ChatService(ChatServiceServicer):
                 citations=[pb.Citation(source=each.source, title=each.title, text=each.text) for each in passages],
                 model=core.served.model_version,
                 warnings=core.warned(_SERVICE, warnings),
+                degradations=core.degraded(answer.degraded),
             )
         )
 
@@ -80,6 +85,7 @@ class ChatService(ChatServiceServicer):
                     answer.finish_reason = output.finish_reason
                     answer.cached_tokens = output.cached_tokens
                     answer.completion_tokens = output.completion_tokens
+                    answer.degraded = output.degraded
                     if rest := answer.stops.finish():
                         yield rest
                     return
@@ -194,3 +200,4 @@ class _Answer:
     finish_reason: FinishReason = FinishReason.STOP
     cached_tokens: int = 0
     completion_tokens: int = 0
+    degraded: tuple[Degradation, ...] = ()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc.aio
+from shoplm.api.caller import caller
 from shoplm.api.customers import CustomerReader
 from shoplm.api.shop import Served, Shop
 from shoplm.api.warnings import Warnings
@@ -16,8 +17,13 @@ from shoplm.config import ServerConfig
 from shoplm.errors import EngineUnavailableError, InvalidRequestError, NotServingError
 from shoplm.logs import request_id
 from shoplm.metrics import Metrics
-from shoplm.request import FinishedOutput, ReadyOutput, Request, Service, Task, TokensOutput
+from shoplm.request import Degradation, FinishedOutput, ReadyOutput, Request, Service, Task, TokensOutput
 from shoplm.v1 import shop_pb2
+
+_DEGRADATIONS = {
+    Degradation.NARROWER_BEAMS: shop_pb2.DEGRADATION_NARROWER_BEAMS,
+    Degradation.FEWER_TOKENS: shop_pb2.DEGRADATION_FEWER_TOKENS,
+}
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -70,9 +76,11 @@ class Core:
         *,
         history_tokens: int = 0,
         cache_root: str | None = None,
+        allow_degraded: bool = False,
     ) -> Request:
-        """A request that arrives now, with the call's own deadline."""
-        now = time.monotonic()
+        """A request that arrives now, with the call's own deadline, tenant and priority."""
+        now, who = time.monotonic(), caller.get()
+        root = self.served.cache_root if cache_root is None else cache_root
         remaining = context.time_remaining()
         return Request(
             # Two calls may carry the same id; the engine needs one that is unique.
@@ -83,7 +91,11 @@ class Core:
             arrival_seconds=now,
             deadline_seconds=None if remaining is None else now + remaining,
             history_tokens=history_tokens,
-            cache_root=self.served.cache_root if cache_root is None else cache_root,
+            # How fast an answer comes tells what is cached: no tenant learns that of another.
+            cache_root=f"{root}|{who.tenant}" if who.tenant else root,
+            tenant=who.tenant,
+            priority=who.priority,
+            allow_degraded=allow_degraded,
         )
 
     def check_prompt(self, field_path: str, tokens: int, produced: int = 0) -> None:
@@ -109,3 +121,7 @@ class Core:
         for code in warnings.codes():
             self.metrics.warnings.labels(service.value, code).inc()
         return warnings.messages()
+
+    def degraded(self, degradations: Sequence[Degradation]) -> list[shop_pb2.Degradation.ValueType]:
+        """What was taken from the answer, as responses name it."""
+        return [_DEGRADATIONS[degradation] for degradation in degradations]

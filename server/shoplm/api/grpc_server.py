@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import ssl
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -46,6 +48,7 @@ class GrpcServer:
             tokens=config.tokens(),
             max_calls=config.max_concurrent_calls,
             max_message_bytes=config.max_message_bytes,
+            tenant_key=config.tenant_metadata_key,
         )
         self._server = grpc.aio.server(interceptors=[self.interceptor], options=_options(config))
         self.port = self._bind()
@@ -111,4 +114,24 @@ def _credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
     chain = read_file("tls_certificate", config.tls_certificate)
     key = read_file("tls_key", config.tls_key)
     client_ca = read_file("tls_client_ca", config.tls_client_ca) if config.tls_client_ca else None
+    _check_tls(config.tls_certificate, config.tls_key, config.tls_client_ca)
     return grpc.ssl_server_credentials([(key, chain)], client_ca, require_client_auth=client_ca is not None)
+
+
+def _check_tls(certificate: Path, key: Path, client_ca: Path | None) -> None:
+    """gRPC says only that it cannot listen; Python's own TLS says what is wrong with which file."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # A key with a passphrase would make OpenSSL ask the terminal for it.
+        context.load_cert_chain(certificate.expanduser(), key.expanduser(), password=lambda: "")
+    except (ssl.SSLError, ValueError) as error:
+        raise ConfigurationError(
+            f"tls_certificate {certificate} and tls_key {key} are no PEM certificate chain and its own key without a "
+            f"passphrase: {error}"
+        ) from error
+    if client_ca is None:
+        return
+    try:
+        context.load_verify_locations(client_ca.expanduser())
+    except ssl.SSLError as error:
+        raise ConfigurationError(f"tls_client_ca: {client_ca} is no PEM certificate: {error}") from error

@@ -12,15 +12,16 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
+from shoplm.api.caller import caller, read_caller
 from shoplm.api.methods import METHODS, Method
-from shoplm.api.status import DETAILS_KEY, CallStatus, status_of
+from shoplm.api.status import CallStatus, status_of
 from shoplm.api.wire import parse
 from shoplm.errors import EngineUnavailableError, OverloadedError, UnauthenticatedError
 from shoplm.logs import request_id
@@ -34,6 +35,7 @@ _RETRY_SECONDS = 1.0
 log = logging.getLogger("shoplm.api")
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Metadata: TypeAlias = "Iterable[tuple[str, str | bytes]]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]"
 
@@ -42,12 +44,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps the handlers of `METHODS`; guards the others (reflection) with authentication, except health."""
 
     def __init__(
-        self, metrics: Metrics, *, tokens: Sequence[str] = (), max_calls: int = 4096, max_message_bytes: int = 8 * 2**20
+        self,
+        metrics: Metrics,
+        *,
+        tokens: Sequence[str] = (),
+        max_calls: int = 4096,
+        max_message_bytes: int = 8 * 2**20,
+        tenant_key: str = "",
     ) -> None:
+        """`tenant_key` is the metadata key that holds the tenant; "": there are none."""
         self._metrics = metrics
         self._tokens = [f"Bearer {token}".encode() for token in tokens]
         self._max_calls = max_calls
         self._max_message_bytes = max_message_bytes
+        self._tenant_key = tenant_key
         self._wrapped: dict[str, Handler] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -71,7 +81,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return handler
         method = METHODS.get(path)
         if method is None:
-            if not self._tokens or self._authorized(handler_call_details.invocation_metadata):
+            if not self._tokens or self._authorized(handler_call_details.invocation_metadata or ()):
                 return handler
             return _refusing(handler, status_of(_unauthenticated()))
         if path not in self._wrapped:
@@ -108,14 +118,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     async def _serve(self, method: Method, context: Context, body: Callable[[_Call], Awaitable[Any]]) -> Any:
         """Run one call to its end. Aborts the context on any error."""
-        call = _Call(self._metrics, method, context, self._max_message_bytes)
+        metadata = context.invocation_metadata() or ()
+        call = _Call(self._metrics, method, context, _request_id(metadata), self._max_message_bytes)
         request_id.set(call.request_id)  # this task's own: gRPC gives every call a task
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         self.in_flight += 1
         self._last_arrival = time.monotonic()
         self._idle.clear()
         try:
-            self._admit(context)
+            self._admit(metadata)
+            caller.set(read_caller(metadata, self._tenant_key))
             result = await body(call)
         except asyncio.CancelledError:
             # gRPC cancels the task when the caller has gone and when the deadline passes.
@@ -134,10 +146,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             if not self.in_flight:
                 self._idle.set()
 
-    def _admit(self, context: Context) -> None:
+    def _admit(self, metadata: Metadata) -> None:
         if self.draining:
             raise EngineUnavailableError("the server is shutting down", retry_seconds=_RETRY_SECONDS)
-        if self._tokens and not self._authorized(context.invocation_metadata()):
+        if self._tokens and not self._authorized(metadata):
             raise _unauthenticated()
         if self.in_flight > self._max_calls:
             raise OverloadedError(
@@ -146,8 +158,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 retry_seconds=_RETRY_SECONDS,
             )
 
-    def _authorized(self, metadata: Any) -> bool:
-        given = next((value for key, value in metadata or () if key == "authorization"), "")
+    def _authorized(self, metadata: Metadata) -> bool:
+        given = next((value for key, value in metadata if key == "authorization"), "")
         sent = given if isinstance(given, bytes) else given.encode()
         # All are compared, in constant time: how long it takes says nothing about a token.
         return any([hmac.compare_digest(sent, token) for token in self._tokens])  # noqa: C419
@@ -156,14 +168,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 class _Call:
     """Bookkeeping of one call."""
 
-    def __init__(self, metrics: Metrics, method: Method, context: Context, max_message_bytes: int) -> None:
+    def __init__(
+        self, metrics: Metrics, method: Method, context: Context, identifier: str, max_message_bytes: int
+    ) -> None:
         self._metrics = metrics
         self._method = method
         self._names = (method.grpc_type, method.grpc_service, method.name)
         self._context = context
         self._max_message_bytes = max_message_bytes
         self._started = time.perf_counter()
-        self.request_id = _request_id(context)
+        self.request_id = identifier
         metrics.grpc_started.labels(*self._names).inc()
         metrics.in_flight.labels(method.label).inc()
 
@@ -223,9 +237,9 @@ def _camel(code: grpc.StatusCode) -> str:
     return "OK" if code is grpc.StatusCode.OK else "".join(part.capitalize() for part in code.name.split("_"))
 
 
-def _request_id(context: Context) -> str:
+def _request_id(metadata: Metadata) -> str:
     """The caller's own, where it can go into a log line and a header as it is; else a new one."""
-    for key, value in context.invocation_metadata() or ():
+    for key, value in metadata:
         if key == REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
             return value
     return secrets.token_hex(8)
@@ -236,14 +250,14 @@ def _unauthenticated() -> UnauthenticatedError:
 
 
 async def _abort(context: Context, status: CallStatus, identifier: str) -> None:
-    await context.abort(status.code, status.message, ((REQUEST_ID_KEY, identifier), (DETAILS_KEY, status.details)))
+    await context.abort(status.code, status.message, status.trailers((REQUEST_ID_KEY, identifier)))
 
 
 def _refusing(handler: Handler, status: CallStatus) -> Handler:
     """A handler of the same kind that refuses."""
 
     async def refuse(_: Any, context: Context) -> None:
-        await _abort(context, status, _request_id(context))
+        await _abort(context, status, _request_id(context.invocation_metadata() or ()))
 
     if handler.request_streaming and handler.response_streaming:
         return grpc.stream_stream_rpc_method_handler(refuse)

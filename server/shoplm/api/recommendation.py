@@ -46,13 +46,16 @@ class RecommendationService(RecommendationServiceServicer):
             own_counts=own_counts,
             popularity_only=len(history) == 0,
         )
-        work, finished, selected = await self._select(select, history, context, warnings)
+        work, finished, selected = await self._select(
+            select, history, context, warnings, allow_degraded=request.allow_degraded
+        )
         return pb.RecommendResponse(
             items=_items(shop, selected, history, request.explain),
             model=self._core.served.model_version,
             usage=self._core.usage(work, finished.cached_tokens, finished.completion_tokens),
             degraded=bool(finished.degraded),
             warnings=self._core.warned(_SERVICE, warnings),
+            degradations=self._core.degraded(finished.degraded),
         )
 
     async def Rank(self, request: pb.RankRequest, context: Context) -> pb.RankResponse:
@@ -90,7 +93,13 @@ class RecommendationService(RecommendationServiceServicer):
         )
 
     async def _select(
-        self, select: Select, history: History, context: Context, warnings: Warnings
+        self,
+        select: Select,
+        history: History,
+        context: Context,
+        warnings: Warnings,
+        *,
+        allow_degraded: bool = False,
     ) -> tuple[Request, FinishedOutput, SelectOutput]:
         core = self._core
         prefix = core.served.prompts.prefix(history)
@@ -98,7 +107,11 @@ class RecommendationService(RecommendationServiceServicer):
         warnings.add("EMPTY_HISTORY", int(select.popularity_only))
         tokens = core.served.prompts.recommend(prefix, history)
         core.check_prompt("customer", len(tokens), core.shop().manifest.depth - 1)
-        work = core.request(_SERVICE, tokens, select, context, history_tokens=len(prefix.tokens))
+        work = core.request(
+            *(_SERVICE, tokens, select, context),
+            history_tokens=len(prefix.tokens),
+            allow_degraded=allow_degraded,
+        )
         finished = await core.engine.run(work)
         if finished.selected is None:
             raise RuntimeError("the engine answered a selection without items")

@@ -2,6 +2,9 @@
 
 Every error carries an ErrorInfo (domain `shoplm`, a stable UPPER_SNAKE reason); INVALID_ARGUMENT a BadRequest with one
 violation per field; what is worth trying again a RetryInfo.
+
+The same advice goes out as `grpc-retry-pushback-ms`, which gRPC's own retries obey without the caller's help; a
+negative one stops them (gRFC A6).
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from shoplm.errors import (
 
 DOMAIN = "shoplm"
 DETAILS_KEY = "grpc-status-details-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
 MAX_MESSAGE_CHARACTERS = 1024
 MAX_DETAILS_BYTES = 4096
 
@@ -49,6 +53,15 @@ class CallStatus:
     message: str
     reason: str
     details: bytes  # serialised google.rpc.Status
+    retry_seconds: float | None = None  # 0: trying again is no use; None: nothing is said of it
+
+    def trailers(self, *more: tuple[str, str]) -> tuple[tuple[str, str | bytes], ...]:
+        """Trailing metadata of the call that ends like this."""
+        trailers: list[tuple[str, str | bytes]] = [*more, (DETAILS_KEY, self.details)]
+        if self.retry_seconds is not None:
+            pushback = max(round(self.retry_seconds * 1000), 1) if self.retry_seconds > 0 else -1
+            trailers.append((PUSHBACK_KEY, str(pushback)))
+        return tuple(trailers)
 
 
 def status_of(error: BaseException) -> CallStatus:
@@ -59,11 +72,14 @@ def status_of(error: BaseException) -> CallStatus:
     details: list[Message] = []
     if isinstance(error, InvalidRequestError):
         details.append(_bad_request(error))
+    retry_seconds = None
     if isinstance(error, OverloadedError | EngineUnavailableError):
-        delay = Duration()
-        delay.FromNanoseconds(round(max(error.retry_seconds, 0.0) * 1e9))
-        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    return _status(code, str(error), error.reason, details)
+        retry_seconds = max(error.retry_seconds, 0.0)
+        if retry_seconds:
+            delay = Duration()
+            delay.FromNanoseconds(round(retry_seconds * 1e9))
+            details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    return _status(code, str(error), error.reason, details, retry_seconds)
 
 
 def _bad_request(error: InvalidRequestError) -> error_details_pb2.BadRequest:
@@ -77,7 +93,11 @@ def _bad_request(error: InvalidRequestError) -> error_details_pb2.BadRequest:
 
 
 def _status(
-    code: grpc.StatusCode, message: str, reason: str = "INTERNAL", details: list[Message] | None = None
+    code: grpc.StatusCode,
+    message: str,
+    reason: str = "INTERNAL",
+    details: list[Message] | None = None,
+    retry_seconds: float | None = None,
 ) -> CallStatus:
     if len(message) > MAX_MESSAGE_CHARACTERS:
         message = f"{message[:MAX_MESSAGE_CHARACTERS]}…"
@@ -85,4 +105,4 @@ def _status(
     status = status_pb2.Status(code=number, message=message)
     for detail in (error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN), *(details or ())):
         status.details.add().Pack(detail)
-    return CallStatus(code, message, reason, status.SerializeToString())
+    return CallStatus(code, message, reason, status.SerializeToString(), retry_seconds)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import uuid
 from dataclasses import dataclass, fields, replace
 
 import grpc
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+TENANT_KEY = "x-tenant-id"  # the server's default for its tenant_metadata_key
+_TENANT = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _SERVICES = ("RecommendationService", "ChatService", "PredictionService", "ModelService")
 
 # A streaming call sends data all the time, so pings only find dead peers; more often than this and a server with
@@ -80,13 +83,20 @@ def service_config(*, retries: bool, round_robin: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Where and how to connect. `root_certificates` (PEM) implies TLS; `round_robin` spreads calls over all addresses
-    that the name resolves to (a Kubernetes headless service, for example)."""
+    """Where and how to connect, and as whom.
+
+    `root_certificates` (PEM) implies TLS, and so do `certificate_chain` and `private_key` (PEM), for servers that ask
+    their clients for a certificate. `round_robin` spreads calls over all addresses that the name resolves to (a
+    Kubernetes headless service, for example). `tenant` shares the server with other tenants fairly.
+    """
 
     address: str = DEFAULT_ADDRESS
     token: str | None = None
+    tenant: str | None = None
     tls: bool = False
     root_certificates: bytes | None = None
+    certificate_chain: bytes | None = None
+    private_key: bytes | None = None
     retries: bool = True
     round_robin: bool = False
 
@@ -95,6 +105,10 @@ class Connection:
             raise ValueError('address is empty; pass "host:port", for example "127.0.0.1:50051"')
         if self.token is not None and not (self.token and self.token.isascii() and self.token.isprintable()):
             raise ValueError("token must be printable ASCII and not empty; leave it out for a server without tokens")
+        if self.tenant is not None and not _TENANT.fullmatch(self.tenant):
+            raise ValueError(f"tenant={self.tenant!r} must be 1 to 128 letters, digits or ._:/+=@-")
+        if (self.certificate_chain is None) != (self.private_key is None):
+            raise ValueError("certificate_chain and private_key come together: give both or none")
 
     @property
     def options(self) -> list[tuple[str, str | int]]:
@@ -110,8 +124,8 @@ class Connection:
     @property
     def credentials(self) -> grpc.ChannelCredentials | None:
         """TLS credentials, None for an unencrypted connection."""
-        if self.tls or self.root_certificates is not None:
-            return grpc.ssl_channel_credentials(self.root_certificates)
+        if self.tls or self.root_certificates is not None or self.private_key is not None:
+            return grpc.ssl_channel_credentials(self.root_certificates, self.private_key, self.certificate_chain)
         return None
 
     def open(self) -> grpc.Channel:
@@ -127,10 +141,12 @@ class Connection:
         return grpc.aio.secure_channel(self.address, self.credentials, self.options)
 
     def metadata(self, request_id: str) -> tuple[tuple[str, str], ...]:
-        """Metadata of one call: its id, and the token."""
+        """Metadata of one call: its id, the token and the tenant."""
         pairs = [("x-request-id", request_id)]
         if self.token is not None:
             pairs.append(("authorization", f"Bearer {self.token}"))
+        if self.tenant is not None:
+            pairs.append((TENANT_KEY, self.tenant))
         return tuple(pairs)
 
 

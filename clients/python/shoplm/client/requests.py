@@ -86,6 +86,7 @@ def chat_request(
     seed: int | None,
     stop: Sequence[str],
     grounding: bool | None,
+    allow_degraded: bool,
 ) -> chat_pb2.ChatRequest:
     """A ChatRequest; a string is one user message, None leaves the server's default."""
     if isinstance(messages, str):
@@ -105,6 +106,7 @@ def chat_request(
         seed=seed,
         stop=stop,
         grounding=switch,
+        allow_degraded=allow_degraded,
     )
 
 

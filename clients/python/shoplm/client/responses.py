@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from shoplm.client.types import (
     ChatSummary,
     Citation,
+    Degradation,
     FinishReason,
     Limits,
     ModelInfo,
@@ -32,6 +33,9 @@ _TARGETS: dict[int, TargetKind] = {
 _REASONS: dict[int, ReasonKind] = {
     recommendation_pb2.Reason.Kind.Value(f"KIND_{kind.name}"): kind for kind in ReasonKind
 }
+_DEGRADATIONS: dict[int, Degradation] = {
+    shop_pb2.Degradation.Value(f"DEGRADATION_{degradation.name}"): degradation for degradation in Degradation
+}
 _FINISHES: dict[int, FinishReason] = {
     chat_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}"): reason for reason in FinishReason
 }
@@ -44,6 +48,7 @@ def recommendations(message: recommendation_pb2.RecommendResponse) -> Recommenda
         model=_version(message.model),
         usage=_usage(message.usage),
         degraded=message.degraded,
+        degradations=_degradations(message.degradations),
         warnings=_warnings(message.warnings),
         raw=message,
     )
@@ -78,6 +83,7 @@ def chat_summary(message: chat_pb2.ChatSummary) -> ChatSummary:
         usage=_usage(message.usage),
         citations=tuple(Citation(citation.source, citation.title, citation.text) for citation in message.citations),
         model=_version(message.model),
+        degradations=_degradations(message.degradations),
         warnings=_warnings(message.warnings),
         raw=message,
     )
@@ -118,6 +124,10 @@ def _usage(message: shop_pb2.Usage) -> Usage:
 
 def _warnings(messages: Iterable[shop_pb2.Warning]) -> tuple[ResponseWarning, ...]:
     return tuple(ResponseWarning(message.code, message.message, message.count) for message in messages)
+
+
+def _degradations(values: Iterable[int]) -> tuple[Degradation, ...]:
+    return tuple(_DEGRADATIONS.get(value, Degradation.UNSPECIFIED) for value in values)
 
 
 def _item(message: recommendation_pb2.RecommendedItem) -> RecommendedItem:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import grpc
 from shoplm.client import requests, responses
-from shoplm.client.channel import DEFAULT_ADDRESS, Connection, Timeouts, check_timeout, new_request_id
-from shoplm.client.errors import UnavailableError, error_from_rpc
+from shoplm.client.base import ChatStreamBase, ClientBase, Stubs
+from shoplm.client.channel import check_timeout
+from shoplm.client.errors import error_from_rpc
 from shoplm.client.types import (
-    ChatSummary,
     Customer,
     ItemFilter,
     Message,
@@ -21,29 +21,17 @@ from shoplm.client.types import (
     Recommendations,
     Target,
 )
-from shoplm.v1 import (
-    chat_pb2,
-    chat_pb2_grpc,
-    model_pb2,
-    model_pb2_grpc,
-    prediction_pb2_grpc,
-    recommendation_pb2_grpc,
-)
+from shoplm.v1 import chat_pb2, model_pb2
 
 Answer = TypeVar("Answer")
 
 
-class ChatStream(Iterator[str]):
+class ChatStream(ChatStreamBase, Iterator[str]):
     """A chat answer while it arrives: iterate over its text, then read `summary`.
 
     Leaving the `with` block, or `cancel()`, ends the call on the server within one step. Errors of the call
     (`ShopLMClientError`) are raised by the iteration.
     """
-
-    def __init__(self, call: Any, request_id: str) -> None:
-        self._call = call  # a grpc.Call that iterates over chat_pb2.ChatResponse
-        self._summary: ChatSummary | None = None
-        self.request_id = request_id
 
     def __next__(self) -> str:
         while True:
@@ -51,25 +39,12 @@ class ChatStream(Iterator[str]):
                 event: chat_pb2.ChatResponse = next(self._call)
             except grpc.RpcError as error:
                 raise error_from_rpc(error, request_id=self.request_id) from error
-            if event.HasField("summary"):
-                self._summary = responses.chat_summary(event.summary)
-            elif event.delta:
-                return event.delta
+            if delta := self._take(event):
+                return delta
 
     def text(self) -> str:
         """The rest of the answer as one string, waiting for its end."""
         return "".join(self)
-
-    @property
-    def summary(self) -> ChatSummary:
-        """Finish reason, usage and citations; RuntimeError before the iteration has ended."""
-        if self._summary is None:
-            raise RuntimeError("the answer has not ended yet: iterate to its end, or call text(), before summary")
-        return self._summary
-
-    def cancel(self) -> None:
-        """Stop the answer; no effect when it has ended."""
-        self._call.cancel()
 
     def __enter__(self) -> Self:
         return self
@@ -80,7 +55,7 @@ class ChatStream(Iterator[str]):
         self.cancel()
 
 
-class Client:
+class Client(ClientBase):
     """Blocking calls to a ShopLM server; safe to share between threads. Close it, or use it in a `with` block.
 
     `timeout` is a deadline in seconds for every call, or `Timeouts` per service; each method takes its own too.
@@ -91,24 +66,9 @@ class Client:
                 print(item.title)
     """
 
-    def __init__(
-        self,
-        address: str = DEFAULT_ADDRESS,
-        *,
-        token: str | None = None,
-        timeout: float | Timeouts | None = None,
-        tls: bool = False,
-        root_certificates: bytes | None = None,
-        retries: bool = True,
-        round_robin: bool = False,
-    ) -> None:
-        self._connection = Connection(address, token, tls, root_certificates, retries, round_robin)
-        self.timeouts = Timeouts.of(timeout)
+    def _open(self) -> None:
         self._channel = self._connection.open()
-        self._recommendation = recommendation_pb2_grpc.RecommendationServiceStub(self._channel)
-        self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)
-        self._prediction = prediction_pb2_grpc.PredictionServiceStub(self._channel)
-        self._model = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._stubs = Stubs(self._channel)
 
     def recommend(
         self,
@@ -125,9 +85,7 @@ class Client:
         """The best items for a customer that pass the filter, best first. None leaves the server's default."""
         request = requests.recommend_request(customer, count, filter, beam_width, explain, allow_degraded)
         seconds = self.timeouts.recommendation_seconds
-        return responses.recommendations(
-            self._call(self._recommendation.Recommend, request, timeout, seconds, request_id)
-        )
+        return responses.recommendations(self._call(self._stubs.recommend, request, timeout, seconds, request_id))
 
     def rank(
         self,
@@ -141,7 +99,7 @@ class Client:
         """The given items with their scores for a customer, best first."""
         request = requests.rank_request(customer, item_ids, explain)
         seconds = self.timeouts.recommendation_seconds
-        return responses.ranking(self._call(self._recommendation.Rank, request, timeout, seconds, request_id))
+        return responses.ranking(self._call(self._stubs.rank, request, timeout, seconds, request_id))
 
     def predict(
         self,
@@ -154,13 +112,13 @@ class Client:
         """One prediction for each target, in their order; no targets means all that the bundle has."""
         request = requests.predict_request(customer, targets)
         seconds = self.timeouts.prediction_seconds
-        return responses.predictions(self._call(self._prediction.Predict, request, timeout, seconds, request_id))
+        return responses.predictions(self._call(self._stubs.predict, request, timeout, seconds, request_id))
 
     def get_model(self, *, timeout: float | None = None, request_id: str | None = None) -> ModelInfo:
         """Bundle, base model, limits, targets and demo customers of the server."""
         request = model_pb2.GetModelRequest()
         seconds = self.timeouts.model_seconds
-        return responses.model_info(self._call(self._model.GetModel, request, timeout, seconds, request_id))
+        return responses.model_info(self._call(self._stubs.get_model, request, timeout, seconds, request_id))
 
     def chat(
         self,
@@ -174,19 +132,21 @@ class Client:
         seed: int | None = None,
         stop: Sequence[str] = (),
         grounding: bool | None = None,
+        allow_degraded: bool = False,
         timeout: float | None = None,
         request_id: str | None = None,
     ) -> ChatStream:
         """The assistant's next turn as a stream of text; a string is one user message, no customer is a visitor.
 
         Temperature None or 0 is greedy; `grounding` None uses the shop's own texts where the bundle has some.
+        `allow_degraded` lets the server shorten the answer rather than refuse it; the summary says so.
         """
         request = requests.chat_request(
-            messages, customer, max_tokens, temperature, top_k, top_p, seed, stop, grounding
+            messages, customer, max_tokens, temperature, top_k, top_p, seed, stop, grounding, allow_degraded
         )
-        seconds, call_id = self._terms(timeout, self.timeouts.chat_seconds, request_id)
-        call = self._chat.Chat(request, timeout=seconds, metadata=self._connection.metadata(call_id))
-        return ChatStream(call, call_id)
+        terms = self._terms(timeout, self.timeouts.chat_seconds, request_id)
+        call = self._stubs.chat(request, **terms.keywords)
+        return ChatStream(call, terms.request_id)
 
     def wait_until_ready(self, timeout: float = 30.0) -> None:
         """Block until the server accepts connections; UnavailableError if it does not within `timeout` seconds."""
@@ -194,10 +154,7 @@ class Client:
         try:
             grpc.channel_ready_future(self._channel).result(timeout=timeout)
         except grpc.FutureTimeoutError as error:
-            raise UnavailableError(
-                f"no server accepted a connection at {self._connection.address} within {timeout:g} s",
-                code=grpc.StatusCode.UNAVAILABLE,
-            ) from error
+            raise self._nobody_there(timeout) from error
 
     def close(self) -> None:
         """Close the connection; running calls are cancelled."""
@@ -211,11 +168,6 @@ class Client:
     ) -> None:
         self.close()
 
-    def _terms(self, timeout: float | None, default_seconds: float, request_id: str | None) -> tuple[float, str]:
-        if timeout is not None:
-            check_timeout("timeout", timeout)
-        return default_seconds if timeout is None else timeout, request_id or new_request_id()
-
     def _call(
         self,
         method: Callable[..., Answer],
@@ -224,8 +176,8 @@ class Client:
         default_seconds: float,
         request_id: str | None,
     ) -> Answer:
-        seconds, call_id = self._terms(timeout, default_seconds, request_id)
+        terms = self._terms(timeout, default_seconds, request_id)
         try:
-            return method(request, timeout=seconds, metadata=self._connection.metadata(call_id))
+            return method(request, **terms.keywords)
         except grpc.RpcError as error:
-            raise error_from_rpc(error, request_id=call_id) from error
+            raise error_from_rpc(error, request_id=terms.request_id) from error

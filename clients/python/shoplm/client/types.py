@@ -42,6 +42,14 @@ class ReasonKind(StrEnum):
     POPULARITY = "popularity"
 
 
+class Degradation(StrEnum):
+    """What the server took from an answer, with the caller's leave, so that it came in time."""
+
+    UNSPECIFIED = "unspecified"  # only in answers of a server newer than this client
+    NARROWER_BEAMS = "narrower_beams"
+    FEWER_TOKENS = "fewer_tokens"
+
+
 class FinishReason(StrEnum):
     """Why a chat answer ended."""
 
@@ -177,12 +185,13 @@ class RecommendedItem:
 
 @dataclass(frozen=True, slots=True)
 class Recommendations:
-    """The recommended items, best first. `degraded`: the server narrowed the search to answer in time."""
+    """The recommended items, best first. `degradations`: what the server took from the search to answer in time."""
 
     items: tuple[RecommendedItem, ...]
     model: ModelVersion
     usage: Usage
     degraded: bool
+    degradations: tuple[Degradation, ...]
     warnings: tuple[ResponseWarning, ...]
     raw: recommendation_pb2.RecommendResponse = field(repr=False, compare=False)
 
@@ -236,12 +245,13 @@ class Citation:
 
 @dataclass(frozen=True, slots=True)
 class ChatSummary:
-    """The end of a chat answer."""
+    """The end of a chat answer. `degradations`: what the server took from it, with `allow_degraded`, to end in time."""
 
     finish_reason: FinishReason
     usage: Usage
     citations: tuple[Citation, ...]
     model: ModelVersion
+    degradations: tuple[Degradation, ...]
     warnings: tuple[ResponseWarning, ...]
     raw: chat_pb2.ChatSummary = field(repr=False, compare=False)
 
