@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import typer
 from safetensors.torch import load_file
-from shoplm.bundle import ADAPTER_WEIGHTS, read_manifest
+from shoplm.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_manifest
 from shoplm.catalog.items import Catalog
 from shoplm.model.base import Base
 from shoplm.retrieval import DECLINED, Passage
@@ -160,6 +161,8 @@ def _trains_and_measures(shell: Shell, bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapted"
     shell("train", "--out", out, "--adapter", tmp_path / "whole" / "adapter", *_quick())
     manifest, plain = read_manifest(out), read_manifest(bundle)
+    config = json.loads((out / ADAPTER_CONFIG).read_text())
+    assert "/" not in config["base_model_name_or_path"]
     assert manifest.has_adapter and manifest.prompt.chat_reads_item_tokens
     assert not plain.has_adapter and not plain.prompt.chat_reads_item_tokens
     assert manifest.version != plain.version
