@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from shoplm.history import EventKind
+from shoplm.bundle import HeadSpec
+from shoplm.history import SECONDS_PER_DAY, EventKind
 from shoplm.training.examples import Examples
 from shoplm.training.histories import Histories
+from shoplm.training.labels import behaviour
+from shoplm.training.predictions import Observed
 from shoplm.training.scoring import TOP, Weights, Window, tune
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
@@ -67,3 +70,19 @@ def boosted_amount(
     )
     result: NDArray[np.float64] = model.fit(features, amounts).predict(test)
     return result
+
+
+def own_mean(
+    rows: Observed, histories: Histories, item_prices: NDArray[np.float32], spec: HeadSpec
+) -> NDArray[np.float64]:
+    """Each customer's mean visits or spend per horizon since the first event, which counts as one horizon ago at the
+    least: [N]."""
+    means = np.zeros(len(rows))
+    for index, (customer, moment) in enumerate(zip(rows.customer.tolist(), rows.moment.tolist(), strict=True)):
+        known = histories[customer].before(moment)
+        first = float(known.time[0])
+        days = max((moment - first) / SECONDS_PER_DAY, float(spec.horizon_days))
+        past = behaviour(known, first, int(np.ceil(days)) + 1, item_prices)
+        total = past.visits if spec.kind == "purchase_count" else past.spend
+        means[index] = total * spec.horizon_days / days
+    return means

@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 
 from shoplm.bundle import HeadSpec, PromptSchema
 from shoplm.model.base import Base
-from shoplm.training.report import AmountRow, ProbabilityRow, RankingResult, Report, label
+from shoplm.training.card_tables import limits, predictions, ranking
+from shoplm.training.report import Report
 from shoplm.training.scoring import Weights
 from shoplm.training.shop import Shop
 
@@ -37,13 +38,14 @@ def render_card(
         "## Recommendation",
         "Next basket, top ten, ranked against all items with a token of their own; means over customers. Recall is the "
         "share of the basket that was found; repeat and explore recall are those of items that the customer had or had "
-        "not bought before. Popularity is that of the time before the test for every row.",
-        *(_ranking(result) for result in report.rankings),
+        "not bought before. Popularity is that of the time before the test for every row; counting and TIFU-KNN "
+        "(arXiv:2006.00556) are tuned on the validation window.",
+        *(ranking(result) for result in report.rankings),
         *(["Too few events after the cut to measure recommendations."] if not report.rankings else []),
         "## Prediction",
-        *_predictions(report, targets),
+        *predictions(report, targets),
         _privacy(),
-        _limits(report),
+        limits(report),
         "## Reproduce",
         "`shoplm evaluate --bundle <this folder>` with the files that it was trained on computes every number above "
         f"again (seed {report.seed}, {report.customers:,} customers).",
@@ -110,72 +112,6 @@ def _model(base: Base, schema: PromptSchema, weights: Weights, hidden_scales: di
     return "\n\n".join(lines)
 
 
-def _ranking(result: RankingResult) -> str:
-    rows = [
-        f"| {row.name} | {row.recall:.4f} | {row.ndcg:.4f} | {row.repeat_recall:.4f} | {row.explore_recall:.4f} |"
-        for row in result.rows
-    ]
-    recall, ndcg = result.recall_over_count, result.ndcg_over_count
-    verdict = "above" if ndcg.low > 0 else "below" if ndcg.high < 0 else "not distinguishable from"
-    return "\n".join(
-        [
-            f"### {result.split[0].upper()}{result.split[1:]} ({result.customers:,} customers)",
-            "",
-            "| ranking | recall@10 | NDCG@10 | repeat recall@10 | explore recall@10 |",
-            "|---|---:|---:|---:|---:|",
-            *rows,
-            "",
-            f"ShopLM minus the tuned count baseline, 95 % bootstrap interval: recall {recall.mean:+.4f} "
-            f"({recall.low:+.4f} to {recall.high:+.4f}), NDCG {ndcg.mean:+.4f} ({ndcg.low:+.4f} to {ndcg.high:+.4f}): "
-            f"{verdict} counting.",
-        ]
-    )
-
-
-def _predictions(report: Report, targets: Sequence[HeadSpec]) -> list[str]:
-    if not report.probabilities and not report.amounts:
-        return ["No targets: the log is too short, or has too few purchases, to fit and calibrate any."]
-    parts = [
-        "Beside gradient boosting (scikit-learn) on the same dense features and cut-offs. ECE over ten bins of as many "
-        "customers each."
-    ]
-    if report.probabilities:
-        parts.append("\n".join([_PROBABILITY_HEADER, *map(_probability, report.probabilities)]))
-    if report.amounts:
-        parts.append("\n".join([_AMOUNT_HEADER, *map(_amount, report.amounts)]))
-    tested = {row.target for row in report.probabilities} | {row.target for row in report.amounts}
-    names = (label(spec.kind, spec.horizon_days, spec.campaign_type) for spec in targets)
-    untested = [name for name in names if name not in tested]
-    if untested:
-        parts.append(f"Served, but not tested, for want of outcomes after the cut: {', '.join(untested)}.")
-    return parts
-
-
-_PROBABILITY_HEADER = (
-    "| target | customers | observed | AUC | Brier | ECE | boosting AUC | Brier | ECE |\n"
-    "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
-)
-_AMOUNT_HEADER = (
-    "| target | customers | observed mean | predicted mean | MAE | 90 % interval covers | boosting "
-    "MAE | constant MAE |\n"
-    "|---|---:|---:|---:|---:|---:|---:|---:|"
-)
-
-
-def _probability(row: ProbabilityRow) -> str:
-    return (
-        f"| {row.target} | {row.customers:,} | {row.observed:.3f} | {row.auc:.3f} | {row.brier:.4f} | {row.ece:.3f} "
-        f"| {row.boosted_auc:.3f} | {row.boosted_brier:.4f} | {row.boosted_ece:.3f} |"
-    )
-
-
-def _amount(row: AmountRow) -> str:
-    return (
-        f"| {row.target} | {row.customers:,} | {row.observed:.2f} | {row.predicted:.2f} | {row.mae:.2f} "
-        f"| {row.coverage:.1%} | {row.boosted_mae:.2f} | {row.constant_mae:.2f} |"
-    )
-
-
 def _privacy() -> str:
     return (
         "## Privacy\n\n"
@@ -184,28 +120,6 @@ def _privacy() -> str:
         "is claimed. The demo customers' events are in the bundle as they are: leave them out (`--demo-customers 0`) "
         "for a shop whose customers have not agreed to that."
     )
-
-
-def _limits(report: Report) -> str:
-    lost = [
-        f"{result.split}: {result.ndcg_over_count.mean:+.4f} NDCG@10 against counting"
-        for result in report.rankings
-        if result.ndcg_over_count.low <= 0
-    ]
-    lost += [f"{row.target}: AUC below boosting" for row in report.probabilities if row.auc < row.boosted_auc]
-    lost += [f"{row.target}: Brier above boosting" for row in report.probabilities if row.brier > row.boosted_brier]
-    lost += [f"{row.target}: MAE above boosting" for row in report.amounts if row.mae > row.boosted_mae]
-    lines = [
-        "## Known limits",
-        "- The base is frozen: it has never seen this shop, so most of what ranks items is counting.\n"
-        "- Chat gets the customer's habits in words, not as item tokens: the frozen base cannot go on in words behind\n"
-        "  those. So chat does not share the cached history of the other two services.\n"
-        "- One year or less says nothing about the same season a year later.\n"
-        "- New items have no token until the next training; they cannot be recommended.",
-    ]
-    if lost:
-        lines.append("Where this model does not clearly win:\n\n" + "\n".join(f"- {line}" for line in lost))
-    return "\n\n".join(lines)
 
 
 def _day(moment: float) -> str:

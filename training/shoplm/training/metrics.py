@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 CALIBRATION_BINS = 10
+_NORMAL_975 = 1.959963984540054
+_NEWTON_STEPS = 50
+_LARGEST_CONDITION = 1e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,15 @@ def brier(probability: Floats, outcome: NDArray[np.bool_]) -> float:
     return float(np.mean((probability - outcome) ** 2)) if len(outcome) else float("nan")
 
 
+def top_decile_lift(probability: Floats, outcome: NDArray[np.bool_]) -> float:
+    """Share of outcomes among the tenth of the customers with the highest probabilities, over the share of all; NaN
+    without an outcome. Ties: the earlier customer first."""
+    if not outcome.any():
+        return float("nan")
+    chosen = np.argsort(-probability, kind="stable")[: max(len(outcome) // 10, 1)]
+    return float(outcome[chosen].mean() / outcome.mean())
+
+
 def reliability(probability: Floats, outcome: NDArray[np.bool_]) -> list[tuple[int, float, float]]:
     """(customers, mean probability, observed share) in ten bins of as many customers each."""
     order = np.argsort(probability, kind="stable")
@@ -96,3 +108,43 @@ def calibration_error(probability: Floats, outcome: NDArray[np.bool_]) -> float:
     bins = reliability(probability, outcome)
     total = sum(count for count, _, _ in bins)
     return sum(count * abs(mean - share) for count, mean, share in bins) / total if total else float("nan")
+
+
+def calibration_slope(probability: Floats, outcome: NDArray[np.bool_]) -> tuple[float, float, float]:
+    """Slope of a logistic regression of the outcome on logit(p), with its 95 % interval (Wald): 1 where probabilities
+    are neither too extreme (below 1) nor too timid (above 1). Cox, Biometrika 45 (1958). NaN where it has no optimum.
+    """
+    score = _logits(probability)
+    return _coefficient(np.stack([score, np.ones_like(score)], axis=1), np.zeros_like(score), outcome)
+
+
+def calibration_intercept(probability: Floats, outcome: NDArray[np.bool_]) -> tuple[float, float, float]:
+    """Intercept of the same regression with the slope held at 1, with its 95 % interval (Wald): 0 where as many come
+    as were foretold. "Calibration-in-the-large", Van Calster et al., BMC Medicine 17:230 (2019)."""
+    score = _logits(probability)
+    return _coefficient(np.ones((len(score), 1)), score, outcome)
+
+
+def _logits(probability: Floats) -> Floats:
+    inside = np.clip(probability, 1e-7, 1.0 - 1e-7)
+    result: Floats = np.log(inside) - np.log1p(-inside)
+    return result
+
+
+def _coefficient(x: Floats, offset: Floats, outcome: NDArray[np.bool_]) -> tuple[float, float, float]:
+    """The first coefficient of a logistic regression and its 95 % interval, by Newton's method."""
+    nothing = float("nan"), float("nan"), float("nan")
+    beta = np.zeros(x.shape[1])
+    if outcome.all() or not outcome.any():
+        return nothing
+    for _ in range(_NEWTON_STEPS):
+        p = 1.0 / (1.0 + np.exp(-np.clip(x @ beta + offset, -30.0, 30.0)))
+        information = (x * (p * (1.0 - p))[:, None]).T @ x
+        if np.linalg.cond(information) > _LARGEST_CONDITION:
+            return nothing  # separable data, or one probability for all
+        change = np.linalg.solve(information, x.T @ (p - outcome))
+        beta = beta - change
+        if np.abs(change).max() < 1e-9:
+            error = _NORMAL_975 * float(np.sqrt(np.linalg.inv(information)[0, 0]))
+            return float(beta[0]), float(beta[0]) - error, float(beta[0]) + error
+    return nothing

@@ -1,8 +1,17 @@
-"""What was measured, as data: written beside the card as metrics.json, and what `shoplm evaluate` prints."""
+"""What was measured, as data: written beside the card as metrics.json, and what `shoplm evaluate` prints.
+
+None stands for what could not be measured, such as repeat recall where nobody bought anything again.
+"""
 
 from __future__ import annotations
 
+import math
+
 import msgspec
+
+OURS, COUNT, TIFU, POPULARITY = "ShopLM", "tuned count + decay + popularity", "TIFU-KNN, tuned", "popularity"
+BG_NBD, OWN_MEAN, BOOSTING, CONSTANT = "BG/NBD", "the customer's own mean", "gradient boosting", "training mean"
+BASKETS = "next baskets"
 
 
 class RankingRow(msgspec.Struct, frozen=True):
@@ -11,16 +20,57 @@ class RankingRow(msgspec.Struct, frozen=True):
     name: str
     recall: float
     ndcg: float
-    repeat_recall: float
-    explore_recall: float
+    repeat_recall: float | None
+    explore_recall: float | None
 
 
 class Difference(msgspec.Struct, frozen=True):
     """Mean paired difference and its 95 % bootstrap interval."""
 
-    mean: float
-    low: float
-    high: float
+    mean: float | None
+    low: float | None
+    high: float | None
+
+    @property
+    def verdict(self) -> str:
+        """Of ours minus another's."""
+        if self.low is None or self.high is None:
+            return "not measured against"
+        return "above" if self.low > 0 else "below" if self.high < 0 else "not distinguishable from"
+
+
+class Estimate(msgspec.Struct, frozen=True):
+    """A value and its 95 % interval."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+    def holds(self, value: float) -> bool:
+        """Whether the interval does."""
+        return self.low is not None and self.high is not None and self.low <= value <= self.high
+
+
+class Exploration(msgspec.Struct, frozen=True):
+    """Lists of ten from which everything that the customer has bought before is left out."""
+
+    customers: int  # with something new in the basket
+    recall: dict[str, float]  # ranking -> explore recall@10
+    over_popularity: Difference
+
+    @property
+    def ratio(self) -> float | None:
+        """Ours as a multiple of popularity's."""
+        ours, popular = self.recall[OURS], self.recall[POPULARITY]
+        return ours / popular if popular > 0 else None
+
+
+class Breakdown(msgspec.Struct, frozen=True):
+    """One group of customers or items."""
+
+    group: str
+    count: int  # customers or items
+    values: dict[str, float]
 
 
 class RankingResult(msgspec.Struct, frozen=True):
@@ -31,6 +81,11 @@ class RankingResult(msgspec.Struct, frozen=True):
     rows: tuple[RankingRow, ...]
     recall_over_count: Difference  # this model minus the tuned count baseline
     ndcg_over_count: Difference
+    recall_over_tifu: Difference
+    ndcg_over_tifu: Difference
+    exploration: Exploration | None  # None: nobody bought anything new
+    by_visits: tuple[Breakdown, ...]  # recall@10 by the number of visits that were known
+    by_popularity: tuple[Breakdown, ...]  # share of the ten by how often items are bought, and of the baskets
 
 
 class ProbabilityRow(msgspec.Struct, frozen=True):
@@ -39,12 +94,25 @@ class ProbabilityRow(msgspec.Struct, frozen=True):
     target: str
     customers: int
     observed: float  # share of customers
-    auc: float
+    auc: float | None
     brier: float
     ece: float
-    boosted_auc: float
+    slope: Estimate
+    intercept: Estimate
+    lift: float | None  # of the top decile
+    boosted_auc: float | None
     boosted_brier: float
     boosted_ece: float
+    boosted_lift: float | None
+    reliability: tuple[tuple[int, float, float], ...]  # customers, mean probability, observed share, per bin
+
+
+class AmountError(msgspec.Struct, frozen=True):
+    """How far one way of foretelling amounts is off."""
+
+    name: str
+    mae: float
+    rmse: float
 
 
 class AmountRow(msgspec.Struct, frozen=True):
@@ -54,25 +122,43 @@ class AmountRow(msgspec.Struct, frozen=True):
     customers: int
     observed: float  # mean
     predicted: float  # mean
-    mae: float
     coverage: float  # of the 90 % intervals
-    boosted_mae: float
-    constant_mae: float  # of the training mean
+    errors: tuple[AmountError, ...]  # ours first
+
+    @property
+    def ours(self) -> AmountError:
+        return self.errors[0]
 
 
-class Report(msgspec.Struct, frozen=True):
-    """Everything in the card that is a number."""
+class Sample(msgspec.Struct, frozen=True):
+    """The part of a report that measuring again needs."""
 
     seed: int
     customers: int  # that hidden states were computed for, in seeded random order
+
+
+class Report(Sample, frozen=True):
+    """Everything in the card that is a number."""
+
     customers_in_log: int
     rankings: tuple[RankingResult, ...]
     probabilities: tuple[ProbabilityRow, ...]
     amounts: tuple[AmountRow, ...]
     count_weights: dict[str, float]  # of the tuned count baseline
+    tifu_settings: dict[str, float]  # of the tuned TIFU-KNN
 
 
 def label(kind: str, horizon_days: int, campaign_type: str) -> str:
     """A target's name for people."""
     name = kind.replace("_", " ")
     return f"{name} {campaign_type}" if campaign_type else f"{name} {horizon_days} d"
+
+
+def known(value: float) -> float | None:
+    """None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else value
+
+
+def shown(value: float | None, style: str) -> str:
+    """The number in a format, or `n/a`."""
+    return "n/a" if value is None else format(value, style)

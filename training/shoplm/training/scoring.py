@@ -58,8 +58,9 @@ class Window:
             self._owned[decay_days] = Sparse.of(rows, values)
         return self._owned[decay_days]
 
-    def rank(self, weights: Weights, logits: Tensor | None) -> NDArray[np.int64]:
-        """[N, k] best rows; ties go to the lower row, as in serving. `logits` [N, items] are the model's."""
+    def rank(self, weights: Weights, logits: Tensor | None, *, new_only: bool = False) -> NDArray[np.int64]:
+        """[N, k] best rows; ties go to the lower row, as in serving. `logits` [N, items] are the model's. `new_only`
+        leaves out what the customer has bought before."""
         count, items = len(self.examples), len(self.popularity)
         ranked = np.zeros((count, min(TOP, items)), np.int64)
         owned = self.owned(weights.decay_days)
@@ -71,7 +72,9 @@ class Window:
             scores += weights.popularity * self.popularity
             at, column, value = owned.select(chunk)
             scores[at, column] += weights.repeat * value
-            ranked[chunk] = _top(scores, ranked.shape[1])
+            if new_only:
+                scores[at, column] = -torch.inf
+            ranked[chunk] = top(scores, ranked.shape[1])
         return ranked
 
     def quality(self, ranked: NDArray[np.integer]) -> BasketQuality:
@@ -84,7 +87,7 @@ class Window:
         return self.quality(self.rank(weights, logits)).means()["ndcg"]
 
 
-def _top(scores: Tensor, k: int) -> NDArray[np.int64]:
+def top(scores: Tensor, k: int) -> NDArray[np.int64]:
     """Best k columns per row, ties to the lower column."""
     values, found = torch.topk(scores, k, dim=1)
     order = np.lexsort((found.numpy(), -values.numpy()), axis=1)

@@ -6,57 +6,61 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
+from shoplm.training.card_tables import estimate
 from shoplm.training.problems import Problem
-from shoplm.training.report import Report
+from shoplm.training.report import ProbabilityRow, RankingResult, Report, shown
 
 
 def print_report(console: Console, report: Report) -> None:
     """The numbers of the card."""
     for result in report.rankings:
-        ranking = ("ranking", "recall@10", "NDCG@10", "repeat", "explore")
-        rows = [
-            (row.name, *(f"{value:.4f}" for value in (row.recall, row.ndcg, row.repeat_recall, row.explore_recall)))
-            for row in result.rows
-        ]
-        console.print(table(f"{result.split}, {result.customers:,} customers", ranking, rows))
-        gain = result.ndcg_over_count
-        console.print(f"NDCG over counting: {gain.mean:+.4f}, 95 % interval {gain.low:+.4f} to {gain.high:+.4f}")
+        _print_ranking(console, result)
     if report.probabilities:
-        chances = ("target", "observed", "AUC", "Brier", "ECE", "boosting AUC", "Brier", "ECE")
-        rows = [
-            (
-                row.target,
-                *(
-                    f"{value:.4f}"
-                    for value in (
-                        row.observed,
-                        row.auc,
-                        row.brier,
-                        row.ece,
-                        row.boosted_auc,
-                        row.boosted_brier,
-                        row.boosted_ece,
-                    )
-                ),
-            )
-            for row in report.probabilities
-        ]
-        console.print(table("probabilities", chances, rows))
+        header = ("target", "observed", "AUC", "Brier", "ECE", "slope", "intercept", "boosting AUC", "Brier", "ECE")
+        console.print(table("probabilities", header, map(_probability, report.probabilities)))
     if report.amounts:
-        amounts = ("target", "observed", "predicted", "MAE", "90 % covers", "boosting MAE", "constant MAE")
         rows = [
-            (
-                row.target,
-                f"{row.observed:.2f}",
-                f"{row.predicted:.2f}",
-                f"{row.mae:.2f}",
-                f"{row.coverage:.1%}",
-                f"{row.boosted_mae:.2f}",
-                f"{row.constant_mae:.2f}",
-            )
+            (row.target, error.name, f"{error.mae:.2f}", f"{error.rmse:.2f}", covers, observed)
             for row in report.amounts
+            for error in row.errors
+            for covers, observed in [(f"{row.coverage:.1%}", f"{row.observed:.2f}") if error is row.ours else ("", "")]
         ]
-        console.print(table("amounts", amounts, rows))
+        console.print(table("amounts", ("target", "by", "MAE", "RMSE", "90 % covers", "observed"), rows))
+
+
+def _print_ranking(console: Console, result: RankingResult) -> None:
+    rows = [
+        (
+            row.name,
+            f"{row.recall:.4f}",
+            f"{row.ndcg:.4f}",
+            shown(row.repeat_recall, ".4f"),
+            shown(row.explore_recall, ".4f"),
+        )
+        for row in result.rows
+    ]
+    header = ("ranking", "recall@10", "NDCG@10", "repeat", "explore")
+    console.print(table(f"{result.split}, {result.customers:,} customers", header, rows))
+    for rival, gain in (("counting", result.ndcg_over_count), ("TIFU-KNN", result.ndcg_over_tifu)):
+        low, high = shown(gain.low, "+.4f"), shown(gain.high, "+.4f")
+        console.print(f"NDCG over {rival}: {shown(gain.mean, '+.4f')}, 95 % interval {low} to {high}")
+    if result.exploration is not None:
+        console.print(f"new items: {shown(result.exploration.ratio, '.2f')} times the recall of popularity")
+
+
+def _probability(row: ProbabilityRow) -> tuple[str, ...]:
+    return (
+        row.target,
+        f"{row.observed:.4f}",
+        shown(row.auc, ".4f"),
+        f"{row.brier:.4f}",
+        f"{row.ece:.4f}",
+        estimate(row.slope, ".3f"),
+        estimate(row.intercept, "+.3f"),
+        shown(row.boosted_auc, ".4f"),
+        f"{row.boosted_brier:.4f}",
+        f"{row.boosted_ece:.4f}",
+    )
 
 
 def print_problems(console: Console, problems: Sequence[Problem]) -> None:
