@@ -13,6 +13,7 @@ _COMMANDS = {
     "train": ("shoplm.training.cli", "train", "train"),
     "adapt": ("shoplm.training.cli", "adapt", "train"),
     "evaluate": ("shoplm.training.cli", "evaluate", "train"),
+    "score": ("shoplm.training.score.cli", "score", "train"),
     "bench": ("shoplm.bench.cli", "bench", "server"),
     "simulate": ("shoplm.simulate.cli", "simulate", "server"),
     "bundle": ("shoplm.bundle_cli", "bundle", "server"),

@@ -5,17 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from shoplm.errors import ConfigurationError
-from shoplm.training.problems import LogError
 from shoplm.training.tables import print_problems, print_report, table
+from shoplm.training.terminal import bars, errors, fail
 
 if TYPE_CHECKING:
     from shoplm.training.log import ShopLog
@@ -67,9 +63,9 @@ def train(
     console = Console(stderr=True)
     chosen = name or re.sub(r"[^a-z0-9._-]+", "-", out.resolve().name.lower()).strip("-.") or "shop"
     if not _NAME.fullmatch(chosen):
-        _fail(console, f"--name {chosen!r}: use lower-case letters, digits, '.', '_' and '-'")
+        fail(console, f"--name {chosen!r}: use lower-case letters, digits, '.', '_' and '-'")
     if history_block > history_tokens:
-        _fail(console, f"--history-block {history_block} is larger than --history-tokens {history_tokens}")
+        fail(console, f"--history-block {history_block} is larger than --history-tokens {history_tokens}")
     folder = work or out.resolve().with_name(f".{out.resolve().name}.train")
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
@@ -93,13 +89,13 @@ def train(
         seed=seed,
         work=folder,
     )
-    with _errors(console):
+    with errors(console):
         log = _read(console, events, items, customers, campaigns, timezone)
         run = Run(request, log, lambda text: console.print(f"[dim]{text}[/dim]"))
         if dry_run:
             console.print(table("would do", ("what", "value"), run.estimate()))
             return
-        with _bar(console) as bar:
+        with bars(console) as bar:
             report = run.train(bar)
     print_report(console, report)
     console.print(f"wrote [bold]{out}[/bold]; serve it with: shoplm serve --bundle {out}")
@@ -125,9 +121,9 @@ def adapt(
     from shoplm.training.adapt.run import AdaptRequest, adapt
 
     console = Console(stderr=True)
-    with _errors(console):
+    with errors(console):
         log = _read(console, events, items, customers, campaigns, timezone)
-        with _bar(console) as bar:
+        with bars(console) as bar:
             request = AdaptRequest(bundle, out, base, steps, rank, seed)
             folder = adapt(request, log, lambda text: console.print(f"[dim]{text}[/dim]"), bar)
     console.print(f"wrote [bold]{folder}[/bold]; use it with: shoplm train --adapter {folder}")
@@ -151,9 +147,9 @@ def evaluate(
 
     console = Console(stderr=True)
     folder = work or bundle.resolve().with_name(f".{bundle.resolve().name}.train")
-    with _errors(console):
+    with errors(console):
         log = _read(console, events, items, customers, campaigns, timezone)
-        with _bar(console) as bar:
+        with bars(console) as bar:
             report = evaluate_bundle(
                 bundle,
                 log,
@@ -181,34 +177,3 @@ def _read(
     log = read_log(events, items, customers, campaigns, timezone=timezone, now=time.time())
     print_problems(console, log.problems)
     return log
-
-
-@contextmanager
-def _errors(console: Console) -> Iterator[None]:
-    try:
-        yield
-    except LogError as error:
-        print_problems(console, error.problems)
-        _fail(console, "the log cannot be used: see the rows above that say what to do")
-    except ConfigurationError as error:
-        _fail(console, str(error))
-
-
-def _fail(console: Console, message: str) -> None:
-    console.print(f"[red]error:[/red] {message}", highlight=False, markup=True)
-    raise typer.Exit(2)
-
-
-@contextmanager
-def _bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A function (what, done, total) that draws one bar per kind of work."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bars: dict[str, object] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in bars:
-                bars[what] = progress.add_task(what, total=total)
-            progress.update(bars[what], completed=done, total=total)  # type: ignore[arg-type]
-
-        yield report

@@ -69,11 +69,11 @@ def read_log(
     dropped. Raises LogError with every fatal problem found.
     """
     problems: list[Problem] = []
-    raw_events = _read(events, "events", ("customer_id", "item_id", "time"), problems)
-    raw_items = _read(items, "items", ("item_id",), problems) if items is not None else None
-    raw_customers = _read(customers, "customers", ("customer_id",), problems) if customers is not None else None
+    raw_events = read_table(events, "events", ("customer_id", "item_id", "time"), problems)
+    raw_items = read_table(items, "items", ("item_id",), problems) if items is not None else None
+    raw_customers = read_table(customers, "customers", ("customer_id",), problems) if customers is not None else None
     wanted = ("customer_id", "campaign_id", "campaign_type", "start", "end", "redeemed")
-    raw_campaigns = _read(campaigns, "campaigns", wanted, problems) if campaigns is not None else None
+    raw_campaigns = read_table(campaigns, "campaigns", wanted, problems) if campaigns is not None else None
     if any(problem.fatal for problem in problems):
         raise LogError(problems)
     assert raw_events is not None
@@ -96,7 +96,8 @@ def read_log(
     )
 
 
-def _read(path: Path, table: str, required: tuple[str, ...], problems: list[Problem]) -> pl.DataFrame | None:
+def read_table(path: Path, table: str, required: tuple[str, ...], problems: list[Problem]) -> pl.DataFrame | None:
+    """A file as it is, column names in lower case; None after adding a fatal problem. CSV columns are text."""
     suffix = path.suffix.lower()
     try:
         if suffix in (".parquet", ".pq"):

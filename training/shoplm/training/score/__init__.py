@@ -1,0 +1,1 @@
+"""`shoplm score`: recommendations and predictions for a whole customer base, through the engine that serves calls."""

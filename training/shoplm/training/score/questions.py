@@ -1,0 +1,137 @@
+"""Whom to score, as of when: files become questions, and the events behind them histories."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from shoplm.api.demo import RawEvents, resolve_items
+from shoplm.catalog.items import Catalog
+from shoplm.history import History
+from shoplm.training.log import KINDS, read_table
+from shoplm.training.log_columns import cleaned_events, text_column, time_column
+from shoplm.training.problems import LogError, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One row of the answer: what will this customer do, seen from `as_of`?"""
+
+    number: int  # of the row in the file that asks
+    customer_id: str
+    as_of: float  # Unix seconds
+    attributes: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """All of them, those of one customer next to each other, so that they share the history's pages."""
+
+    asked: tuple[Question, ...]
+    problems: tuple[Problem, ...]
+    fingerprint: str  # of the questions and of the events
+    _events: RawEvents
+    _rows: dict[str, tuple[int, int]]  # customer -> where its events are
+
+    def __len__(self) -> int:
+        return len(self.asked)
+
+    def history(self, question: Question) -> History:
+        """The events up to `as_of`, as a call that sent them would be read."""
+        start, end = self._rows.get(question.customer_id, (0, 0))
+        rows = np.arange(start, end)
+        known = self._events.select(rows[self._events.time[start:end] <= question.as_of])
+        return known.history(question.as_of, dict(question.attributes))
+
+
+def read_questions(
+    customers: Path,
+    events: Path | None,
+    catalog: Catalog,
+    attributes: tuple[str, ...],
+    *,
+    as_of: float,
+    timezone: str,
+    now: float,
+) -> Questions:
+    """`customers` has one row per question: customer_id, perhaps as_of, and profile `attributes`. Without `events` it
+    has one row per event instead, and each customer (and as_of) in it is asked about once. `as_of` holds where a row
+    names none. Raises LogError with everything that is wrong."""
+    problems: list[Problem] = []
+    asked = read_table(customers, "customers", ("customer_id",), problems)
+    log = read_table(events, "events", ("customer_id", "item_id", "time"), problems) if events is not None else asked
+    if events is None and asked is not None:
+        for column in ("item_id", "time"):
+            if column not in asked.columns:
+                found = "the column is missing, and no --events were given"
+                problems.append(Problem("customers", column, len(asked), found, "give --events", fatal=True))
+    if any(problem.fatal for problem in problems):
+        raise LogError(problems)
+    assert asked is not None and log is not None
+    questions = _asked(asked, attributes, as_of, timezone, once=events is None, problems=problems)
+    clean = cleaned_events(log, KINDS, timezone, now, problems).sort("customer_id", maintain_order=True)
+    known, rows = _known_events(clean, catalog, problems)
+    digest = hashlib.sha256(repr(questions).encode())
+    for column in clean.columns:
+        digest.update(clean[column].hash(seed=0).to_numpy().tobytes())
+    return Questions(questions, tuple(problems), digest.hexdigest(), known, rows)
+
+
+def _asked(
+    frame: pl.DataFrame,
+    attributes: tuple[str, ...],
+    as_of: float,
+    timezone: str,
+    *,
+    once: bool,
+    problems: list[Problem],
+) -> tuple[Question, ...]:
+    names = [name for name in attributes if name in frame.columns]
+    moment = time_column(frame, "as_of", timezone) if "as_of" in frame.columns else pl.lit(None, pl.Float64)
+    given = pl.col("as_of").is_not_null() if "as_of" in frame.columns else pl.lit(False)
+    table = frame.select(
+        text_column("customer_id"), moment.alias("as_of"), given.alias("given"), *(text_column(name) for name in names)
+    ).with_row_index("number")
+    if bad := len(table.filter(pl.col("customer_id").is_null())):
+        problems.append(Problem("customers", "customer_id", bad, "empty", "dropped"))
+    if bad := len(table.filter(pl.col("given") & pl.col("as_of").is_null())):
+        problems.append(Problem("customers", "as_of", bad, "not a time", "dropped"))
+    table = table.filter(pl.col("customer_id").is_not_null() & ~(pl.col("given") & pl.col("as_of").is_null()))
+    if once:
+        table = table.unique(["customer_id", "as_of"], keep="first", maintain_order=True)
+    table = table.with_columns(pl.col("as_of").fill_null(as_of)).sort("customer_id", "as_of", "number")
+    return tuple(
+        Question(
+            number=row["number"],
+            customer_id=row["customer_id"],
+            as_of=row["as_of"],
+            attributes=tuple((name, row[name]) for name in names if row[name] is not None),
+        )
+        for row in table.iter_rows(named=True)
+    )
+
+
+def _known_events(
+    clean: pl.DataFrame, catalog: Catalog, problems: list[Problem]
+) -> tuple[RawEvents, dict[str, tuple[int, int]]]:
+    item, has_item, known = resolve_items(clean["item_id"].to_list(), catalog)
+    if not known.all():
+        found = "not an item of the bundle"
+        problems.append(Problem("events", "item_id", int((~known).sum()), found, "dropped"))
+    kept = np.flatnonzero(known)
+    events = RawEvents(
+        item=item,
+        has_item=has_item,
+        kind=clean["kind"].to_numpy(),
+        time=clean["time"].to_numpy(),
+        quantity=clean["quantity"].to_numpy(),
+        price=clean["price"].to_numpy(),
+        basket=clean["basket"].to_list(),
+    ).select(kept)
+    who = clean["customer_id"].gather(kept).rle().struct.unnest()
+    ends = np.cumsum(who["len"].to_numpy()).tolist()
+    starts = [0, *ends[:-1]]
+    return events, dict(zip(who["value"].to_list(), zip(starts, ends, strict=True), strict=True))
