@@ -45,6 +45,7 @@ OPS = (
     "kv_write",
     "norm",
     "swiglu",
+    "weight_only",
     "beam_step",
     "sample",
 )

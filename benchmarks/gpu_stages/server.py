@@ -28,10 +28,13 @@ def throughput(stage: Stage) -> None:
     folder.mkdir(exist_ok=True)
     config = CONFIGS["135M"]
     save_base(folder, config, random_weights(config, torch.bfloat16, torch.device("cpu")))
-    arguments = ["--base", str(folder), "--backend", "triton", "--max-step-tokens", "8192"]
+    backend = ["--backend", "torch"] if stage.smoke else ["--backend", "triton", "--graph-seconds", "10"]
+    arguments = ["--base", str(folder), *backend, "--max-step-tokens", "8192"]
     with own_server(arguments, stage.path.parent / "server.log", start_seconds=100.0) as server:
-        for shape, wide in ((PROMPTS, 128), (OUTPUTS, 128)):
-            result = asyncio.run(run_offline(server.address, replace(shape, requests=wide)))
+        wide = stage.size(128, 2)
+        for shape in (PROMPTS, OUTPUTS):
+            runs = stage.size(3, 1)
+            result = asyncio.run(run_offline(server.address, replace(shape, requests=wide), runs=runs))
             label = f"{wide} x {shape.prompt_tokens} in, {shape.output_tokens} out"
             stage.row(f"prompt tokens, {label}", result.prompt_tokens_per_second, "token/s")
             stage.row(f"output tokens, {label}", result.output_tokens_per_second, "token/s")

@@ -17,6 +17,7 @@ from shoplm.kernels import kv_write as kv_write_op
 from shoplm.kernels import norm as norm_op
 from shoplm.kernels import sample as sample_op
 from shoplm.kernels import swiglu as swiglu_op
+from shoplm.kernels import weight_only as weight_only_op
 from shoplm.kernels.aot import AotCell
 from shoplm.kernels.beam_step_types import BeamBounds, BeamSelection, BeamWorkspace, TrieTables
 from shoplm.kernels.inputs import PagedKv
@@ -41,6 +42,14 @@ def norm_call(tokens: int, hidden: int, residual: bool) -> Call:
 def swiglu_call(tokens: int, features: int) -> Call:
     gate_up, out = torch.zeros(tokens, 2 * features, dtype=BF16), torch.zeros(tokens, features, dtype=BF16)
     return lambda: swiglu_op.swiglu(gate_up, out=out)
+
+
+def weight_only_call(rows: int, outputs: int, inputs: int, bits: int) -> Call:
+    packed, groups = (torch.int8, 1) if bits == 8 else (torch.uint8, inputs // weight_only_op.GROUP)
+    values = torch.zeros(outputs, inputs * bits // 8, dtype=packed)
+    weight = weight_only_op.QuantisedWeight(values, torch.zeros(outputs, groups))
+    x, out = torch.zeros(rows, inputs, dtype=BF16), torch.zeros(rows, outputs, dtype=BF16)
+    return lambda: weight_only_op.weight_only(x, weight, out=out)
 
 
 def kv_write_call(tokens: int, head_dim: int, cache: torch.dtype, norm: bool, table: bool, offset: int = 0) -> Call:
@@ -106,6 +115,7 @@ def steps() -> dict[str, Any]:
             norm_call(tokens, 576, True),
             norm_call(tokens, 576, False),
             swiglu_call(tokens, 1536),
+            *(weight_only_call(rows, 576, 1536, bits) for bits in (8, 4) for rows in (min(tokens, 16), tokens + 16)),
             kv_write_call(tokens, 64, BF16, True, True, offset),
             kv_write_call(tokens, 64, torch.int8, False, False, offset),
             beam_call(trie, workspace, groups, 256, 256, tokens, offset),
@@ -131,6 +141,7 @@ def cell_launches() -> list[Launch]:
     flat, deep = trie_of(1_000_000, 1_000_000), trie_of(65_536, 256)
     calls = [norm_call(4, hidden, residual) for hidden in (576, 2048, 3584) for residual in (True, False)]
     calls += [swiglu_call(4, features) for features in (1536, 18_944)]
+    calls += [weight_only_call(rows, 4096, 2048, bits) for rows in (4, 40) for bits in (8, 4)]
     for head_dim in (64, 96, 128, 256):
         for cache in (BF16, torch.int8, torch.float8_e4m3fn):
             calls += [
@@ -154,7 +165,7 @@ def cell_mismatches() -> list[str]:
         for launch in cell_launches()
     }
     cells: list[AotCell] = []
-    for module in (norm_op, swiglu_op, kv_write_op, beam_step_op, sample_op):
+    for module in (norm_op, swiglu_op, weight_only_op, kv_write_op, beam_step_op, sample_op):
         cells += module.aot_cells(ARCH)
     return [
         cell.name

@@ -13,7 +13,8 @@ from shoplm.errors import BundleError, ConfigurationError
 from shoplm.model.adapter import Adapter, read_adapter
 from shoplm.model.backend import Backend
 from shoplm.model.config import ModelConfig
-from shoplm.model.gpu import check_device
+from shoplm.model.gpu import KV_FORMATS, check_device, kv_page_bytes
+from shoplm.model.gpu_warmup import warm_up
 from shoplm.model.shop_weights import ShopWeights, load_shop_weights, random_trie
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.model.torch_backend import TorchBackend
@@ -33,6 +34,8 @@ def load_backend(spec: EngineSpec) -> Backend:
         check_device(torch.device("cuda"))
     if spec.dtype not in _DTYPES:
         raise ConfigurationError(f"dtype {spec.dtype!r} is not one of: {', '.join(_DTYPES)}")
+    if not on_gpu and spec.kv_format != "model":
+        raise ConfigurationError(f"kv_format {spec.kv_format} needs backend triton: the torch backend keeps the dtype")
     if spec.threads:
         torch.set_num_threads(spec.threads)
     folder = Path(spec.base_folder)
@@ -51,7 +54,7 @@ def load_backend(spec: EngineSpec) -> Backend:
     if on_gpu:
         from shoplm.model.triton_backend import TritonBackend  # Triton exists on Linux only
 
-        return TritonBackend(
+        backend = TritonBackend(
             config,
             weights,
             shop,
@@ -61,7 +64,12 @@ def load_backend(spec: EngineSpec) -> Backend:
             state_slots=spec.max_running_requests,
             max_context_tokens=context,
             max_beam_tokens=spec.max_step_tokens,
+            weight_format=spec.weight_format,
+            kv_format=spec.kv_format,
+            graph_seconds=spec.graph_seconds,
         )
+        warm_up(backend, spec.max_step_tokens)
+        return backend
     return TorchBackend(
         config,
         weights,
@@ -75,7 +83,8 @@ def load_backend(spec: EngineSpec) -> Backend:
 
 
 def _pages(spec: EngineSpec, config: ModelConfig, dtype: torch.dtype) -> int:
-    page_bytes = config.kv_page_bytes(spec.page_size, dtype.itemsize)
+    pool_dtype = KV_FORMATS.get(spec.kv_format) or dtype
+    page_bytes = kv_page_bytes(config, spec.page_size, pool_dtype)
     pages = spec.kv_cache_bytes // page_bytes
     if pages < 2:
         raise ConfigurationError(
