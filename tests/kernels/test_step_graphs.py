@@ -54,6 +54,12 @@ def test_the_smallest_bucket_that_has_room_is_taken() -> None:
     assert beams is not None and (beams.rows, beams.lane_tokens, beams.steps) == (0, 128, 2)
 
 
+def test_as_many_lanes_as_a_step_may_have_are_captured() -> None:
+    limits = GraphLimits(rows=8, kv_len=8192, page_size=16, query_group=2, steps=2, lane_tokens=2048)
+    widest = need(groups=8, lane_tokens=2048, lanes=256, steps=2, outputs=2048)
+    assert smallest_cover(graph_buckets(limits), widest) is not None
+
+
 def test_a_long_prompt_chunk_and_too_many_rows_are_not_captured() -> None:
     buckets = graph_buckets(LIMITS)
     assert smallest_cover(buckets, need(row_tokens=60, rows=2, query_len=59)) is None

@@ -51,7 +51,7 @@ def graph_buckets(limits: GraphLimits) -> tuple[StepBounds, ...]:
     query_len = max(1, SHORT_ROWS // limits.query_group)  # longer chunks take the prefill kernel
     for kv_len in contexts:
         if limits.steps:
-            for tokens in sorted({min(size, limits.lane_tokens) for size in LANE_TOKENS}):
+            for tokens in sorted({*(min(size, limits.lane_tokens) for size in LANE_TOKENS), limits.lane_tokens}):
                 buckets.append(_with_searches(_bounds(limits, kv_len, 0, 0, 0), limits, tokens))
         for tokens in SHORT_TOKENS:
             short = _bounds(limits, kv_len, tokens, min(tokens, limits.rows), query_len)
