@@ -50,7 +50,8 @@ def test_three_columns_are_enough(tmp_path: Path) -> None:
     ],
 )
 def test_times_are_read_in_all_documented_forms(tmp_path: Path, text: str, seconds: float) -> None:
-    assert read(tmp_path, f"{HEADER}\na,x,{text}\n").events["time"].to_list() == [seconds]
+    log = read(tmp_path, f"{HEADER}\na,x,2000-01-01\na,x,{text}\n")
+    assert log.events["time"].to_list() == [946684800.0, seconds]
 
 
 def test_local_times_are_those_of_the_named_zone(tmp_path: Path) -> None:
@@ -59,12 +60,15 @@ def test_local_times_are_those_of_the_named_zone(tmp_path: Path) -> None:
 
 
 def test_parquet_times_keep_their_zone(tmp_path: Path) -> None:
-    moment = pl.Series([1614592800000], dtype=pl.Int64).cast(pl.Datetime("ms")).dt.replace_time_zone("UTC")
+    moment = (
+        pl.Series([1614592800000, 1614592860000], dtype=pl.Int64).cast(pl.Datetime("ms")).dt.replace_time_zone("UTC")
+    )
     local = moment.dt.convert_time_zone("Asia/Tokyo")
-    pl.DataFrame({"customer_id": [1], "item_id": [2], "time": local}).write_parquet(tmp_path / "e.parquet")
+    pl.DataFrame({"customer_id": [1, 1], "item_id": [2, 2], "time": local}).write_parquet(tmp_path / "e.parquet")
     log = read_log(tmp_path / "e.parquet", now=NOW)
-    assert log.events["time"].to_list() == [1614592800.0]
+    assert log.events["time"].to_list() == [1614592800.0, 1614592860.0]
     assert log.customer_ids == ["1"]
+    assert ("time", "no time zone") not in found(log)
 
 
 def test_unusable_rows_are_dropped_and_counted(tmp_path: Path) -> None:
@@ -72,6 +76,7 @@ def test_unusable_rows_are_dropped_and_counted(tmp_path: Path) -> None:
         tmp_path,
         f"{HEADER},type\n"
         "a,x,2021-03-01,purchase\n"
+        "a,x,2021-03-04,purchase\n"
         ",x,2021-03-01,purchase\n"
         "a,,2021-03-01,purchase\n"
         "a,x,yesterday,purchase\n"
@@ -79,7 +84,7 @@ def test_unusable_rows_are_dropped_and_counted(tmp_path: Path) -> None:
         "a,x,1960-01-01,purchase\n"
         "a,x,2021-03-02,wished for\n",
     )
-    assert len(log.events) == 1
+    assert len(log.events) == 2
     assert {column: rows for (column, _), (rows, _) in found(log).items() if column != "item_id"} == {
         "customer_id": 1,
         "time": 1,
@@ -164,10 +169,82 @@ def test_campaigns_and_profiles_of_unknown_customers_do_no_harm(tmp_path: Path) 
     (tmp_path / "customers.csv").write_text("customer_id,age,city\na,30,\nnobody,40,x\na,50,y\n")
     log = read(
         tmp_path,
-        f"{HEADER}\na,x,2021-03-01\n",
+        f"{HEADER}\na,x,2021-03-01\na,x,2021-03-02\n",
         campaigns=tmp_path / "campaigns.csv",
         customers=tmp_path / "customers.csv",
     )
     assert log.campaigns["campaign_id"].to_list() == ["1"]
     assert log.campaigns["redeemed"].to_list() == [True]
     assert log.attributes["a"] == (("age", "30"),)
+
+
+def test_times_without_a_zone_are_said(tmp_path: Path) -> None:
+    text = f"{HEADER}\na,x,2021-07-01 10:00\na,x,2021-07-02T10:00:00\na,y,2021-07-01T10:00:00Z\na,y,1614592800\n"
+    assert found(read(tmp_path, text))["time", "no time zone"] == (2, "read as UTC (--timezone)")
+    local = found(read(tmp_path, text, timezone="Asia/Tokyo"))
+    assert local["time", "no time zone"] == (2, "read as Asia/Tokyo (--timezone)")
+    naive = pl.DataFrame({"customer_id": [1, 1], "item_id": [2, 2], "time": pl.Series([1, 2]).cast(pl.Datetime("ms"))})
+    later = naive.with_columns(pl.col("time") + pl.duration(days=18_000))
+    later.write_parquet(tmp_path / "naive.parquet")
+    assert found(read_log(tmp_path / "naive.parquet", now=NOW))["time", "no time zone"][0] == 2
+
+
+def test_an_hour_that_summer_time_skips_is_no_time(tmp_path: Path) -> None:
+    text = f"{HEADER}\na,x,2021-03-28 02:30:00\na,x,2021-03-28 03:30:00\na,x,2021-10-31 02:30:00\n"
+    log = read(tmp_path, text, timezone="Europe/Berlin")
+    assert log.events["time"].to_list() == [1616895000.0, 1635640200.0]
+    assert found(log)["time", "empty or not a time"] == (1, "dropped")
+
+
+@pytest.mark.parametrize(
+    ("events", "options", "column", "said"),
+    [
+        (f"{HEADER}\na,x,2021-03-01\nb,y,2021-03-01\n", {}, "time", "all events are at 2021-03-01T00:00:00"),
+        (f"{HEADER},Time\na,x,2021-03-01,2021-03-02\n", {}, "time", "more than one column is called so: time, Time"),
+        (f"{HEADER}\na,x,2021-03-01\n", {"timezone": "Mars/Olympus"}, "time", "no time zone is called 'Mars/Olympus'"),
+        ("", {}, "-", "events.csv"),
+    ],
+)
+def test_what_cannot_be_used_is_a_row_of_the_table(
+    tmp_path: Path, events: str, options: dict[str, object], column: str, said: str
+) -> None:
+    with pytest.raises(LogError) as caught:
+        read(tmp_path, events, **options)  # type: ignore[arg-type]
+    (problem,) = [problem for problem in caught.value.problems if problem.fatal]
+    assert problem.column == column and said in problem.found and problem.done
+
+
+def test_cells_that_hold_lists_are_refused(tmp_path: Path) -> None:
+    pl.DataFrame({"customer_id": ["a"], "item_id": [["x", "y"]], "time": ["2021-03-01"]}).write_parquet(
+        tmp_path / "e.parquet"
+    )
+    with pytest.raises(LogError, match=r"events\.item_id: a cell holds List\(String\), not one value"):
+        read_log(tmp_path / "e.parquet", now=NOW)
+
+
+def test_a_price_column_full_of_nulls_is_no_price(tmp_path: Path) -> None:
+    for empty in (pl.Series([None, None], dtype=pl.Null), pl.Series([None, None], dtype=pl.Float64)):
+        frame = pl.DataFrame({"customer_id": ["a", "a"], "item_id": ["x", "y"], "time": ["2021-03-01", "2021-03-02"]})
+        frame.with_columns(empty.alias("price")).write_parquet(tmp_path / "e.parquet")
+        log = read_log(tmp_path / "e.parquet", now=NOW)
+        assert log.events["price"].is_nan().all() and log.items["price"].is_null().all()
+        assert found(log)["price", "empty, negative or not a number"] == (2, "unknown price")
+
+
+def test_a_large_log_is_read_whole(tmp_path: Path) -> None:
+    """30,000 customers with 25 events each."""
+    random = np.random.default_rng(0)
+    count = 30_000 * 25
+    frame = pl.DataFrame(
+        {
+            "customer_id": np.repeat(np.arange(30_000), 25),
+            "item_id": random.integers(0, 5_000, count),
+            "time": 1_600_000_000 + random.integers(0, 86_400 * 300, count),
+            "price": random.uniform(1.0, 20.0, count),
+        }
+    )
+    frame.write_parquet(tmp_path / "e.parquet")
+    log = read_log(tmp_path / "e.parquet", now=NOW)
+    assert len(log.customer_ids) == 30_000 and len(log.item_ids) == 5_000
+    assert len(log.events) == count - found(log).get(("-", "equal to another row in every column"), (0, ""))[0]
+    assert found(log)["time", "not in order of time"] == (len(log.events), "sorted")

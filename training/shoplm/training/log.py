@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import polars as pl
 from shoplm.history import EventKind
-from shoplm.training.log_columns import cleaned_events, cleaned_items, text_column, time_column
+from shoplm.training.log_columns import cleaned_events, cleaned_items, is_timezone, text_column, time_column
 from shoplm.training.problems import LogError, Problem
 
 KINDS: Mapping[str, EventKind] = {
@@ -20,6 +21,15 @@ KINDS: Mapping[str, EventKind] = {
     "cart": EventKind.CART,
     "view": EventKind.VIEW,
     "return": EventKind.RETURN,
+}
+
+
+# Columns that are read, by file; of the customers' file and the catalogue, the others are kept as they are.
+COLUMNS: Mapping[str, frozenset[str]] = {
+    "events": frozenset({"customer_id", "item_id", "time", "type", "quantity", "price", "basket_id"}),
+    "items": frozenset({"item_id", "title", "category", "product_type", "price", "in_stock"}),
+    "customers": frozenset({"customer_id", "as_of"}),
+    "campaigns": frozenset({"customer_id", "campaign_id", "campaign_type", "start", "end", "redeemed"}),
 }
 
 
@@ -69,6 +79,9 @@ def read_log(
     dropped. Raises LogError with every fatal problem found.
     """
     problems: list[Problem] = []
+    if not is_timezone(timezone):
+        found = f"no time zone is called {timezone!r}"
+        problems.append(Problem("events", "time", 0, found, "name one such as Europe/Berlin", fatal=True))
     raw_events = read_table(events, "events", ("customer_id", "item_id", "time"), problems)
     raw_items = read_table(items, "items", ("item_id",), problems) if items is not None else None
     raw_customers = read_table(customers, "customers", ("customer_id",), problems) if customers is not None else None
@@ -80,6 +93,11 @@ def read_log(
     clean = cleaned_events(raw_events, KINDS, timezone, now, problems)
     if not len(clean):
         problems.append(Problem("events", "-", len(raw_events), "no usable row is left", "repair the file", fatal=True))
+    elif clean["time"].n_unique() == 1:
+        found = f"all events are at {datetime.fromtimestamp(clean['time'][0], UTC).isoformat()}"
+        done = "give a log with a duration: there is no later event to learn from"
+        problems.append(Problem("events", "time", len(clean), found, done, fatal=True))
+    if any(problem.fatal for problem in problems):
         raise LogError(problems)
     known = cleaned_items(raw_items, clean, problems)
     item_ids = known["item_id"].to_list()
@@ -112,7 +130,18 @@ def read_table(path: Path, table: str, required: tuple[str, ...], problems: list
     except (OSError, pl.exceptions.PolarsError) as error:
         problems.append(Problem(table, "-", 0, f"{path}: {str(error).splitlines()[0]}", "repair the file", fatal=True))
         return None
-    frame = frame.rename({name: name.strip().lower() for name in frame.columns})
+    names = [name.strip().lower() for name in frame.columns]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        found = (
+            f"more than one column is called so: {', '.join(n for n in frame.columns if n.strip().lower() in twice)}"
+        )
+        problems.append(Problem(table, twice[0], len(frame), found, "rename all but one", fatal=True))
+        return None
+    frame = frame.rename(dict(zip(frame.columns, names, strict=True)))
+    for column, dtype in frame.schema.items():
+        if dtype.is_nested() and column in COLUMNS[table]:
+            found = f"a cell holds {dtype}, not one value"
+            problems.append(Problem(table, column, len(frame), found, "write one row per value", fatal=True))
     for column in required:
         if column not in frame.columns:
             found = f"the column is missing; there are: {', '.join(frame.columns)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from zoneinfo import ZoneInfo
 
 import polars as pl
 from shoplm.history import EventKind
@@ -12,6 +13,7 @@ from shoplm.training.problems import Notes, Problem
 _MAX_AMOUNT = 1e9  # a quantity or price above this is a defect of the file, not a purchase
 _OLDEST = datetime(1970, 1, 2, tzinfo=UTC).timestamp()
 _EPOCH_MILLIS = 1e11  # numbers above this are milliseconds: as seconds they would lie in the year 5138
+_ZONED = r"^\d{4}-\d{2}-\d{2} .*(Z|[+-]\d{2}(:?\d{2})?)$"
 _ITEM_COLUMNS = ("title", "category", "product_type")
 
 
@@ -32,10 +34,10 @@ def time_column(frame: pl.DataFrame, name: str, timezone: str) -> pl.Expr:
         return _unix(column.cast(pl.Float64)).alias(name)
     if dtype == pl.Date or isinstance(dtype, pl.Datetime):
         return _localized(column.cast(pl.Datetime("us")), timezone).alias(name)
-    text = column.cast(pl.String).str.strip_chars().str.replace(r"^(\d{4}-\d{2}-\d{2})T", "${1} ")
+    text = _time_text(name)
     zoned = text.str.replace(r"Z$", "+00:00").str.replace(r"([+-]\d{2})$", "${1}:00")
     with_zone = zoned.str.to_datetime("%Y-%m-%d %H:%M:%S%.f%:z", strict=False, time_unit="us").dt.timestamp("us") / 1e6
-    has_zone = text.str.contains(r"^\d{4}-\d{2}-\d{2} .*(Z|[+-]\d{2}(:?\d{2})?)$")
+    has_zone = text.str.contains(_ZONED)
     plain = pl.coalesce(
         text.str.to_datetime("%Y-%m-%d %H:%M:%S%.f", strict=False, time_unit="us"),
         text.str.to_datetime("%Y-%m-%d %H:%M", strict=False, time_unit="us"),
@@ -48,6 +50,30 @@ def time_column(frame: pl.DataFrame, name: str, timezone: str) -> pl.Expr:
         .otherwise(pl.coalesce(_localized(plain, timezone), numeric))
         .alias(name)
     )
+
+
+def zoneless(frame: pl.DataFrame, name: str) -> int:
+    """Rows whose time names no zone, and so is one of wherever the shop is."""
+    dtype = frame.schema[name]
+    if isinstance(dtype, pl.Datetime) or dtype == pl.Date:
+        return len(frame) - frame[name].null_count() if getattr(dtype, "time_zone", None) is None else 0
+    if dtype.is_numeric():
+        return 0
+    dated = _time_text(name).str.contains(r"^\d{4}-\d{2}-\d{2}") & ~_time_text(name).str.contains(_ZONED)
+    return int(frame.select(dated.sum()).item() or 0)
+
+
+def is_timezone(name: str) -> bool:
+    """Whether there is a time zone of this name."""
+    try:
+        ZoneInfo(name)
+    except (ValueError, OSError, KeyError):
+        return False
+    return True
+
+
+def _time_text(name: str) -> pl.Expr:
+    return pl.col(name).cast(pl.String).str.strip_chars().str.replace(r"^(\d{4}-\d{2}-\d{2})T", "${1} ")
 
 
 def _unix(number: pl.Expr) -> pl.Expr:
@@ -65,6 +91,7 @@ def cleaned_events(
 ) -> pl.DataFrame:
     """Columns customer_id, item_id, kind, time, quantity, price, basket; only usable rows."""
     note = Notes("events", problems)
+    note.add("time", zoneless(raw, "time"), "no time zone", f"read as {timezone} (--timezone)")
     priced = "price" in raw.columns
     for name, default in (("type", "purchase"), ("quantity", "1"), ("price", None), ("basket_id", None)):
         if name not in raw.columns:
