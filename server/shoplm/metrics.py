@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
@@ -35,6 +36,42 @@ class ModelInfo:
     base_model: str
     backend: str
     server_version: str
+
+
+class MethodMetrics:
+    """The series of one gRPC method, looked up once: that takes longer than to count."""
+
+    def __init__(self, metrics: Metrics, service: str, grpc_type: str, grpc_service: str, name: str) -> None:
+        names = (grpc_type, grpc_service, name)
+        self.started = metrics.grpc_started.labels(*names)
+        self.received = metrics.grpc_received.labels(*names)
+        self.sent = metrics.grpc_sent.labels(*names)
+        self._in_flight = metrics.in_flight.labels(service)
+        self._seconds = metrics.request_seconds.labels(service, name)
+        self._grpc_seconds = metrics.grpc_seconds.labels(*names)
+        self._ended: dict[grpc.StatusCode, tuple[Counter, Counter]] = {}
+        self._metrics, self._labels, self._names = metrics, (service, name), names
+
+    def start(self) -> None:
+        """A call arrived."""
+        self.started.inc()
+        self._in_flight.inc()
+
+    def end(self, code: grpc.StatusCode, seconds: float) -> None:
+        """It ended."""
+        self._in_flight.dec()
+        self._seconds.observe(seconds)
+        self._grpc_seconds.observe(seconds)
+        if code not in self._ended:
+            requests = self._metrics.requests.labels(*self._labels, code.name)
+            self._ended[code] = (requests, self._metrics.grpc_handled.labels(*self._names, _camel(code)))
+        for counter in self._ended[code]:
+            counter.inc()
+
+
+def _camel(code: grpc.StatusCode) -> str:
+    """As the gRPC ecosystem's metrics write codes: OK, InvalidArgument, …"""
+    return "OK" if code is grpc.StatusCode.OK else "".join(part.capitalize() for part in code.name.split("_"))
 
 
 class Metrics:

@@ -18,6 +18,7 @@ from shoplm.vocabulary import ShopVocabulary
 
 _MARKS = {EventKind.CART: "<cart>", EventKind.VIEW: "<view>", EventKind.RETURN: "<return>"}
 _SYSTEM = "system"
+_MAX_OPENINGS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +90,17 @@ class PromptBuilder:
         self._schema = schema
         self._vocabulary = vocabulary
         self._codes = codes
+        self._openings: dict[str, tuple[int, ...]] = {}
 
     def prefix(self, history: History | None) -> Prefix:
         """Preamble, profile and history; None or an empty history gives the shop's preamble alone."""
         if self._schema is None:
             return Prefix((), 0)
-        opening, _ = self._around_system(())
         profile = "; ".join(f"{name}: {value}" for name, value in history.attributes) if history is not None else ""
         text = self._schema.preamble + (f"\nCustomer profile: {profile}." if profile else "")
         known = history is not None and len(history) > 0
         text += "\nPurchase history, oldest first." if known else ""
-        tokens = self._encoder.encode_pieces([*opening, _Text(text)])
+        tokens = list(self._opening(text))
         dropped = 0
         if history is not None and known:
             baskets = self._baskets(history)
@@ -107,6 +108,18 @@ class PromptBuilder:
             budget = self._schema.history_budget_tokens
             tokens += [token for basket in baskets[dropped:] for token in basket][:budget]
         return Prefix(tuple(tokens), dropped)
+
+    def _opening(self, text: str) -> tuple[int, ...]:
+        """The system turn up to the end of `text`. Few profiles are there, and rendering a template takes longer than
+        all that comes after it."""
+        tokens = self._openings.get(text)
+        if tokens is None:
+            before, _ = self._around_system(())
+            tokens = tuple(self._encoder.encode_pieces([*before, _Text(text)]))
+            if len(self._openings) >= _MAX_OPENINGS:
+                self._openings.clear()
+            self._openings[text] = tokens
+        return tokens
 
     def recommend(self, prefix: Prefix, history: History | None) -> tuple[int, ...]:
         """The prompt whose last hidden state selects items."""
@@ -154,30 +167,30 @@ class PromptBuilder:
     def _baskets(self, history: History) -> list[list[int]]:
         """Tokens of each basket: the gap since the one before, then its items; each item once per kind."""
         vocabulary = self._shop()
-        edges = np.flatnonzero(np.diff(history.basket)) + 1
+        gap, product_type, item_tokens = vocabulary.gap, vocabulary.product_type, self._item_tokens
+        marks = {int(kind): vocabulary.special(name) for kind, name in _MARKS.items()}
+        purchase = int(EventKind.PURCHASE)
         baskets: list[list[int]] = []
-        last: float | None = None
-        for events in np.split(np.arange(len(history)), edges):
-            now = float(history.time[events[0]])
-            first = vocabulary.special("<basket>") if last is None else vocabulary.gap((now - last) / SECONDS_PER_DAY)
-            tokens = [first]
-            seen: set[tuple[int, bool, int]] = set()
-            marked = int(EventKind.PURCHASE)
-            for kind, known, item in zip(
-                history.kind[events].tolist(),
-                history.has_item[events].tolist(),
-                history.item[events].tolist(),
-                strict=True,
-            ):
-                if (kind, known, item) in seen:
-                    continue
-                seen.add((kind, known, item))
-                if kind != marked:
-                    tokens.append(vocabulary.special(_MARKS[EventKind(kind)]))
-                    marked = kind
-                tokens += self._item_tokens(item) if known else [vocabulary.product_type(item)]
-            baskets.append(tokens)
-            last = now
+        tokens: list[int] = []
+        seen: set[tuple[int, bool, int]] = set()
+        current, marked, last = -1, purchase, 0.0
+        columns = (history.basket, history.time, history.kind, history.has_item, history.item)
+        for basket, now, kind, known, item in zip(*(column.tolist() for column in columns), strict=True):
+            if basket != current:
+                first = gap((now - last) / SECONDS_PER_DAY) if baskets else vocabulary.special("<basket>")
+                current, marked, last, tokens, seen = basket, purchase, now, [first], set()
+                baskets.append(tokens)
+            event = (kind, known, item)
+            if event in seen:
+                continue
+            seen.add(event)
+            if kind != marked:
+                tokens.append(marks[kind])
+                marked = kind
+            if known:
+                tokens += item_tokens(item)
+            else:
+                tokens.append(product_type(item))
         return baskets
 
     def _item_tokens(self, row: int) -> list[int]:

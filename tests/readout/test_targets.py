@@ -151,3 +151,28 @@ def test_targets_that_cannot_be_read_are_refused(change: dict[str, object], mess
     targets.check_spec(good, 3)
     with pytest.raises(BundleError, match=message):
         targets.check_spec(msgspec.structs.replace(good, **change), 3)
+
+
+@pytest.mark.parametrize("transform", ["sigmoid", "hazard", "survival", "count", "zero_inflated_lognormal"])
+def test_one_customer_gets_what_many_do(transform: str) -> None:
+    parameters = {
+        "slope": 0.8,
+        "intercept": -0.3,
+        "scale": 1.2,
+        "level_low": 0.05,
+        "level_high": 0.95,
+        "dispersion": 0.4,
+    }
+    outputs = {"sigmoid": (1,), "count": (0,), "zero_inflated_lognormal": (2, 0, 1)}.get(transform, (0, 1, 2))
+    spec = HeadSpec("spend", transform, outputs, base_rate=0.5, horizon_days=30, parameters=parameters)
+    values = np.concatenate([np.random.default_rng(3).normal(0, 2, (50, 3)), [[-80.0] * 3, [80.0] * 3, [0.0] * 3]])
+    answers = [targets.answer(spec, row) for row in values.tolist()]
+    if transform in targets.PROBABILITIES:
+        assert [each.probability for each in answers] == pytest.approx(
+            targets.probabilities(spec, values).tolist(), rel=1e-9
+        )
+        return
+    amounts, (low, high) = targets.expected_amounts(spec, values), targets.intervals(spec, values)
+    assert [each.amount for each in answers] == pytest.approx(amounts.tolist(), rel=1e-9)
+    assert [each.interval_low for each in answers] == pytest.approx(np.minimum(low, amounts).tolist(), rel=1e-9)
+    assert [each.interval_high for each in answers] == pytest.approx(np.maximum(high, amounts).tolist(), rel=1e-9)

@@ -52,7 +52,7 @@ class ChatService(ChatServiceServicer):
         turn = self._read(request, warnings)
         # Without a customer, an empty history: the prompt has the shop's preamble alone, and that is no warning.
         reads_items = core.served.shop is None or core.served.shop.manifest.prompt.chat_reads_item_tokens
-        prefix = core.served.prompts.prefix(turn.history if reads_items else None)
+        prefix = core.prefix(turn.history) if reads_items else core.served.prompts.prefix(None)
         warnings.add("HISTORY_TRUNCATED", prefix.dropped_baskets)
         tokens, passages = await self._prompt(turn, prefix)
         room = core.ready().max_context_tokens - len(tokens)

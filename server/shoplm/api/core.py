@@ -6,17 +6,22 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import grpc.aio
 from shoplm.api.caller import caller
 from shoplm.api.customers import CustomerReader
+from shoplm.api.recent import Memo
 from shoplm.api.shop import Served, Shop
 from shoplm.api.warnings import Warnings
 from shoplm.config import ServerConfig
 from shoplm.errors import EngineUnavailableError, InvalidRequestError, NotServingError
+from shoplm.features import dense_features
+from shoplm.history import History
 from shoplm.logs import request_id
 from shoplm.metrics import Metrics
+from shoplm.prompt import Prefix
 from shoplm.request import Degradation, FinishedOutput, ReadyOutput, Request, Service, Task, TokensOutput
 from shoplm.v1 import shop_pb2
 
@@ -53,6 +58,28 @@ class Core:
     metrics: Metrics
     customers: CustomerReader
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    @cached_property
+    def prefix(self) -> Memo[History, Prefix]:
+        """The customer's part of the prompt; the same at every moment after the last event."""
+        return Memo(self.served.prompts.prefix, lambda history: history.time)
+
+    @cached_property
+    def features(self) -> Memo[History, tuple[float, ...]]:
+        """What the heads read beside the hidden state. Raises NotServingError without a bundle."""
+        prices = self.shop().catalog.prices
+        return Memo(lambda history: tuple(dense_features(history, prices).tolist()), lambda history: history)
+
+    @cached_property
+    def own_items(self) -> Memo[History, tuple[tuple[int, ...], tuple[float, ...]]]:
+        """Rows of the items that a customer bought, and their decayed counts."""
+        decay_days = self.shop().manifest.score.decay_days
+
+        def own(history: History) -> tuple[tuple[int, ...], tuple[float, ...]]:
+            rows, counts = history.own_counts(decay_days)
+            return tuple(rows.tolist()), tuple(counts.tolist())
+
+        return Memo(own, lambda history: history)
 
     def shop(self) -> Shop:
         """The bundle. Raises NotServingError without one."""

@@ -25,7 +25,7 @@ from shoplm.api.status import CallStatus, status_of
 from shoplm.api.wire import parse
 from shoplm.errors import EngineUnavailableError, OverloadedError, UnauthenticatedError
 from shoplm.logs import request_id
-from shoplm.metrics import Metrics
+from shoplm.metrics import MethodMetrics, Metrics
 
 REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -59,6 +59,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._max_message_bytes = max_message_bytes
         self._tenant_key = tenant_key
         self._wrapped: dict[str, Handler] = {}
+        self._series = {
+            method: MethodMetrics(metrics, method.label, method.grpc_type, method.grpc_service, method.name)
+            for method in METHODS.values()
+        }
         self._idle = asyncio.Event()
         self._idle.set()
         self._last_arrival = 0.0  # monotonic seconds
@@ -75,8 +79,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             await asyncio.sleep(rest)
 
     async def intercept_service(self, continuation: Continuation, handler_call_details: Any) -> Handler:
-        handler = await continuation(handler_call_details)
         path: str = handler_call_details.method
+        if path in self._wrapped:
+            return self._wrapped[path]
+        handler = await continuation(handler_call_details)
         if handler is None or path.startswith(_HEALTH):
             return handler
         method = METHODS.get(path)
@@ -84,8 +90,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             if not self._tokens or self._authorized(handler_call_details.invocation_metadata or ()):
                 return handler
             return _refusing(handler, status_of(_unauthenticated()))
-        if path not in self._wrapped:
-            self._wrapped[path] = self._wrap(method, handler)
+        self._wrapped[path] = self._wrap(method, handler)
         return self._wrapped[path]
 
     def _wrap(self, method: Method, handler: Handler) -> Handler:
@@ -119,7 +124,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     async def _serve(self, method: Method, context: Context, body: Callable[[_Call], Awaitable[Any]]) -> Any:
         """Run one call to its end. Aborts the context on any error."""
         metadata = context.invocation_metadata() or ()
-        call = _Call(self._metrics, method, context, _request_id(metadata), self._max_message_bytes)
+        series = self._series[method]
+        call = _Call(self._metrics, method, series, context, _request_id(metadata), self._max_message_bytes)
         request_id.set(call.request_id)  # this task's own: gRPC gives every call a task
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         self.in_flight += 1
@@ -169,24 +175,29 @@ class _Call:
     """Bookkeeping of one call."""
 
     def __init__(
-        self, metrics: Metrics, method: Method, context: Context, identifier: str, max_message_bytes: int
+        self,
+        metrics: Metrics,
+        method: Method,
+        series: MethodMetrics,
+        context: Context,
+        identifier: str,
+        max_message_bytes: int,
     ) -> None:
         self._metrics = metrics
         self._method = method
-        self._names = (method.grpc_type, method.grpc_service, method.name)
+        self._series = series
         self._context = context
         self._max_message_bytes = max_message_bytes
         self._started = time.perf_counter()
         self.request_id = identifier
-        metrics.grpc_started.labels(*self._names).inc()
-        metrics.in_flight.labels(method.label).inc()
+        series.start()
 
     def parse(self, data: bytes) -> Message:
-        self._metrics.grpc_received.labels(*self._names).inc()
+        self._series.received.inc()
         return parse(data, self._method.request, self._max_message_bytes)
 
     def sent(self) -> None:
-        self._metrics.grpc_sent.labels(*self._names).inc()
+        self._series.sent.inc()
 
     def has_expired(self) -> bool:
         remaining = self._context.time_remaining()
@@ -194,14 +205,11 @@ class _Call:
 
     def end(self, code: grpc.StatusCode, reason: str = "", error: Exception | None = None) -> None:
         seconds = time.perf_counter() - self._started
-        metrics, method = self._metrics, self._method
-        metrics.in_flight.labels(method.label).dec()
-        metrics.requests.labels(method.label, method.name, code.name).inc()
-        metrics.request_seconds.labels(method.label, method.name).observe(seconds)
-        metrics.grpc_handled.labels(*self._names, _camel(code)).inc()
-        metrics.grpc_seconds.labels(*self._names).observe(seconds)
+        self._series.end(code, seconds)
         if code is not grpc.StatusCode.OK:
-            metrics.refusals.labels(method.label, reason or ("EXPIRED" if _is_expired(code) else "CANCELLED")).inc()
+            self._metrics.refusals.labels(
+                self._method.label, reason or ("EXPIRED" if _is_expired(code) else "CANCELLED")
+            ).inc()
         self._log(code, seconds, error)
 
     def _log(self, code: grpc.StatusCode, seconds: float, error: Exception | None) -> None:
@@ -230,11 +238,6 @@ _LEVELS = {
 
 def _is_expired(code: grpc.StatusCode) -> bool:
     return code is grpc.StatusCode.DEADLINE_EXCEEDED
-
-
-def _camel(code: grpc.StatusCode) -> str:
-    """As the gRPC ecosystem's metrics write codes: OK, InvalidArgument, …"""
-    return "OK" if code is grpc.StatusCode.OK else "".join(part.capitalize() for part in code.name.split("_"))
 
 
 def _request_id(metadata: Metadata) -> str:

@@ -9,7 +9,6 @@ from shoplm.api.shop import Shop
 from shoplm.api.validation import Violations, quote
 from shoplm.api.warnings import Warnings
 from shoplm.bundle import HeadSpec
-from shoplm.features import dense_features
 from shoplm.history import History
 from shoplm.readout.targets import answer, applicable
 from shoplm.request import Predict, Service
@@ -40,13 +39,14 @@ class PredictionService(PredictionServiceServicer):
         history = core.customers.read(request.customer, violations, warnings)
         specs = self._targets(request.targets, shop, violations)
         violations.raise_if_any()
-        prefix = core.served.prompts.prefix(history)
+        prefix = core.prefix(history)
         warnings.add("HISTORY_TRUNCATED", prefix.dropped_baskets)
         warnings.add("EMPTY_HISTORY", int(len(history) == 0))
         tokens = core.served.prompts.predict(prefix, history)
         core.check_prompt("customer", len(tokens))
-        task = Predict(tuple(dense_features(history, shop.catalog.prices).tolist()))
-        work = core.request(_SERVICE, tokens, task, context, history_tokens=len(prefix.tokens))
+        work = core.request(
+            _SERVICE, tokens, Predict(core.features(history)), context, history_tokens=len(prefix.tokens)
+        )
         finished = await core.engine.run(work)
         return pb.PredictResponse(
             predictions=[prediction(spec, finished.values, history) for spec in specs],
@@ -71,7 +71,7 @@ def target_message(spec: HeadSpec) -> pb.Target:
 
 def prediction(spec: HeadSpec, values: Sequence[float], history: History) -> pb.Prediction:
     """The answer of one target from the heads' raw values [P]."""
-    found = answer(spec, tuple(values))
+    found = answer(spec, values)
     message = pb.Prediction(target=target_message(spec), base_rate=spec.base_rate, applicable=applicable(spec, history))
     if found.probability is not None:
         message.probability = found.probability

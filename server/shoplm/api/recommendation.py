@@ -35,7 +35,7 @@ class RecommendationService(RecommendationServiceServicer):
         excluded = excluded_rows(request.filter, shop.catalog, history, config, violations, warnings)
         violations.raise_if_any()
         count = min(request.count or DEFAULT_COUNT, len(shop.catalog))
-        own_items, own_counts = _own(shop, history)
+        own_items, own_counts = self._core.own_items(history)
         select = Select(
             count=count,
             # A search narrower than its answer could not fill it.
@@ -75,7 +75,7 @@ class RecommendationService(RecommendationServiceServicer):
             return pb.RankResponse(
                 model=self._core.served.model_version, usage=Usage(), warnings=self._core.warned(_SERVICE, warnings)
             )
-        own_items, own_counts = _own(shop, history)
+        own_items, own_counts = self._core.own_items(history)
         select = Select(
             count=len(candidates),
             beam_width=0,
@@ -102,7 +102,7 @@ class RecommendationService(RecommendationServiceServicer):
         allow_degraded: bool = False,
     ) -> tuple[Request, FinishedOutput, SelectOutput]:
         core = self._core
-        prefix = core.served.prompts.prefix(history)
+        prefix = core.prefix(history)
         warnings.add("HISTORY_TRUNCATED", prefix.dropped_baskets)
         warnings.add("EMPTY_HISTORY", int(select.popularity_only))
         tokens = core.served.prompts.recommend(prefix, history)
@@ -116,11 +116,6 @@ class RecommendationService(RecommendationServiceServicer):
         if finished.selected is None:
             raise RuntimeError("the engine answered a selection without items")
         return work, finished, finished.selected
-
-
-def _own(shop: Shop, history: History) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    rows, counts = history.own_counts(shop.manifest.score.decay_days)
-    return tuple(rows.tolist()), tuple(counts.tolist())
 
 
 def _items(shop: Shop, selected: SelectOutput, history: History, explain: bool) -> list[pb.RecommendedItem]:

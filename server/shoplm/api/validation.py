@@ -45,6 +45,12 @@ class Violations:
         else:
             self._more += 1
 
+    def extend(self, other: Violations) -> None:
+        """Take over what another check found."""
+        for field, text in other._found:
+            self.add(field, text)
+        self._more += other._more
+
     def raise_if_any(self) -> None:
         """Raises InvalidRequestError with all that was found."""
         if not self._found:

@@ -25,6 +25,10 @@ class Warnings:
         if count > 0:
             self._counts[code] = self._counts.get(code, 0) + count
 
+    def counts(self) -> dict[str, int]:
+        """How often by code."""
+        return dict(self._counts)
+
     def codes(self) -> list[str]:
         return list(self._counts)
 

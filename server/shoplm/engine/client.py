@@ -216,6 +216,8 @@ class EngineClient(ABC):
 class ProcessEngineClient(EngineClient):
     """The engine in a process of its own, started again with a growing pause when it dies."""
 
+    program = (sys.executable, "-m", "shoplm.engine.process")  # called with address, spec and this process's id
+
     def __init__(self, spec: EngineSpec) -> None:
         super().__init__(spec)
         self._process: asyncio.subprocess.Process | None = None
@@ -233,9 +235,7 @@ class ProcessEngineClient(EngineClient):
 
     async def _start_engine(self, address: str) -> None:
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "shoplm.engine.process",
+            *self.program,
             address,
             msgspec.json.encode(self.spec).decode(),
             str(os.getpid()),

@@ -31,7 +31,8 @@ from shoplm.request import (
     Submit,
 )
 
-REPORT_SECONDS = 0.2  # between two reports of statistics, while there is work
+REPORT_SECONDS = 0.2  # between two reports of statistics, while there is something to tell
+_REPORT_MILLISECONDS = round(REPORT_SECONDS * 1000)
 _IDLE_POLL_MILLISECONDS = 1000  # how often an idle engine looks whether its parent is alive
 
 log = logging.getLogger("shoplm.engine")
@@ -89,6 +90,7 @@ class _Loop:
         self._parent = parent
         self._draining = False
         self._reported = 0.0
+        self._has_news = False  # of what no report has told yet
 
     def run(self) -> None:
         """Until drained and idle, or the parent is gone."""
@@ -97,20 +99,26 @@ class _Loop:
             if not self._receive(wait=engine.is_idle):
                 return
             outputs: list[EngineOutput] = engine.step()
-            now = time.monotonic()
-            if engine.is_idle or now - self._reported >= REPORT_SECONDS:
-                self._reported = now
+            self._has_news = True
+            if time.monotonic() - self._reported >= REPORT_SECONDS:
                 if os.getppid() != self._parent:
                     return
-                outputs.append(StatsOutput(engine.report()))
+                outputs.append(self._report())
             if outputs:
                 self._socket.send(encode(outputs))
+        self._socket.send(encode([self._report()]))
+
+    def _report(self) -> StatsOutput:
+        self._reported, self._has_news = time.monotonic(), False
+        return StatsOutput(self._engine.report())
 
     def _receive(self, wait: bool) -> bool:
         """Take all messages that are there; an idle engine waits for the first. False: the parent has died."""
-        while wait and not self._socket.poll(_IDLE_POLL_MILLISECONDS):
+        while wait and not self._socket.poll(_REPORT_MILLISECONDS if self._has_news else _IDLE_POLL_MILLISECONDS):
             if os.getppid() != self._parent:
                 return False
+            if self._has_news:
+                self._socket.send(encode([self._report()]))
         while True:
             try:
                 message = self._socket.recv(zmq.NOBLOCK)

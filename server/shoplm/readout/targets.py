@@ -17,6 +17,8 @@ a later window than the fit's so that 5 % of the customers lie below and 5 % abo
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -63,17 +65,33 @@ def check_spec(spec: HeadSpec, values: int) -> None:
         raise BundleError(f"{name}: parameters lack {', '.join(sorted(missing))}")
 
 
-def answer(spec: HeadSpec, values: NDArray[np.floating] | tuple[float, ...]) -> Answer:
-    """The prediction of one customer from the head's raw values [P]."""
-    rows = np.asarray(values, np.float64)[None]
+def answer(spec: HeadSpec, values: Sequence[float]) -> Answer:
+    """The prediction of one customer from the head's raw values [P].
+
+    The same as `probabilities`, `expected_amounts` and `intervals` give for many, in plain floats: for one customer an
+    array costs ten times the arithmetic.
+    """
+    chosen = [float(values[index]) for index in spec.outputs]
+    parameters = spec.parameters
     if spec.transform in PROBABILITIES:
-        return Answer(probability=float(probabilities(spec, rows)[0]))
-    amount, (low, high) = expected_amounts(spec, rows), intervals(spec, rows)
+        raw = _sigmoid(chosen[0])
+        if spec.transform != "sigmoid":
+            survival = math.exp(-sum(_softplus(value) for value in chosen))
+            raw = survival if spec.transform == "survival" else 1.0 - survival
+        inside = min(max(raw, _TINY), 1.0 - _TINY)
+        score = math.log(inside) - math.log1p(-inside)
+        return Answer(probability=_sigmoid(parameters["slope"] * score + parameters["intercept"]))
+    if spec.transform == "count":
+        mean = math.exp(min(chosen[0], _MAX_LOG_AMOUNT))
+    else:
+        deviation = _one_deviation(chosen[2])
+        mean = _sigmoid(chosen[0]) * math.exp(min(chosen[1] + deviation**2 / 2, _MAX_LOG_AMOUNT))
+    amount = parameters["scale"] * mean
     # The mean of a skewed distribution can lie outside a central interval; the caller gets one that holds it.
     return Answer(
-        amount=float(amount[0]),
-        interval_low=min(float(low[0]), float(amount[0])),
-        interval_high=max(float(high[0]), float(amount[0])),
+        amount=amount,
+        interval_low=min(_quantile(spec, chosen, parameters["level_low"]), amount),
+        interval_high=max(_quantile(spec, chosen, parameters["level_high"]), amount),
     )
 
 
@@ -127,16 +145,8 @@ def intervals(spec: HeadSpec, values: Floats) -> tuple[Floats, Floats]:
 
 def quantiles(spec: HeadSpec, values: Floats, level: float) -> Floats:
     """The smallest amount that is not exceeded with probability `level`: [N]."""
-    chosen = values[:, list(spec.outputs)]
-    if spec.transform == "count":
-        means = spec.parameters["scale"] * np.exp(np.minimum(chosen[:, 0], _MAX_LOG_AMOUNT))
-        return np.array([_count_quantile(mean, spec.parameters["dispersion"], level) for mean in means], np.float64)
-    share = sigmoid(chosen[:, 0])
-    # Given a purchase, the level that is left after the customers who spend nothing.
-    inside = (level - (1.0 - share)) / np.maximum(share, _TINY)
-    standard = np.array([_normal_quantile(float(part)) if part > 0 else -np.inf for part in inside], np.float64)
-    amounts = np.exp(np.minimum(chosen[:, 1] + _deviation(chosen[:, 2]) * standard, _MAX_LOG_AMOUNT))
-    return np.where(inside > 0, amounts, 0.0)
+    chosen = values[:, list(spec.outputs)].tolist()
+    return np.array([_quantile(spec, row, level) for row in chosen], np.float64)
 
 
 def distribution(spec: HeadSpec, values: Floats, amounts: Floats) -> Floats:
@@ -172,6 +182,32 @@ def _deviation(raw: Floats) -> Floats:
     return np.minimum(np.exp(np.clip(raw, -_MAX_DEVIATION, _MAX_DEVIATION)), _MAX_DEVIATION)
 
 
+def _one_deviation(raw: float) -> float:
+    return min(math.exp(min(max(raw, -_MAX_DEVIATION), _MAX_DEVIATION)), _MAX_DEVIATION)
+
+
+def _softplus(value: float) -> float:
+    """log(1 + exp(x)), without overflow."""
+    return max(value, 0.0) + math.log1p(math.exp(-abs(value)))
+
+
+def _sigmoid(value: float) -> float:
+    return math.exp(-_softplus(-value))
+
+
+def _quantile(spec: HeadSpec, chosen: Sequence[float], level: float) -> float:
+    """The smallest amount that is not exceeded with probability `level`, from the head's own outputs."""
+    if spec.transform == "count":
+        mean = spec.parameters["scale"] * math.exp(min(chosen[0], _MAX_LOG_AMOUNT))
+        return _count_quantile(mean, spec.parameters["dispersion"], level)
+    share = _sigmoid(chosen[0])
+    # Given a purchase, the level that is left after the customers who spend nothing.
+    inside = (level - (1.0 - share)) / max(share, _TINY)
+    if inside <= 0:
+        return 0.0
+    return math.exp(min(chosen[1] + _one_deviation(chosen[2]) * _normal_quantile(inside), _MAX_LOG_AMOUNT))
+
+
 def _normal_quantile(level: float) -> float:
     return NormalDist().inv_cdf(min(max(level, _TINY), 1.0 - _TINY))
 
@@ -180,7 +216,7 @@ def _count_terms(mean: float, dispersion: float) -> tuple[float, float, float]:
     """P(0), and a, b of the recurrence P(k) = P(k - 1) * (a + b / k): Poisson where dispersion is 0."""
     mean = max(mean, _TINY)
     if dispersion <= 0:
-        return float(np.exp(-mean)), 0.0, mean
+        return math.exp(-mean), 0.0, mean
     size = 1.0 / dispersion
     ratio = mean / (mean + size)
     return float((size / (mean + size)) ** size), ratio, (size - 1.0) * ratio

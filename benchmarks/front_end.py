@@ -1,0 +1,291 @@
+"""What the front end costs: ShopLM with an engine that computes nothing, beside a bare grpc.aio server, in one run.
+
+    python benchmarks/front_end.py                    # prints JSON; about two minutes
+    python benchmarks/front_end.py --bundle DIR --base BASE --rounds 5
+
+Client, server and engine are processes of their own. The bare server echoes the same bytes without parsing them, and
+streams messages of the same size; it is the best that grpc.aio can do on the machine. Rounds alternate between the two,
+and the medians of the ratios are reported, because machines have slow spells.
+
+    unary       Predict of a demo customer, `--concurrency` calls at once: calls per second
+    streamed    Chat, 32 answers at once: tokens per second
+    added       open loop at half of our unary rate: by how much our percentiles are later than the echo's, in ms
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import msgspec
+import uvloop
+from shoplm.config import ServerConfig, load_config
+from shoplm.engine.batch import Batch, PredictReadout, Row, RowOutput, SampleReadout, StepResult
+from shoplm.engine.client import ProcessEngineClient
+from shoplm.engine.process import run as run_engine
+from shoplm.engine.spec import EngineSpec
+from shoplm.model.backend import BackendInfo, Finished
+from shoplm.model.base import Base
+from shoplm.request import Select
+from shoplm.server import serve
+from shoplm.v1 import chat_pb2, model_pb2, prediction_pb2, shop_pb2
+
+PREDICT = "/shoplm.v1.PredictionService/Predict"
+CHAT = "/shoplm.v1.ChatService/Chat"
+STREAMS, STREAM_TOKENS = 32, 64
+HEAD_OUTPUTS = 64
+TEXT_TOKEN = 30  # some token of plain text
+WARM_UP_SECONDS, RUN_SECONDS = 1.0, 4.0
+Call = Callable[[], Awaitable[object]]
+
+
+class NullBackend:
+    """Implements `model.backend.Backend`: every step takes the same time and computes nothing."""
+
+    lane_count = 1
+
+    def __init__(self, spec: EngineSpec, step_seconds: float) -> None:
+        self._step_seconds = step_seconds
+        self._info = BackendInfo(
+            name="null",
+            pages=65_536,
+            page_size=spec.page_size,
+            state_slots=spec.max_running_requests,
+            max_context_tokens=2048,
+            vocab_size=1 << 31,
+            trie_depths={"": 1},
+            trie_items={"": 1},
+            feature_count=0,
+        )
+
+    @property
+    def info(self) -> BackendInfo:
+        return self._info
+
+    def lanes(self, select: Select) -> int:
+        return self.lane_count
+
+    def submit(self, batch: Batch) -> Finished:
+        time.sleep(self._step_seconds)
+        return Finished(StepResult(tuple(map(_answer, batch.rows)), self._step_seconds))
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+
+def _answer(row: Row) -> RowOutput:
+    match row.readout:
+        case SampleReadout():
+            return TEXT_TOKEN
+        case PredictReadout():
+            return (0.1,) * HEAD_OUTPUTS
+    return None
+
+
+class NullEngine(ProcessEngineClient):
+    """The engine's process, with this file's backend in it."""
+
+    program = (sys.executable, str(Path(__file__).resolve()), "engine")
+
+
+async def serve_echo() -> None:
+    """A bare grpc.aio server on any free port, which it prints."""
+
+    async def echo(data: bytes, _: object) -> bytes:
+        return data
+
+    async def stream(data: bytes, _: object) -> Any:
+        message = chat_pb2.ChatResponse(delta=" word").SerializeToString()
+        for _ in range(STREAM_TOKENS + 1):
+            yield message
+
+    handlers = {
+        "Predict": grpc.unary_unary_rpc_method_handler(echo),
+        "Chat": grpc.unary_stream_rpc_method_handler(stream),
+    }
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers(
+        tuple(
+            grpc.method_handlers_generic_handler(path.split("/")[1], {path.split("/")[2]: handlers[path.split("/")[2]]})
+            for path in (PREDICT, CHAT)
+        )
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(f"gRPC 127.0.0.1:{port}", flush=True)
+    await server.wait_for_termination()
+
+
+class Subject:
+    """One server under load, in a process of its own."""
+
+    def __init__(self, role: str, flags: list[str]) -> None:
+        command = [sys.executable, str(Path(__file__).resolve()), role, *flags]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if "gRPC 127.0.0.1:" in line:
+                self.address = line.split("gRPC ")[1].split()[0]
+                return
+        raise RuntimeError(f"{role} ended with code {self._process.wait()}")
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(60)
+
+
+async def rate(call: Call, concurrency: int) -> float:
+    """What `call` returns, summed and divided by the time, with this many at once."""
+    total = 0.0
+    counting = False
+    stop = asyncio.Event()
+
+    async def worker() -> None:
+        nonlocal total
+        while not stop.is_set():
+            done: Any = await call()
+            if counting:
+                total += done
+
+    workers = [asyncio.create_task(worker()) for _ in range(concurrency)]
+    await asyncio.sleep(WARM_UP_SECONDS)
+    counting, started = True, time.perf_counter()
+    await asyncio.sleep(RUN_SECONDS)
+    counting, seconds = False, time.perf_counter() - started
+    stop.set()
+    await asyncio.gather(*workers)
+    return total / seconds
+
+
+async def latencies(call: Call, per_second: float) -> list[float]:
+    """Seconds of each call, from the moment it was meant to be sent, open loop at a fixed rate; ascending."""
+    found: list[float] = []
+
+    async def timed(intended: float) -> None:
+        await call()
+        found.append(time.perf_counter() - intended)
+
+    start, tasks = time.perf_counter(), []
+    for number in range(round(per_second * RUN_SECONDS)):
+        intended = start + number / per_second
+        if (delay := intended - time.perf_counter()) > 0:
+            await asyncio.sleep(delay)
+        tasks.append(asyncio.create_task(timed(intended)))
+    await asyncio.gather(*tasks)
+    return sorted(found)
+
+
+class Caller:
+    """Calls of bytes: the client parses nothing, so that the server is what is measured."""
+
+    def __init__(self, address: str, predict: bytes, chat: bytes) -> None:
+        # A client of one connection would be the limit; gRPC shares connections between equal channels unless told.
+        self._channel = grpc.aio.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])
+        channel: Any = self._channel  # its stubs ask for serialisers, which are optional
+        self._predict_message, self._chat_message = predict, chat
+        self._predict = channel.unary_unary(PREDICT)
+        self._chat = channel.unary_stream(CHAT)
+
+    async def predict(self) -> int:
+        await self._predict(self._predict_message)
+        return 1
+
+    async def chat(self) -> int:
+        messages = 0
+        async for _ in self._chat(self._chat_message):
+            messages += 1
+        return messages - 1  # the last one is the summary
+
+    async def model(self) -> model_pb2.GetModelResponse:
+        channel: Any = self._channel
+        method = channel.unary_unary("/shoplm.v1.ModelService/GetModel")
+        return model_pb2.GetModelResponse.FromString(await method(b""))
+
+
+async def measure(bare: str, ours: str, rounds: int, concurrency: int) -> dict[str, Any]:
+    """Alternating rounds against both servers."""
+    chat = chat_pb2.ChatRequest(
+        messages=[chat_pb2.Message(role="user", content="hello")],
+        max_tokens=STREAM_TOKENS,
+        grounding=chat_pb2.GROUNDING_OFF,
+    ).SerializeToString()
+    model = await Caller(ours, b"", b"").model()
+    customer = shop_pb2.Customer(customer_id=model.demo_customer_ids[0])
+    predict = prediction_pb2.PredictRequest(customer=customer).SerializeToString()
+    callers = {"echo": Caller(bare, predict, chat), "shoplm": Caller(ours, predict, chat)}
+    unary: dict[str, list[float]] = {name: [] for name in callers}
+    streamed: dict[str, list[float]] = {name: [] for name in callers}
+    added: list[dict[str, float]] = []
+    for _ in range(rounds):
+        for name, caller in callers.items():
+            unary[name].append(await rate(caller.predict, concurrency))
+        for name, caller in callers.items():
+            streamed[name].append(await rate(caller.chat, STREAMS))
+        half = unary["shoplm"][-1] / 2
+        late = {name: await latencies(caller.predict, half) for name, caller in callers.items()}
+        added.append(
+            {
+                quantile: 1e3 * (_at(late["shoplm"], share) - _at(late["echo"], share))
+                for quantile, share in (("p50", 0.5), ("p99", 0.99))
+            }
+        )
+    return {
+        "unary": _compared(unary, "calls_per_second"),
+        "streamed": _compared(streamed, "tokens_per_second"),
+        "added_milliseconds": {key: round(statistics.median(each[key] for each in added), 2) for key in added[0]},
+    }
+
+
+def _at(ordered: list[float], share: float) -> float:
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+
+
+def _compared(values: dict[str, list[float]], unit: str) -> dict[str, float]:
+    ratios = [ours / bare for bare, ours in zip(values["echo"], values["shoplm"], strict=True)]
+    rates = {f"{name}_{unit}": round(statistics.median(each), 1) for name, each in values.items()}
+    return {**rates, "ratio": round(statistics.median(ratios), 3)}
+
+
+def _null_engine(config: ServerConfig, base: Base) -> NullEngine:
+    return NullEngine(config.engine_spec(base.folder))
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["engine"]:
+        spec = msgspec.json.decode(sys.argv[3], type=EngineSpec)
+        # An engine's steps take a while; none at all would make a message of every single answer.
+        return run_engine(sys.argv[2], spec, lambda spec: NullBackend(spec, 0.001), int(sys.argv[4]))
+    if sys.argv[1:2] == ["serve"]:
+        return uvloop.run(serve(load_config(sys.argv[2:]), _null_engine))
+    if sys.argv[1:2] == ["echo"]:
+        uvloop.run(serve_echo())
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", default="bundles/complete-journey")
+    parser.add_argument("--base")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--concurrency", type=int, default=64)
+    arguments = parser.parse_args()
+    flags = ["--bundle", arguments.bundle, "--port", "0", "--metrics-port", "0"]
+    flags += [] if arguments.base is None else ["--base", arguments.base]
+    bare, ours = Subject("echo", []), Subject("serve", flags)
+    try:
+        report = uvloop.run(measure(bare.address, ours.address, arguments.rounds, arguments.concurrency))
+    finally:
+        ours.close()
+        bare.close()
+    print(json.dumps(report, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
