@@ -216,19 +216,15 @@ class Scheduler:
             if running is None:
                 return
             at += 1
-            row = self._chunk(running, budget, is_first=not rows)
+            within = self._budgeter.tokens_within(budget.seconds, running.computed)
+            if within < min(LEAST_CHUNK, running.pending):
+                if rows:
+                    return  # nobody is started for whom there is no time
+                within = LEAST_CHUNK
+            row = next_tokens(running, min(budget.tokens, budget.prompt_tokens, within), self.memory)
             if row is not None:
                 rows.append(row)
                 budget.take_prompt(row.count, self._budgeter.row_seconds(row))
-
-    def _chunk(self, sequence: Sequence, budget: StepBudget, *, is_first: bool) -> PlanRow | None:
-        most = min(budget.tokens, budget.prompt_tokens)
-        within = self._budgeter.tokens_within(budget.seconds, sequence.computed)
-        if within < min(LEAST_CHUNK, sequence.pending):
-            if not is_first:
-                return None
-            within = LEAST_CHUNK
-        return next_tokens(sequence, min(most, within), self.memory)
 
     def _close(self, rows: list[PlanRow], starts: float, now: float) -> Plan:
         """Charge for the step and note what it should take."""

@@ -1,0 +1,178 @@
+"""What deadlines do: refused on arrival, made smaller, given up, or served in time."""
+
+from __future__ import annotations
+
+import random
+
+from shoplm.request import (
+    Degradation,
+    FailedOutput,
+    FailureKind,
+    FinishedOutput,
+    FinishReason,
+    Generate,
+    Predict,
+    Request,
+    Select,
+    Service,
+    Task,
+)
+from shoplm.scheduler.config import SchedulerConfig, SchedulingPolicy
+from shoplm.scheduler.deadlines import Deadlines
+from shoplm.scheduler.sequence import Sequence
+from simulation import CheckingBackend, Clock, CostCurve, Simulation
+
+CURVE = CostCurve(step_seconds=0.01, token_seconds=0.001)
+SERVICES = {Generate: Service.CHAT, Select: Service.RECOMMENDATION, Predict: Service.PREDICTION}
+
+
+class Shop:
+    """A simulation whose cost model has seen enough, with short names for requests."""
+
+    def __init__(self, policy: SchedulingPolicy | None = None, **backend: int) -> None:
+        config = SchedulerConfig(max_step_tokens=256, policy=policy or SchedulingPolicy())
+        sizes = {"pages": 2_000, "state_slots": 64, **backend}
+        self.simulation = Simulation(CheckingBackend(Clock(), cost=CURVE, **sizes), config)  # type: ignore[arg-type]
+        self._tokens = random.Random(1)
+        for number in range(12):
+            self.submit(f"warm {number}", 10 + 20 * number, Predict(()))
+            self.submit(f"warm chat {number}", 5, Generate(2 + number))
+            self.simulation.run()
+
+    @property
+    def now(self) -> float:
+        return self.simulation.clock.now
+
+    def submit(self, name: str, length: int, task: Task, within: float | None = None, **fields: object) -> None:
+        tokens = tuple(self._tokens.randrange(1 << 16) for _ in range(length))
+        deadline = None if within is None else self.now + within
+        arrival = {"arrival_seconds": self.now, "deadline_seconds": deadline, **fields}
+        self.simulation.submit(Request(name, SERVICES[type(task)], tokens, task, **arrival))  # type: ignore[arg-type]
+
+    def end(self, name: str) -> FinishedOutput | FailedOutput:
+        end = self.simulation.records[name].end
+        assert end is not None, f"{name} has no end"
+        return end
+
+    def refused(self, name: str) -> FailedOutput:
+        end = self.end(name)
+        assert isinstance(end, FailedOutput), end
+        assert end.kind is FailureKind.OVERLOADED
+        return end
+
+    def served(self, name: str) -> FinishedOutput:
+        end = self.end(name)
+        assert isinstance(end, FinishedOutput), end
+        return end
+
+
+def test_what_an_idle_engine_cannot_do_in_time_is_refused_for_good_and_never_computed() -> None:
+    shop = Shop()
+    before = len(shop.simulation.backend.batches)
+    shop.submit("long", 400, Predict(()), within=0.2)  # 0.4 s of tokens
+    shop.simulation.step()
+    refused = shop.refused("long")
+    assert (refused.reason, refused.retry_seconds) == ("DEADLINE_UNREACHABLE", 0.0)
+    assert len(shop.simulation.backend.batches) == before
+    # The default target is 50 ms, and missing it refuses nobody.
+    shop.submit("patient", 400, Predict(()))
+    shop.simulation.run()
+    shop.served("patient")
+
+
+def test_behind_a_backlog_it_is_refused_with_the_time_after_which_it_would_fit() -> None:
+    shop = Shop()
+    for number in range(6):
+        shop.submit(f"before {number}", 200, Predict(()), within=2.0)
+    shop.submit("late", 100, Predict(()), within=1.0)
+    shop.simulation.step()
+    refused = shop.refused("late")
+    assert refused.reason == "DEADLINE_UNREACHABLE" and 0 < refused.retry_seconds < 2.0
+    shop.simulation.run()
+    for number in range(6):
+        assert shop.served(f"before {number}").timings.total_seconds <= 2.0
+    shop.submit("again", 100, Predict(()), within=1.0)
+    shop.simulation.run()
+    shop.served("again")
+
+
+def test_an_enforced_target_refuses_as_a_deadline_does() -> None:
+    policy = SchedulingPolicy(enforced=(Service.PREDICTION,))
+    shop = Shop(policy)
+    shop.submit("prediction", 400, Predict(()))
+    shop.submit("recommendation", 400, Select(1, 1, trie="flat"))  # its target is not enforced
+    shop.simulation.run()
+    assert shop.refused("prediction").reason == "DEADLINE_UNREACHABLE"
+    shop.served("recommendation")
+
+
+def test_an_answer_whose_first_token_was_in_time_goes_on_to_its_end() -> None:
+    shop = Shop(SchedulingPolicy(enforced=(Service.CHAT,)))
+    shop.submit("chat", 20, Generate(200))
+    shop.simulation.run()
+    assert shop.served("chat").completion_tokens == 200
+    assert shop.served("chat").degraded == ()
+
+
+def test_a_search_is_narrowed_before_it_is_refused_and_only_with_leave() -> None:
+    shop = Shop()
+    wide = Select(4, 128, trie="deep")  # two levels of 128 lanes: about 0.28 s
+    shop.submit("strict", 20, wide, within=0.15)
+    shop.submit("lenient", 20, wide, within=0.15, allow_degraded=True)
+    shop.simulation.run()
+    assert shop.refused("strict").reason == "DEADLINE_UNREACHABLE"
+    served = shop.served("lenient")
+    assert served.degraded == (Degradation.NARROWER_BEAMS,)
+    assert served.selected is not None and len(served.selected.items) == 4
+    assert served.timings.total_seconds <= 0.15
+    assert shop.simulation.engine.report().degraded == {"recommendation:narrower_beams": 1}
+
+
+def test_a_chat_is_shortened_before_it_is_refused() -> None:
+    shop = Shop()
+    shop.submit("chat", 20, Generate(100), within=0.5, allow_degraded=True)
+    shop.simulation.run()
+    served = shop.served("chat")
+    assert served.degraded == (Degradation.FEWER_TOKENS,)
+    assert served.finish_reason is FinishReason.LENGTH
+    assert 8 <= served.completion_tokens < 100
+    assert served.timings.total_seconds <= 0.5
+
+
+def test_a_long_prompt_does_not_take_running_chats_their_tokens() -> None:
+    shop = Shop()
+    shop.submit("chat", 10, Generate(40))
+    while not shop.simulation.records["chat"].tokens:
+        shop.simulation.step()
+    shop.submit("long", 450, Select(1, 1, trie="flat"))
+    shop.simulation.engine.report()
+    shop.simulation.run()
+    gaps = shop.simulation.engine.report().inter_token_seconds
+    assert len(gaps) == 39
+    assert max(gaps) <= 0.06 * 1.05
+    shop.served("long")
+
+
+def test_what_becomes_hopeless_is_given_up_oldest_lost_cause_first_and_before_its_deadline() -> None:
+    shop = Shop()
+    for number in range(3):
+        shop.submit(f"r{number}", 200, Predict(()), within=1.0 + 0.02 * number)
+    # The machine stalls for so long that none of them can be done.
+    shop.simulation.clock.now += 0.9
+    outputs = shop.simulation.step()
+    lost = [output for output in outputs if isinstance(output, FailedOutput)]
+    assert [output.request_id for output in lost] == ["r0", "r1", "r2"]
+    assert {output.reason for output in lost} == {"DEADLINE_LOST"}
+    assert all(output.retry_seconds > 0 for output in lost)
+    shop.simulation.check_idle()
+
+
+def test_a_far_deadline_holds_no_ended_request() -> None:
+    deadlines = Deadlines(lambda sequence: sequence.request.deadline_seconds)
+    for number in range(10_000):
+        request = Request(str(number), Service.PREDICTION, (1,), Predict(()), 0.0, deadline_seconds=3600.0)
+        sequence = Sequence(request, 0.05, [1])
+        deadlines.watch(sequence)
+        sequence.ended = True
+        deadlines.forget(sequence)
+    assert len(deadlines) < 200
