@@ -149,7 +149,7 @@ class ServerConfig(BaseSettings):
     default_completion_tokens: int = Field(256, description="longest answer where a request does not say", ge=1)
     max_stop_strings: int = Field(16, description="stop strings of a chat", ge=0)
     max_targets: int = Field(64, description="targets of one Predict call", ge=1)
-    max_passages: int = Field(1, description="passages of the shop's texts that a chat is given", ge=0, le=32)
+    max_passages: int = Field(3, description="passages that a chat is given, at most", ge=0, le=32)
 
     # Limits of the server; over one: RESOURCE_EXHAUSTED
     max_concurrent_calls: int = Field(4096, description="calls in flight in all", ge=1)

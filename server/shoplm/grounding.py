@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import TypeVar
 
 import numpy as np
 from shoplm.catalog.items import Catalog
@@ -10,11 +11,15 @@ from shoplm.history import History
 from shoplm.retrieval import Knowledge, Passage, habits_passage, item_passage
 
 MAX_HABITS = 5
-_MAX_ITEMS = 2
-_CANDIDATES = 50  # of the catalogue, before whole names are compared
+_MAX_ITEMS = 2  # of one name
+_MAX_NAME_WORDS = 16
+_LEAST_TITLE_WORDS = 2  # a title of one word may be any word of a question
 _WORD = re.compile(r"\w+")
-_HABIT_WORDS = frozenset(("bought", "buy", "favorite", "favourite", "often", "purchases", "usual", "usually"))
+_HABIT_WORDS = frozenset(("bought", "favorite", "favourite", "most", "often", "purchases", "usual", "usually"))
 _OWN_WORDS = frozenset(("i", "my", "me"))
+
+Words = tuple[str, ...]
+Found = TypeVar("Found")
 
 
 class Grounding:
@@ -24,22 +29,27 @@ class Grounding:
         """`decay_days` weighs a customer's purchases, as in recommendations."""
         self._knowledge = knowledge
         self._catalog = catalog
+        self._currency = currency
         self._decay_days = decay_days
-        # Of several items with one title the first row speaks; a title stands for no more than its words.
-        rows: dict[str, int] = {}
+        self._titles: dict[Words, int] = {}  # of several items with one title the first row speaks
+        self._names: dict[Words, list[int]] = {}  # a name is a title up to its first comma
         for row, title in enumerate(catalog.titles):
-            if title.strip() and np.isfinite(catalog.prices[row]):
-                rows.setdefault(title, row)
-        self._items = Knowledge(
-            [
-                item_passage(title, catalog.categories[row], float(catalog.prices[row]), currency)
-                for title, row in rows.items()
-            ]
-        )
+            words = _words(title)
+            if words and words not in self._titles and np.isfinite(catalog.prices[row]):
+                self._titles[words] = row
+                rows = self._names.setdefault(_words(title.split(",")[0]), [])
+                if len(rows) < _MAX_ITEMS:
+                    rows.append(row)
 
     def search(self, question: str, history: History, count: int) -> list[Passage]:
-        """At most `count` passages, the surest kind first: own purchases, items that are named, the shop's texts."""
-        found = [*self._habits(question, history), *self._named_items(question)[: max(count - 1, 0)]]
+        """At most `count` passages, the surest first: an item whose whole title is in the question stands alone; else
+        the customer's purchases, items by their names, and the shop's texts."""
+        words = _words(question)
+        titled = _find(words, self._titles, _LEAST_TITLE_WORDS)
+        if titled:
+            return [self._item(row) for row in titled][:count]
+        named = [self._item(row) for rows in _find(words, self._names, 1) for row in rows]
+        found = [*self._habits(words, history), *named[:_MAX_ITEMS][: max(count - 1, 0)]]
         return (found + self._knowledge.search(question, count))[:count]
 
     def habits(self, history: History) -> list[Passage]:
@@ -49,21 +59,27 @@ class Grounding:
         titles = list(dict.fromkeys(self._catalog.titles[row].split(",")[0] for row in best))[:MAX_HABITS]
         return [habits_passage(titles)] if titles else []
 
-    def _habits(self, question: str, history: History) -> list[Passage]:
-        words = set(_words(question))
-        return self.habits(history) if words & _HABIT_WORDS and words & _OWN_WORDS else []
+    def _habits(self, words: Words, history: History) -> list[Passage]:
+        asked = set(words)
+        return self.habits(history) if asked & _HABIT_WORDS and asked & _OWN_WORDS else []
 
-    def _named_items(self, question: str) -> list[Passage]:
-        """Items whose name, the title up to its first comma, is in the question word for word; longest names first."""
-        asked = f" {' '.join(_words(question))} "
-        named: list[tuple[int, Passage]] = []
-        for passage in self._items.search(question, _CANDIDATES):
-            name = f" {' '.join(_words(passage.title.split(',')[0]))} "
-            if name in asked:
-                named.append((len(name), passage))
-        named.sort(key=lambda pair: -pair[0])
-        return [passage for _, passage in named[:_MAX_ITEMS]]
+    def _item(self, row: int) -> Passage:
+        catalog = self._catalog
+        return item_passage(catalog.titles[row], catalog.categories[row], float(catalog.prices[row]), self._currency)
 
 
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
+def _find(words: Words, known: dict[Words, Found], least: int) -> list[Found]:
+    """Values of the keys of at least so many words that stand in `words`, longest first; no word counts twice."""
+    found: list[Found] = []
+    used: set[int] = set()
+    for length in range(min(_MAX_NAME_WORDS, len(words)), least - 1, -1):
+        for start in range(len(words) - length + 1):
+            value = known.get(words[start : start + length])
+            if value is not None and used.isdisjoint(range(start, start + length)):
+                used.update(range(start, start + length))
+                found.append(value)
+    return found
+
+
+def _words(text: str) -> Words:
+    return tuple(_WORD.findall(text.lower()))

@@ -17,6 +17,7 @@ from shoplm.errors import BundleError
 
 _HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*\s*$", re.MULTILINE)
 DECLINED = "I don't know. The shop's information does not say."  # what an adapted base says where no passage answers
+_WORTH = 0.5  # of the best passage's score
 MAX_PASSAGE_CHARACTERS = 1200  # longer passages are split at blank lines
 
 
@@ -58,7 +59,8 @@ class Knowledge:
         return len(self.passages)
 
     def search(self, query: str, count: int) -> list[Passage]:
-        """At most `count` passages that share a word with the query, best first; ties in the order of the texts."""
+        """At most `count` passages that share a word with the query, best first; ties in the order of the texts. Those
+        that are far behind the best one are left out: they would only distract."""
         if self._index is None or count <= 0:
             return []
         (words,) = self._words([query])
@@ -67,7 +69,8 @@ class Knowledge:
             return []
         scores = self._index.get_scores(known)
         best = np.argsort(-scores, kind="stable")[:count]
-        return [self.passages[row] for row in best.tolist() if scores[row] > 0]
+        least = max(_WORTH * float(scores[best[0]]), np.finfo(np.float32).tiny)
+        return [self.passages[row] for row in best.tolist() if scores[row] >= least]
 
     def _words(self, texts: list[str]) -> list[list[str]]:
         words: list[list[str]] = self._bm25s.tokenize(texts, return_ids=False, show_progress=False)
