@@ -29,6 +29,7 @@ from shoplm.features import FEATURE_VERSION
 from shoplm.history import EventKind
 from shoplm.model.base import Base
 from shoplm.training.evaluation import Model
+from shoplm.training.html_report import render_report
 from shoplm.training.pipeline import write_items
 from shoplm.training.report import Report
 from shoplm.training.shop import Shop
@@ -77,6 +78,7 @@ def write_bundle(
     demo_events(shop, demo_customers).write_parquet(partial / "customers.parquet")
     (partial / "metrics.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     (partial / "card.md").write_text(card, "utf-8")
+    (partial / "report.html").write_text(render_report(identity.title, report), "utf-8")
     if adapter is not None:
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.copyfile(adapter / name, partial / name)
