@@ -7,6 +7,8 @@ types.parquet        one row per product type: title, description (in order of t
 weights.safetensors  output rows, popularity, heads (see `shoplm.model.shop_weights`)
 customers.parquet    demo customers' events: customer_id, item_id, type, time, quantity, price, basket_id
 card.md              data, splits, metrics beside baselines, limits
+report.html          the card's numbers as charts
+metrics.json         the card's numbers as data
 adapter_*            where the base was adapted: a LoRA adapter in PEFT's format, merged when the base is loaded
 knowledge/*.md       the shop's own texts for chat
 """
@@ -92,7 +94,7 @@ class ShopManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     level_sizes: tuple[int, ...]
     type_count: int
     feature_version: int
-    hashes: dict[str, str]  # file -> SHA-256, for every file but shop.toml, card.md and knowledge/
+    hashes: dict[str, str]  # file -> SHA-256, for every file but shop.toml, card.md, report.html and knowledge/
     targets: tuple[HeadSpec, ...] = ()
     customers: tuple[DemoCustomer, ...] = ()
 
