@@ -8,6 +8,7 @@ import torch
 from shoplm.bundle import ShopManifest, read_manifest
 from shoplm.catalog.filters import ItemColumns
 from shoplm.catalog.items import Catalog, read_catalog
+from shoplm.engine.cpu import cpu_backend
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import BundleError, ConfigurationError
 from shoplm.model.adapter import Adapter, read_adapter
@@ -17,7 +18,6 @@ from shoplm.model.gpu import KV_FORMATS, check_device, kv_page_bytes
 from shoplm.model.gpu_warmup import warm_up
 from shoplm.model.shop_weights import ShopWeights, load_shop_weights, random_trie
 from shoplm.model.tokenizer import Tokenizer
-from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import load_weights
 from shoplm.vocabulary import SPECIAL_TEXTS, ShopVocabulary
 
@@ -70,16 +70,7 @@ def load_backend(spec: EngineSpec) -> Backend:
         )
         warm_up(backend, spec.max_step_tokens)
         return backend
-    return TorchBackend(
-        config,
-        weights,
-        shop,
-        tries,
-        pages=pages,
-        page_size=spec.page_size,
-        state_slots=spec.max_running_requests,
-        max_context_tokens=context,
-    )
+    return cpu_backend(spec, config, weights, shop, tries, pages)
 
 
 def _pages(spec: EngineSpec, config: ModelConfig, dtype: torch.dtype) -> int:

@@ -146,7 +146,7 @@ class _Planner:
             own = min(own, self._window)
         visible = np.broadcast_to(visible, (len(rows), width, length))
         queries = np.concatenate([np.arange(row.query_start, row.query_end) for row in rows])
-        slots = np.stack([_own_slots(row, lineages[row.state_slot])[:, steps - own :] for row in rows])
+        slots = np.stack([own_slots(row, lineages[row.state_slot])[:, steps - own :] for row in rows])
         return Padded(
             queries=_indices(queries),
             targets=_indices(queries),
@@ -208,7 +208,7 @@ def _beam(row: Row) -> BeamStep:
     return row.beam
 
 
-def _own_slots(row: Row, lineage: NDArray[np.int64]) -> NDArray[np.int64]:
+def own_slots(row: Row, lineage: NDArray[np.int64]) -> NDArray[np.int64]:
     """[lanes, step]: the pool slot of each code on each lane's way to its own."""
     beam = _beam(row)
     if lineage.shape != (beam.step, row.query_len):

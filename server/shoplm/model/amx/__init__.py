@@ -1,0 +1,1 @@
+"""The decoder for CPUs with matrix tiles (Intel AMX): one C++ call a step."""

@@ -1,0 +1,198 @@
+// Attention over pages, in place: no copies, no padding. Formula: softmax(q K^T) V per head, queries scaled beforehand.
+//
+// Keys lie as [page][kv_head][page_size][head_dim], values as [page][kv_head][page_size / 16][head_dim][16], so that a
+// tile is read from either without reordering. Sixteen queries of one key-value head are the columns of
+// K q^T [keys, 16] and of V^T p [head_dim, 16]; all keys of the queries are scored before the softmax, so a query's
+// result depends on nothing else in the batch.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "tiles.h"
+
+namespace shoplm {
+
+struct Pool {
+    bf16* keys;    // of one layer
+    bf16* values;  // of one layer
+    int64_t kv_heads, page_size, head_dim;
+
+    int64_t head_elements() const { return page_size * head_dim; }
+    const bf16* key_block(int64_t page, int64_t head, int64_t offset) const {
+        return keys + (page * kv_heads + head) * head_elements() + offset * head_dim;
+    }
+    const bf16* value_block(int64_t page, int64_t head, int64_t offset) const {
+        return values + (page * kv_heads + head) * head_elements() + offset / TILE * TILE * head_dim;
+    }
+};
+
+// One row of the batch. All int64: Python fills an array of them.
+struct Row {
+    int64_t query_start, query_len;
+    int64_t kv_len;        // keys that lie in the pages
+    int64_t past;          // position of the first query; the same for all lanes
+    int64_t lanes;         // 1: queries are lanes, each seeing all keys in the pages and its own
+    int64_t pages;         // index of the first page in the page list
+    int64_t own, own_steps;  // lanes: index in the list of own slots [query_len, own_steps]
+};
+
+struct Attention {
+    Pool pool;
+    const Row* row;
+    const int64_t* pages;
+    const int64_t* own_slots;
+    const bf16* queries;  // [tokens, heads, head_dim]
+    bf16* output;         // the same shape
+    int64_t heads;
+    int64_t window;       // keys that a query sees at most; 0: all before it
+
+    void block(int64_t head, int64_t first, std::vector<float>& scratch) const;
+
+  private:
+    bf16 own_value(int64_t slot, int64_t head, int64_t d) const {
+        const int64_t offset = slot % pool.page_size;
+        return pool.value_block(slot / pool.page_size, head, offset)[d * TILE + offset % TILE];
+    }
+};
+
+inline void use_attention_tiles() {
+    TileConfig config;
+    for (int tile = 0; tile < 6; ++tile) config.set(tile, TILE, 64);
+    config.set(6, TILE, 32);    // 16 dimensions of V^T, 16 keys
+    config.set(7, TILE / 2, 64);  // pairs of keys, 16 queries
+    _tile_loadconfig(&config);
+}
+
+// Queries `first` .. `first` + 15 of a key-value head, counted token by token and within it head by head.
+inline void Attention::block(int64_t head, int64_t first, std::vector<float>& scratch) const {
+    const int64_t d = pool.head_dim, group = heads / pool.kv_heads;
+    const int count = static_cast<int>(std::min<int64_t>(TILE, row->query_len * group - first));
+    int64_t token[TILE], at[TILE];
+    alignas(64) int32_t position[TILE] = {};
+    alignas(64) bf16 packed[256 / 2 * TILE * 2] = {};  // q^T: [head_dim / 2][16][2]
+    for (int lane = 0; lane < count; ++lane) {
+        token[lane] = (first + lane) / group;
+        at[lane] = ((row->query_start + token[lane]) * heads + head * group + (first + lane) % group) * d;
+        position[lane] = static_cast<int32_t>(row->lanes ? row->past : row->past + token[lane]);
+        for (int64_t i = 0; i < d; i += 2) std::memcpy(packed + (i / 2 * TILE + lane) * 2, queries + at[lane] + i, 4);
+    }
+    for (int lane = count; lane < TILE; ++lane) position[lane] = position[count - 1];
+    const int64_t newest = position[count - 1], oldest = position[0];
+    const int64_t last = row->lanes ? row->kv_len : std::min(row->kv_len, newest + 1);
+    int64_t begin = window ? std::max<int64_t>(0, oldest - window + 1) : 0;
+    begin = std::min(begin, last - 1) / TILE * TILE;
+    const int64_t blocks = (last - begin + TILE - 1) / TILE, keys = blocks * TILE, own = row->lanes ? row->own_steps : 0;
+    scratch.resize(static_cast<size_t>((keys + own) * TILE + d * TILE + keys * TILE / 2 + TILE * d / 2 + 64));
+    float* scores = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) & ~uintptr_t{63});
+    float* result = scores + (keys + own) * TILE;                        // [head_dim][16]
+    uint32_t* shares = reinterpret_cast<uint32_t*>(result + d * TILE);   // bf16 pairs of keys: [keys / 2][16]
+    bf16* tail = reinterpret_cast<bf16*>(shares + keys * TILE / 2);      // [head_dim][16]
+
+    const __m512i positions = _mm512_load_si512(position);
+    const __m512i starts = _mm512_sub_epi32(positions, _mm512_set1_epi32(static_cast<int32_t>(window)));
+    const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    __m512 most = lowest;
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t key = begin + block * TILE;
+        const bf16* from = pool.key_block(pages[row->pages + key / pool.page_size], head, key % pool.page_size);
+        _tile_zero(0);
+        for (int64_t i = 0; i < d; i += 32) {
+            _tile_loadd(4, from + i, d * 2);
+            _tile_loadd(5, packed + i * TILE, 64);
+            _tile_dpbf16ps(0, 4, 5);
+        }
+        float* to = scores + block * TILE * TILE;
+        _tile_stored(0, to, 64);
+        const bool whole = key + TILE <= last && (row->lanes || key + TILE - 1 <= oldest) && (!window || key > newest - window);
+        for (int r = 0; r < TILE; ++r) {
+            __m512 score = _mm512_load_ps(to + r * TILE);
+            if (!whole) {
+                const __m512i k = _mm512_set1_epi32(static_cast<int32_t>(key + r));
+                __mmask16 seen = key + r < last ? 0xFFFF : 0;
+                if (!row->lanes) seen &= _mm512_cmple_epi32_mask(k, positions);
+                if (window) seen &= _mm512_cmpgt_epi32_mask(k, starts);
+                score = _mm512_mask_blend_ps(seen, lowest, score);
+                _mm512_store_ps(to + r * TILE, score);
+            }
+            most = _mm512_max_ps(most, score);
+        }
+    }
+    for (int64_t step = 0; step < own; ++step) {
+        alignas(64) float dots[TILE] = {};
+        for (int lane = 0; lane < count; ++lane) {
+            const int64_t slot = own_slots[row->own + token[lane] * own + step];
+            const bf16* key = pool.key_block(slot / pool.page_size, head, slot % pool.page_size);
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t i = 0; i < d; i += TILE) sum = _mm512_fmadd_ps(load_bf16(key + i), load_bf16(queries + at[lane] + i), sum);
+            dots[lane] = _mm512_reduce_add_ps(sum);
+        }
+        const __m512 score = _mm512_load_ps(dots);
+        _mm512_store_ps(scores + (keys + step) * TILE, score);
+        most = _mm512_max_ps(most, score);
+    }
+    // A query that sees no key of the pages (lanes behind a short window) has its own.
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t key = 0; key < keys; key += 2) {
+        const __m512 even = exp_ps(_mm512_sub_ps(_mm512_load_ps(scores + key * TILE), most));
+        const __m512 odd = exp_ps(_mm512_sub_ps(_mm512_load_ps(scores + (key + 1) * TILE), most));
+        const __mmask16 even_seen = _mm512_cmp_ps_mask(_mm512_load_ps(scores + key * TILE), lowest, _CMP_NEQ_OQ);
+        const __mmask16 odd_seen = _mm512_cmp_ps_mask(_mm512_load_ps(scores + (key + 1) * TILE), lowest, _CMP_NEQ_OQ);
+        const __m512 a = _mm512_maskz_mov_ps(even_seen, even), b = _mm512_maskz_mov_ps(odd_seen, odd);
+        total = _mm512_add_ps(total, _mm512_add_ps(a, b));
+        const __m512i low = _mm512_cvtepu16_epi32(round_bf16(a)), high = _mm512_cvtepu16_epi32(round_bf16(b));
+        _mm512_store_si512(shares + key / 2 * TILE, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+    for (int64_t step = 0; step < own; ++step) {
+        float* score = scores + (keys + step) * TILE;
+        const __m512 share = exp_ps(_mm512_sub_ps(_mm512_load_ps(score), most));
+        _mm512_store_ps(score, share);
+        total = _mm512_add_ps(total, share);
+    }
+    for (int64_t i = 0; i < d; i += 4 * TILE) {  // four tiles of dimensions at once; head_dim 32 leaves two unused
+        const bool upper = d - i >= 4 * TILE;
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+        for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t key = begin + block * TILE;
+            const bf16* from = pool.value_block(pages[row->pages + key / pool.page_size], head, key % pool.page_size) + i * TILE;
+            if (key + TILE > last) {  // what unused slots hold may be NaN: 0 * NaN would spoil the sum
+                const __mmask16 used = static_cast<__mmask16>((1u << (last - key)) - 1);
+                for (int64_t r = 0; r < std::min<int64_t>(4 * TILE, d - i); ++r)
+                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(tail + r * TILE), _mm256_maskz_loadu_epi16(used, from + r * TILE));
+                from = tail;
+            }
+            _tile_loadd(7, shares + block * TILE * TILE / 2, 64);
+            _tile_loadd(6, from, 32);
+            _tile_dpbf16ps(0, 6, 7);
+            _tile_loadd(6, from + TILE * TILE, 32);
+            _tile_dpbf16ps(1, 6, 7);
+            if (!upper) continue;
+            _tile_loadd(6, from + 2 * TILE * TILE, 32);
+            _tile_dpbf16ps(2, 6, 7);
+            _tile_loadd(6, from + 3 * TILE * TILE, 32);
+            _tile_dpbf16ps(3, 6, 7);
+        }
+        _tile_stored(0, result + i * TILE, 64);
+        _tile_stored(1, result + (i + TILE) * TILE, 64);
+        if (!upper) continue;
+        _tile_stored(2, result + (i + 2 * TILE) * TILE, 64);
+        _tile_stored(3, result + (i + 3 * TILE) * TILE, 64);
+    }
+    alignas(64) float inverse[TILE];
+    _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1.f), total));
+    const __m512i column = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(TILE));
+    for (int lane = 0; lane < count; ++lane)
+        for (int64_t i = 0; i < d; i += TILE) {
+            __m512 sum = _mm512_i32gather_ps(column, result + i * TILE + lane, 4);
+            for (int64_t step = 0; step < own; ++step) {
+                alignas(64) float value[TILE];
+                const int64_t slot = own_slots[row->own + token[lane] * own + step];
+                for (int64_t j = 0; j < TILE; ++j) value[j] = to_float(own_value(slot, head, i + j));
+                sum = _mm512_fmadd_ps(_mm512_set1_ps(scores[(keys + step) * TILE + lane]), _mm512_load_ps(value), sum);
+            }
+            store_bf16(output + at[lane] + i, _mm512_mul_ps(sum, _mm512_set1_ps(inverse[lane])));
+        }
+}
+
+}  // namespace shoplm

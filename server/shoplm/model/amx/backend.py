@@ -1,0 +1,82 @@
+"""The backend for CPUs with AMX: the step in C++, readouts in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from shoplm.engine.batch import Batch, RowOutput
+from shoplm.model.amx.decoder import AmxDecoder, unsupported
+from shoplm.model.amx.library import AmxUnavailableError, amx_library
+from shoplm.model.amx.linear import PackedLinear
+from shoplm.model.amx.pool import AmxPool
+from shoplm.model.config import ModelConfig
+from shoplm.model.eager_backend import EagerBackend
+from shoplm.model.readouts import Readouts, output_tokens
+from shoplm.model.shop_weights import NamedTrie, ShopWeights
+from shoplm.model.weights import DecoderWeights
+
+
+def amx_refusal(config: ModelConfig, dtype: torch.dtype, page_size: int) -> str | None:
+    """Why this backend cannot serve; None: it can. Builds the library the first time."""
+    if dtype != torch.bfloat16:
+        return f"dtype is {dtype}, not bfloat16"
+    try:
+        amx_library()
+    except AmxUnavailableError as error:
+        return str(error)
+    return unsupported(config, page_size)
+
+
+class AmxBackend(EagerBackend):
+    """Runs each step at once, in the thread that submits it. bf16 or int8 weights, bf16 keys and values."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        shop: ShopWeights | None = None,
+        tries: Sequence[NamedTrie] = (),
+        *,
+        pages: int,
+        page_size: int = 16,
+        state_slots: int = 256,
+        max_context_tokens: int | None = None,
+        int8: bool = False,
+    ) -> None:
+        """As `TorchBackend`; `int8` multiplies in 8-bit integers. Needs `amx_refusal` to be None."""
+        readouts = Readouts(
+            shop, tries, text_tokens=len(weights.embedding), hidden_size=config.hidden_size, state_slots=state_slots
+        )
+        positions = min(max_context_tokens or config.max_positions, config.max_positions)
+        pool = AmxPool(
+            layers=config.num_layers,
+            pages=pages,
+            kv_heads=config.num_kv_heads,
+            page_size=page_size,
+            head_dim=config.head_dim,
+        )
+        with torch.no_grad():
+            shop_rows = readouts.take_input_rows(torch.bfloat16)
+            self._decoder = AmxDecoder(config, weights, shop_rows, positions, pool, int8=int8)
+            self._head = PackedLinear(weights.lm_head, int8=int8)
+        super().__init__(
+            "amx-int8" if int8 else "amx",
+            readouts,
+            pages=pages,
+            page_size=page_size,
+            state_slots=state_slots,
+            max_context_tokens=positions,
+            vocab_size=self._decoder.vocab_size,
+        )
+
+    @property
+    def pool(self) -> AmxPool:
+        """The keys and values; tests fill unused pages to see that they are never read."""
+        return self._decoder.pool
+
+    def _run(self, batch: Batch) -> tuple[RowOutput, ...]:
+        lineages = self._readouts.lineages(batch)
+        first, outputs = output_tokens(batch)
+        hidden = self._decoder.forward(batch, self._readouts.tokens(batch), outputs, lineages)
+        return self._readouts.read(batch.rows, first, hidden, self._head)

@@ -1,0 +1,159 @@
+"""The decoder's weights as the C++ code takes them, and one step's arguments."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from shoplm.engine.batch import Batch, Row
+from shoplm.model.amx.library import LayerRef, ModelRef, StepRef, amx_library, pointer
+from shoplm.model.amx.linear import PackedLinear
+from shoplm.model.amx.pool import AmxPool
+from shoplm.model.attention_plan import own_slots
+from shoplm.model.config import ModelConfig
+from shoplm.model.rope import rope_tables
+from shoplm.model.weights import DecoderWeights, LayerWeights
+from torch import Tensor
+
+_INPUTS = 64  # a product's inputs fill whole int8 tiles
+_HEAD_DIMS = range(32, 257, 32)
+
+
+def unsupported(config: ModelConfig, page_size: int) -> str | None:
+    """Why this model's sizes do not fit the tiles; None: they do."""
+    for name, size in (
+        ("hidden size", config.hidden_size),
+        ("intermediate size", config.intermediate_size),
+        ("attention width", config.num_heads * config.head_dim),
+    ):
+        if size % _INPUTS:
+            return f"{name} {size} is not a multiple of {_INPUTS}"
+    if config.head_dim not in _HEAD_DIMS:
+        return f"head_dim {config.head_dim} is not a multiple of 32 up to 256"
+    if page_size % 16:
+        return f"page_size {page_size} is not a multiple of 16"
+    return None
+
+
+class _Layer:
+    """Keeps the memory alive that `ref` points to."""
+
+    def __init__(self, weights: LayerWeights, window: int | None, uses_rope: bool, int8: bool) -> None:
+        gate, up = weights.gate_up.chunk(2)
+        # 16 columns of gate, then the 16 of up: one panel holds both factors of its products.
+        columns = torch.stack((gate.view(-1, 16, gate.shape[1]), up.view(-1, 16, up.shape[1])), dim=1)
+        self._linears = (
+            PackedLinear(weights.qkv, weights.qkv_bias, int8=int8),
+            PackedLinear(weights.output, weights.output_bias, int8=int8),
+            PackedLinear(columns.view(-1, gate.shape[1]), int8=int8),
+            PackedLinear(weights.down, int8=int8),
+        )
+        norms = (weights.input_norm, weights.mlp_norm, weights.query_norm, weights.key_norm)
+        self._norms = tuple(None if norm is None else norm.float().contiguous() for norm in norms)
+        self.ref = LayerRef(
+            *(linear.ref for linear in self._linears), *map(pointer, self._norms), window or 0, int(uses_rope)
+        )
+
+
+class AmxDecoder:
+    """Weights and position tables of one model, and its keys and values."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        shop_rows: Tensor | None,
+        max_positions: int,
+        pool: AmxPool,
+        *,
+        int8: bool,
+    ) -> None:
+        """`shop_rows` [shop tokens, H] are the input embeddings behind the text vocabulary."""
+        self.config = config
+        self.pool = pool
+        table = weights.embedding.to(torch.bfloat16)
+        self._embedding = table if shop_rows is None else torch.cat((table, shop_rows.to(torch.bfloat16)))
+        self._final_norm = weights.final_norm.float()
+        per_layer = zip(weights.layers, config.sliding_windows, config.uses_rope, strict=True)
+        self._layers = [_Layer(layer, window, rope, int8) for layer, window, rope in per_layer]
+        self._refs = (LayerRef * len(self._layers))(*(layer.ref for layer in self._layers))
+        cosine, sine = rope_tables(config.rope, config.head_dim, max_positions)
+        self._cosine, self._sine = cosine.contiguous(), sine.contiguous()
+        self._model = ModelRef(
+            ctypes.cast(self._refs, ctypes.c_void_p),
+            pointer(self._embedding),
+            pointer(self._final_norm),
+            pointer(self._cosine),
+            pointer(self._sine),
+            pointer(pool.keys),
+            pointer(pool.values),
+            config.num_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            pool.page_size,
+            pool.keys[0].numel(),
+            config.rms_norm_eps,
+            1.0 / math.sqrt(config.head_dim),
+        )
+        self._windows = [window for window in config.sliding_windows if window is not None]
+
+    @property
+    def vocab_size(self) -> int:
+        """Text rows and the shop's."""
+        return len(self._embedding)
+
+    def forward(
+        self,
+        batch: Batch,
+        tokens: NDArray[np.int64],
+        outputs: NDArray[np.int64],
+        lineages: Mapping[int, NDArray[np.int64]],
+    ) -> Tensor:
+        """Run the step: writes the tokens' keys and values, returns hidden states bf16 [R, H] after the final norm.
+
+        `tokens` [T]; `outputs` [R], ascending, are the tokens whose hidden states are read; `lineages` as in
+        `plan_attention`.
+        """
+        rows, pages, own = _row_table(batch.rows, lineages)
+        positions, slots = batch.positions.astype(np.int64), batch.slots.astype(np.int64)
+        result = torch.empty(len(outputs), self.config.hidden_size, dtype=torch.bfloat16)
+        step = StepRef(
+            *(array.ctypes.data for array in (tokens, positions, slots, rows, pages, own, outputs)),
+            pointer(result),
+            len(tokens),
+            len(rows),
+            len(outputs),
+            torch.get_num_threads(),
+        )
+        amx_library().shoplm_step(ctypes.byref(self._model), ctypes.byref(step))
+        return result
+
+
+def _row_table(
+    rows: Sequence[Row], lineages: Mapping[int, NDArray[np.int64]]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """`shoplm::Row` for each row [rows, 8], the list of all pages, and the list of the lanes' own slots."""
+    table = np.empty((len(rows), 8), np.int64)
+    pages: list[NDArray[np.int32]] = []
+    own: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
+    page_count = own_count = 0
+    for entry, row in zip(table, rows, strict=True):
+        steps, past = 0, row.kv_len - row.query_len
+        if row.beam is not None:
+            slots = own_slots(row, lineages[row.state_slot])
+            steps, past = row.beam.step, row.kv_len + row.beam.step - 1
+            own.append(slots.reshape(-1))
+        entry[:] = (
+            row.query_start, row.query_len, row.kv_len, past, row.beam is not None, page_count, own_count, steps
+        )  # fmt: skip
+        pages.append(row.pages)
+        page_count += len(row.pages)
+        own_count += len(own[-1]) if row.beam is not None else 0
+    return table, np.concatenate(pages).astype(np.int64), np.concatenate(own)

@@ -1,0 +1,213 @@
+"""The C++ decoder against the torch operations in fp32, whatever the chunks, pages and batch mates are."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from shoplm.engine.cpu import cpu_backend
+from shoplm.engine.spec import EngineSpec
+from shoplm.errors import ConfigurationError
+from shoplm.model.amx import library
+from shoplm.model.amx.backend import AmxBackend, amx_refusal
+from shoplm.model.amx.decoder import unsupported
+from shoplm.model.amx.linear import PackedLinear
+from shoplm.model.config import ModelConfig, RopeConfig
+from shoplm.model.direct import DirectRunner, Output
+from shoplm.model.shop_weights import NamedTrie, random_trie
+from shoplm.model.torch_backend import TorchBackend
+from shoplm.model.weights import DecoderWeights, LayerWeights
+from shoplm.request import Embed, Generate, Sampling, Select, SelectOutput, Task
+
+# Grouped heads, norms of heads, biases, a window, a layer without positions: each trait in some layer.
+CONFIG = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=460,
+    hidden_size=128,
+    intermediate_size=192,
+    num_layers=4,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=64,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(10000.0),
+    uses_rope=(True, True, False, True),
+    sliding_windows=(None, 24, None, None),
+    max_positions=256,
+    tied_head=False,
+    qkv_bias=True,
+    output_bias=True,
+    qk_norm=True,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+)
+LENGTHS = (1, 2, 15, 16, 17, 33, 64, 150)
+UNAVAILABLE = amx_refusal(CONFIG, torch.bfloat16, 16)
+needs_amx = pytest.mark.skipif(UNAVAILABLE is not None, reason=f"no C++ decoder here: {UNAVAILABLE}")
+
+
+@lru_cache
+def random_weights(head_dim: int = 64) -> DecoderWeights:
+    """Values that bf16 holds exactly, so that both sides start from the same numbers."""
+    generator = torch.Generator().manual_seed(5)
+
+    def matrix(*shape: int) -> torch.Tensor:
+        values: torch.Tensor = torch.randn(*shape, generator=generator) * float(shape[-1]) ** -0.5
+        return values.bfloat16().float()
+
+    def vector(size: int, mean: float) -> torch.Tensor:
+        return (mean + 0.2 * torch.randn(size, generator=generator)).bfloat16().float()
+
+    config = dataclasses.replace(CONFIG, head_dim=head_dim)
+    hidden, attended = config.hidden_size, config.num_heads * head_dim
+    layers = tuple(
+        LayerWeights(
+            input_norm=vector(hidden, 1),
+            qkv=matrix(config.qkv_size, hidden),
+            qkv_bias=vector(config.qkv_size, 0),
+            query_norm=vector(head_dim, 1),
+            key_norm=vector(head_dim, 1),
+            output=matrix(hidden, attended),
+            output_bias=vector(hidden, 0),
+            mlp_norm=vector(hidden, 1),
+            gate_up=matrix(2 * config.intermediate_size, hidden),
+            down=matrix(hidden, config.intermediate_size),
+        )
+        for _ in range(config.num_layers)
+    )
+    return DecoderWeights(
+        matrix(config.vocab_size, hidden), layers, vector(hidden, 1), matrix(config.vocab_size, hidden)
+    )
+
+
+def tries() -> list[NamedTrie]:
+    return [random_trie("shop", items=300, level_sizes=(9, 11, 7), hidden_size=CONFIG.hidden_size, seed=3)]
+
+
+def make_amx(*, page_size: int = 16, int8: bool = False, head_dim: int = 64) -> AmxBackend:
+    config = dataclasses.replace(CONFIG, head_dim=head_dim)
+    backend = AmxBackend(
+        config, random_weights(head_dim), tries=tries(), pages=2048 // page_size, page_size=page_size, int8=int8
+    )
+    backend.pool.keys.fill_(torch.nan)  # whatever is read without having been written shows
+    backend.pool.values.fill_(torch.nan)
+    return backend
+
+
+@lru_cache
+def prompts() -> list[list[int]]:
+    generator = np.random.default_rng(7)
+    return [generator.integers(3, 448, length).tolist() for length in LENGTHS]
+
+
+@lru_cache
+def reference_states(head_dim: int = 64) -> NDArray[np.float64]:
+    config = dataclasses.replace(CONFIG, head_dim=head_dim)
+    backend = TorchBackend(config, random_weights(head_dim), pages=64, state_slots=8)
+    return np.array(DirectRunner(backend).run([(prompt, Embed()) for prompt in prompts()]))
+
+
+def relative_errors(states: list[Output], expected: NDArray[np.float64]) -> NDArray[np.float64]:
+    errors: NDArray[np.float64] = np.linalg.norm(np.array(states) - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    return errors
+
+
+@needs_amx
+@pytest.mark.parametrize(("page_size", "chunk_tokens"), [(16, 2048), (16, 1), (16, 13), (32, 40), (64, 17)])
+def test_states_follow_fp32(page_size: int, chunk_tokens: int) -> None:
+    backend = make_amx(page_size=page_size)
+    pages = np.random.default_rng(1).permutation(backend.info.pages).tolist()
+    runner = DirectRunner(backend, chunk_tokens=chunk_tokens, free_pages=pages)
+    states = runner.run([(prompt, Embed()) for prompt in prompts()])
+    assert relative_errors(states, reference_states()).max() < 0.02
+
+
+@needs_amx
+@pytest.mark.parametrize("head_dim", [32, 96, 128])
+def test_states_follow_fp32_at_other_head_sizes(head_dim: int) -> None:
+    states = DirectRunner(make_amx(head_dim=head_dim)).run([(prompt, Embed()) for prompt in prompts()])
+    assert relative_errors(states, reference_states(head_dim)).max() < 0.02
+
+
+@needs_amx
+def test_int8_states_follow_fp32() -> None:
+    states = DirectRunner(make_amx(int8=True)).run([(prompt, Embed()) for prompt in prompts()])
+    errors = relative_errors(states, reference_states())
+    assert 0.002 < errors.max() < 0.06
+
+
+@needs_amx
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_result_does_not_depend_on_the_batch(int8: bool) -> None:
+    backend = make_amx(int8=int8)
+    select = Select(count=5, beam_width=6, trie="shop", own_items=(4, 250), own_counts=(2.0, 0.5))
+    sampled = Generate(6, Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=11))
+    tasks: list[Task] = [Embed(), select, Generate(8), sampled, Embed(), select, Generate(3), Embed()]
+    work = list(zip(prompts(), tasks, strict=True))
+    alone = [DirectRunner(backend).run([one])[0] for one in work]
+    for chunk_tokens in (5, 40, 2048):
+        together = DirectRunner(backend, chunk_tokens=chunk_tokens).run(work)
+        for one, other in zip(alone, together, strict=True):
+            if isinstance(one, SelectOutput):  # torch multiplies the item rows
+                assert isinstance(other, SelectOutput)
+                assert one.items == other.items
+                np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
+            else:
+                assert one == other  # to the last bit
+
+
+@needs_amx
+def test_beams_follow_fp32() -> None:
+    select = Select(count=20, beam_width=99, trie="shop", own_items=(4, 250), own_counts=(2.0, 0.5))
+    reference = TorchBackend(CONFIG, random_weights(), tries=tries(), pages=128, state_slots=8)
+    work = [(prompt, select) for prompt in prompts()[3:]]
+    for one, other in zip(DirectRunner(make_amx()).run(work), DirectRunner(reference).run(work), strict=True):
+        assert isinstance(one, SelectOutput)
+        assert isinstance(other, SelectOutput)
+        scores = dict(zip(other.items, other.scores, strict=True))
+        shared = [(score, scores[item]) for item, score in zip(one.items, one.scores, strict=True) if item in scores]
+        assert len(shared) >= 17
+        ours, theirs = np.array(shared).T
+        np.testing.assert_allclose(ours, theirs, atol=0.06)
+
+
+@needs_amx
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 32, 64), (17, 70, 128), (300, 33, 192)])
+def test_a_product_equals_torch(rows: int, outputs: int, inputs: int, int8: bool) -> None:
+    weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
+    states = torch.randn(rows, inputs).bfloat16()
+    expected = states.float() @ weight.bfloat16().float().T + bias
+    result = PackedLinear(weight, bias, int8=int8)(states).float()
+    assert ((result - expected).norm() / expected.norm()).item() < (0.015 if int8 else 0.004)
+
+
+def test_sizes_that_do_not_fill_tiles_are_named() -> None:
+    assert unsupported(CONFIG, 16) is None
+    assert "page_size 8" in str(unsupported(CONFIG, 8))
+    assert "hidden size 100" in str(unsupported(dataclasses.replace(CONFIG, hidden_size=100), 16))
+    assert "head_dim 48" in str(unsupported(dataclasses.replace(CONFIG, head_dim=48, num_heads=8), 16))
+
+
+def test_a_machine_without_a_compiler_falls_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SHOPLM_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(library, "_CPU_FLAGS", set())
+    library.amx_library.cache_clear()
+    weights = random_weights()
+    weights = dataclasses.replace(weights, embedding=weights.embedding.bfloat16())
+    spec = EngineSpec("", max_running_requests=4)
+    try:
+        with caplog.at_level("INFO"):
+            assert isinstance(cpu_backend(spec, CONFIG, weights, None, (), 8), TorchBackend)
+        assert "no C++ compiler" in caplog.text
+        with pytest.raises(ConfigurationError, match="int8 needs AMX: there is no C\\+\\+ compiler"):
+            cpu_backend(EngineSpec("", weight_format="int8"), CONFIG, weights, None, (), 8)
+    finally:
+        library.amx_library.cache_clear()
