@@ -51,7 +51,8 @@ class Scorer:
         return columns
 
     async def score(self, questions: Questions, asked: Sequence[Question], done: Callable[[], None]) -> pl.DataFrame:
-        """Answers to some of the questions, in their order; `done` is called after each."""
+        """Answers to some of the questions, in their order; `done` is called after each. Raises the ShopLMError of
+        the first request that fails, after cancelling the others."""
         room = asyncio.Semaphore(IN_FLIGHT)
 
         async def one(question: Question) -> dict[str, object]:
@@ -60,8 +61,12 @@ class Scorer:
             done()
             return row
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(question)) for question in asked]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(question)) for question in asked]
+        except ExceptionGroup as failures:
+            # The first one is why; the others were under way when the engine was lost.
+            raise failures.exceptions[0] from failures
         frame = pl.DataFrame([task.result() for task in tasks], schema={**self.schema, "as_of": pl.Float64})
         moment = pl.from_epoch((pl.col("as_of") * 1e6).round().cast(pl.Int64), time_unit="us")
         return frame.with_columns(moment.dt.replace_time_zone("UTC").alias("as_of"))
