@@ -11,14 +11,14 @@ from typing import Any
 
 import polars as pl
 import pytest
-from shoplm.bench.plan import LoadService, LoadSettings, parse_mix, poisson_arrivals
+from shoplm.bench.plan import LoadService, LoadSettings, drawn_arrivals, parse_mix
 from shoplm.bench.workload import NEW_CUSTOMERS_AS_OF, Shop, WorkloadError, make_customers, read_histories, request_for
 from shoplm.v1 import model_pb2, shop_pb2
 
 
 def test_arrivals_are_a_poisson_process_in_the_stated_mix() -> None:
     settings = LoadSettings(rate=50, seconds=190, warmup_seconds=10, customers=8, seed=7)
-    arrivals = poisson_arrivals(settings, 8)
+    arrivals = drawn_arrivals(settings, 8)
     gaps = [later.seconds - earlier.seconds for earlier, later in itertools.pairwise(arrivals)]
     mean = math.fsum(gaps) / len(gaps)
     deviation = math.sqrt(math.fsum((gap - mean) ** 2 for gap in gaps) / len(gaps))
@@ -33,8 +33,8 @@ def test_arrivals_are_a_poisson_process_in_the_stated_mix() -> None:
 
 def test_the_seed_decides_everything() -> None:
     settings = LoadSettings(seconds=30, seed=3)
-    assert poisson_arrivals(settings, 5) == poisson_arrivals(settings, 5)
-    assert poisson_arrivals(settings, 5) != poisson_arrivals(LoadSettings(seconds=30, seed=4), 5)
+    assert drawn_arrivals(settings, 5) == drawn_arrivals(settings, 5)
+    assert drawn_arrivals(settings, 5) != drawn_arrivals(LoadSettings(seconds=30, seed=4), 5)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_new_customers_share_no_prefix_and_have_real_lengths(shop: Shop) -> None
 def test_requests_are_about_the_arrival_s_customer(shop: Shop) -> None:
     settings = LoadSettings(rate=20, customers=4, count=7, chat_tokens=9)
     customers = make_customers(shop, settings)
-    for arrival in poisson_arrivals(settings, 4)[:50]:
+    for arrival in drawn_arrivals(settings, 4)[:50]:
         request = request_for(arrival, customers, settings)
         assert request.customer == customers[arrival.customer]
         if arrival.service is LoadService.CHAT:

@@ -20,7 +20,7 @@ from shoplm.bench.launch import LaunchError, own_server
 from shoplm.bench.load import run_load
 from shoplm.bench.observe import listening_process
 from shoplm.bench.offline import OfflineError, OfflineShape, run_offline
-from shoplm.bench.plan import Arrival, LoadService, LoadSettings, poisson_arrivals
+from shoplm.bench.plan import Arrival, LoadService, LoadSettings, drawn_arrivals
 from shoplm.bench.workload import request_for
 from shoplm.v1 import shop_pb2
 from typer.testing import CliRunner
@@ -59,7 +59,7 @@ def settings_of(
 
 async def test_every_arrival_becomes_one_outcome(server: CannedServer) -> None:
     settings = settings_of()
-    arrivals = poisson_arrivals(settings, 2)
+    arrivals = drawn_arrivals(settings, 2)
     customers = (shop_pb2.Customer(customer_id="7"), shop_pb2.Customer(customer_id="refused"))
     windows: list[str] = []
 
@@ -88,7 +88,7 @@ async def test_every_arrival_becomes_one_outcome(server: CannedServer) -> None:
 
 async def test_a_server_that_stalls_does_not_slow_the_arrivals(server: CannedServer) -> None:
     settings = settings_of(rate=40, deadline=1.5)
-    arrivals = poisson_arrivals(settings, 1)
+    arrivals = drawn_arrivals(settings, 1)
     slow = (shop_pb2.Customer(customer_id="slow"),)
     run = await run_load(server.address, settings, arrivals, lambda arrival: request_for(arrival, slow, settings))
     # A closed loop would have sent one; here all are out long before the first deadline ends.

@@ -94,6 +94,7 @@ class Caller:
                 usage = event.summary.usage
                 outcome.prompt_tokens, outcome.cached_tokens = usage.prompt_tokens, usage.cached_tokens
                 outcome.completion_tokens = usage.completion_tokens
+                outcome.degraded = bool(event.summary.degradations)
             else:
                 moments.append(time.perf_counter())
         outcome.first = moments[0] if moments else None

@@ -40,7 +40,16 @@ def own_server(arguments: Sequence[str], log: Path, start_seconds: float = START
     """
     port, metrics_port = _free_ports(2)
     # Ended by SIGTERM, this process must not leave the server behind: as an exception, it passes through `finally`.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # While the server is being started there is nothing yet to stop: the exception waits until there is.
+    started, terminated = False, False
+
+    def terminate(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
+        if started:
+            sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, terminate)
     command = [
         *(sys.executable, "-m", "shoplm.cli", "serve", "--engine-api"),
         *("--port", str(port), "--metrics-port", str(metrics_port), *arguments),
@@ -48,6 +57,9 @@ def own_server(arguments: Sequence[str], log: Path, start_seconds: float = START
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     try:
+        started = True
+        if terminated:
+            sys.exit(128 + signal.SIGTERM)
         _wait_until_ready(process, f"http://127.0.0.1:{metrics_port}/readyz", log, start_seconds)
         yield RunningServer(f"127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}/metrics", process.pid)
     finally:

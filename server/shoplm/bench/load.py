@@ -40,7 +40,7 @@ async def run_load(
     """Send `arrivals` to `address`; `requests` gives each one's message.
 
     The two callbacks run when the measured window starts and ends, beside the load. Returns when every call has ended:
-    at the latest `deadline_seconds` after the last was sent.
+    at the latest its deadline after the last was sent.
     """
     messages = {(arrival.service, arrival.customer): requests(arrival) for arrival in arrivals}
     metadata = () if token is None else (("authorization", f"Bearer {token}"),)
@@ -101,7 +101,8 @@ class _Sender:
             outcome = Outcome(arrival.service, arrival.measured, intended)
             self._outcomes.append(outcome)
             message = self._messages[arrival.service, arrival.customer]
-            task = asyncio.create_task(self._caller.perform(message, outcome, self._settings.deadline_seconds))
+            deadline = self._settings.call_deadline_seconds(arrival.service)
+            task = asyncio.create_task(self._caller.perform(message, outcome, deadline))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+from shoplm.simulate.trace import Arrival as TracedArrival
 
 MAX_ARRIVALS = 200_000
 MAX_SECONDS = 3600.0
@@ -37,8 +40,10 @@ class Targets:
 class LoadSettings:
     """A load. Rates in requests per second over all services; `mix` gives their weights.
 
-    `deadline_seconds` is the gRPC deadline of every call, which only bounds it; whether an answer is in time is
-    measured against `targets`. What would exceed `max_in_flight` calls is not sent, and the verdict says so.
+    Whether an answer is in time is measured against `targets`. `deadline_seconds` is the gRPC deadline of every call,
+    which only bounds it, unless `deadline_at_target`: then the server is told when each answer is due. `burstiness` is
+    the coefficient of variation of the gaps between arrivals; 1 is a Poisson process. What would exceed
+    `max_in_flight` calls is not sent, and the verdict says so.
     """
 
     rate: float = 2.0
@@ -53,6 +58,9 @@ class LoadSettings:
     )
     targets: Targets = Targets()
     deadline_seconds: float = 30.0
+    deadline_at_target: bool = False
+    burstiness: float = 1.0
+    allow_degraded: bool = True
     max_in_flight: int = 2048
     customers: int = 64
     new_customer_share: float = 0.5
@@ -61,7 +69,7 @@ class LoadSettings:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("rate", "seconds", "deadline_seconds"):
+        for name in ("rate", "seconds", "deadline_seconds", "burstiness"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}={value} must be a finite number above 0")
@@ -79,6 +87,16 @@ class LoadSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
+    def call_deadline_seconds(self, service: LoadService) -> float:
+        """The gRPC deadline of a call; at the target, that of a whole chat is the target of its last token."""
+        if not self.deadline_at_target:
+            return self.deadline_seconds
+        targets = self.targets
+        if service is LoadService.CHAT:
+            return targets.chat_first_seconds + self.chat_tokens * targets.chat_token_seconds
+        is_prediction = service is LoadService.PREDICTION
+        return targets.prediction_seconds if is_prediction else targets.recommendation_seconds
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
@@ -90,8 +108,8 @@ class Arrival:
     measured: bool  # False during the warm-up
 
 
-def poisson_arrivals(settings: LoadSettings, customers: int) -> tuple[Arrival, ...]:
-    """Arrivals of a Poisson process: exponential gaps of mean `1 / rate`; service and customer drawn independently.
+def drawn_arrivals(settings: LoadSettings, customers: int) -> tuple[Arrival, ...]:
+    """Arrivals with gamma-distributed gaps of mean `1 / rate`; service and customer drawn independently.
 
     The same settings give the same arrivals. At least one arrival is always there.
     """
@@ -100,13 +118,34 @@ def poisson_arrivals(settings: LoadSettings, customers: int) -> tuple[Arrival, .
     weights = [settings.mix[service] for service in services]
     end = settings.warmup_seconds + settings.seconds
     arrivals: list[Arrival] = []
-    moment = generator.expovariate(settings.rate)
+    form = settings.burstiness**-2  # a gamma distribution's coefficient of variation is 1 / sqrt(form)
+    moment = generator.gammavariate(form, 1 / (form * settings.rate))
     while moment < end or not arrivals:
         service = generator.choices(services, weights)[0]
         customer = generator.randrange(customers)
         arrivals.append(Arrival(min(moment, end), service, customer, moment >= settings.warmup_seconds))
-        moment += generator.expovariate(settings.rate)
+        moment += generator.gammavariate(form, 1 / (form * settings.rate))
     return tuple(arrivals)
+
+
+def replayed_arrivals(trace: Sequence[TracedArrival], settings: LoadSettings, customers: int) -> tuple[Arrival, ...]:
+    """The services, customers and gaps of a trace, faster or slower so that its mean rate is `settings.rate`, from its
+    beginning again where it is shorter than the run. Raises ValueError for one that takes no time."""
+    length = trace[-1].seconds
+    if length <= 0:
+        raise ValueError("the trace has all arrivals at 0 s: nothing says how fast they came")
+    scale = len(trace) / length / settings.rate
+    end = settings.warmup_seconds + settings.seconds
+    arrivals: list[Arrival] = []
+    for round_start in itertools.count(0.0, length * scale):
+        for each in trace:
+            moment = round_start + each.seconds * scale
+            if moment >= end:
+                return tuple(arrivals)
+            customer = each.customer % customers  # the shop's preamble, -1 in a trace, is some customer, too
+            is_measured = moment >= settings.warmup_seconds
+            arrivals.append(Arrival(moment, LoadService(each.service), customer, is_measured))
+    raise AssertionError("a trace is repeated until the run ends")
 
 
 def parse_mix(text: str) -> dict[LoadService, float]:

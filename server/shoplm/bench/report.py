@@ -92,11 +92,16 @@ def versions() -> dict[str, str]:
 
 def write_json(report: Report, machine_before: dict[str, Any], path: Path) -> None:
     """Write the report; times in seconds, sizes in bytes."""
+    write_json_of(asdict(report), machine_before, path)
+
+
+def write_json_of(results: dict[str, Any], machine_before: dict[str, Any], path: Path) -> None:
+    """Write results with the moment, the machine and the versions."""
     content = {
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine_before,
         "versions": versions(),
-        **asdict(report),
+        **results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -122,12 +127,13 @@ def print_report(report: Report, console: Console) -> None:
 
 def _print_load(load: LoadResult, console: Console) -> None:
     settings = load.settings
-    numbers = ("req/s", "done", "in time", "late", "refused", "expired", "errors", "goodput/s")
+    numbers = ("req/s", "done", "in time", "late", "refused", "expired", "errors", "degraded", "goodput/s")
     table = Table("service", *numbers, "p50", "p95", "p99", "p99.9", box=None)
     for column in table.columns[1:]:
         column.justify = "right"
     for service, summary in load.services.items():
-        counts = (summary.completed, summary.in_time, summary.late, summary.refused, summary.expired, summary.errors)
+        ended = (summary.completed, summary.in_time, summary.late, summary.refused, summary.expired, summary.errors)
+        counts = (*ended, summary.degraded)
         rates = f"{summary.offered_per_second:.2f}", f"{summary.goodput:.2f}"
         table.add_row(service, rates[0], *map(str, counts), rates[1], *_milliseconds(summary.latency))
         for name, part in (("first text", summary.first_text), ("between texts", summary.inter_token)):

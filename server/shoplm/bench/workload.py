@@ -134,7 +134,9 @@ def request_for(arrival: Arrival, customers: Sequence[shop_pb2.Customer], settin
     """The protobuf request of an arrival."""
     customer = customers[arrival.customer]
     if arrival.service is LoadService.RECOMMENDATION:
-        return recommendation_pb2.RecommendRequest(customer=customer, count=settings.count, allow_degraded=True)
+        return recommendation_pb2.RecommendRequest(
+            customer=customer, count=settings.count, allow_degraded=settings.allow_degraded
+        )
     if arrival.service is LoadService.PREDICTION:
         return prediction_pb2.PredictRequest(customer=customer)
     question = QUESTIONS[arrival.customer % len(QUESTIONS)]
@@ -143,6 +145,7 @@ def request_for(arrival: Arrival, customers: Sequence[shop_pb2.Customer], settin
         messages=[chat_pb2.Message(role="user", content=question)],
         max_tokens=settings.chat_tokens,
         temperature=0.0,
+        allow_degraded=settings.allow_degraded,
     )
 
 
