@@ -25,7 +25,9 @@ CURVES = {
     "few": Coefficients(step=15e-3, token=9e-4, kv=4e-7, row=1.5e-3),
     "all": Coefficients(step=2.5e-3, token=5e-6, kv=2e-9, row=5e-6),
 }
+FILLING = 0.1  # of the curve, until all answers go on
 ANSWER_TOKENS = 4_000
+WARM_UP_STEPS = 300  # in which the cost model learns the load's curve
 QUEUED_TASKS: tuple[tuple[Service, Task], ...] = (
     (Service.RECOMMENDATION, Select(10, 32)),
     (Service.PREDICTION, Predict(())),
@@ -58,7 +60,7 @@ class Bench:
             trie_depths={"": 1},
             lanes=lambda select: select.beam_width,
         )
-        self._curve = curve
+        self.curve = curve
         self.now = 0.0
         self._number = 0
 
@@ -82,7 +84,7 @@ class Bench:
         begin = time.perf_counter()
         plan = self.scheduler.plan(self.now)
         planned = time.perf_counter() - begin
-        self.now += self._curve.seconds(plan.load)
+        self.now += self.curve.seconds(plan.load)
         outputs = [self._output(plan, index) for index in range(len(plan.rows))]
         begin = time.perf_counter()
         self.scheduler.commit(plan, outputs, self.now)
@@ -100,7 +102,8 @@ class Bench:
 
 def measure(load: str, running: int, queued: int, steps: int) -> Times:
     """Fill the engine with answers, then the queue, and time steps."""
-    bench = Bench(CURVES[load], running)
+    curve = CURVES[load]
+    bench = Bench(Coefficients(*(FILLING * each for each in curve)), running)
     for _ in range(running):
         bench.submit(Service.CHAT, Generate(ANSWER_TOKENS), 32, None)
     while sum(sequence.completion_tokens > 0 for sequence in bench.scheduler.running()) < running:
@@ -109,6 +112,9 @@ def measure(load: str, running: int, queued: int, steps: int) -> Times:
         service, task = QUEUED_TASKS[number % len(QUEUED_TASKS)]
         # Half of them with a deadline that is far enough not to be refused, half late work without one.
         bench.submit(service, task, 300, bench.now + 100_000 if number % 2 else None)
+    bench.curve = curve
+    for _ in range(WARM_UP_STEPS):
+        bench.step()
     gc.collect()
     gc.freeze()
     times = Times([], [], [])
