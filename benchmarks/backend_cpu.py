@@ -1,8 +1,9 @@
-"""Throughput of the CPU backend alone, without engine and gRPC: SmolLM2-135M's shape, random weights and token ids.
+"""Throughput of the CPU backends alone, without engine and gRPC: SmolLM2-135M's shape, random weights and token ids.
 
-    python benchmarks/backend_cpu.py --threads 2 --repeats 3
+    python benchmarks/backend_cpu.py --threads 2 --repeats 3 --contestants torch amx amx-int8
 
-Prints one JSON object: machine, versions, and the median of the repeats for each row.
+Prints one JSON object: machine, versions, and for each contestant and row the median of the repeats. Contestants take
+turns row by row, so that a slow spell of the machine hits all of them.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from shoplm.model.amx.backend import AmxBackend, amx_refusal
+from shoplm.model.backend import Backend
 from shoplm.model.config import ModelConfig, RopeConfig
 from shoplm.model.direct import DirectRunner
 from shoplm.model.shop_weights import random_trie
@@ -84,7 +87,7 @@ def prompts(count: int, length: int) -> list[list[int]]:
     return tokens
 
 
-def seconds(backend: TorchBackend, requests: Sequence[Sequence[int]], task: Task) -> float:
+def seconds(backend: Backend, requests: Sequence[Sequence[int]], task: Task) -> float:
     """Wall-clock time of one run of all requests together."""
     runner = DirectRunner(backend)
     start = time.perf_counter()
@@ -92,8 +95,20 @@ def seconds(backend: TorchBackend, requests: Sequence[Sequence[int]], task: Task
     return time.perf_counter() - start
 
 
-def measure(backend: TorchBackend, repeats: int) -> dict[str, float]:
-    """All rows, median of `repeats`; the rows take turns, so that a slow spell of the machine hits all of them."""
+def make(contestant: str, dtype: torch.dtype) -> Backend:
+    """A backend over random weights and a catalogue of 100,000 items. Raises SystemExit where it cannot run here."""
+    weights = random_weights(CONFIG, dtype)
+    tries = [random_trie("catalogue", items=100_000, level_sizes=(256,) * 3, hidden_size=576, seed=0)]
+    if contestant == "torch":
+        return TorchBackend(CONFIG, weights, tries=tries, pages=1200, state_slots=32)
+    refusal = amx_refusal(CONFIG, dtype, 16)
+    if refusal is not None:
+        raise SystemExit(f"{contestant} cannot run here: {refusal}")
+    return AmxBackend(CONFIG, weights, tries=tries, pages=1200, state_slots=32, int8=contestant == "amx-int8")
+
+
+def measure(backends: Mapping[str, Backend], repeats: int) -> dict[str, dict[str, float]]:
+    """All rows by contestant, median of `repeats`."""
     search = Select(count=10, beam_width=32, trie="catalogue")
     rows: dict[str, tuple[int, int, Task, int]] = {  # requests, prompt tokens, task, tokens that are counted
         "prompt_tokens_per_second_32x512_1": (32, 512, Generate(1), 32 * 512),
@@ -102,12 +117,17 @@ def measure(backend: TorchBackend, repeats: int) -> dict[str, float]:
         "output_tokens_per_second_1x128_64": (1, 128, Generate(64), 64),
         "searches_per_second_512_beams_32": (1, 512, search, 1),
     }
-    seconds(backend, prompts(2, 64), Generate(4))
-    rates: dict[str, list[float]] = {name: [] for name in rows}
+    rates: dict[str, dict[str, list[float]]] = {name: {row: [] for row in rows} for name in backends}
+    for backend in backends.values():
+        seconds(backend, prompts(2, 64), Generate(4))
     for _ in range(repeats):
-        for name, (count, length, task, counted) in rows.items():
-            rates[name].append(counted / seconds(backend, prompts(count, length), task))
-    return {name: round(statistics.median(values), 2) for name, values in rates.items()}
+        for row, (count, length, task, counted) in rows.items():
+            for name, backend in backends.items():
+                rates[name][row].append(counted / seconds(backend, prompts(count, length), task))
+    return {
+        name: {row: round(statistics.median(values), 2) for row, values in of_rows.items()}
+        for name, of_rows in rates.items()
+    }
 
 
 def cpu_name() -> str:
@@ -122,22 +142,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--contestants", nargs="+", choices=("torch", "amx", "amx-int8"), default=["torch"])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    backend = TorchBackend(
-        CONFIG,
-        random_weights(CONFIG, getattr(torch, arguments.dtype)),
-        tries=[random_trie("catalogue", items=100_000, level_sizes=(256,) * 3, hidden_size=576, seed=0)],
-        pages=1200,
-        state_slots=32,
-    )
+    backends = {name: make(name, getattr(torch, arguments.dtype)) for name in arguments.contestants}
     report = {
         "machine": {"cpu": cpu_name(), "threads": arguments.threads, "load": round(os.getloadavg()[0], 2)},
         "python": platform.python_version(),
         "torch": torch.__version__,
         "dtype": arguments.dtype,
         "model": "SmolLM2-135M's shape, random weights",
-        "rows": measure(backend, arguments.repeats),
+        "rows": measure(backends, arguments.repeats),
     }
     print(json.dumps(report, indent=2))
 

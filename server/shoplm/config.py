@@ -108,6 +108,9 @@ class ServerConfig(BaseSettings):
     kv_cache_mib: int = Field(
         1024, description="memory for keys and values, in MiB; unset on a GPU: what it has free, less a margin", ge=1
     )
+    weight_format: Literal["model", "int8", "int4", "fp8"] = Field(
+        "model", description="the layers' products; int8: a GPU's or AMX's; int4, fp8: a GPU's"
+    )
     kv_format: Literal["model", "int8", "fp8"] = Field("model", description="keys and values; int8, fp8: a GPU's")
     graph_seconds: float = Field(30.0, description="GPU: time to capture steps as CUDA graphs; 0: none", ge=0, le=600)
     page_size: int = Field(16, description="tokens of a cache page", ge=1, le=1024)
@@ -210,9 +213,7 @@ class ServerConfig(BaseSettings):
     @classmethod
     def _key_usable(cls, key: str) -> str:
         if not _KEY.fullmatch(key) or key.endswith("-bin"):
-            raise ValueError(
-                "expected lower-case letters, digits or _.- without -bin at the end, which means bytes"
-            )
+            raise ValueError("expected lower-case letters, digits or _.- without -bin at the end, which means bytes")
         return key
 
     @field_validator("service_weights", "tenant_weights")
@@ -258,6 +259,7 @@ class ServerConfig(BaseSettings):
             backend=self.backend,
             dtype=self.dtype,
             threads=self.threads,
+            weight_format=self.weight_format,
             kv_format=self.kv_format,
             graph_seconds=self.graph_seconds,
             kv_cache_bytes=0 if takes_free_memory else self.kv_cache_mib * 2**20,
