@@ -45,7 +45,7 @@ def render_card(
         "## Prediction",
         *predictions(report, targets),
         _privacy(),
-        limits(report),
+        limits(report, adapted=schema.chat_reads_item_tokens),
         "## Reproduce",
         "`shoplm evaluate --bundle <this folder>` with the files that it was trained on computes every number above "
         f"again (seed {report.seed}, {report.customers:,} customers).",
@@ -94,9 +94,11 @@ def _splits(shop: Shop) -> str:
 
 def _model(base: Base, schema: PromptSchema, weights: Weights, hidden_scales: dict[str, float], examples: int) -> str:
     kept = [f"{name.replace('_', ' ')} {'yes' if scale else 'no'}" for name, scale in hidden_scales.items()]
+    # Only an adapted base can talk behind item tokens.
+    state = "adapted to the shop (LoRA, merged)" if schema.chat_reads_item_tokens else "frozen"
     lines = [
         "## Model",
-        f"Base {base.name}, frozen. Input rows: mean embedding of each item's words. Output rows: "
+        f"Base {base.name}, {state}. Input rows: mean embedding of each item's words. Output rows: "
         f"fitted on {examples:,} "
         f"next baskets. History: the newest {schema.history_budget_tokens} tokens, dropped in blocks of "
         f"{schema.history_block_tokens}.",

@@ -56,7 +56,7 @@ def ranking(result: RankingResult) -> str:
 def _against(what: str, recall: Difference, ndcg: Difference, word: str) -> str:
     return (
         f"ShopLM minus {what}, {_INTERVAL}: recall {_difference(recall)}, NDCG {_difference(ndcg)}: "
-        f"{ndcg.verdict} {word}."
+        f"recall {recall.verdict} {word}, NDCG {ndcg.verdict} {word}."
     )
 
 
@@ -153,13 +153,22 @@ def _amount(row: AmountRow) -> tuple[str, ...]:
     )
 
 
-def limits(report: Report) -> str:
+_FROZEN = (
+    "- The base is frozen: it has never seen this shop, so most of what ranks items is counting.\n"
+    "- Chat gets the customer's habits in words, not as item tokens: the frozen base cannot go on in words behind\n"
+    "  those. So chat does not share the cached history of the other two services."
+)
+_ADAPTED = (
+    "- The base was adapted on a few hundred thousand tokens: most of what ranks items is still counting.\n"
+    "- Chat repeats facts from passages; what it says beside them is that of a small model."
+)
+
+
+def limits(report: Report, *, adapted: bool) -> str:
     """What is known not to work, and each comparison that is not won."""
     lines = [
         "## Known limits",
-        "- The base is frozen: it has never seen this shop, so most of what ranks items is counting.\n"
-        "- Chat gets the customer's habits in words, not as item tokens: the frozen base cannot go on in words behind\n"
-        "  those. So chat does not share the cached history of the other two services.\n"
+        f"{_ADAPTED if adapted else _FROZEN}\n"
         "- One year or less says nothing about the same season a year later.\n"
         "- New items have no token until the next training; they cannot be recommended.",
     ]
