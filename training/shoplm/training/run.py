@@ -28,7 +28,7 @@ from shoplm.training.histories import Histories
 from shoplm.training.log import ShopLog
 from shoplm.training.predictions import Predictor
 from shoplm.training.ranker import OutputRows, RankerSettings
-from shoplm.training.report import Report
+from shoplm.training.report import Report, Sample
 from shoplm.training.scoring import Weights
 from shoplm.training.shop import Shop
 from shoplm.training.timeline import make_timeline
@@ -175,7 +175,7 @@ def evaluate_bundle(
     manifest = read_manifest(folder)
     resolved = resolve_base(base)
     _check_base(manifest, resolved, folder)
-    card = msgspec.json.decode((folder / "metrics.json").read_bytes(), type=Report)
+    card = msgspec.json.decode((folder / "metrics.json").read_bytes(), type=Sample)
     shop = shop_of_bundle(folder, manifest, log)
     say(f"loading {resolved.name}")
     adapter = folder if manifest.has_adapter else None
