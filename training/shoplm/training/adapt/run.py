@@ -32,7 +32,7 @@ from shoplm.training.run import shop_of_bundle
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]  # what, done, total
 TALK_PROMPTS = 480
-HELD_OUT_PROMPTS = 120
+HELD_OUT_PROMPTS = 40
 
 
 @dataclass(frozen=True, slots=True)
