@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types bench doctor budget train clean
+.PHONY: help serve test soak lint types bench doctor budget train clean
 
 help: ## What can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ test: $(INSTALLED) ## Every test that this machine can run
 	$(BIN)/python -c 'from shoplm.model.base import resolve_base; resolve_base()'
 	$(BIN)/python -m pytest tests --ignore=tests/kernels $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
+
+soak: $(INSTALLED) ## Overload, disconnects, stalls, floods, noise and lost engines, at full length
+	SOAK=1 $(BIN)/python -m pytest tests/robustness $(ARGS)
 
 lint: $(INSTALLED) ## Style of the Python code and the protos
 	$(BIN)/ruff check .

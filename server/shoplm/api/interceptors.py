@@ -225,11 +225,11 @@ class _Call:
         )
 
 
-# A caller's mistake is the caller's to log; every call at INFO would cost more than serving some of them.
+# A caller's mistake is the caller's to log; every call at INFO would cost more than serving some of them, and a line
+# for each refusal under load would add to the load. The metrics count them.
 _LEVELS = {
     grpc.StatusCode.INTERNAL: logging.ERROR,
     grpc.StatusCode.UNAVAILABLE: logging.WARNING,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: logging.WARNING,
     grpc.StatusCode.UNAUTHENTICATED: logging.WARNING,
     grpc.StatusCode.INVALID_ARGUMENT: logging.INFO,
     grpc.StatusCode.FAILED_PRECONDITION: logging.INFO,
