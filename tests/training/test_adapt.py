@@ -125,7 +125,7 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(
     monkeypatch.setattr("shoplm.training.adapt.run.TALK_PROMPTS", 6)
     monkeypatch.setattr("shoplm.training.adapt.run.HELD_OUT_PROMPTS", 4)
     monkeypatch.setattr(trainer, "CHECKPOINT_STEPS", 2)
-    shell("adapt", bundle, "--out", tmp_path / "whole", "--steps", 3, "--rank", 2)
+    shell("adapt", "--bundle", bundle, "--out", tmp_path / "whole", "--steps", 3, "--rank", 2)
 
     class StopError(Exception):
         pass
@@ -138,8 +138,8 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(
     update = trainer.AdapterTrainer._update
     with monkeypatch.context() as patch, pytest.raises(StopError):
         patch.setattr(trainer.AdapterTrainer, "_update", stop)
-        _raise(shell, "adapt", bundle, "--out", tmp_path / "parts", "--steps", 3, "--rank", 2)
-    shell("adapt", bundle, "--out", tmp_path / "parts", "--steps", 3, "--rank", 2)
+        _raise(shell, "adapt", "--bundle", bundle, "--out", tmp_path / "parts", "--steps", 3, "--rank", 2)
+    shell("adapt", "--bundle", bundle, "--out", tmp_path / "parts", "--steps", 3, "--rank", 2)
     whole, parts = (load_file(tmp_path / name / "adapter" / ADAPTER_WEIGHTS) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     for name, tensor in whole.items():
@@ -166,5 +166,5 @@ def _trains_and_measures(shell: Shell, bundle: Path, tmp_path: Path) -> None:
     assert manifest.has_adapter and manifest.prompt.chat_reads_item_tokens
     assert not plain.has_adapter and not plain.prompt.chat_reads_item_tokens
     assert manifest.version != plain.version
-    shell("evaluate", out, "--json", tmp_path / "again.json")
+    shell("evaluate", "--bundle", out, "--json", tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (out / "metrics.json").read_bytes()

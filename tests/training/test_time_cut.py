@@ -194,7 +194,7 @@ def test_hidden_states_are_kept_apart_by_what_they_depend_on(shop: Shop, tiny_ba
     catalog = pipeline.write_items(shop.items, tmp_path / "items")
     folders = set()
     for text, seed in (("a", 0), ("b", 0), ("a", 1)):
-        schema = pipeline.prompt_schema(shop, text, 48, 16)
-        made, _ = pipeline.hidden_states(shop, catalog, tiny_base, schema, tmp_path, seed)
+        schema = pipeline.prompt_schema(shop, text, 48, 16, adapted=False)
+        made, _ = pipeline.hidden_states(shop, catalog, tiny_base, schema, tmp_path, seed, None)
         folders.add(made.folder)
     assert len(folders) == 3
