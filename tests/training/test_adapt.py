@@ -136,9 +136,9 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(
         update(self)
 
     update = trainer.AdapterTrainer._update
-    with monkeypatch.context() as patch, pytest.raises(StopError):
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):  # the command fails
         patch.setattr(trainer.AdapterTrainer, "_update", stop)
-        _raise(shell, "adapt", "--bundle", bundle, "--out", tmp_path / "parts", "--steps", 3, "--rank", 2)
+        shell("adapt", "--bundle", bundle, "--out", tmp_path / "parts", "--steps", 3, "--rank", 2)
     shell("adapt", "--bundle", bundle, "--out", tmp_path / "parts", "--steps", 3, "--rank", 2)
     whole, parts = (load_file(tmp_path / name / "adapter" / ADAPTER_WEIGHTS) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
@@ -146,14 +146,6 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(
         assert torch.equal(tensor, parts[name]), name
     assert any(bool(tensor.any()) for name, tensor in whole.items() if "lora_B" in name)
     _trains_and_measures(shell, bundle, tmp_path)
-
-
-def _raise(shell: Shell, *arguments: object) -> None:
-    try:
-        shell(*arguments)
-    except AssertionError as error:
-        context = error.__context__ or error
-        raise context from None
 
 
 def _trains_and_measures(shell: Shell, bundle: Path, tmp_path: Path) -> None:
