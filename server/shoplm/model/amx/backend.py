@@ -44,7 +44,8 @@ class AmxBackend(EagerBackend):
         max_context_tokens: int | None = None,
         int8: bool = False,
     ) -> None:
-        """As `TorchBackend`; `int8` multiplies in 8-bit integers. Needs `amx_refusal` to be None."""
+        """As `TorchBackend`; `int8` multiplies in 8-bit integers, but for the down projections and the head.
+        Needs `amx_refusal` to be None."""
         readouts = Readouts(
             shop, tries, text_tokens=len(weights.embedding), hidden_size=config.hidden_size, state_slots=state_slots
         )
@@ -59,7 +60,7 @@ class AmxBackend(EagerBackend):
         with torch.no_grad():
             shop_rows = readouts.take_input_rows(torch.bfloat16)
             self._decoder = AmxDecoder(config, weights, shop_rows, positions, pool, int8=int8)
-            self._head = PackedLinear(weights.lm_head, int8=int8)
+            self._head = PackedLinear(weights.lm_head, int8=False)
         super().__init__(
             "amx-int8" if int8 else "amx",
             readouts,
