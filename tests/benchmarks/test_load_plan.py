@@ -11,8 +11,10 @@ from typing import Any
 
 import polars as pl
 import pytest
-from shoplm.bench.plan import LoadService, LoadSettings, drawn_arrivals, parse_mix
+from shoplm.bench.plan import LoadSettings, drawn_arrivals
 from shoplm.bench.workload import NEW_CUSTOMERS_AS_OF, Shop, WorkloadError, make_customers, read_histories, request_for
+from shoplm.request import Service
+from shoplm.simulate.trace import parse_mix
 from shoplm.v1 import model_pb2, shop_pb2
 
 
@@ -25,7 +27,7 @@ def test_arrivals_are_a_poisson_process_in_the_stated_mix() -> None:
     # 10,000 gaps: their mean is known to 1 %, so 5 % is five standard errors; exponential gaps have mean = deviation.
     assert mean == pytest.approx(1 / 50, rel=0.05)
     assert deviation == pytest.approx(mean, rel=0.05)
-    share = sum(arrival.service is LoadService.RECOMMENDATION for arrival in arrivals) / len(arrivals)
+    share = sum(arrival.service is Service.RECOMMENDATION for arrival in arrivals) / len(arrivals)
     assert share == pytest.approx(0.6, abs=0.03)
     assert {arrival.customer for arrival in arrivals} == set(range(8))
     assert all(arrival.measured == (arrival.seconds >= 10) for arrival in arrivals)
@@ -44,7 +46,7 @@ def test_the_seed_decides_everything() -> None:
         ({"rate": math.nan}, "rate=nan"),
         ({"seconds": 5000}, "seconds=5000"),
         ({"rate": 10_000, "seconds": 60}, "more than 200000 requests"),
-        ({"mix": {LoadService.CHAT: 0.0}}, "mix="),
+        ({"mix": {Service.CHAT: 0.0}}, "mix="),
         ({"new_customer_share": 1.5}, "new_customer_share=1.5"),
         ({"customers": 0}, "customers=0"),
     ],
@@ -55,7 +57,7 @@ def test_impossible_loads_are_refused(arguments: dict[str, Any], message: str) -
 
 
 def test_mix_is_parsed() -> None:
-    assert parse_mix("chat=1, prediction=0.5") == {LoadService.CHAT: 1.0, LoadService.PREDICTION: 0.5}
+    assert parse_mix("chat=1, prediction=0.5") == {Service.CHAT: 1.0, Service.PREDICTION: 0.5}
     with pytest.raises(ValueError, match="'search' is not one of"):
         parse_mix("search=1")
     with pytest.raises(ValueError, match="'chat' is not SERVICE=WEIGHT"):
@@ -120,9 +122,9 @@ def test_requests_are_about_the_arrival_s_customer(shop: Shop) -> None:
     for arrival in drawn_arrivals(settings, 4)[:50]:
         request = request_for(arrival, customers, settings)
         assert request.customer == customers[arrival.customer]
-        if arrival.service is LoadService.CHAT:
+        if arrival.service is Service.CHAT:
             assert request.max_tokens == 9
-        if arrival.service is LoadService.RECOMMENDATION:
+        if arrival.service is Service.RECOMMENDATION:
             assert request.count == 7
 
 

@@ -20,8 +20,9 @@ from shoplm.bench.launch import LaunchError, own_server
 from shoplm.bench.load import run_load
 from shoplm.bench.observe import listening_process
 from shoplm.bench.offline import OfflineError, OfflineShape, run_offline
-from shoplm.bench.plan import Arrival, LoadService, LoadSettings, drawn_arrivals
+from shoplm.bench.plan import Arrival, LoadSettings, drawn_arrivals
 from shoplm.bench.workload import request_for
+from shoplm.request import Service
 from shoplm.v1 import shop_pb2
 from typer.testing import CliRunner
 
@@ -33,7 +34,7 @@ from canned_server import ANSWER, CannedServer
 application = typer.Typer()
 application.command()(bench)
 
-EVEN = dict.fromkeys(LoadService, 1.0)
+EVEN = dict.fromkeys(Service, 1.0)
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ async def test_every_arrival_becomes_one_outcome(server: CannedServer) -> None:
         refused = arrival.customer == 1
         assert made.code is (grpc.StatusCode.RESOURCE_EXHAUSTED if refused else grpc.StatusCode.OK)
         assert made.intended <= made.sent <= made.end
-        if arrival.service is LoadService.CHAT and not refused:
+        if arrival.service is Service.CHAT and not refused:
             assert made.completion_tokens == len(ANSWER)
             assert len(made.gaps) == len(ANSWER) - 1
             assert made.first is not None and made.sent < made.first <= made.end
@@ -99,7 +100,7 @@ async def test_a_server_that_stalls_does_not_slow_the_arrivals(server: CannedSer
 
 async def test_a_client_over_its_bound_says_so(server: CannedServer) -> None:
     settings = settings_of(rate=40, deadline=1.5, max_in_flight=3)
-    arrivals = [Arrival(0.3 + 0.01 * number, LoadService.PREDICTION, 0, True) for number in range(10)]
+    arrivals = [Arrival(0.3 + 0.01 * number, Service.PREDICTION, 0, True) for number in range(10)]
     slow = (shop_pb2.Customer(customer_id="slow"),)
     run = await run_load(server.address, settings, arrivals, lambda arrival: request_for(arrival, slow, settings))
     assert (len(run.outcomes), run.dropped) == (3, 7)

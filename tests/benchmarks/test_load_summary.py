@@ -10,15 +10,15 @@ from prometheus_client import generate_latest
 from shoplm.bench.calls import Outcome
 from shoplm.bench.load import LoadRun
 from shoplm.bench.observe import composition, parse_metrics
-from shoplm.bench.plan import LoadService, LoadSettings, Targets
+from shoplm.bench.plan import LoadSettings, Targets
 from shoplm.bench.summary import distribution, in_time, judge, percentile, summarise
 from shoplm.metrics import Metrics
-from shoplm.request import StepStats
+from shoplm.request import Service, StepStats
 
 TARGETS = Targets(recommendation_seconds=0.1, chat_first_seconds=0.5, chat_token_seconds=0.1)
 
 
-def outcome(latency: float, service: LoadService = LoadService.RECOMMENDATION, **changes: object) -> Outcome:
+def outcome(latency: float, service: Service = Service.RECOMMENDATION, **changes: object) -> Outcome:
     made = Outcome(service, measured=True, intended=100.0, sent=100.001, end=100.0 + latency)
     for name, value in changes.items():
         setattr(made, name, value)
@@ -57,7 +57,7 @@ def test_latency_counts_from_the_intended_moment() -> None:
 
 def test_chat_has_a_target_for_its_first_text_and_for_its_end() -> None:
     def chat(first: float, end: float) -> bool:
-        made = outcome(end, LoadService.CHAT, first=100.0 + first, completion_tokens=10)
+        made = outcome(end, Service.CHAT, first=100.0 + first, completion_tokens=10)
         return in_time(made, TARGETS)
 
     assert chat(0.4, 1.4)
@@ -74,9 +74,9 @@ def test_every_offered_request_is_counted_once() -> None:
         outcome(30.0, code=grpc.StatusCode.DEADLINE_EXCEEDED),
         outcome(0.01, code=grpc.StatusCode.INTERNAL, message="boom"),
         outcome(0.05, measured=False),
-        outcome(0.05, LoadService.PREDICTION),
+        outcome(0.05, Service.PREDICTION),
     ]
-    summary = summarise(LoadService.RECOMMENDATION, run_of(*outcomes, seconds=10.0), TARGETS)
+    summary = summarise(Service.RECOMMENDATION, run_of(*outcomes, seconds=10.0), TARGETS)
     counts = (summary.in_time, summary.late, summary.refused, summary.expired, summary.errors)
     assert counts == (1, 1, 2, 1, 1)
     assert summary.offered == sum(counts)
@@ -98,21 +98,19 @@ def test_every_offered_request_is_counted_once() -> None:
     ],
 )
 def test_a_run_that_proves_nothing_is_invalid(run: LoadRun, reason: str) -> None:
-    settings = LoadSettings(mix={LoadService.RECOMMENDATION: 1.0})
-    services = {LoadService.RECOMMENDATION: summarise(LoadService.RECOMMENDATION, run, TARGETS)}
+    settings = LoadSettings(mix={Service.RECOMMENDATION: 1.0})
+    services = {Service.RECOMMENDATION: summarise(Service.RECOMMENDATION, run, TARGETS)}
     verdict = judge(settings, run, services)
     assert verdict.status == "INVALID"
     assert [text for text in verdict.reasons if reason in text], verdict.reasons
 
 
 def test_a_good_run_is_valid_even_over_the_server_s_capacity() -> None:
-    settings = LoadSettings(mix={LoadService.RECOMMENDATION: 1.0})
+    settings = LoadSettings(mix={Service.RECOMMENDATION: 1.0})
     refusals = [outcome(0.01, code=grpc.StatusCode.RESOURCE_EXHAUSTED)] * 10
     for extra in ([], refusals):
         run = run_of(*[outcome(0.05)] * 30, *extra)
-        verdict = judge(
-            settings, run, {LoadService.RECOMMENDATION: summarise(LoadService.RECOMMENDATION, run, TARGETS)}
-        )
+        verdict = judge(settings, run, {Service.RECOMMENDATION: summarise(Service.RECOMMENDATION, run, TARGETS)})
         assert (verdict.status, verdict.reasons) == ("VALID", ())
         assert verdict.server_limited == bool(extra)
 

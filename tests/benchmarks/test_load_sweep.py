@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
 
 import pytest
-from shoplm.bench.plan import LoadService, LoadSettings, Targets, drawn_arrivals, replayed_arrivals
+from shoplm.bench.plan import LoadSettings, Targets, drawn_arrivals, replayed_arrivals
 from shoplm.bench.report import LoadResult
 from shoplm.bench.summary import ServiceSummary, Verdict, distribution
 from shoplm.bench.sweep import KNEE_RATIO, Sweep, find_knee, goodput, is_carried, measure_rates, plot_page
@@ -28,7 +28,7 @@ def summary(offered: float, timely: float) -> ServiceSummary:
     )
 
 
-def result(rate: float, timely: Mapping[LoadService, float]) -> LoadResult:
+def result(rate: float, timely: Mapping[Service, float]) -> LoadResult:
     """Half of the rate is recommendations, half predictions; `timely` per second of each."""
     services = {service: summary(rate / 2, min(value, rate / 2)) for service, value in timely.items()}
     verdict = Verdict("VALID", (), server_limited=False)
@@ -40,7 +40,7 @@ class Server:
     """Has this many of each service in time per second, whatever is offered."""
 
     def __init__(self, recommendations: float, predictions: float) -> None:
-        self.limits = {LoadService.RECOMMENDATION: recommendations, LoadService.PREDICTION: predictions}
+        self.limits = {Service.RECOMMENDATION: recommendations, Service.PREDICTION: predictions}
         self.measured: list[float] = []
 
     async def measure(self, rate: float) -> LoadResult:
@@ -49,8 +49,8 @@ class Server:
 
 
 def test_one_service_cannot_buy_anothers_capacity() -> None:
-    balanced = result(10.0, {LoadService.RECOMMENDATION: 4.6, LoadService.PREDICTION: 4.6})
-    bought = result(10.0, {LoadService.RECOMMENDATION: 5.0, LoadService.PREDICTION: 4.4})
+    balanced = result(10.0, {Service.RECOMMENDATION: 4.6, Service.PREDICTION: 4.6})
+    bought = result(10.0, {Service.RECOMMENDATION: 5.0, Service.PREDICTION: 4.4})
     assert goodput(bought) > goodput(balanced)
     assert is_carried(balanced) and not is_carried(bought)
 
@@ -78,7 +78,7 @@ async def test_capacity_needs_all_lower_rates_too() -> None:
     points = await measure_rates(Server(10.0, 10.0).measure, [40.0, 10.0, 20.0])
     assert [point.settings.rate for point in points] == [10.0, 20.0, 40.0]
     assert Sweep("", points).capacity == 20.0
-    broken = (result(5.0, {LoadService.CHAT: 0.0}), *points)
+    broken = (result(5.0, {Service.CHAT: 0.0}), *points)
     assert Sweep("", broken).capacity is None
 
 
@@ -121,6 +121,6 @@ def test_a_trace_is_replayed_at_the_rate_asked_for() -> None:
 def test_deadlines_at_the_targets() -> None:
     targets = Targets(0.2, 0.1, 0.5, 0.01)
     settings = LoadSettings(targets=targets, deadline_at_target=True, chat_tokens=30)
-    found = {service.value: settings.call_deadline_seconds(service) for service in LoadService}
+    found = {service.value: settings.call_deadline_seconds(service) for service in Service}
     assert found == {"recommendation": 0.2, "prediction": 0.1, "chat": pytest.approx(0.8)}
-    assert math.isclose(LoadSettings().call_deadline_seconds(LoadService.CHAT), 30.0)
+    assert math.isclose(LoadSettings().call_deadline_seconds(Service.CHAT), 30.0)

@@ -37,6 +37,7 @@ from shoplm.request import (
     TokensOutput,
 )
 from shoplm.scheduler.config import SchedulerConfig
+from shoplm.simulate.backend import Clock
 
 _MASK = (1 << 64) - 1
 _SALT, _FACTOR = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
@@ -103,16 +104,6 @@ def expected_answer(request: Request) -> tuple[int, ...] | SelectOutput | tuple[
                 paths = _paths_after(prompt, paths, level, task.beam_width)
         return _selected(task, prompt, paths)
     return (float(prompt % 1009),)
-
-
-class Clock:
-    """Seconds that pass only where the simulation says so."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
+from shoplm.charts import HEIGHT, WIDTH, Line, bar_chart, line_chart
 from shoplm.training.html_report import render_report
 from shoplm.training.report import (
     COUNT,
@@ -22,7 +23,6 @@ from shoplm.training.report import (
     RankingRow,
     Report,
 )
-from shoplm.training.svg import HEIGHT, WIDTH, Line, bar_chart, line_chart
 
 NOTHING = Difference(None, None, None)
 

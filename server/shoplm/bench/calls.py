@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from shoplm.bench.plan import LoadService
+from shoplm.request import Service
 from shoplm.v1 import (
     chat_pb2_grpc,
     prediction_pb2_grpc,
@@ -23,7 +23,7 @@ _REFUSED = {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE}
 class Outcome:
     """What became of one request. Moments are `time.perf_counter()` seconds; filled by `perform` and the load."""
 
-    service: LoadService
+    service: Service
     measured: bool
     intended: float
     sent: float = 0.0
@@ -65,9 +65,9 @@ class Caller:
 
     def __init__(self, channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...] = ()) -> None:
         self._metadata = metadata
-        self._unary: Mapping[LoadService, Any] = {
-            LoadService.RECOMMENDATION: recommendation_pb2_grpc.RecommendationServiceStub(channel).Recommend,
-            LoadService.PREDICTION: prediction_pb2_grpc.PredictionServiceStub(channel).Predict,
+        self._unary: Mapping[Service, Any] = {
+            Service.RECOMMENDATION: recommendation_pb2_grpc.RecommendationServiceStub(channel).Recommend,
+            Service.PREDICTION: prediction_pb2_grpc.PredictionServiceStub(channel).Predict,
         }
         self._chat: Any = chat_pb2_grpc.ChatServiceStub(channel).Chat
 
@@ -75,7 +75,7 @@ class Caller:
         """Send `request` now and fill `outcome`; errors of the call are its outcome, not exceptions."""
         outcome.sent = time.perf_counter()
         try:
-            if outcome.service is LoadService.CHAT:
+            if outcome.service is Service.CHAT:
                 await self._stream(request, outcome, deadline_seconds)
             else:
                 method = self._unary[outcome.service]

@@ -14,10 +14,10 @@ import typer
 from rich.console import Console
 from shoplm.bench import offline, report
 from shoplm.bench.launch import LaunchError
-from shoplm.bench.plan import LoadSettings, Targets, parse_mix
+from shoplm.bench.plan import LoadSettings, Targets
 from shoplm.bench.run import CONNECT_SECONDS, Target, Work, measure, serve_arguments, server, sweep_rates
 from shoplm.bench.workload import WorkloadError
-from shoplm.simulate.trace import read_trace
+from shoplm.simulate.trace import parse_mix, read_trace
 
 RESULTS = Path("benchmarks/results")
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import psutil
 from shoplm.bench.calls import Caller, Outcome, open_channel
-from shoplm.bench.plan import Arrival, LoadService, LoadSettings
+from shoplm.bench.plan import Arrival, LoadSettings
+from shoplm.request import Service
 
 # How often the client checks that it is itself on time.
 _PULSE_SECONDS = 0.05
@@ -56,7 +57,7 @@ class _Sender:
         caller: Caller,
         settings: LoadSettings,
         arrivals: Sequence[Arrival],
-        messages: dict[tuple[LoadService, int], Any],
+        messages: dict[tuple[Service, int], Any],
     ) -> None:
         self._caller = caller
         self._settings = settings

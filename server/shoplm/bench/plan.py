@@ -7,20 +7,12 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 
+from shoplm.request import Service
 from shoplm.simulate.trace import Arrival as TracedArrival
 
 MAX_ARRIVALS = 200_000
 MAX_SECONDS = 3600.0
-
-
-class LoadService(StrEnum):
-    """The services under load; the names are those of the metrics' `service` label."""
-
-    RECOMMENDATION = "recommendation"
-    CHAT = "chat"
-    PREDICTION = "prediction"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +41,11 @@ class LoadSettings:
     rate: float = 2.0
     seconds: float = 60.0
     warmup_seconds: float = 10.0
-    mix: Mapping[LoadService, float] = field(
+    mix: Mapping[Service, float] = field(
         default_factory=lambda: {
-            LoadService.RECOMMENDATION: 6.0,
-            LoadService.CHAT: 1.0,
-            LoadService.PREDICTION: 3.0,
+            Service.RECOMMENDATION: 6.0,
+            Service.CHAT: 1.0,
+            Service.PREDICTION: 3.0,
         }
     )
     targets: Targets = Targets()
@@ -87,14 +79,14 @@ class LoadSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
-    def call_deadline_seconds(self, service: LoadService) -> float:
+    def call_deadline_seconds(self, service: Service) -> float:
         """The gRPC deadline of a call; at the target, that of a whole chat is the target of its last token."""
         if not self.deadline_at_target:
             return self.deadline_seconds
         targets = self.targets
-        if service is LoadService.CHAT:
+        if service is Service.CHAT:
             return targets.chat_first_seconds + self.chat_tokens * targets.chat_token_seconds
-        is_prediction = service is LoadService.PREDICTION
+        is_prediction = service is Service.PREDICTION
         return targets.prediction_seconds if is_prediction else targets.recommendation_seconds
 
 
@@ -103,7 +95,7 @@ class Arrival:
     """One request: when it is to be sent (seconds after the start), where, and about which customer."""
 
     seconds: float
-    service: LoadService
+    service: Service
     customer: int
     measured: bool  # False during the warm-up
 
@@ -144,19 +136,5 @@ def replayed_arrivals(trace: Sequence[TracedArrival], settings: LoadSettings, cu
                 return tuple(arrivals)
             customer = each.customer % customers  # the shop's preamble, -1 in a trace, is some customer, too
             is_measured = moment >= settings.warmup_seconds
-            arrivals.append(Arrival(moment, LoadService(each.service), customer, is_measured))
+            arrivals.append(Arrival(moment, each.service, customer, is_measured))
     raise AssertionError("a trace is repeated until the run ends")
-
-
-def parse_mix(text: str) -> dict[LoadService, float]:
-    """`recommendation=4,chat=3,prediction=3` as weights. ValueError names the part that is wrong."""
-    mix: dict[LoadService, float] = {}
-    for part in text.split(","):
-        name, _, weight = part.strip().partition("=")
-        if name not in list(LoadService):
-            raise ValueError(f"mix: {name!r} is not one of {', '.join(LoadService)}")
-        try:
-            mix[LoadService(name)] = float(weight)
-        except ValueError as error:
-            raise ValueError(f"mix: {part.strip()!r} is not SERVICE=WEIGHT") from error
-    return mix

@@ -18,8 +18,9 @@ from rich.table import Table
 from shoplm.bench.load import LoadRun
 from shoplm.bench.observe import ProcessUse, StepComposition
 from shoplm.bench.offline import OfflineResult
-from shoplm.bench.plan import LoadService, LoadSettings
+from shoplm.bench.plan import LoadSettings
 from shoplm.bench.summary import Distribution, ServiceSummary, Verdict, distribution
+from shoplm.request import Service
 
 PACKAGES = ("shoplm", "torch", "grpcio", "numpy", "triton")
 
@@ -39,7 +40,7 @@ class LoadResult:
     """The mixed load and what the server said of it; None where it could not be observed."""
 
     settings: LoadSettings
-    services: dict[LoadService, ServiceSummary]
+    services: dict[Service, ServiceSummary]
     verdict: Verdict
     steps: StepComposition | None
     use: ProcessUse | None

@@ -16,10 +16,11 @@ from shoplm.bench.calls import open_channel
 from shoplm.bench.launch import RunningServer, own_server
 from shoplm.bench.load import run_load
 from shoplm.bench.observe import ServerWatch, listening_process
-from shoplm.bench.plan import LoadService, LoadSettings, drawn_arrivals, replayed_arrivals
+from shoplm.bench.plan import LoadSettings, drawn_arrivals, replayed_arrivals
 from shoplm.bench.summary import distribution, judge, summarise
 from shoplm.bench.sweep import Sweep, find_knee, measure_rates, plot_page, print_sweeps
 from shoplm.bench.workload import Shop, get_model, make_customers, read_shop, request_for
+from shoplm.request import Service
 from shoplm.simulate.trace import Arrival as TracedArrival
 
 CONNECT_SECONDS = 10.0
@@ -142,9 +143,7 @@ async def measure_load(
         window_ends=watch.stop,
     )
     services = {
-        service: summarise(service, run, settings.targets)
-        for service in LoadService
-        if settings.mix.get(service, 0) > 0
+        service: summarise(service, run, settings.targets) for service in Service if settings.mix.get(service, 0) > 0
     }
     return report.LoadResult(
         settings=settings,

@@ -10,7 +10,8 @@ from typing import Literal
 
 from shoplm.bench.calls import Outcome
 from shoplm.bench.load import LoadRun
-from shoplm.bench.plan import LoadService, LoadSettings, Targets
+from shoplm.bench.plan import LoadSettings, Targets
+from shoplm.request import Service
 
 QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99, "p99_9": 0.999}
 MIN_SECONDS = 10.0
@@ -88,17 +89,17 @@ def in_time(outcome: Outcome, targets: Targets) -> bool:
     """Whether a completed call met its targets."""
     if not outcome.completed:
         return False
-    if outcome.service is LoadService.CHAT:
+    if outcome.service is Service.CHAT:
         # Fewer than one token came without text: the answer is then its end alone.
         first = (outcome.end if outcome.first is None else outcome.first) - outcome.intended
         allowed = targets.chat_first_seconds + outcome.completion_tokens * targets.chat_token_seconds
         return first <= targets.chat_first_seconds and outcome.latency <= allowed
-    if outcome.service is LoadService.RECOMMENDATION:
+    if outcome.service is Service.RECOMMENDATION:
         return outcome.latency <= targets.recommendation_seconds
     return outcome.latency <= targets.prediction_seconds
 
 
-def summarise(service: LoadService, run: LoadRun, targets: Targets) -> ServiceSummary:
+def summarise(service: Service, run: LoadRun, targets: Targets) -> ServiceSummary:
     """What the measured window says of one service."""
     offered = [outcome for outcome in run.outcomes if outcome.measured and outcome.service is service]
     completed = [outcome for outcome in offered if outcome.completed]
@@ -106,7 +107,7 @@ def summarise(service: LoadService, run: LoadRun, targets: Targets) -> ServiceSu
     refused = sum(outcome.refused for outcome in offered)
     expired = sum(outcome.expired for outcome in offered)
     failed = [o for o in offered if not (o.completed or o.refused or o.expired)]
-    chat = service is LoadService.CHAT
+    chat = service is Service.CHAT
     firsts = [outcome.first - outcome.intended for outcome in completed if outcome.first is not None]
     examples = Counter(f"{outcome.code.name}: {outcome.message}" for outcome in failed)
     return ServiceSummary(
@@ -131,7 +132,7 @@ def summarise(service: LoadService, run: LoadRun, targets: Targets) -> ServiceSu
     )
 
 
-def judge(settings: LoadSettings, run: LoadRun, services: dict[LoadService, ServiceSummary]) -> Verdict:
+def judge(settings: LoadSettings, run: LoadRun, services: dict[Service, ServiceSummary]) -> Verdict:
     """INVALID when the run was too short or the client, not the server, was the limit."""
     reasons = []
     if run.measured_seconds < MIN_SECONDS:

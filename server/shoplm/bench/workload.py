@@ -15,7 +15,8 @@ from typing import Any
 import grpc
 import polars as pl
 from google.protobuf.timestamp_pb2 import Timestamp
-from shoplm.bench.plan import Arrival, LoadService, LoadSettings
+from shoplm.bench.plan import Arrival, LoadSettings
+from shoplm.request import Service
 from shoplm.v1 import (
     chat_pb2,
     model_pb2,
@@ -133,11 +134,11 @@ def make_customers(shop: Shop, settings: LoadSettings) -> tuple[shop_pb2.Custome
 def request_for(arrival: Arrival, customers: Sequence[shop_pb2.Customer], settings: LoadSettings) -> Any:
     """The protobuf request of an arrival."""
     customer = customers[arrival.customer]
-    if arrival.service is LoadService.RECOMMENDATION:
+    if arrival.service is Service.RECOMMENDATION:
         return recommendation_pb2.RecommendRequest(
             customer=customer, count=settings.count, allow_degraded=settings.allow_degraded
         )
-    if arrival.service is LoadService.PREDICTION:
+    if arrival.service is Service.PREDICTION:
         return prediction_pb2.PredictRequest(customer=customer)
     question = QUESTIONS[arrival.customer % len(QUESTIONS)]
     return chat_pb2.ChatRequest(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import ConfigurationError
@@ -30,23 +31,15 @@ def cpu_backend(
         raise ConfigurationError(f"weight_format {spec.weight_format} needs backend triton; a CPU takes model or int8")
     refusal = amx_refusal(config, weights.embedding.dtype, spec.page_size)
     int8 = spec.weight_format == "int8"
-    context = spec.max_context_tokens or None
+    make: Callable[..., Backend]
     if refusal is None:
-        return AmxBackend(
-            config,
-            weights,
-            shop,
-            tries,
-            pages=pages,
-            page_size=spec.page_size,
-            state_slots=spec.max_running_requests,
-            max_context_tokens=context,
-            int8=int8,
-        )
-    if int8:
+        make = partial(AmxBackend, int8=int8)
+    elif int8:
         raise ConfigurationError(f"weight_format int8 needs AMX: {refusal}")
-    log.info("torch operations instead of the C++ decoder: %s", refusal)
-    return TorchBackend(
+    else:
+        log.info("torch operations instead of the C++ decoder: %s", refusal)
+        make = TorchBackend
+    return make(
         config,
         weights,
         shop,
@@ -54,5 +47,5 @@ def cpu_backend(
         pages=pages,
         page_size=spec.page_size,
         state_slots=spec.max_running_requests,
-        max_context_tokens=context,
+        max_context_tokens=spec.max_context_tokens or None,
     )

@@ -16,7 +16,7 @@ from shoplm.simulate.backend import Capacity
 from shoplm.simulate.curve import CurveError, read_curve
 from shoplm.simulate.fleet import IN_TIME_SHARE, Fleet, FleetResult, find_capacity
 from shoplm.simulate.plot import Chart, page
-from shoplm.simulate.trace import Arrival, Shape, TraceError, draw, faster, read_trace, write_trace
+from shoplm.simulate.trace import Arrival, Shape, TraceError, draw, faster, parse_mix, read_trace, write_trace
 
 DRAWN = "drawn"
 _TIMES = ("p50", "p95", "p99", "first95")
@@ -90,20 +90,6 @@ def with_deadline(arrival: Arrival, policy: SchedulingPolicy) -> Arrival:
         return arrival
     allowed = policy.target_seconds[arrival.service] + arrival.output_tokens * policy.token_target_seconds
     return msgspec.structs.replace(arrival, deadline_seconds=allowed)
-
-
-def parse_mix(text: str) -> dict[Service, float]:
-    """`recommendation=4,chat=3,prediction=3` as weights. ValueError names the part that is wrong."""
-    mix: dict[Service, float] = {}
-    for part in text.split(","):
-        name, _, weight = part.strip().partition("=")
-        if name not in list(Service):
-            raise ValueError(f"mix: {name!r} is not one of {', '.join(Service)}")
-        try:
-            mix[Service(name)] = float(weight)
-        except ValueError as error:
-            raise ValueError(f"mix: {part.strip()!r} is not SERVICE=WEIGHT") from error
-    return mix
 
 
 def _order(policy: str) -> Literal["slack", "fcfs"]:

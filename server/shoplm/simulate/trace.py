@@ -134,3 +134,17 @@ def write_trace(arrivals: Iterable[Arrival], path: Path) -> None:
 def faster(arrivals: Sequence[Arrival], factor: float) -> list[Arrival]:
     """The same requests, `factor` times as many a second."""
     return [msgspec.structs.replace(each, seconds=each.seconds / factor) for each in arrivals]
+
+
+def parse_mix(text: str) -> dict[Service, float]:
+    """`recommendation=4,chat=3,prediction=3` as weights. ValueError names the part that is wrong."""
+    mix: dict[Service, float] = {}
+    for part in text.split(","):
+        name, _, weight = part.strip().partition("=")
+        if name not in list(Service):
+            raise ValueError(f"mix: {name!r} is not one of {', '.join(Service)}")
+        try:
+            mix[Service(name)] = float(weight)
+        except ValueError as error:
+            raise ValueError(f"mix: {part.strip()!r} is not SERVICE=WEIGHT") from error
+    return mix

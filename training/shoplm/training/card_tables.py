@@ -25,9 +25,9 @@ COVERAGE = (0.87, 0.93)  # of the 90 % intervals
 _INTERVAL = "95 % bootstrap interval"
 
 
-def ranking(result: RankingResult) -> str:
-    """One split."""
-    rows = [
+def ranking_rows(result: RankingResult) -> list[tuple[str, ...]]:
+    """Name, recall, NDCG, repeat and explore recall of each ranking."""
+    return [
         (
             row.name,
             f"{row.recall:.4f}",
@@ -37,10 +37,14 @@ def ranking(result: RankingResult) -> str:
         )
         for row in result.rows
     ]
+
+
+def ranking(result: RankingResult) -> str:
+    """One split."""
     header = ("ranking", "recall@10", "NDCG@10", "repeat recall@10", "explore recall@10")
     parts = [
         f"### {result.split[0].upper()}{result.split[1:]} ({result.customers:,} customers)",
-        table(header, rows),
+        table(header, ranking_rows(result)),
         _against("the tuned count baseline", result.recall_over_count, result.ndcg_over_count, "counting"),
         _against("TIFU-KNN", result.recall_over_tifu, result.ndcg_over_tifu, "TIFU-KNN"),
         _exploration(result),

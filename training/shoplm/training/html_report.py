@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from jinja2 import Environment
 from markupsafe import Markup
+from shoplm.charts import STYLE, Line, bar_chart, line_chart
 from shoplm.training.card_tables import estimate
 from shoplm.training.report import Breakdown, ProbabilityRow, Report, shown
-from shoplm.training.svg import Line, bar_chart, line_chart
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -19,10 +19,7 @@ _PAGE = """<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; color: #1f2328 }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .2rem .7rem; border-bottom: 1px solid #d0d7de }
 td + td, th + th { text-align: right } .charts { display: flex; flex-wrap: wrap; gap: 1.5rem }
-figure { margin: 0; width: 460px } svg { width: 100% } svg text { font-size: 11px; fill: #57606a }
-.end { text-anchor: end } .middle { text-anchor: middle } .grid { stroke: #d8dee4 }
-.legend span { margin-right: 1rem; font-size: 13px } .legend i { display: inline-block; width: 10px; height: 10px;
-margin-right: .3rem }
+{{ style }}
 </style>
 <h1>{{ title }}</h1>
 <p>Measured on {{ "{:,}".format(report.customers) }} of {{ "{:,}".format(report.customers_in_log) }} customers, on what
@@ -65,7 +62,13 @@ def render_report(title: str, report: Report) -> str:
     """The page; everything that comes from the shop is escaped."""
     page = Environment(autoescape=True).from_string(_PAGE)
     return page.render(
-        title=title, report=report, shown=shown, estimate=estimate, breakdown=_breakdown, reliability=_reliability
+        title=title,
+        style=Markup(STYLE),
+        report=report,
+        shown=shown,
+        estimate=estimate,
+        breakdown=_breakdown,
+        reliability=_reliability,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
-from shoplm.training.card_tables import estimate
+from shoplm.training.card_tables import estimate, ranking_rows
 from shoplm.training.problems import Problem
 from shoplm.training.report import ProbabilityRow, RankingResult, Report, shown
 
@@ -29,18 +29,8 @@ def print_report(console: Console, report: Report) -> None:
 
 
 def _print_ranking(console: Console, result: RankingResult) -> None:
-    rows = [
-        (
-            row.name,
-            f"{row.recall:.4f}",
-            f"{row.ndcg:.4f}",
-            shown(row.repeat_recall, ".4f"),
-            shown(row.explore_recall, ".4f"),
-        )
-        for row in result.rows
-    ]
     header = ("ranking", "recall@10", "NDCG@10", "repeat", "explore")
-    console.print(table(f"{result.split}, {result.customers:,} customers", header, rows))
+    console.print(table(f"{result.split}, {result.customers:,} customers", header, ranking_rows(result)))
     for rival, gain in (("counting", result.ndcg_over_count), ("TIFU-KNN", result.ndcg_over_tifu)):
         low, high = shown(gain.low, "+.4f"), shown(gain.high, "+.4f")
         console.print(f"NDCG over {rival}: {shown(gain.mean, '+.4f')}, 95 % interval {low} to {high}")

@@ -5,37 +5,54 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 
 WIDTH, HEIGHT = 460, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 14, 40
 COLOURS = ("#1f6feb", "#d1570a", "#6e7781", "#2da44e", "#8250df")
 
 Point = tuple[float, float]
+Bounds = tuple[float, float, float, float]  # smallest and largest x, then y
+
+STYLE = """figure { margin: 0; width: 460px } svg { width: 100% } svg text { font-size: 11px; fill: #57606a }
+.end { text-anchor: end } .middle { text-anchor: middle } .grid { stroke: #d8dee4 }
+.legend span { margin-right: 1rem; font-size: 13px } .legend i { display: inline-block; width: 10px; height: 10px;
+margin-right: .3rem }"""
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points joined in their order. `marks` draws each point; `dashed` is for what a line should be like."""
+    """Points joined in their order; None is a gap. `marks` draws each point; `dashed` is for what a line should be
+    like."""
 
     name: str
-    points: Sequence[Point]
+    points: Sequence[Point | None]
     marks: bool = False
     dashed: bool = False
 
 
-def line_chart(lines: Sequence[Line], x_title: str, y_title: str, bounds: tuple[float, float, float, float]) -> str:
-    """`bounds` are the smallest and largest x, then y; points outside are drawn at the edge."""
+def line_chart(lines: Sequence[Line], x_title: str, y_title: str, bounds: Bounds) -> str:
+    """A drawing with its legend. Points outside the bounds are drawn at the edge."""
+    return _framed(line_drawing(lines, x_title, y_title, bounds), [line.name for line in lines])
+
+
+def line_drawing(lines: Sequence[Line], x_title: str, y_title: str, bounds: Bounds) -> str:
+    """The SVG element alone."""
     x_low, x_high, y_low, y_high = bounds
     parts = [_grid(bounds, x_title, y_title)]
     for index, line in enumerate(lines):
         colour = COLOURS[index % len(COLOURS)]
-        at = [(_place(x, x_low, x_high, _LEFT, WIDTH - _RIGHT), _height(y, y_low, y_high)) for x, y in line.points]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
         dash = ' stroke-dasharray="4 4"' if line.dashed else ""
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
-        if line.marks:
-            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in at]
-    return _framed(parts, [line.name for line in lines])
+        for is_gap, run in groupby(line.points, lambda point: point is None):
+            if is_gap:
+                continue
+            points = filter(None, run)
+            at = [(_place(x, x_low, x_high, _LEFT, WIDTH - _RIGHT), _height(y, y_low, y_high)) for x, y in points]
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
+            if line.marks:
+                parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in at]
+    return _drawing(parts)
 
 
 def bar_chart(groups: Sequence[str], series: Mapping[str, Sequence[float]], x_title: str, y_title: str) -> str:
@@ -57,7 +74,7 @@ def bar_chart(groups: Sequence[str], series: Mapping[str, Sequence[float]], x_ti
             )
         middle = left + 0.4 * room
         parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - _BOTTOM + 14}" class="middle">{escape(group)}</text>')
-    return _framed(parts, list(series))
+    return _framed(_drawing(parts), list(series))
 
 
 def _place(value: float, low: float, high: float, start: float, end: float) -> float:
@@ -69,7 +86,7 @@ def _height(value: float, low: float, high: float) -> float:
     return _place(value, low, high, HEIGHT - _BOTTOM, _TOP)
 
 
-def _grid(bounds: tuple[float, float, float, float], x_title: str, y_title: str, *, numbers: bool = True) -> str:
+def _grid(bounds: Bounds, x_title: str, y_title: str, *, numbers: bool = True) -> str:
     x_low, x_high, y_low, y_high = bounds
     parts = []
     for step in range(5):
@@ -87,10 +104,13 @@ def _grid(bounds: tuple[float, float, float, float], x_title: str, y_title: str,
     return "".join(parts)
 
 
-def _framed(parts: Sequence[str], names: Sequence[str]) -> str:
+def _drawing(parts: Sequence[str]) -> str:
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
+
+
+def _framed(drawing: str, names: Sequence[str]) -> str:
     legend = "".join(
         f'<span><i style="background:{COLOURS[index % len(COLOURS)]}"></i>{escape(name)}</span>'
         for index, name in enumerate(names)
     )
-    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
     return f'<figure>{drawing}<figcaption class="legend">{legend}</figcaption></figure>'
