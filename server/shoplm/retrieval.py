@@ -29,6 +29,11 @@ class Passage:
     title: str
     text: str
 
+    @property
+    def line(self) -> str:
+        """As it stands in a prompt."""
+        return f"{self.title}: {self.text}"
+
 
 def item_passage(title: str, category: str, price: float, currency: str) -> Passage:
     """What the catalogue says of an item, as a passage."""

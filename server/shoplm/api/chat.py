@@ -118,7 +118,7 @@ class ChatService(ChatServiceServicer):
         return passages
 
     async def _encode(self, turn: _Turn, prefix: Prefix, passages: list[Passage]) -> tuple[int, ...]:
-        texts = [f"{passage.title}: {passage.text}" for passage in passages]
+        texts = [passage.line for passage in passages]
         arguments = (prefix, turn.messages, texts)
         if turn.text_bytes > _LONG_TEXT_BYTES:
             return await asyncio.to_thread(self._core.served.prompts.chat, *arguments)

@@ -98,6 +98,17 @@ class HiddenTable:
         if len(lengths) != 1:
             raise ValueError(f"HiddenTable columns differ in length: {sorted(lengths)}")
 
+    @classmethod
+    def bare(cls, samples: Sequence[tuple[int, Sample]]) -> HiddenTable:
+        """Samples (customer, sample) with hidden states of width 0: for baselines, or labels alone."""
+        return cls(
+            np.array([customer for customer, _ in samples], np.int32),
+            np.array([sample.moment for _, sample in samples], np.float64),
+            np.array([int(sample.task) for _, sample in samples], np.int8),
+            np.array([int(sample.use) for _, sample in samples], np.int16),
+            np.zeros((len(samples), 0), np.float32),
+        )
+
     def __len__(self) -> int:
         return len(self.customer)
 

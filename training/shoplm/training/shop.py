@@ -61,18 +61,12 @@ class Shop:
 
     def bare_table(self, customers: NDArray[np.integer]) -> HiddenTable:
         """All samples of these customers, with hidden states of width 0: for baselines."""
-        rows = [
-            (int(customer), sample.moment, int(sample.task), int(sample.use))
-            for customer in customers
-            for sample in samples_of(self.histories[int(customer)], self.timeline, self.starts[int(customer)])
-        ]
-        columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
-        return HiddenTable(
-            np.array(columns[0], np.int32),
-            np.array(columns[1], np.float64),
-            np.array(columns[2], np.int8),
-            np.array(columns[3], np.int16),
-            np.zeros((len(rows), 0), np.float32),
+        return HiddenTable.bare(
+            [
+                (int(customer), sample)
+                for customer in customers
+                for sample in samples_of(self.histories[int(customer)], self.timeline, self.starts[int(customer)])
+            ]
         )
 
     def campaign_rows(self, table: HiddenTable, part: str) -> Campaigns:

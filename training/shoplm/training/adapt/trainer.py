@@ -143,9 +143,8 @@ class AdapterTrainer:
         random, shop = self._random, self._shop
         customer = int(random.integers(len(shop.histories)))
         bare = random.random() < self.settings.bare_share
-        history = shop.histories[customer].before(shop.timeline.tuned_at)
-        samples = [] if bare else self._samples(history)
-        packs = pack_samples(self._builder, history, samples) if samples else []
+        known = shop.histories[customer].before(shop.timeline.tuned_at)
+        packs = [] if bare else pack_samples(self._builder, known, self._samples(known))
         pack = packs[0] if packs else None
         prefix = pack.prefix if pack is not None else self._builder.prefix(None).tokens
         branches: list[Branch] = []
@@ -156,7 +155,6 @@ class AdapterTrainer:
         inputs = pass_inputs(prefix, branches)
         hidden = self.model.hidden(inputs)
         self.tokens += len(inputs.tokens)
-        total: Tensor | None = None
         parts: list[Tensor] = []
         if pack is not None:
             ends = [start + len(b.tokens) - 1 for start, b in zip(inputs.starts, branches, strict=True)]
@@ -164,9 +162,7 @@ class AdapterTrainer:
         first = len(branches) - len(chats)
         for index, chat in enumerate(chats, first):
             parts.append(self.settings.chat_weight * self._chat_loss(inputs, index, hidden, chat, losses))
-        for part in parts:
-            total = part if total is None else total + part
-        return total
+        return torch.stack(parts).sum() if parts else None
 
     def _samples(self, history: History) -> list[Sample]:
         """Moments of training, before any label that is tuned or tested on."""
@@ -191,14 +187,8 @@ class AdapterTrainer:
         )
 
     def _shop_losses(self, customer: int, samples: Sequence[Sample], hidden: Tensor, losses: Losses) -> list[Tensor]:
-        shop, count = self._shop, len(samples)
-        table = HiddenTable(
-            customer=np.full(count, customer, np.int32),
-            moment=np.array([sample.moment for sample in samples]),
-            task=np.array([int(sample.task) for sample in samples], np.int8),
-            use=np.array([int(sample.use) for sample in samples], np.int16),
-            hidden=np.zeros((count, 0), np.float32),
-        )
+        shop = self._shop
+        table = HiddenTable.bare([(customer, sample) for sample in samples])
         parts = []
         examples = ranking_examples(
             table,
@@ -214,10 +204,10 @@ class AdapterTrainer:
             parts.append(losses.add("basket", loss))
         heads = table.where(Task.PREDICT, Use.HEAD_TRAIN)
         if len(heads) and shop.timeline.horizons:
-            longest = shop.timeline.horizons[-1]
+            longest, history = shop.timeline.horizons[-1], shop.histories[customer]
             delays = [
-                behaviour(shop.histories[customer], float(table.moment[at]), longest, shop.items.row_prices).delay_days
-                for at in heads.tolist()
+                behaviour(history, moment, longest, shop.items.row_prices).delay_days
+                for moment in table.moment[heads].tolist()
             ]
             wanted = torch.tensor([[delay < horizon for horizon in shop.timeline.horizons] for delay in delays])
             logits = self.model.purchase_logits(hidden[torch.from_numpy(heads)])
@@ -289,5 +279,5 @@ class AdapterTrainer:
 def encode_chat(builder: PromptBuilder, question: str, passages: Sequence[Passage]) -> tuple[int, ...]:
     """Tokens of a question and its passages behind any prefix, as the server writes them."""
     prefix = builder.prefix(None)
-    texts = [f"{passage.title}: {passage.text}" for passage in passages]
-    return builder.chat(prefix, [("user", question)], texts)[len(prefix.tokens) :]
+    prompt = builder.chat(prefix, [("user", question)], [passage.line for passage in passages])
+    return prompt[len(prefix.tokens) :]
