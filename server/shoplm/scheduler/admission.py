@@ -73,6 +73,11 @@ class Admission:
         self._shares = shares
         self.backlogs = {service: Backlog() for service in Service}
 
+    def advance(self, now: float) -> None:
+        """What was due before `now` is overdue. Before anything else at this moment."""
+        for backlog in self.backlogs.values():
+            backlog.advance(now)
+
     # ---- what was admitted -----------------------------------------------------------------------------------------
 
     def count(self, sequence: Sequence) -> None:

@@ -80,6 +80,7 @@ class Scheduler:
 
     def admit(self, request: Request, now: float) -> None:
         """Queue a request, or refuse it: then its FailedOutput is among the next outputs."""
+        self._admission.advance(now)
         self.stats.submitted[request.service] += 1
         self._budgeter.saw_request(request.service, now)
         sequence = self._sequence(request)
@@ -153,6 +154,7 @@ class Scheduler:
 
     def plan(self, now: float) -> Plan:
         """The next step; empty when there is nothing to compute."""
+        self._admission.advance(now)
         self._drop_lost(now)
         for stopped in self._residents.make_room():
             self.stats.preemptions += 1
