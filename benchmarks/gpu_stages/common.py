@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import statistics
@@ -89,6 +90,7 @@ class Stage:
         return value
 
 
+@functools.cache
 def machine(smoke: bool) -> dict[str, str]:
     """Card, driver and versions; kept with every row."""
     versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}

@@ -118,6 +118,8 @@ class DeviceSelector:
             self._keep_forced(forced, level)
         if not last:
             return [lambda _: None for _ in jobs]
+        for job in jobs:
+            self._searches.pop(job.state_slot, None)
         return self._finishers(searches, groups, lanes, beams, forced, readback)
 
     def _start(self, select: Select) -> _Search:
@@ -339,6 +341,8 @@ def _stack(
     prefixes: Sequence[Tensor | None], items: int, device: torch.device
 ) -> tuple[Tensor | None, NDArray[np.int32]]:
     """Distinct filters [filters, items + 1], and each group's row; None where nobody filters."""
+    if all(prefix is None for prefix in prefixes):
+        return None, np.zeros(len(prefixes), np.int32)
     rows: dict[int, int] = {}
     tensors: list[Tensor] = []
     index = []
@@ -346,11 +350,9 @@ def _stack(
         key = id(prefix)
         if key not in rows:
             rows[key] = len(tensors)
-            everything = torch.arange(items + 1, dtype=torch.int32, device=device)
-            tensors.append(everything if prefix is None else prefix)
+            tensors.append(torch.arange(items + 1, dtype=torch.int32, device=device) if prefix is None else prefix)
         index.append(rows[key])
-    stacked = torch.stack(tensors) if any(prefix is not None for prefix in prefixes) else None
-    return stacked, np.array(index, np.int32)
+    return torch.stack(tensors), np.array(index, np.int32)
 
 
 def _log_sum_exp(logits: Tensor, row: Tensor, node: Tensor, level: TrieTables) -> Tensor:
