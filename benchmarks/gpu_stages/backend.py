@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from shoplm.engine.batch import Batch, Row, SampleReadout
-from shoplm.model.backend import Backend, BackendInfo, Handle
+from shoplm.model.backend import Handle
 from shoplm.model.direct import DirectRunner
 from shoplm.model.shop_weights import random_trie
 from shoplm.model.step_graphs import GraphLimits, graph_buckets, smallest_cover
@@ -21,7 +21,7 @@ from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.triton_backend import TritonBackend
 from shoplm.model.triton_step import StepBounds
 from shoplm.request import Embed, Sampling, Select
-from toy_backend import assert_same, backends, chats, run, work
+from toy_backend import Recorder, assert_same, backends, chats, run, work
 
 from gpu_stages.common import Stage, median_us
 from gpu_stages.models import CONFIGS, TINY, random_weights
@@ -133,28 +133,16 @@ def _decode_batch(rows: int, kv_len: int, pages: int) -> Batch:
 
 
 @dataclass
-class Timed:
-    """A backend that keeps each step's seconds: by the wall, from `submit` to its result."""
+class Timed(Recorder):
+    """A backend that also keeps each step's seconds: by the wall, from `submit` to its result."""
 
-    backend: Backend
     seconds: list[tuple[bool, float]] = field(default_factory=list)  # whether the step has beams
-
-    @property
-    def info(self) -> BackendInfo:
-        return self.backend.info
-
-    def lanes(self, select: Select) -> int:
-        return self.backend.lanes(select)
 
     def submit(self, batch: Batch) -> Handle:
         start = time.perf_counter()
-        handle = self.backend.submit(batch)
-        handle.result()
+        handle = super().submit(batch)
         self.seconds.append((any(row.beam is not None for row in batch.rows), time.perf_counter() - start))
         return handle
-
-    def close(self) -> None:
-        self.backend.close()
 
 
 # NVIDIA's sid-gr-inference on an H100, without a trie: ms of the prompt and three tokens of 256 beams.

@@ -70,6 +70,20 @@ class Row:
     def query_end(self) -> int:
         return self.query_start + self.query_len
 
+    @property
+    def output_count(self) -> int:
+        """Hidden states that are read."""
+        if self.readout is None:
+            return 0
+        return 1 if self.beam is None else self.query_len
+
+
+def beam_of(row: Row) -> BeamStep:
+    """The beams of a row that has them."""
+    if row.beam is None:
+        raise ValueError(f"row of state slot {row.state_slot} has no beams")
+    return row.beam
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:

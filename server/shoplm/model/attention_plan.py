@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from shoplm.engine.batch import Batch, BeamStep, Row
+from shoplm.engine.batch import Batch, Row, beam_of
 from shoplm.model.kv_pool import KVPool
 from torch import Tensor
 
@@ -136,7 +136,7 @@ class _Planner:
     def lanes(self, rows: Sequence[Row], lineages: Mapping[int, NDArray[np.int64]]) -> Padded:
         ends = np.array([row.kv_len for row in rows])
         first = np.array([self.first_key(row) for row in rows])
-        steps, width, length = _beam(rows[0]).step, rows[0].query_len, int((ends - first).max())
+        steps, width, length = beam_of(rows[0]).step, rows[0].query_len, int((ends - first).max())
         keys = first[:, None] + np.arange(length)
         position = (ends + steps - 1)[:, None, None]
         visible = keys[:, None, :] < ends[:, None, None]
@@ -202,15 +202,9 @@ def _buckets(rows: Sequence[Row], first_key: _FirstKey) -> list[list[Row]]:
     return [sorted(bucket, key=lambda row: row.query_start) for bucket in buckets]
 
 
-def _beam(row: Row) -> BeamStep:
-    if row.beam is None:
-        raise ValueError(f"row of state slot {row.state_slot} has no beams")
-    return row.beam
-
-
 def own_slots(row: Row, lineage: NDArray[np.int64]) -> NDArray[np.int64]:
     """[lanes, step]: the pool slot of each code on each lane's way to its own."""
-    beam = _beam(row)
+    beam = beam_of(row)
     if lineage.shape != (beam.step, row.query_len):
         raise ValueError(
             f"row of state slot {row.state_slot}: step {beam.step} of {row.query_len} lanes does not continue the "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from shoplm.catalog.filters import ItemFilters
@@ -24,11 +24,15 @@ class DeviceFilters:
     """The most recently used `capacity` masks of one catalogue; a million items take 5 MB each."""
 
     def __init__(self, filters: ItemFilters, items: int, device: torch.device, capacity: int = 32) -> None:
-        self._filters = filters
         self._items = items
         self._device = device
-        self._capacity = capacity
-        self._kept: OrderedDict[ItemFilter, _Kept] = OrderedDict()
+
+        @lru_cache(capacity)  # not of a method: that would keep this object, and its masks, alive by a cycle
+        def take(item_filter: ItemFilter) -> _Kept:
+            allowed = filters.allowed(item_filter)
+            return _Kept(torch.tensor(allowed.mask).to(device), torch.tensor(allowed.before).to(device))
+
+        self._take = take
 
     def prefix(self, select: Select) -> Tensor | None:
         """int32 [items + 1], allowed items before each row; None where every item is allowed.
@@ -44,19 +48,6 @@ class DeviceFilters:
         mask = kept.mask.clone()
         mask[torch.tensor(select.exclude_items).to(self._device, non_blocking=True)] = False
         return allowed_prefix(mask[None])[0]
-
-    def _take(self, item_filter: ItemFilter) -> _Kept:
-        kept = self._kept.get(item_filter)
-        if kept is None:
-            allowed = self._filters.allowed(item_filter)
-            mask = torch.tensor(allowed.mask).to(self._device)
-            kept = _Kept(mask, torch.tensor(allowed.before).to(self._device))
-            self._kept[item_filter] = kept
-            if len(self._kept) > self._capacity:
-                self._kept.popitem(last=False)
-        else:
-            self._kept.move_to_end(item_filter)
-        return kept
 
 
 def check_items(rows: tuple[int, ...], items: int) -> None:

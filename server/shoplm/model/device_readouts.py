@@ -18,10 +18,9 @@ from shoplm.model.device_io import Readback, upload
 from shoplm.model.device_select import DeviceSelector
 from shoplm.model.device_state import DeviceState
 from shoplm.model.readouts import Readouts
-from shoplm.model.triton_step import LANES_STEP
+from shoplm.model.triton_step import lane_room
 from shoplm.readout.select import SelectJob
 from torch import Tensor
-from torch.nn import functional
 
 Answer = Callable[[NDArray[np.int32]], RowOutput]
 
@@ -48,7 +47,7 @@ class DeviceReadouts:
         """`readouts` names the catalogues and heads; `max_lanes` bounds the lanes of one search."""
         tables = readouts.tables
         steps = max((table.trie.depth - 1 for table in tables.values()), default=0)
-        lanes = -(-max_lanes // LANES_STEP) * LANES_STEP if steps else 0
+        lanes = lane_room(max_lanes) if steps else 0
         self._device = device
         self._heads = None if readouts.heads is None else readouts.heads.to(device)
         self.state = DeviceState.allocate(state_slots, lanes, steps, device)
@@ -73,14 +72,13 @@ class DeviceReadouts:
                     answers[index] = _token_at(drawn.start + samples)
                     samples += 1
                 case SelectReadout(select, level):
-                    count = row.query_len if row.beam is not None else 1
-                    job = SelectJob(row.state_slot, select, level, first, count)
+                    job = SelectJob(row.state_slot, select, level, first, row.output_count)
                     selections[select.trie, level].append((index, job))
                 case PredictReadout():
                     predictions.append((index, first))
                 case EmbedReadout():
                     answers[index] = _numbers(readback.add(hidden[first].float()))
-            first += row.query_len if row.beam is not None else 1
+            first += row.output_count
         if predictions:
             self._predict(batch.rows, predictions, hidden, readback, answers)
         for (trie, _), chosen in selections.items():
@@ -103,9 +101,7 @@ class DeviceReadouts:
             raise BundleError("a prediction was asked for, but the bundle has no heads")
         readouts = [rows[index].readout for index, _ in chosen]
         features = [readout.features for readout in readouts if isinstance(readout, PredictReadout)]
-        for row in features:
-            if len(row) != heads.features:
-                raise ValueError(f"{len(row)} dense features, the bundle's heads expect {heads.features}")
+        heads.check(features)
         dense, index = upload(
             [
                 np.array(features, np.float32).reshape(len(features), heads.features),
@@ -113,8 +109,7 @@ class DeviceReadouts:
             ],
             self._device,
         )
-        inputs = torch.cat((hidden[index].float(), (dense - heads.input_mean) / heads.input_scale), dim=1)
-        start = readback.add(functional.linear(inputs, heads.weight, heads.bias)).start
+        start = readback.add(heads.values(hidden[index], dense)).start
         for at, (row_index, _) in enumerate(chosen):
             answers[row_index] = _numbers(slice(start + at * heads.outputs, start + (at + 1) * heads.outputs))
 

@@ -178,15 +178,13 @@ def output_tokens(batch: Batch) -> tuple[dict[int, int], NDArray[np.int64]]:
     for index, row in enumerate(batch.rows):
         if row.readout is None:
             continue
-        start = row.query_start if row.beam is not None else row.query_end - 1
         first[index] = count
-        tokens.append(np.arange(start, row.query_end))
-        count += row.query_end - start
+        tokens.append(np.arange(row.query_end - row.output_count, row.query_end))
+        count += row.output_count
     return first, np.concatenate(tokens)
 
 
 def _select_job(row: Row, first: int) -> SelectJob:
     if not isinstance(row.readout, SelectReadout):
         raise ValueError(f"row of state slot {row.state_slot} is not a selection")
-    count = row.query_len if row.beam is not None else 1
-    return SelectJob(row.state_slot, row.readout.select, row.readout.level, first, count)
+    return SelectJob(row.state_slot, row.readout.select, row.readout.level, first, row.output_count)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +20,7 @@ from shoplm.kernels.tile_config import SHORT_ROWS
 from shoplm.model.device_io import packed_bytes
 from shoplm.model.device_state import DeviceState
 from shoplm.model.triton_program import StepOutputs
-from shoplm.model.triton_step import LANES_STEP, KernelStep, StepBounds, host_arrays, plan_step
+from shoplm.model.triton_step import KernelStep, StepBounds, host_arrays, lane_room, plan_step
 
 log = logging.getLogger("shoplm.graphs")
 
@@ -64,8 +64,16 @@ def graph_buckets(limits: GraphLimits) -> tuple[StepBounds, ...]:
 
 def smallest_cover(buckets: Sequence[StepBounds], need: StepBounds) -> StepBounds | None:
     """The bucket with the least padding that has room for a step, if there is one."""
-    covers = [bucket for bucket in buckets if bucket.cover(need)]
-    return min(covers, key=lambda b: (b.row_tokens + b.lane_tokens, b.kv_len, b.rows + b.groups), default=None)
+    return _first_cover(sorted(buckets, key=_padding), need)
+
+
+def _first_cover(buckets: Sequence[StepBounds], need: StepBounds) -> StepBounds | None:
+    return next((bucket for bucket in buckets if bucket.cover(need)), None)
+
+
+def _padding(bounds: StepBounds) -> tuple[int, int, int]:
+    """Orders buckets by what they cost a step that has room in all of them."""
+    return bounds.row_tokens + bounds.lane_tokens, bounds.kv_len, bounds.rows + bounds.groups
 
 
 def _up_to(sizes: Sequence[int], limits: GraphLimits) -> list[int]:
@@ -78,17 +86,12 @@ def _bounds(limits: GraphLimits, kv_len: int, tokens: int, rows: int, query_len:
 
 
 def _with_searches(bounds: StepBounds, limits: GraphLimits, lane_tokens: int) -> StepBounds:
-    return StepBounds(
-        row_tokens=bounds.row_tokens,
-        rows=bounds.rows,
-        query_len=bounds.query_len,
-        kv_len=bounds.kv_len,
-        pages=bounds.pages,
+    return replace(
+        bounds,
         groups=min(SEARCHES, lane_tokens),
         lane_tokens=lane_tokens,
-        lanes=-(-lane_tokens // LANES_STEP) * LANES_STEP,
+        lanes=lane_room(lane_tokens),
         steps=limits.steps,
-        samples=bounds.samples,
         outputs=bounds.rows + lane_tokens,
     )
 
@@ -138,6 +141,7 @@ class StepGraphs:
         self._device = state.tokens.device
         self._buffer = torch.empty(0, dtype=torch.uint8, device=self._device)
         self._captured: dict[StepBounds, Captured] = {}
+        self._smallest_first: list[StepBounds] = []
 
     @property
     def buckets(self) -> tuple[StepBounds, ...]:
@@ -164,6 +168,7 @@ class StepGraphs:
                 return self._program(step)
 
             self._captured[bounds] = RunAgain(run) if pool is None else CudaGraph(run, pool)
+        self._smallest_first = sorted(self._captured, key=_padding)
         log.info(
             "captured %d of %d step sizes in %.1f s (budget %.0f s)",
             len(self._captured),
@@ -178,7 +183,7 @@ class StepGraphs:
 
     def run(self, batch: Batch, need: StepBounds) -> StepOutputs | None:
         """Queue the step by the smallest captured bucket; None where none has room for it."""
-        bounds = smallest_cover(self.buckets, need)
+        bounds = _first_cover(self._smallest_first, need)
         if bounds is None:
             return None
         KernelStep.upload(plan_step(batch, bounds, self.state), bounds, self._device, self._buffer)

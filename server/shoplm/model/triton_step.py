@@ -6,17 +6,19 @@ Beams are moved behind all other tokens, so that each attention kernel meets one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter, ge
 from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from shoplm.engine.batch import Batch, BeamStep, Row, SampleReadout, SelectReadout
+from shoplm.engine.batch import Batch, Row, SampleReadout, SelectReadout, beam_of
 from shoplm.kernels.inputs import BeamGroups, RaggedRows
 from shoplm.model.device_io import upload
 from shoplm.model.device_state import DeviceState
+from shoplm.model.readouts import output_tokens
 from torch import Tensor
 
 LANES_STEP = (
@@ -64,15 +66,23 @@ class StepBounds:
             pages=max(len(row.pages) for row in batch.rows),
             groups=len(beams),
             lane_tokens=sum(row.query_len for row in beams),
-            lanes=-(-widest // LANES_STEP) * LANES_STEP,
+            lanes=lane_room(widest),
             steps=max((beam_of(row).step for row in beams), default=0),
             samples=sum(isinstance(row.readout, SampleReadout) for row in batch.rows),
-            outputs=sum(_output_count(row) for row in batch.rows),
+            outputs=sum(row.output_count for row in batch.rows),
         )
 
     def cover(self, other: StepBounds) -> bool:
         """Whether a step of these sizes has room for `other`."""
-        return all(getattr(self, field.name) >= getattr(other, field.name) for field in fields(self))
+        return all(map(ge, _sizes(self), _sizes(other)))
+
+
+_sizes = attrgetter(*(field.name for field in fields(StepBounds)))
+
+
+def lane_room(lanes: int) -> int:
+    """The room for this many lanes of one search: the next multiple of `LANES_STEP`."""
+    return -(-lanes // LANES_STEP) * LANES_STEP
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,12 +206,12 @@ def plan_step(batch: Batch, bounds: StepBounds, state: DeviceState) -> StepArray
         start += row.query_len
     size = bounds.row_tokens + bounds.lane_tokens
     from_state, source = _sources(batch, state)
-    outputs = np.concatenate([np.zeros(0, np.int64), *(_output_tokens(row) for row in batch.rows)])
+    first, outputs = output_tokens(batch)
     placed = place[outputs]
     padded = np.full(bounds.outputs, placed[0] if len(placed) else 0, np.int64)
     padded[: len(placed)] = placed
     sample_outputs, sample_target, temperature, top_k, top_p, seed, sample_index = _samples(
-        batch, bounds.samples, state
+        batch, first, bounds.samples, state
     )
     return StepArrays(
         tokens=_spread(batch.tokens, place, size, 0, np.int64),
@@ -230,21 +240,6 @@ def plan_step(batch: Batch, bounds: StepBounds, state: DeviceState) -> StepArray
     )
 
 
-def beam_of(row: Row) -> BeamStep:
-    """The beams of a row that has them."""
-    if row.beam is None:
-        raise ValueError(f"row of state slot {row.state_slot} has no beams")
-    return row.beam
-
-
-def _output_count(row: Row) -> int:
-    return 0 if row.readout is None else row.query_len if row.beam is not None else 1
-
-
-def _output_tokens(row: Row) -> Int64:
-    return np.arange(row.query_end - _output_count(row), row.query_end)
-
-
 def _sources(batch: Batch, state: DeviceState) -> tuple[NDArray[np.bool_], Int64]:
     """Which tokens an earlier step chose, and their entries of the state."""
     from_state = np.zeros(len(batch.tokens), np.bool_)
@@ -264,11 +259,10 @@ def _sources(batch: Batch, state: DeviceState) -> tuple[NDArray[np.bool_], Int64
     return from_state, source
 
 
-def _samples(batch: Batch, count: int, state: DeviceState) -> Draws:
-    """The draws' settings. Padding is greedy, and goes to the spare slot."""
-    first = np.cumsum([0, *(_output_count(row) for row in batch.rows)])
-    drawn = [(row, at, row.readout) for row, at in zip(batch.rows, first, strict=False)]
-    chosen = [(row, int(at), readout) for row, at, readout in drawn if isinstance(readout, SampleReadout)]
+def _samples(batch: Batch, first: Mapping[int, int], count: int, state: DeviceState) -> Draws:
+    """The draws' settings; `first` as in `output_tokens`. Padding is greedy, and goes to the spare slot."""
+    read = [(batch.rows[index], at) for index, at in first.items()]
+    chosen = [(row, at, row.readout) for row, at in read if isinstance(row.readout, SampleReadout)]
     settings = [readout.sampling for _, _, readout in chosen]
     columns = state.token_columns
     seeds = np.array([sampling.seed % 2**64 for sampling in settings], np.uint64).view(np.int64)

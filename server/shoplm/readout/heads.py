@@ -44,11 +44,18 @@ class Heads:
 
     def evaluate(self, hidden: Tensor, features: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
         """Raw values per row of `hidden` [rows, hidden_size] (any float type), after the final norm."""
+        self.check(features)
+        dense = torch.tensor(features, dtype=torch.float32, device=hidden.device)
+        values = self.values(hidden, dense.reshape(len(features), self.features))
+        return [tuple(row) for row in values.tolist()]
+
+    def check(self, features: Sequence[tuple[float, ...]]) -> None:
+        """Raises ValueError where a row has another number of dense features than the heads read."""
         for row in features:
             if len(row) != self.features:
                 raise ValueError(f"{len(row)} dense features, the bundle's heads expect {self.features}")
-        dense = torch.tensor(features, dtype=torch.float32, device=hidden.device)
-        dense = dense.reshape(len(features), self.features)
+
+    def values(self, hidden: Tensor, dense: Tensor) -> Tensor:
+        """fp32 [rows, outputs]: raw values, from `hidden` [rows, hidden_size] and `dense` [rows, features]."""
         inputs = torch.cat((hidden.float(), (dense - self.input_mean) / self.input_scale), dim=1)
-        values = functional.linear(inputs, self.weight, self.bias)
-        return [tuple(row) for row in values.tolist()]
+        return functional.linear(inputs, self.weight, self.bias)

@@ -73,22 +73,21 @@ class Selector:
     def _by_model(self, hidden: Tensor, jobs: Sequence[SelectJob]) -> list[SelectOutput | None]:
         table, level = self.table, jobs[0].level
         wanted = torch.from_numpy(np.concatenate([np.arange(job.first, job.first + job.count) for job in jobs]))
-        wanted = wanted.to(hidden.device)
         logits = functional.linear(hidden[wanted].float(), table.output_rows[level], table.output_bias[level])
         if table.trie.depth == 1:
             return list(self._flat(logits, jobs))
         if level == 0:
             for job in jobs:
                 self._searches[job.state_slot] = Search.start(table, job.select)
-        return self._advance(logits.cpu().numpy(), level, jobs)
+        return self._advance(logits.numpy(), level, jobs)
 
     def _flat(self, logits: Tensor, jobs: Sequence[SelectJob]) -> list[SelectOutput]:
         """Codes of one token: all items are scored, for all jobs in one product."""
         table = self.table
         codes = table.trie.levels[0].child_code
         if len(codes) != logits.shape[1]:  # some codes have no item
-            logits = logits[:, torch.from_numpy(codes.astype(np.int64)).to(logits.device)]
-        model = torch.log_softmax(logits, dim=-1).cpu().numpy()
+            logits = logits[:, torch.from_numpy(codes.astype(np.int64))]
+        model = torch.log_softmax(logits, dim=-1).numpy()
         scores = model + table.popularity_terms
         outputs = []
         for job, job_model, job_scores in zip(jobs, model, scores, strict=True):

@@ -103,7 +103,6 @@ class AmxDecoder:
             config.rms_norm_eps,
             1.0 / math.sqrt(config.head_dim),
         )
-        self._windows = [window for window in config.sliding_windows if window is not None]
 
     @property
     def vocab_size(self) -> int:

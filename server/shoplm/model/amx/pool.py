@@ -17,7 +17,6 @@ class AmxPool:
             raise ValueError(f"pages is {pages}, expected at least 1")
         if page_size % TILE:
             raise ConfigurationError(f"page_size {page_size} is not a multiple of {TILE}")
-        self.pages = pages
         self.page_size = page_size
         # Not zeroed: memory that no page has used yet is not occupied either.
         self.keys = torch.empty(layers, pages, kv_heads, page_size, head_dim, dtype=torch.bfloat16)
