@@ -13,6 +13,7 @@ from typing import Any, Self
 import grpc
 import psutil
 from server_thread import ServerThread
+from shoplm.bench.calls import open_channel
 from shoplm.config import ServerConfig
 from shoplm.engine.client import ProcessEngineClient
 from shoplm.request import Service
@@ -40,8 +41,7 @@ class Client:
     """Async stubs on a connection of its own."""
 
     def __init__(self, address: str, **metadata: str) -> None:
-        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
-        self.channel = grpc.aio.insecure_channel(address, options)
+        self.channel = open_channel(address)
         self._metadata = tuple(metadata.items())
         self._recommend: Any = RecommendationServiceStub(self.channel)  # type: ignore[arg-type]
         self._chat: Any = ChatServiceStub(self.channel)  # type: ignore[arg-type]

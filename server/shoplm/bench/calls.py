@@ -60,6 +60,11 @@ def open_channel(address: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(address, [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)])
 
 
+def bearer(token: str | None) -> tuple[tuple[str, str], ...]:
+    """The metadata of a call with a token."""
+    return () if token is None else (("authorization", f"Bearer {token}"),)
+
+
 class Caller:
     """Performs calls on one channel."""
 

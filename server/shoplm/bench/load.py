@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import psutil
-from shoplm.bench.calls import Caller, Outcome, open_channel
+from shoplm.bench.calls import Caller, Outcome, bearer, open_channel
 from shoplm.bench.plan import Arrival, LoadSettings
 from shoplm.request import Service
 
@@ -44,7 +44,7 @@ async def run_load(
     at the latest its deadline after the last was sent.
     """
     messages = {(arrival.service, arrival.customer): requests(arrival) for arrival in arrivals}
-    metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+    metadata = bearer(token)
     async with open_channel(address) as channel:
         await channel.channel_ready()
         sender = _Sender(Caller(channel, metadata), settings, arrivals, messages)

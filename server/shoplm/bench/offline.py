@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from shoplm.bench.calls import open_channel
+from shoplm.bench.calls import bearer, open_channel
 from shoplm.v1 import engine_pb2, engine_pb2_grpc
 
 # Ids that every supported base model has and that are ordinary text in all of them.
@@ -65,7 +65,7 @@ async def run_offline(
 ) -> OfflineResult:
     """Measure `shape`; every prompt of every run is a different one. Raises OfflineError when a call fails."""
     generator = random.Random(seed)
-    metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+    metadata = bearer(token)
     seconds: list[float] = []
     cached = 0
     async with open_channel(address) as channel:

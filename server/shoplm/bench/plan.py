@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from shoplm.request import Service
 from shoplm.simulate.trace import Arrival as TracedArrival
+from shoplm.simulate.trace import moments
 
 MAX_ARRIVALS = 200_000
 MAX_SECONDS = 3600.0
@@ -110,13 +111,12 @@ def drawn_arrivals(settings: LoadSettings, customers: int) -> tuple[Arrival, ...
     weights = [settings.mix[service] for service in services]
     end = settings.warmup_seconds + settings.seconds
     arrivals: list[Arrival] = []
-    form = settings.burstiness**-2  # a gamma distribution's coefficient of variation is 1 / sqrt(form)
-    moment = generator.gammavariate(form, 1 / (form * settings.rate))
-    while moment < end or not arrivals:
+    for moment in moments(generator, settings.rate, settings.burstiness):
+        if moment >= end and arrivals:
+            break
         service = generator.choices(services, weights)[0]
         customer = generator.randrange(customers)
         arrivals.append(Arrival(min(moment, end), service, customer, moment >= settings.warmup_seconds))
-        moment += generator.gammavariate(form, 1 / (form * settings.rate))
     return tuple(arrivals)
 
 

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 from shoplm.bench import offline, report
-from shoplm.bench.calls import open_channel
+from shoplm.bench.calls import bearer, open_channel
 from shoplm.bench.launch import RunningServer, own_server
 from shoplm.bench.load import run_load
 from shoplm.bench.observe import ServerWatch, listening_process
@@ -87,7 +87,7 @@ async def _sweep(
     rates: Sequence[float],
     policy: str,
 ) -> tuple[report.LoadResult, ...]:
-    metadata = _metadata(target.token)
+    metadata = bearer(target.token)
     async with open_channel(server.address) as channel:
         await asyncio.wait_for(channel.channel_ready(), CONNECT_SECONDS)
         shop = await read_shop(channel, await get_model(channel, metadata), target.bundle, metadata)
@@ -103,7 +103,7 @@ async def _sweep(
 
 async def measure(console: Console, server: RunningServer, work: Work) -> report.Report:
     """Do the work against a running server. Raises WorkloadError, OfflineError or a gRPC error."""
-    metadata = _metadata(work.token)
+    metadata = bearer(work.token)
     async with open_channel(server.address) as channel:
         await asyncio.wait_for(channel.channel_ready(), CONNECT_SECONDS)
         model = await get_model(channel, metadata)
@@ -162,10 +162,6 @@ def serve_arguments(base: str | None, bundle: Path | None) -> list[str]:
     """Flags of `shoplm serve`."""
     arguments = [] if base is None else ["--base", base]
     return arguments if bundle is None else [*arguments, "--bundle", str(bundle)]
-
-
-def _metadata(token: str | None) -> tuple[tuple[str, str], ...]:
-    return () if token is None else (("authorization", f"Bearer {token}"),)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ others wait for it. When a writer goes away, the next one that needs the page ta
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -54,28 +54,24 @@ class PrefixTree:
 
     def match(self, root: Hashable, tokens: Sequence[int], limit: int) -> int:
         """How many nodes `acquire` would return; nothing is held."""
-        node = self._roots.get(root)
-        size = self._page_size
-        found = 0
-        for start in range(0, limit - size + 1, size):
-            node = node.children.get(tuple(tokens[start : start + size])) if node is not None else None
-            if node is None:
-                break
-            found += 1
-        return found
+        return sum(1 for _ in self._walk(root, tokens, limit))
 
     def acquire(self, root: Hashable, tokens: Sequence[int], limit: int) -> list[Node]:
         """The longest chain of nodes for the full pages among the first `limit` tokens, each now held once more."""
+        chain = list(self._walk(root, tokens, limit))
+        for node in chain:
+            self._hold(node)
+        return chain
+
+    def _walk(self, root: Hashable, tokens: Sequence[int], limit: int) -> Iterator[Node]:
+        """The nodes for the full pages among the first `limit` tokens, as far as there are any."""
         node = self._roots.get(root)
-        chain: list[Node] = []
         size = self._page_size
         for start in range(0, limit - size + 1, size):
             node = node.children.get(tuple(tokens[start : start + size])) if node is not None else None
             if node is None:
-                break
-            self._hold(node)
-            chain.append(node)
-        return chain
+                return
+            yield node
 
     def extend(self, root: Hashable, parent: Node | None, tokens: Sequence[int], page: int, writer: object) -> Node:
         """A new node for a page that `writer` is going to compute, held once by it."""

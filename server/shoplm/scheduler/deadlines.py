@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterator
 from itertools import count
 
@@ -30,14 +31,15 @@ class Deadlines:
 
     def watch(self, sequence: Sequence) -> None:
         """Begin to watch a request."""
+        if not _may_be_lost(sequence):
+            return
+        self._alive += 1
         moment = self._moment(sequence)
-        if moment is not None:
-            self._alive += 1
-            heapq.heappush(self._heap, (moment, next(self._tie), sequence))
+        heapq.heappush(self._heap, (math.inf if moment is None else moment, next(self._tie), sequence))
 
     def forget(self, sequence: Sequence) -> None:
         """A request has ended."""
-        if sequence.request.deadline_seconds is None and sequence.limit_seconds is None:
+        if not _may_be_lost(sequence):
             return
         self._alive -= 1
         if len(self._heap) > 2 * self._alive + _SLACK_ENTRIES:
@@ -55,3 +57,7 @@ class Deadlines:
                 yield sequence
             elif moment is not None:
                 heapq.heappush(self._heap, (moment, next(self._tie), sequence))
+
+
+def _may_be_lost(sequence: Sequence) -> bool:
+    return sequence.request.deadline_seconds is not None or sequence.limit_seconds is not None

@@ -26,19 +26,17 @@ def next_token(sequence: Sequence) -> PlanRow:
 
 
 def next_tokens(sequence: Sequence, most: int, memory: SequenceMemory) -> PlanRow | None:
-    """The next tokens of a sequence, as many as `most` and the pages of others allow; None when there are none."""
+    """The next tokens of a prompt, as many as `most` and the pages of others allow; None when there are none."""
     if not memory.catch_up(sequence):
         return None
-    known = memory.computable(sequence) if sequence.computed < len(sequence.tokens) else 0
-    from_state = known == 0 and sequence.unknown > 0
-    size = min(known if known else sequence.pending, most)
+    size = min(memory.computable(sequence), most)
     if size < 1:
         return None
     start = sequence.computed
     sequence.computed += size
     reads = sequence.computed == sequence.length
     index = sequence.length - sequence.prompt_length
-    row = PlanRow(sequence, start, size, reads, from_state, 0, False, index, sequence.epoch)
+    row = PlanRow(sequence, start, size, reads, False, 0, False, index, sequence.epoch)
     if reads and isinstance(sequence.request.task, Generate):
         sequence.unknown += 1
     elif reads and isinstance(sequence.request.task, Select):

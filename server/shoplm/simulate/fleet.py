@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shoplm.request import Service
 from shoplm.scheduler.config import SchedulerConfig, SchedulingPolicy
@@ -15,7 +14,7 @@ from shoplm.simulate.replica import Outcome, Replica
 from shoplm.simulate.trace import PREAMBLE, Arrival
 
 IN_TIME_SHARE = 0.9  # of each service's requests, at a fleet's capacity
-QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "p99_9": 0.999}
+QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,45 +49,26 @@ class Fleet:
             replica = (key * 2_654_435_761 % (1 << 32)) * self.replicas >> 32
             if replica < self.simulated:
                 parts[replica].append(arrival)
-        return self._serve(parts, lambda index: (self.config, self.curve, self.capacity), end)
+        return self._serve(parts, end)
 
-    def _serve(
-        self,
-        parts: Sequence[Sequence[Arrival]],
-        engine: Callable[[int], tuple[SchedulerConfig, CostCurve, Capacity]],
-        end: float,
-    ) -> FleetResult:
+    def _serve(self, parts: Sequence[Sequence[Arrival]], end: float) -> FleetResult:
         outcomes: list[Outcome] = []
         busy = 0.0
-        shares: Counter[Service] = Counter()
         for index, part in enumerate(parts):
-            config, curve, capacity = engine(index)
-            replica = Replica(config, curve, capacity, noise=self.noise, seed=self.seed + index)
+            replica = Replica(self.config, self.curve, self.capacity, noise=self.noise, seed=self.seed + index)
             outcomes += replica.run(part)
             busy += replica.backend.busy_seconds
-            for service, share in replica.engine.scheduler.shares.services.items():
-                shares[service] += share.used_seconds  # type: ignore[assignment]
         whole = max(end, 1e-9) * len(parts)
-        return FleetResult(
-            outcomes, self.config.policy, whole, self.replicas / self.simulated, busy / whole, dict(shares)
-        )
+        return FleetResult(outcomes, self.config.policy, whole, self.replicas / self.simulated, busy / whole)
 
     def run_split(self, arrivals: Iterable[Arrival]) -> FleetResult:
         """The static split: three engines, one for each service, each on a third of the machine and its memory."""
-        third = Capacity(
-            pages=self.capacity.pages // 3,
-            page_size=self.capacity.page_size,
-            state_slots=max(self.capacity.state_slots // 3, 1),
-            max_context_tokens=self.capacity.max_context_tokens,
-            pipeline_depth=self.capacity.pipeline_depth,
-            trie_depth=self.capacity.trie_depth,
-        )
+        pages, slots = self.capacity.pages // 3, max(self.capacity.state_slots // 3, 1)
+        third = replace(self.capacity, pages=pages, state_slots=slots)
         every = list(arrivals)
         parts = [[each for each in every if each.service is service] for service in Service]
-        result = self._serve(parts, lambda index: (self.config, self.curve.slower(3.0), third), every[-1].seconds)
-        return FleetResult(
-            result.outcomes, result.policy, result.replica_seconds / 3, 1.0, result.utilisation, result.used_seconds
-        )
+        result = replace(self, curve=self.curve.slower(3.0), capacity=third)._serve(parts, every[-1].seconds)
+        return replace(result, replica_seconds=result.replica_seconds / 3, scale=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +84,6 @@ class ServiceResult:
     goodput: float  # answers in time per second
     latency: dict[str, float | None]
     first: dict[str, float | None]
-    inter_token: dict[str, float | None]
 
     @property
     def in_time_share(self) -> float:
@@ -120,7 +99,6 @@ class FleetResult:
     replica_seconds: float  # of the simulated replicas, from the first to the last arrival
     scale: float  # replicas for each that was simulated
     utilisation: float
-    used_seconds: dict[Service, float]  # of steps, as the scheduler charged them
 
     def service(self, service: Service, warm_up: float = 0.0) -> ServiceResult:
         """Results of the arrivals after the warm-up."""
@@ -137,7 +115,6 @@ class FleetResult:
             goodput=self.scale * timely / max(self._seconds(warm_up), 1e-9),
             latency=quantiles([each.end_seconds for each in served if each.end_seconds is not None]),
             first=quantiles([each.first_seconds for each in served if each.first_seconds is not None]),
-            inter_token=quantiles([gap for each in served for gap in each.gaps]),
         )
 
     def services(self, warm_up: float = 0.0) -> dict[Service, ServiceResult]:

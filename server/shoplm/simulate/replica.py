@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from shoplm.engine.engine import Engine
 from shoplm.request import (
@@ -36,9 +36,7 @@ class Outcome:
     first_seconds: float | None = None
     end_seconds: float | None = None
     tokens: int = 0
-    gaps: list[float] = field(default_factory=list)  # between two tokens
     degraded: bool = False
-    computed: bool = False  # some of it was computed
 
     @property
     def served(self) -> bool:
@@ -72,7 +70,6 @@ class Replica:
         self.engine = Engine(self.backend, config, self.clock)
         self.outcomes: list[Outcome] = []
         self._alive: dict[str, Outcome] = {}
-        self._last_token: dict[str, float] = {}
 
     def run(self, arrivals: Iterable[Arrival]) -> list[Outcome]:
         """Serve all arrivals, in their order, to the end."""
@@ -93,24 +90,17 @@ class Replica:
             outcome = self._alive[output.request_id]
             since = self.clock.now - outcome.arrival.seconds
             if isinstance(output, TokensOutput):
-                self._take_tokens(output, outcome, since)
+                outcome.tokens += len(output.tokens)
+                if outcome.first_seconds is None:
+                    outcome.first_seconds = since
                 continue
             del self._alive[output.request_id]
-            self._last_token.pop(output.request_id, None)
             outcome.end_seconds = since
             if isinstance(output, FailedOutput):
                 outcome.reason = output.reason
             else:
                 outcome.first_seconds = output.timings.first_seconds
                 outcome.degraded = bool(output.degraded)
-
-    def _take_tokens(self, output: TokensOutput, outcome: Outcome, since: float) -> None:
-        outcome.tokens += len(output.tokens)
-        if outcome.first_seconds is None:
-            outcome.first_seconds = since
-        else:
-            outcome.gaps.append(since - self._last_token[output.request_id])
-        self._last_token[output.request_id] = since
 
     def _submit(self, arrival: Arrival) -> None:
         name = str(len(self.outcomes))

@@ -76,11 +76,10 @@ def draw(shape: Shape) -> Iterator[Arrival]:
     lengths = [_length(generator, shape.history_tokens) for _ in range(max(shape.customers, 1))]
     services, weights = list(shape.mix), list(shape.mix.values())
     tenants, tenant_weights = list(shape.tenants), list(shape.tenants.values())
-    # Gaps of a gamma distribution: its coefficient of variation is 1 / sqrt(form).
-    form = shape.burstiness**-2
     newcomer = shape.customers
-    moment = generator.gammavariate(form, 1 / (form * shape.rate))
-    while moment < shape.seconds:
+    for moment in moments(generator, shape.rate, shape.burstiness):
+        if moment >= shape.seconds:
+            return
         service = generator.choices(services, weights)[0]
         tenant = generator.choices(tenants, tenant_weights)[0]
         if service is Service.CHAT:
@@ -95,7 +94,16 @@ def draw(shape: Shape) -> Iterator[Arrival]:
             length = _length(generator, shape.history_tokens) if is_new else lengths[customer]
             newcomer += is_new
             yield Arrival(moment, service, customer, length, tenant=tenant, allow_degraded=shape.allow_degraded)
-        moment += generator.gammavariate(form, 1 / (form * shape.rate))
+
+
+def moments(generator: random.Random, rate: float, burstiness: float) -> Iterator[float]:
+    """Moments without end, of `rate` per second; their gaps have a gamma distribution with this coefficient of
+    variation. Each is drawn when it is asked for."""
+    form = burstiness**-2  # the coefficient of variation is 1 / sqrt(form)
+    moment = 0.0
+    while True:
+        moment += generator.gammavariate(form, 1 / (form * rate))
+        yield moment
 
 
 def _length(generator: random.Random, mean: int) -> int:
