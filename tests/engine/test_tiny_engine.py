@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from real_engine import Answer, answer, answers, assert_same, request, running, tasks
+from shoplm.engine.client import EngineClient
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import (
     EngineUnavailableError,
@@ -65,6 +66,26 @@ def others(root: str = "") -> list[Request]:
     return [*asked, request(f"state {root}", prompts()[5], Embed(), root=root)]
 
 
+class Reports:
+    """The engine's reports, which come a few times a second."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self.seen: list[StepStats] = []
+        self._came = asyncio.Event()
+        client.on_stats(self._take)
+
+    def _take(self, stats: StepStats) -> None:
+        self.seen.append(stats)
+        self._came.set()
+
+    async def until(self, tells: Callable[[StepStats], bool]) -> None:
+        """Wait for a report that tells it."""
+        async with asyncio.timeout(10):
+            while not any(map(tells, self.seen)):
+                await self._came.wait()
+                self._came.clear()
+
+
 async def alone(folder: Path, asked: list[Request], **fields: object) -> list[Answer]:
     """One after another; an engine with room for nothing but one of them at a time."""
     async with running(spec(folder, max_running_requests=1, **fields)) as client:
@@ -93,12 +114,12 @@ async def test_recommendations_and_predictions_do_not_depend_on_company_or_cache
 ) -> None:
     folder = tiny_model(family)
     expected = await alone(folder, others())
-    mixed: list[StepStats] = []
     async with running(spec(folder)) as client:
-        client.on_stats(mixed.append)
+        reports = Reports(client)
         cold = (await answers(client, [*others(), *chats()]))[: len(expected)]
         warm = await answers(client, [request(f"again {each.request_id}", each.tokens, each.task) for each in others()])
-    assert sum(stats.mixed_steps for stats in mixed) > 0
+        await reports.until(lambda stats: stats.mixed_steps > 0)
+    assert sum(stats.mixed_steps for stats in reports.seen) > 0
     assert any(each.end.cached_tokens for each in warm)
     for wanted, first, second in zip(expected, cold, warm, strict=True):
         assert_same(wanted, first)
@@ -122,11 +143,12 @@ async def test_a_closed_stream_cancels_its_request(tiny_model: TinyModel) -> Non
         await anext(stream)
         await stream.aclose()
         # There is one state slot: the next request runs because the first has gone.
-        told = asyncio.Event()
-        client.on_stats(lambda stats: told.set() if stats.failures.get("chat:cancelled") == 1 else None)
+        reports = Reports(client)
         got = await answer(client, request("next", range(3, 20), Generate(2)))
         assert len(got.tokens) == 2 and client.in_flight == 0
-        await asyncio.wait_for(told.wait(), timeout=10)  # reports come a few times a second
+        await answer(client, request("third", range(3, 20), Generate(2)))
+        await reports.until(lambda stats: "chat:cancelled" in stats.failures)
+    assert sum(each.failures.get("chat:cancelled", 0) for each in reports.seen) == 1
 
 
 async def test_refusals_come_as_their_own_errors(tiny_model: TinyModel) -> None:
