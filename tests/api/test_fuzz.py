@@ -12,12 +12,12 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from server_thread import TIMEOUT_SECONDS, ServerThread
+from server_thread import ServerThread
 from shoplm.api.methods import METHODS
 from tiny_shop import CATEGORIES, DEMO_CUSTOMER, item_id
 
-# A long answer cannot be there before the deadline of these calls: it is refused at once.
-EXPECTED = {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED}
+EXPECTED = {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT}
+DEADLINE_SECONDS = 600.0  # so far off that no answer is refused for it, however long it may become
 FUZZ = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -73,7 +73,7 @@ def outcome(server: ServerThread, path: str, data: bytes) -> grpc.StatusCode:
     try:
         if METHODS[path].streams:
             call = server.channel.unary_stream(path, None, None)
-            list(call(data, timeout=TIMEOUT_SECONDS))
+            list(call(data, timeout=DEADLINE_SECONDS))
         else:
             server.raw(path, data)
     except grpc.RpcError as error:
