@@ -1,4 +1,4 @@
-"""ChatService: an answer token by token, with the customer's history before it and the shop's own texts beside it."""
+"""ChatService: an answer token by token, behind the customer's history, beside passages found for the question."""
 
 from __future__ import annotations
 

@@ -153,9 +153,10 @@ class AsyncClient(ClientBase):
     ) -> AsyncChatStream:
         """The assistant's next turn as a stream of text; a string is one user message, no customer is a visitor.
 
-        Needs no `await`: `async for delta in client.chat("Hello")`. Temperature None or 0 is greedy; `grounding`
-        None uses the shop's own texts where the bundle has some. `allow_degraded` lets the server shorten the answer
-        rather than refuse it; the summary says so.
+        Needs no `await`: `async for delta in client.chat("Hello")`. Temperature None or 0 is greedy. `grounding` None
+        uses the shop's own texts, items named in the question and the customer's purchases where the server has a
+        bundle; False does not. `allow_degraded` lets the server shorten the answer rather than refuse it; the summary
+        says so.
         """
         request = requests.chat_request(
             messages, customer, max_tokens, temperature, top_k, top_p, seed, stop, grounding, allow_degraded

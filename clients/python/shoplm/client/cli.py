@@ -129,7 +129,10 @@ def chat(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 always gives the likeliest answer.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Makes a sampled answer repeatable.")] = None,
-    grounding: Annotated[bool | None, typer.Option(help="Use the shop's own texts; left out: if it has some.")] = None,
+    grounding: Annotated[
+        bool | None,
+        typer.Option(help="Use the shop's texts, named items, own purchases; left out: if there is a bundle."),
+    ] = None,
     as_json: Json = False,
     address: Address = DEFAULT_ADDRESS,
     token: Token = None,

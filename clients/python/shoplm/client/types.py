@@ -236,7 +236,8 @@ class Predictions:
 
 @dataclass(frozen=True, slots=True)
 class Citation:
-    """A passage of the shop's own texts that the model was given."""
+    """A passage that the model was given. `source` names a text of the shop, or is `items.parquet` for an item that the
+    question named, or `customer` for what the customer often buys."""
 
     source: str
     title: str
