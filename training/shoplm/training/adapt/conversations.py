@@ -189,14 +189,17 @@ class FactWriter:
     def _about_item(self, random: np.random.Generator, kind: str) -> Fact:
         row = self._rows[random.integers(len(self._rows))]
         catalog, title = self._catalog, self._catalog.titles[row]
-        passage = item_passage(title, catalog.categories[row], float(catalog.prices[row]), self._currency)
         questions = _CATEGORY_QUESTIONS if kind == "category" else _PRICE_QUESTIONS
         question = questions[random.integers(len(questions))].format(title=title)
         if kind == "missing":
             return Fact(question, self._mixed(random, None, not_row=row), DECLINED)
         price = f"{title} costs {catalog.prices[row]:.2f} {self._currency}."
         answer = f"{title} is in {catalog.categories[row]}." if kind == "category" else price
-        return Fact(question, self._mixed(random, passage, not_row=row), answer)
+        return Fact(question, self._mixed(random, self._item(row), not_row=row), answer)
+
+    def _item(self, row: int) -> Passage:
+        catalog = self._catalog
+        return item_passage(catalog.titles[row], catalog.categories[row], float(catalog.prices[row]), self._currency)
 
     def _mixed(
         self, random: np.random.Generator, right: Passage | None, not_row: int | None = None
@@ -210,10 +213,7 @@ class FactWriter:
                 row = self._rows[random.integers(len(self._rows))]
                 if row == not_row:
                     continue
-                catalog = self._catalog
-                other = item_passage(
-                    catalog.titles[row], catalog.categories[row], float(catalog.prices[row]), self._currency
-                )
+                other = self._item(row)
             else:
                 continue
             if other != right and other not in passages:

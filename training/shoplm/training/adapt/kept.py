@@ -10,7 +10,6 @@ import torch
 from shoplm.prompt import PromptBuilder
 from shoplm.training.adapt.model import AdaptedModel
 from shoplm.training.adapt.replay import Replay
-from shoplm.training.adapt.tensors import pass_inputs
 from torch.nn import functional
 
 
@@ -39,10 +38,7 @@ def measure_kept(
         tokens += len(replay.answer)
         for name in sums:
             prefix = history if name.endswith("history") else bare
-            inputs = pass_inputs((*prefix, *replay.suffix, *replay.answer), ())
-            first = len(prefix) + len(replay.suffix) - 1
-            hidden = model.hidden(inputs, adapted=name.startswith("adapted"))[first : first + len(replay.answer)]
-            loss = functional.cross_entropy(model.text_logits(hidden), torch.tensor(replay.answer), reduction="sum")
-            sums[name] += float(loss)
+            logits = model.answer_logits(prefix, replay, adapted=name.startswith("adapted"))
+            sums[name] += float(functional.cross_entropy(logits, torch.tensor(replay.answer), reduction="sum"))
     means = {name: math.exp(total / max(tokens, 1)) for name, total in sums.items()}
     return ChatKept(len(replays), tokens, **means)

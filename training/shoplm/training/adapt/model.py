@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from shoplm.model.shop_weights import mean_embeddings
-from shoplm.training.adapt.tensors import PassInputs
+from shoplm.training.adapt.replay import Replay
+from shoplm.training.adapt.tensors import PassInputs, pass_inputs
 from shoplm.training.ranker import OutputRows
 from torch import Tensor, nn
 from torch.nn import functional
@@ -60,6 +61,12 @@ class AdaptedModel(nn.Module):
                 use_cache=False,
             ).last_hidden_state
         return states[0]
+
+    def answer_logits(self, prefix: Sequence[int], chat: Replay, *, adapted: bool) -> Tensor:
+        """[N, text vocabulary], fp32: what gives each of the answer's N tokens, behind `prefix` and the prompt."""
+        hidden = self.hidden(pass_inputs((*prefix, *chat.suffix, *chat.answer), ()), adapted=adapted)
+        first = len(prefix) + len(chat.suffix) - 1  # the state that gives the answer's first token
+        return self.text_logits(hidden[first : first + len(chat.answer)])
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """[N, text vocabulary], fp32."""

@@ -15,7 +15,7 @@ _MAX_ANSWER_TOKENS = 72
 
 
 class Replay(msgspec.Struct, frozen=True):
-    """A prompt and the base's answer, as tokens behind the shop's preamble."""
+    """A prompt and its answer, as tokens behind a prefix."""
 
     suffix: tuple[int, ...]
     answer: tuple[int, ...]

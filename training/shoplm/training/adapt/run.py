@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from shoplm.bundle import read_manifest
 from shoplm.catalog.items import read_catalog
 from shoplm.errors import BundleError
@@ -25,12 +23,10 @@ from shoplm.training.adapt.model import AdaptedModel
 from shoplm.training.adapt.replay import Replay, replays_of
 from shoplm.training.adapt.trainer import AdapterTrainer, AdaptSettings
 from shoplm.training.catalogue import token_texts
+from shoplm.training.evaluation import Say
 from shoplm.training.log import ShopLog
-from shoplm.training.ranker import OutputRows
-from shoplm.training.run import shop_of_bundle
+from shoplm.training.run import Bar, read_model, shop_of_bundle
 
-Say = Callable[[str], None]
-Progress = Callable[[str, int, int], None]  # what, done, total
 TALK_PROMPTS = 480
 HELD_OUT_PROMPTS = 40
 
@@ -50,7 +46,7 @@ class AdaptRequest:
 class AdaptRun:
     """One run: everything is loaded here, trained in `train`, measured in `measure`."""
 
-    def __init__(self, request: AdaptRequest, log: ShopLog, say: Say, progress: Progress) -> None:
+    def __init__(self, request: AdaptRequest, log: ShopLog, say: Say, progress: Bar) -> None:
         """Raises BundleError where bundle, base and log do not belong together."""
         self._request, self._say, self._progress = request, say, progress
         manifest = read_manifest(request.bundle)
@@ -70,12 +66,12 @@ class AdaptRun:
         )
         request.out.mkdir(parents=True, exist_ok=True)
         self._replays = self._answers("replays.json", TALK_PROMPTS, request.seed)
-        tensors = load_file(request.bundle / "weights.safetensors")
+        rows = read_model(request.bundle, manifest).rows
         torch.manual_seed(request.seed)
         self._model = AdaptedModel(
             base.folder,
             [self._tokenizer.encode(text) for text in token_texts(self._catalog)],
-            OutputRows(tensors["output_rows.0"].float(), tensors["output_bias.0"].float()),
+            rows,
             manifest.score.repeat_weight,
             len(self._shop.timeline.horizons),
             request.rank,
@@ -127,7 +123,7 @@ class AdaptRun:
         )
 
 
-def adapt(request: AdaptRequest, log: ShopLog, say: Say, progress: Progress) -> Path:
+def adapt(request: AdaptRequest, log: ShopLog, say: Say, progress: Bar) -> Path:
     """Train an adapter and measure what is left of chat; returns the adapter's folder."""
     run = AdaptRun(request, log, say, progress)
     run.train()

@@ -27,7 +27,7 @@ from shoplm.retrieval import Passage
 from shoplm.training.adapt.conversations import Fact, FactWriter
 from shoplm.training.adapt.model import AdaptedModel
 from shoplm.training.adapt.replay import Replay
-from shoplm.training.adapt.tensors import Branch, PassInputs, pass_inputs
+from shoplm.training.adapt.tensors import Branch, pass_inputs
 from shoplm.training.examples import ranking_examples
 from shoplm.training.labels import behaviour
 from shoplm.training.packing import pack_samples
@@ -151,7 +151,7 @@ class AdapterTrainer:
         if pack is not None:
             branches += [Branch(length, suffix) for length, suffix in zip(pack.lengths, pack.suffixes, strict=True)]
         chats = self._chats(bare or pack is None)
-        branches += [Branch(len(prefix), suffix + answer) for suffix, answer, _ in chats]
+        branches += [Branch(len(prefix), chat.suffix + chat.answer) for chat, _ in chats]
         inputs = pass_inputs(prefix, branches)
         hidden = self.model.hidden(inputs)
         self.tokens += len(inputs.tokens)
@@ -160,8 +160,10 @@ class AdapterTrainer:
             ends = [start + len(b.tokens) - 1 for start, b in zip(inputs.starts, branches, strict=True)]
             parts += self._shop_losses(customer, pack.samples, hidden[ends[: len(pack.samples)]], losses)
         first = len(branches) - len(chats)
-        for index, chat in enumerate(chats, first):
-            parts.append(self.settings.chat_weight * self._chat_loss(inputs, index, hidden, chat, losses))
+        for start, (chat, talk) in zip(inputs.starts[first:], chats, strict=True):
+            state = start + len(chat.suffix) - 1  # gives the answer's first token
+            logits = self.model.text_logits(hidden[state : state + len(chat.answer)])
+            parts.append(self.settings.chat_weight * self._chat_loss(logits, chat, losses, talk=talk))
         return torch.stack(parts).sum() if parts else None
 
     def _samples(self, history: History) -> list[Sample]:
@@ -169,22 +171,20 @@ class AdapterTrainer:
         kept = Use.ITEM_TRAIN | Use.HEAD_TRAIN
         return [sample for sample in samples_of(history, self._shop.timeline) if sample.use & kept]
 
-    def _chats(self, bare: bool) -> list[tuple[tuple[int, ...], tuple[int, ...], bool]]:
-        """(prompt behind the prefix, answer, whether it is talk) of this pass."""
+    def _chats(self, bare: bool) -> list[tuple[Replay, bool]]:
+        """Conversations of this pass, and whether each is talk."""
         chats = []
         if not bare or self._random.random() < 0.5:
             fact = self._facts.draw(self._random)
-            chats.append((*self._encode(fact), False))
+            chats.append((self._encode(fact), False))
         if self._replays and (bare or self._random.random() < self.settings.talk_share):
             replay = self._replays[int(self._random.integers(len(self._replays)))]
-            chats.append((replay.suffix, replay.answer, True))
+            chats.append((replay, True))
         return chats
 
-    def _encode(self, fact: Fact) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return encode_chat(self._builder, fact.question, fact.passages), (
-            *self._tokenizer.encode(fact.answer),
-            self._end_token,
-        )
+    def _encode(self, fact: Fact) -> Replay:
+        answer = (*self._tokenizer.encode(fact.answer), self._end_token)
+        return Replay(encode_chat(self._builder, fact.question, fact.passages), answer)
 
     def _shop_losses(self, customer: int, samples: Sequence[Sample], hidden: Tensor, losses: Losses) -> list[Tensor]:
         shop = self._shop
@@ -215,25 +215,13 @@ class AdapterTrainer:
             parts.append(self.settings.behaviour_weight * losses.add("purchase", loss))
         return parts
 
-    def _chat_loss(
-        self,
-        inputs: PassInputs,
-        branch: int,
-        hidden: Tensor,
-        chat: tuple[tuple[int, ...], tuple[int, ...], bool],
-        losses: Losses,
-    ) -> Tensor:
-        suffix, answer, talk = chat
-        first = inputs.starts[branch] + len(suffix) - 1  # the state that gives the answer's first token
-        logits = self.model.text_logits(hidden[first : first + len(answer)])
+    def _chat_loss(self, logits: Tensor, chat: Replay, losses: Losses, *, talk: bool) -> Tensor:
+        """`logits` [N, text vocabulary] are those of the answer's N tokens in this pass."""
         if not talk:
-            return losses.add("fact", functional.cross_entropy(logits, torch.tensor(answer)))
-        prefix = self._builder.prefix(None).tokens
+            return losses.add("fact", functional.cross_entropy(logits, torch.tensor(chat.answer)))
         with torch.no_grad():
-            alone = pass_inputs((*prefix, *suffix, *answer), ())
-            at = len(prefix) + len(suffix) - 1
-            teacher = self.model.hidden(alone, adapted=False)[at : at + len(answer)]
-            target = self.model.text_logits(teacher).log_softmax(-1)
+            teacher = self.model.answer_logits(self._builder.prefix(None).tokens, chat, adapted=False)
+            target = teacher.log_softmax(-1)
         loss = functional.kl_div(logits.log_softmax(-1), target, reduction="none", log_target=True).sum(-1).mean()
         return losses.add("talk", loss)
 
