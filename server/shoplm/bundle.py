@@ -7,7 +7,7 @@ types.parquet        one row per product type: title, description (in order of t
 weights.safetensors  output rows, popularity, heads (see `shoplm.model.shop_weights`)
 customers.parquet    demo customers' events: customer_id, item_id, type, time, quantity, price, basket_id
 card.md              data, splits, metrics beside baselines, limits
-report.html          the card's numbers as charts
+report.html          the card's numbers as charts, where the bundle was written by a version that makes it
 metrics.json         the card's numbers as data
 adapter_*            where the base was adapted: a LoRA adapter in PEFT's format, merged when the base is loaded
 knowledge/*.md       the shop's own texts for chat
@@ -67,6 +67,11 @@ class HeadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     campaign_type: str = ""
     parameters: dict[str, float] = {}  # calibration and interval parameters of the transform
     active_within_days: float = 0.0  # 0: applies to everyone; else only to customers who bought within these days
+
+    @property
+    def label(self) -> str:
+        """The target's name for people."""
+        return f"{self.kind.replace('_', ' ')} {self.campaign_type or f'{self.horizon_days} d'}"
 
 
 class DemoCustomer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

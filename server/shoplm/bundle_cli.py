@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -28,10 +28,10 @@ def show(folder: Folder) -> None:
         manifest = read_manifest(folder, verify=False)
     except ConfigurationError as error:
         raise _failed(str(error)) from error
-    console.print(_table(manifest.title, ("what", "value"), _facts(folder, manifest)))
+    console.print(table(manifest.title, ("what", "value"), _facts(folder, manifest)))
     if manifest.targets:
         header = ("target", "base rate", "parameters")
-        console.print(_table("targets", header, (_target(spec) for spec in manifest.targets)))
+        console.print(table("targets", header, (_target(spec) for spec in manifest.targets)))
     if (folder / "card.md").is_file():
         console.print(f"its numbers: {folder / 'card.md'}", highlight=False, soft_wrap=True)
 
@@ -47,7 +47,7 @@ def verify(folder: Folder, base: BaseOption = None) -> None:
     except ConfigurationError as error:
         raise _failed(str(error)) from error
     rows = (("ok" if each.good else "FAIL", each.what, each.found) for each in findings)
-    Console().print(_table(str(folder), ("", "what", "found"), rows))
+    Console().print(table(str(folder), ("", "what", "found"), rows))
     if base is None:
         Console(stderr=True).print("the base was not compared: give --base", style="dim")
     if not all(each.good for each in findings):
@@ -81,12 +81,12 @@ def _facts(folder: Path, manifest: ShopManifest) -> list[tuple[str, str]]:
 
 
 def _target(spec: HeadSpec) -> tuple[str, str, str]:
-    name = " ".join((spec.kind.replace("_", " "), spec.campaign_type or f"{spec.horizon_days} d"))
     parameters = ", ".join(f"{key} {value:.4g}" for key, value in sorted(spec.parameters.items()))
-    return name, f"{spec.base_rate:.4g}", parameters
+    return spec.label, f"{spec.base_rate:.4g}", parameters
 
 
-def _table(title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
+def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table of text."""
     drawn = Table(*header, title=title, title_justify="left")
     for row in rows:
         drawn.add_row(*row)

@@ -15,7 +15,6 @@ from shoplm.training.report import (
     ProbabilityRow,
     RankingResult,
     Report,
-    label,
     shown,
 )
 
@@ -115,8 +114,7 @@ def predictions(report: Report, targets: Sequence[HeadSpec]) -> list[str]:
         ]
         parts.append(table(("target", "by", "MAE", "RMSE"), errors, words=2))
     tested = {row.target for row in report.probabilities} | {row.target for row in report.amounts}
-    names = (label(spec.kind, spec.horizon_days, spec.campaign_type) for spec in targets)
-    untested = [name for name in names if name not in tested]
+    untested = [spec.label for spec in targets if spec.label not in tested]
     if untested:
         parts.append(f"Served, but not tested, for want of outcomes after the cut: {', '.join(untested)}.")
     return parts
@@ -163,7 +161,7 @@ _FROZEN = (
     "  those. So chat does not share the cached history of the other two services."
 )
 _ADAPTED = (
-    "- The base was adapted on a few hundred thousand tokens: most of what ranks items is still counting.\n"
+    "- The base was adapted to the shop, yet most of what ranks items is still counting.\n"
     "- Chat repeats facts from passages; what it says beside them is that of a small model."
 )
 

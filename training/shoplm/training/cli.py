@@ -1,4 +1,4 @@
-"""`shoplm train` and `shoplm evaluate`: plain typer command functions."""
+"""`shoplm train`, `shoplm adapt` and `shoplm evaluate`: plain typer command functions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from shoplm.training.tables import print_problems, print_report, table
-from shoplm.training.terminal import bars, errors, fail
+from shoplm.bundle_cli import table
+from shoplm.training.tables import print_problems, print_report
+from shoplm.training.terminal import bars, dim, errors, fail
 
 if TYPE_CHECKING:
     from shoplm.training.log import ShopLog
@@ -91,7 +92,7 @@ def train(
     )
     with errors(console):
         log = _read(console, events, items, customers, campaigns, timezone)
-        run = Run(request, log, lambda text: console.print(f"[dim]{text}[/dim]"))
+        run = Run(request, log, dim(console))
         if dry_run:
             console.print(table("would do", ("what", "value"), run.estimate()))
             return
@@ -125,7 +126,7 @@ def adapt(
         log = _read(console, events, items, customers, campaigns, timezone)
         with bars(console) as bar:
             request = AdaptRequest(bundle, out, base, steps, rank, seed)
-            folder = adapt(request, log, lambda text: console.print(f"[dim]{text}[/dim]"), bar)
+            folder = adapt(request, log, dim(console), bar)
     console.print(f"wrote [bold]{folder}[/bold]; use it with: shoplm train --adapter {folder}")
 
 
@@ -156,7 +157,7 @@ def evaluate(
                 base=base,
                 work=folder,
                 max_customers=max_customers or None,
-                say=lambda text: console.print(f"[dim]{text}[/dim]"),
+                say=dim(console),
                 progress=bar,
             )
     print_report(Console(), report)

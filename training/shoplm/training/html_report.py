@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jinja2 import Environment
 from markupsafe import Markup
 from shoplm.charts import STYLE, Line, bar_chart, line_chart
-from shoplm.training.card_tables import estimate
+from shoplm.training.card_tables import estimate, ranking_rows
 from shoplm.training.report import Breakdown, ProbabilityRow, Report, shown
 
 _PAGE = """<!doctype html>
@@ -27,9 +27,7 @@ they did after the training data end. The card, <code>card.md</code>, says how.<
 {% for result in report.rankings %}
 <h2>Recommendations: {{ result.split }} ({{ "{:,}".format(result.customers) }} customers)</h2>
 <table><tr><th>ranking</th><th>recall@10</th><th>NDCG@10</th><th>repeat</th><th>explore</th></tr>
-{% for row in result.rows %}<tr><td>{{ row.name }}</td><td>{{ shown(row.recall, ".4f") }}</td>
-<td>{{ shown(row.ndcg, ".4f") }}</td><td>{{ shown(row.repeat_recall, ".4f") }}</td>
-<td>{{ shown(row.explore_recall, ".4f") }}</td></tr>{% endfor %}</table>
+{% for row in ranking_rows(result) %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
 <p>NDCG@10 is {{ result.ndcg_over_count.verdict }} counting, and {{ result.ndcg_over_tifu.verdict }} TIFU-KNN.</p>
 <div class="charts">
 <div><h3>Recall by length of history</h3>{{ breakdown(result.by_visits, "visits known", "recall@10") }}</div>
@@ -67,6 +65,7 @@ def render_report(title: str, report: Report) -> str:
         report=report,
         shown=shown,
         estimate=estimate,
+        ranking_rows=ranking_rows,
         breakdown=_breakdown,
         reliability=_reliability,
     )

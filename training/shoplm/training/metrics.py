@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from shoplm.readout.targets import logit
 
 Floats = NDArray[np.float64]
 CALIBRATION_BINS = 10
@@ -114,21 +115,15 @@ def calibration_slope(probability: Floats, outcome: NDArray[np.bool_]) -> tuple[
     """Slope of a logistic regression of the outcome on logit(p), with its 95 % interval (Wald): 1 where probabilities
     are neither too extreme (below 1) nor too timid (above 1). Cox, Biometrika 45 (1958). NaN where it has no optimum.
     """
-    score = _logits(probability)
+    score = logit(probability)
     return _coefficient(np.stack([score, np.ones_like(score)], axis=1), np.zeros_like(score), outcome)
 
 
 def calibration_intercept(probability: Floats, outcome: NDArray[np.bool_]) -> tuple[float, float, float]:
     """Intercept of the same regression with the slope held at 1, with its 95 % interval (Wald): 0 where as many come
     as were foretold. "Calibration-in-the-large", Van Calster et al., BMC Medicine 17:230 (2019)."""
-    score = _logits(probability)
+    score = logit(probability)
     return _coefficient(np.ones((len(score), 1)), score, outcome)
-
-
-def _logits(probability: Floats) -> Floats:
-    inside = np.clip(probability, 1e-7, 1.0 - 1e-7)
-    result: Floats = np.log(inside) - np.log1p(-inside)
-    return result
 
 
 def _coefficient(x: Floats, offset: Floats, outcome: NDArray[np.bool_]) -> tuple[float, float, float]:

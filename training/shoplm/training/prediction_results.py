@@ -30,7 +30,6 @@ from shoplm.training.report import (
     Estimate,
     ProbabilityRow,
     known,
-    label,
 )
 from shoplm.training.samples import HiddenTable, Task, Use
 from shoplm.training.shop import Shop
@@ -69,7 +68,7 @@ def _chance(spec: HeadSpec, train: Observed, test: Observed, values: Floats, see
 
 def _chance_row(spec: HeadSpec, ours: Floats, boosted: Floats, truth: NDArray[np.bool_]) -> ProbabilityRow:
     return ProbabilityRow(
-        target=label(spec.kind, spec.horizon_days, spec.campaign_type),
+        target=spec.label,
         customers=len(truth),
         observed=float(truth.mean()),
         auc=known(auc(ours, truth)),
@@ -105,7 +104,7 @@ def _amount(shop: Shop, spec: HeadSpec, train: Observed, test: Observed, values:
         if model is not None:
             guesses[BG_NBD] = model.expected(known_of, float(spec.horizon_days))
     return AmountRow(
-        target=label(spec.kind, spec.horizon_days, spec.campaign_type),
+        target=spec.label,
         customers=len(test),
         observed=float(truth.mean()),
         predicted=float(amount.mean()),

@@ -40,7 +40,7 @@ class Rivals:
 
     count: Weights
     tifu: TifuSettings
-    pool: NDArray[np.int32]  # customers who may be neighbours
+    pool: Purchases  # of the customers who may be neighbours, as known when the test begins
 
 
 def tuned_rivals(shop: Shop, window: Window, seed: int) -> Rivals:
@@ -50,7 +50,7 @@ def tuned_rivals(shop: Shop, window: Window, seed: int) -> Rivals:
     count = baselines.tuned_count_weights(window)
     queries = _purchases(shop, window.examples)
     tifu = tuned_tifu(window, queries, _pool(shop, pool, shop.timeline.tuned_at))
-    return Rivals(count, tifu, pool)
+    return Rivals(count, tifu, _pool(shop, pool, shop.timeline.test_at))
 
 
 def measure_ranking(
@@ -67,12 +67,11 @@ def measure_ranking(
     """One split; `examples` index `table`."""
     window = Window(examples, shop.histories, popularity)
     logits = rows.logits(torch.from_numpy(table.hidden[examples.sample]))
-    pool = _pool(shop, rivals.pool, shop.timeline.test_at)
     ranked = {
         POPULARITY: baselines.popularity_ranking(window),
         "group, then personal frequency": baselines.frequency_ranking(examples, shop.histories, popularity),
         COUNT: window.rank(rivals.count, None),
-        TIFU: tifu_ranking(_purchases(shop, examples), pool, rivals.tifu),
+        TIFU: tifu_ranking(_purchases(shop, examples), rivals.pool, rivals.tifu),
         "language model alone": window.rank(Weights(1.0, 0.0, 0.0, weights.decay_days), logits),
         OURS: window.rank(weights, logits),
     }

@@ -148,12 +148,6 @@ class Report(Sample, frozen=True):
     tifu_settings: dict[str, float]  # of the tuned TIFU-KNN
 
 
-def label(kind: str, horizon_days: int, campaign_type: str) -> str:
-    """A target's name for people."""
-    name = kind.replace("_", " ")
-    return f"{name} {campaign_type}" if campaign_type else f"{name} {horizon_days} d"
-
-
 def known(value: float) -> float | None:
     """None for NaN, which JSON does not have."""
     return None if math.isnan(value) else value

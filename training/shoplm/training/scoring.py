@@ -64,7 +64,7 @@ class Window:
         count, items = len(self.examples), len(self.popularity)
         ranked = np.zeros((count, min(TOP, items)), np.int64)
         owned = self.owned(weights.decay_days)
-        for chunk in _chunks(count):
+        for chunk in chunks(count, _CHUNK):
             if logits is None or weights.model == 0.0:
                 scores = torch.zeros(len(chunk), items)
             else:
@@ -99,9 +99,10 @@ def top(scores: Tensor, k: int) -> NDArray[np.int64]:
     return ranked
 
 
-def _chunks(count: int) -> Iterator[NDArray[np.intp]]:
-    for start in range(0, count, _CHUNK):
-        yield np.arange(start, min(start + _CHUNK, count))
+def chunks(count: int, size: int) -> Iterator[NDArray[np.intp]]:
+    """0 to `count`, at most `size` at once."""
+    for start in range(0, count, size):
+        yield np.arange(start, min(start + size, count))
 
 
 def tune(window: Window, logits: Tensor | None, start: Weights) -> Weights:

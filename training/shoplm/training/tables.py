@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
+from shoplm.bundle_cli import table
 from shoplm.training.card_tables import estimate, ranking_rows
 from shoplm.training.problems import Problem
 from shoplm.training.report import ProbabilityRow, RankingResult, Report, shown
@@ -58,11 +58,3 @@ def print_problems(console: Console, problems: Sequence[Problem]) -> None:
     if problems:
         rows = [(p.table, p.column, f"{p.rows:,}", p.found, p.done) for p in problems]
         console.print(table("the log's problems", ("file", "column", "rows", "found", "done"), rows))
-
-
-def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table of text."""
-    drawn = Table(*header, title=title, title_justify="left")
-    for row in rows:
-        drawn.add_row(*row)
-    return drawn

@@ -34,6 +34,11 @@ def fail(console: Console, message: str) -> NoReturn:
     raise typer.Exit(EXIT_WRONG)
 
 
+def dim(console: Console) -> Callable[[str], None]:
+    """A function that says what is going on, so that results stand out."""
+    return lambda text: console.print(f"[dim]{text}[/dim]")
+
+
 @contextmanager
 def bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A function (what, done, total) that draws one bar per kind of work."""

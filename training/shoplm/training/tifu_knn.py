@@ -13,7 +13,7 @@ alpha * u + (1 - alpha) * mean of the k nearest customers' vectors, Euclidean di
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from shoplm.history import EventKind
 from shoplm.training.histories import Histories
-from shoplm.training.scoring import TOP, Window, top
+from shoplm.training.scoring import TOP, Window, chunks, top
 
 _CHUNK = 256  # customers whose scores over all items are in memory at once
 
@@ -100,7 +100,7 @@ def tifu_ranking(queries: Purchases, pool: Purchases, settings: TifuSettings) ->
     k = min(TOP, own.shape[1])
     ranked = np.zeros((len(queries), k), np.int64)
     norms = np.asarray(others.multiply(others).sum(axis=1)).ravel()
-    for chunk in _chunks(len(queries)):
+    for chunk in chunks(len(queries), _CHUNK):
         scores = settings.own_share * own[chunk].toarray()
         if settings.own_share < 1.0:
             # The query's own norm is the same for all of its neighbours.
@@ -143,8 +143,3 @@ def _ndcg(window: Window, queries: Purchases, pool: Purchases, settings: TifuSet
     if not len(queries):
         return 0.0
     return window.quality(tifu_ranking(queries, pool, settings)).means()["ndcg"]
-
-
-def _chunks(count: int) -> Iterator[NDArray[np.intp]]:
-    for start in range(0, count, _CHUNK):
-        yield np.arange(start, min(start + _CHUNK, count))

@@ -14,7 +14,7 @@ from shoplm.bundle import HeadSpec
 from shoplm.features import dense_features
 from shoplm.history import History
 from shoplm.readout.targets import PROBABILITIES, answer, applicable
-from shoplm.request import FinishedOutput, Predict, Request, Select, Service
+from shoplm.request import FinishedOutput, Predict, Request, Select, Service, Task
 from shoplm.training.score.questions import Question, Questions
 
 IN_FLIGHT = 64  # questions the engine has at once: enough to fill its steps, few enough for its queue
@@ -82,10 +82,12 @@ class Scorer:
             own_counts=tuple(counts.tolist()),
             popularity_only=len(history) == 0,
         )
-        predict = Predict(tuple(dense_features(history, self.shop.catalog.prices).tolist()))
-        asked = [(Service.RECOMMENDATION, prompts.recommend(prefix, history), select)]
+        asked: list[tuple[Service, tuple[int, ...], Task]] = [
+            (Service.RECOMMENDATION, prompts.recommend(prefix, history), select)
+        ]
         if self.shop.targets:
-            asked.append((Service.PREDICTION, prompts.predict(prefix, history), predict))  # type: ignore[arg-type]
+            predict = Predict(tuple(dense_features(history, self.shop.catalog.prices).tolist()))
+            asked.append((Service.PREDICTION, prompts.predict(prefix, history), predict))
         found = await asyncio.gather(
             *(
                 self.engine.run(
