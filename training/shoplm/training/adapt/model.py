@@ -36,6 +36,7 @@ class AdaptedModel(nn.Module):
         causal: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         self.peft: PeftModel = get_peft_model(causal, config, autocast_adapter_dtype=False)
+        config.target_modules = sorted(config.target_modules or ())  # a set: its order would differ from run to run
         config.base_model_name_or_path = folder.name  # where the base lies on this machine is nobody's business
         embedding = causal.get_input_embeddings().weight.detach()
         self._table = torch.cat((embedding, mean_embeddings(embedding, texts)))
