@@ -88,9 +88,10 @@ def test_a_tenant_that_floods_leaves_room_for_another(ordeal: Ordeal, soaks: boo
     async def load() -> tuple[Counter[str], Counter[str]]:
         flood, quiet = (Client(ordeal.address, **{"x-tenant-id": name}) for name in ("flood", "quiet"))
         seconds = 60.0 if soaks else 3.0
-        flooding = asyncio.create_task(for_seconds(seconds, 200, lambda _: flood.talk(10.0)))
-        codes = await for_seconds(seconds, 2, lambda _: quiet.recommend(10.0))
-        flooded = await flooding
+        calm = asyncio.create_task(for_seconds(seconds, 2, lambda _: quiet.recommend(10.0)))
+        await quiet.recommend(10.0)  # the calm ones are there when the flood comes, which no queue can hold
+        flooded = await for_seconds(seconds, 400, lambda _: flood.talk(10.0))
+        codes = await calm
         await flood.channel.close()
         await quiet.channel.close()
         return codes, flooded
