@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# Two processes of one thread each: more would only wait for each other on a small machine, and hold 1 GB apiece.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help serve test soak lint types bench doctor budget train clean
 
@@ -22,8 +25,8 @@ serve: $(INSTALLED) ## Install, fetch the default base model and serve the defau
 
 test: $(INSTALLED) ## Every test that this machine can run
 	$(BIN)/python -c 'from shoplm.model.base import resolve_base; resolve_base()'
-	$(BIN)/python -m pytest tests --ignore=tests/kernels $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
+	$(PYTEST) tests --ignore=tests/kernels $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels $(ARGS)
 
 soak: $(INSTALLED) ## Overload, disconnects, stalls, floods, noise and lost engines, at full length
 	SOAK=1 $(BIN)/python -m pytest tests/robustness $(ARGS)

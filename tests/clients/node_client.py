@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -18,14 +19,16 @@ needs_node = pytest.mark.skipif(
 
 
 def install() -> None:
-    """The exact dependencies of the lock file; does nothing when they are there."""
+    """The exact dependencies of the lock file; does nothing when they are there. Tests beside this one wait."""
     lock, stamp = FOLDER / "package-lock.json", FOLDER / "node_modules" / ".installed-lock.json"
-    if stamp.is_file() and stamp.read_bytes() == lock.read_bytes():
-        return
-    command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=INSTALL_SECONDS)
-    assert done.returncode == 0, f"npm ci failed:\n{done.stderr}"
-    shutil.copyfile(lock, stamp)
+    with lock.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if stamp.is_file() and stamp.read_bytes() == lock.read_bytes():
+            return
+        command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+        done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=INSTALL_SECONDS)
+        assert done.returncode == 0, f"npm ci failed:\n{done.stderr}"
+        shutil.copyfile(lock, stamp)
 
 
 def run_node_tests(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
