@@ -9,14 +9,19 @@ from pathlib import Path
 
 import grpc
 import pytest
+import typer
 from scripted_engine import ScriptedEngine
 from served_shop import ShopFolders
 from server_thread import ServerThread
 from shoplm.client import Client, UnavailableError
+from shoplm.client.cli import register
 from shoplm.errors import ConfigurationError
 from tiny_shop import DEMO_CUSTOMER
+from typer.testing import CliRunner
 
 SECONDS = 10.0
+verbs = typer.Typer()
+register(verbs)
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ def test_mutual_tls_lets_in_only_clients_of_our_authority(
     with serve(shop_folders, ours, "--tls-client-ca", str(ours.root)) as server:
         with client(server, ours, ours) as known:
             assert known.recommend(DEMO_CUSTOMER).items
+        files = ["--ca-file", str(ours.root), "--cert-file", str(ours.certificate), "--key-file", str(ours.key)]
+        assert CliRunner().invoke(verbs, ["model", "--address", server.address, *files]).exit_code == 0
         for own in (stranger, None):
             with client(server, ours, own) as refused, pytest.raises(UnavailableError):
                 refused.recommend(DEMO_CUSTOMER)

@@ -134,6 +134,7 @@ class Services(
             model=VERSION,
             usage=USAGE,
             degraded=request.allow_degraded,
+            degradations=[shop_pb2.DEGRADATION_NARROWER_BEAMS] if request.allow_degraded else [],
             warnings=[shop_pb2.Warning(code="EMPTY_HISTORY", message="no events", count=1)],
         )
 
@@ -180,6 +181,7 @@ class Services(
                 usage=shop_pb2.Usage(prompt_tokens=80, cached_tokens=64, completion_tokens=len(tokens)),
                 citations=[chat_pb2.Citation(source="returns.md", title="Returns", text="Free for 30 days.")],
                 model=VERSION,
+                degradations=[shop_pb2.DEGRADATION_FEWER_TOKENS] if request.allow_degraded else [],
             )
         )
 

@@ -107,6 +107,8 @@ def test_model_shows_what_is_served(server: CannedServer) -> None:
         (["recommend", "--customer", "slow", "--timeout", "0.2"], 5, "--timeout"),
         (["recommend", "--customer", "broken"], 1, "its log has request"),
         (["recommend", "--customer", "7", "--timeout", "-1"], 2, "timeout=-1"),
+        (["model", "--tenant", "not blue"], 2, "tenant='not blue'"),
+        (["model", "--key-file", __file__], 2, "--cert-file and --key-file come together"),
         (["predict", "--target", "luck"], 2, "'luck' is not one of purchase"),
     ],
 )
@@ -132,6 +134,15 @@ def test_token_comes_from_the_option() -> None:
         result = run(server, "model")
     assert result.exit_code == 6
     assert "SHOPLM_TOKEN" in result.stderr
+
+
+def test_the_tenant_is_sent_and_a_smaller_answer_says_so(server: CannedServer) -> None:
+    result = run(server, "recommend", "--customer", "7", "--tenant", "blue", "--allow-degraded")
+    assert "narrower beams" in result.stdout
+    (metadata,) = server.record.metadata.values()
+    assert metadata["x-tenant-id"] == "blue"
+    spoken = run(server, "chat", "hi", "--allow-degraded")
+    assert "fewer tokens" in spoken.stderr
 
 
 def test_targets_are_parsed() -> None:

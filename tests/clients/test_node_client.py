@@ -12,6 +12,7 @@ def test_node_client_against_the_canned_server(server: CannedServer) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "# fail 0" in done.stdout
     assert "# skipped 0" in done.stdout
+    assert server.record.metadata["of-blue"]["x-tenant-id"] == "blue"
 
 
 def test_lock_file_names_no_registry() -> None:

@@ -85,6 +85,8 @@ export interface ChatOptions extends CallOptions {
   seed?: number;
   stop?: string[];
   grounding?: boolean;
+  /** Rather a shorter answer than a refusal when the server is busy. */
+  allowDegraded?: boolean;
 }
 
 export interface ModelVersion {
@@ -133,8 +135,12 @@ export interface Ranking extends Answer {
   items: RecommendedItem[];
 }
 
+/** What the server took from an answer, with the caller's leave, so that it came in time. */
+export type Degradation = 'narrower_beams' | 'fewer_tokens' | 'unspecified';
+
 export interface Recommendations extends Ranking {
   degraded: boolean;
+  degradations: Degradation[];
 }
 
 export interface Prediction {
@@ -160,6 +166,7 @@ export interface Citation {
 export interface ChatSummary extends Answer {
   finishReason: 'stop' | 'length' | 'unspecified';
   citations: Citation[];
+  degradations: Degradation[];
 }
 
 export interface ModelInfo {
@@ -184,11 +191,16 @@ export interface ModelInfo {
 
 export interface ClientOptions {
   token?: string;
+  /** As whom, where tenants share the server. */
+  tenant?: string;
   /** Deadline of every call, or of each service's calls. */
   timeoutMs?: number | { recommendation?: number; chat?: number; prediction?: number; model?: number };
   tls?: boolean;
   /** PEM; implies tls. */
   rootCertificates?: Buffer;
+  /** PEM, with `privateKey`, for servers that ask their clients for a certificate; implies tls. */
+  certificateChain?: Buffer;
+  privateKey?: Buffer;
   /** Default: true. */
   retries?: boolean;
   /** Spread calls over every address that the name resolves to. */

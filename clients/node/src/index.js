@@ -12,6 +12,8 @@ import * as wire from './wire.js';
 export * from './errors.js';
 
 const DEFAULT_TIMEOUTS_MS = { recommendation: 10_000, chat: 120_000, prediction: 10_000, model: 5_000 };
+const TENANT_KEY = 'x-tenant-id'; // the server's default for its tenant_metadata_key
+const TENANT = /^[A-Za-z0-9._:/+=@-]{1,128}$/;
 const SERVICES = ['recommendation', 'chat', 'prediction', 'model'];
 
 // A published package carries the contract inside; in the repository it lies beside the clients.
@@ -53,6 +55,15 @@ function checkTimeout(name, value) {
     throw new RangeError(`${name} must be a number of milliseconds above 0, not ${String(value)}`);
   }
   return value;
+}
+
+/** @param {import('./index.js').ClientOptions} options */
+function credentialsOf({ tls = false, rootCertificates, certificateChain, privateKey }) {
+  if ((certificateChain === undefined) !== (privateKey === undefined)) {
+    throw new TypeError('certificateChain and privateKey come together: give both or none');
+  }
+  if (!(tls || rootCertificates || privateKey)) return grpc.credentials.createInsecure();
+  return grpc.credentials.createSsl(rootCertificates ?? null, privateKey ?? null, certificateChain ?? null);
 }
 
 /** A chat answer while it arrives: iterate over its text, then read `summary`. Breaking out cancels the call. */
@@ -105,6 +116,7 @@ export class ChatStream {
 export class Client {
   #timeouts;
   #token;
+  #tenant;
   #stubs;
 
   /**
@@ -112,15 +124,18 @@ export class Client {
    * @param {import('./index.js').ClientOptions} [options]
    */
   constructor(address = '127.0.0.1:50051', options = {}) {
-    const { token, timeoutMs, tls = false, rootCertificates, retries = true, roundRobin = false } = options;
+    const { token, tenant, timeoutMs, retries = true, roundRobin = false } = options;
+    if (tenant !== undefined && !TENANT.test(tenant)) {
+      throw new RangeError(`tenant must be 1 to 128 letters, digits or ._:/+=@-, not ${String(tenant)}`);
+    }
     this.#token = token;
+    this.#tenant = tenant;
     this.#timeouts = { ...DEFAULT_TIMEOUTS_MS };
     for (const name of SERVICES) {
       const given = typeof timeoutMs === 'object' ? timeoutMs[name] : timeoutMs;
       if (given !== undefined) this.#timeouts[name] = checkTimeout('timeoutMs', given);
     }
-    const credentials =
-      tls || rootCertificates ? grpc.credentials.createSsl(rootCertificates) : grpc.credentials.createInsecure();
+    const credentials = credentialsOf(options);
     const channelOptions = {
       'grpc.service_config': serviceConfig(retries, roundRobin),
       'grpc.enable_retries': retries ? 1 : 0,
@@ -192,6 +207,7 @@ export class Client {
   #metadata(requestId) {
     const metadata = new grpc.Metadata();
     metadata.set('x-request-id', requestId);
+    if (this.#tenant !== undefined) metadata.set(TENANT_KEY, this.#tenant);
     if (this.#token !== undefined) metadata.set('authorization', `Bearer ${this.#token}`);
     return metadata;
   }

@@ -78,7 +78,7 @@ export function predictRequest({ customer, targets = [] }) {
   };
 }
 
-export function chatRequest(messages, { customer, maxTokens, temperature, topK, topP, seed, stop, grounding }) {
+export function chatRequest(messages, { customer, maxTokens, temperature, topK, topP, seed, stop, grounding, allowDegraded }) {
   return {
     customer: customer === undefined ? undefined : customerMessage(customer),
     messages: typeof messages === 'string' ? [{ role: 'user', content: messages }] : messages,
@@ -89,6 +89,7 @@ export function chatRequest(messages, { customer, maxTokens, temperature, topK, 
     seed,
     stop,
     grounding: grounding === undefined ? undefined : grounding ? 'GROUNDING_ON' : 'GROUNDING_OFF',
+    allowDegraded,
   };
 }
 
@@ -111,12 +112,18 @@ const target = (message) => ({
   campaignType: message.campaignType || undefined,
 });
 
+const degradations = (message) => message.degradations.map((value) => enumValue('DEGRADATION', value));
+
 /** What every answer ends with. */
 const common = ({ model, usage, warnings }) => ({ model, usage, warnings });
 
 export const rankingFrom = (message) => ({ items: message.items.map(item), ...common(message) });
 
-export const recommendationsFrom = (message) => ({ ...rankingFrom(message), degraded: message.degraded });
+export const recommendationsFrom = (message) => ({
+  ...rankingFrom(message),
+  degraded: message.degraded,
+  degradations: degradations(message),
+});
 
 export const predictionsFrom = (message) => ({
   predictions: message.predictions.map((prediction) => ({
@@ -136,6 +143,7 @@ export const predictionsFrom = (message) => ({
 export const summaryFrom = (message) => ({
   finishReason: enumValue('FINISH_REASON', message.finishReason),
   citations: message.citations,
+  degradations: degradations(message),
   ...common(message),
 });
 

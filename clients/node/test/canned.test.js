@@ -49,3 +49,22 @@ test('interval, absent price and inapplicable targets', options, async () => {
   const { items } = await client.recommend({ customer: '7' });
   assert.equal(items[1].price, undefined);
 });
+
+test('what was taken from an answer has a name', options, async () => {
+  const answer = await client.recommend({ customer: '7', allowDegraded: true });
+  assert.deepEqual([answer.degraded, answer.degradations], [true, ['narrower_beams']]);
+  const chat = client.chat('hi', { customer: '7', allowDegraded: true });
+  await chat.text();
+  assert.deepEqual(chat.summary.degradations, ['fewer_tokens']);
+});
+
+test('the tenant is sent, and one that cannot be is refused', options, async () => {
+  const blue = new Client(address, { tenant: 'blue' });
+  await blue.recommend({ customer: '7', requestId: 'of-blue' });
+  blue.close();
+  assert.throws(() => new Client(address, { tenant: 'not blue' }), /tenant must be .* not blue/);
+});
+
+test('half of a client certificate is refused', options, () => {
+  assert.throws(() => new Client(address, { privateKey: Buffer.from('key') }), /certificateChain and privateKey/);
+});

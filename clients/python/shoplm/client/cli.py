@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,44 +25,24 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message as ProtobufMessage
 from rich.console import Console
 from shoplm.client import render
-from shoplm.client.channel import DEFAULT_ADDRESS
+from shoplm.client.cli_connection import connected
 from shoplm.client.customer_file import read_customer
-from shoplm.client.errors import (
-    DeadlineExceededError,
-    InvalidArgumentError,
-    NotServingError,
-    OverloadedError,
-    ShopLMClientError,
-    UnauthenticatedError,
-    UnavailableError,
-)
 from shoplm.client.sync_client import Client
 from shoplm.client.types import Customer, ItemFilter, Message, Target, TargetKind
 
-EXIT_CODES: dict[type[ShopLMClientError], int] = {
-    InvalidArgumentError: 2,
-    UnavailableError: 3,
-    OverloadedError: 4,
-    DeadlineExceededError: 5,
-    UnauthenticatedError: 6,
-}
-
-Address = Annotated[str, typer.Option(envvar="SHOPLM_ADDRESS", help="The server, as host:port.")]
-Token = Annotated[str | None, typer.Option(envvar="SHOPLM_TOKEN", help="The server's token, if it asks for one.")]
-Tls = Annotated[bool, typer.Option("--tls", help="Encrypt the connection.")]
-CaFile = Annotated[
-    Path | None,
-    typer.Option(envvar="SHOPLM_CA_FILE", help="Trust this certificate (PEM); encrypts.", dir_okay=False, exists=True),
-]
-Timeout = Annotated[float | None, typer.Option(help="Seconds to wait for the answer; the server sees the deadline.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 CustomerId = Annotated[str | None, typer.Option("--customer", help="Whom; left out: the server's first demo customer.")]
+AllowDegraded = Annotated[
+    bool, typer.Option("--allow-degraded", help="Rather a smaller answer than a refusal when the server is busy.")
+]
 HistoryFile = Annotated[
     Path | None, typer.Option("--history", help="A customer with events: JSON of shoplm.v1.Customer.", dir_okay=False)
 ]
 
 
+@connected
 def recommend(
+    client: Client,
     customer: CustomerId = None,
     history: HistoryFile = None,
     count: Annotated[int, typer.Option(min=1, help="How many items.")] = 10,
@@ -72,12 +51,8 @@ def recommend(
     max_price: Annotated[float | None, typer.Option(help="Highest price.")] = None,
     new_only: Annotated[bool, typer.Option("--new-only", help="Leave out what the customer has bought.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say why.")] = False,
+    allow_degraded: AllowDegraded = False,
     as_json: Json = False,
-    address: Address = DEFAULT_ADDRESS,
-    token: Token = None,
-    tls: Tls = False,
-    ca_file: CaFile = None,
-    timeout: Timeout = None,
 ) -> None:
     """Recommend items to a customer."""
     item_filter = ItemFilter(
@@ -86,16 +61,17 @@ def recommend(
         max_price=max_price,
         exclude_purchased=new_only,
     )
-    with _connected(address, token, tls, ca_file, timeout) as client:
-        whom = _customer(client, customer, history)
-        answer = client.recommend(whom, count=count, filter=item_filter, explain=explain)
-        if as_json:
-            _print_json(answer.raw)
-        else:
-            render.recommendations(_stdout(), answer)
+    whom = _customer(client, customer, history)
+    answer = client.recommend(whom, count=count, filter=item_filter, explain=explain, allow_degraded=allow_degraded)
+    if as_json:
+        _print_json(answer.raw)
+    else:
+        render.recommendations(_stdout(), answer)
 
 
+@connected
 def predict(
+    client: Client,
     customer: CustomerId = None,
     history: HistoryFile = None,
     target: Annotated[
@@ -103,23 +79,19 @@ def predict(
         typer.Option(help="KIND, KIND:DAYS or coupon_redemption:TYPE, such as purchase:7; may be repeated."),
     ] = None,
     as_json: Json = False,
-    address: Address = DEFAULT_ADDRESS,
-    token: Token = None,
-    tls: Tls = False,
-    ca_file: CaFile = None,
-    timeout: Timeout = None,
 ) -> None:
     """Predict what a customer will do; without --target, everything the shop can predict."""
     targets = [parse_target(text) for text in target or ()]
-    with _connected(address, token, tls, ca_file, timeout) as client:
-        answer = client.predict(_customer(client, customer, history), targets)
-        if as_json:
-            _print_json(answer.raw)
-        else:
-            render.predictions(_stdout(), answer)
+    answer = client.predict(_customer(client, customer, history), targets)
+    if as_json:
+        _print_json(answer.raw)
+    else:
+        render.predictions(_stdout(), answer)
 
 
+@connected
 def chat(
+    client: Client,
     message: Annotated[
         str | None, typer.Argument(help="What to say; left out: read it, or talk in a terminal.")
     ] = None,
@@ -133,49 +105,46 @@ def chat(
         bool | None,
         typer.Option(help="Use the shop's texts, named items, own purchases; left out: if there is a bundle."),
     ] = None,
+    allow_degraded: AllowDegraded = False,
     as_json: Json = False,
-    address: Address = DEFAULT_ADDRESS,
-    token: Token = None,
-    tls: Tls = False,
-    ca_file: CaFile = None,
-    timeout: Timeout = None,
 ) -> None:
     """Chat with the shop's assistant; the answer appears as it is made."""
     turns = [Message("system", system)] if system else []
-    with _connected(address, token, tls, ca_file, timeout) as client:
-        whom = _customer(client, customer, history) if customer or history else None
-        for text in [message] if message is not None else _spoken():
-            turns.append(Message("user", text))
-            with client.chat(
-                turns, customer=whom, max_tokens=max_tokens, temperature=temperature, seed=seed, grounding=grounding
-            ) as answer:
-                said = []
-                for delta in answer:
-                    said.append(delta)
-                    typer.echo(json.dumps({"delta": delta}, ensure_ascii=False) if as_json else delta, nl=as_json)
-                if as_json:
-                    typer.echo(json.dumps({"summary": _as_dict(answer.summary.raw)}, ensure_ascii=False))
-                else:
-                    typer.echo("")
-                    render.chat_summary(_stderr(), answer.summary)
-            turns.append(Message("assistant", "".join(said)))
+    whom = _customer(client, customer, history) if customer or history else None
+    for text in [message] if message is not None else _spoken():
+        turns.append(Message("user", text))
+        with client.chat(
+            turns,
+            customer=whom,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            grounding=grounding,
+            allow_degraded=allow_degraded,
+        ) as answer:
+            said = []
+            for delta in answer:
+                said.append(delta)
+                typer.echo(json.dumps({"delta": delta}, ensure_ascii=False) if as_json else delta, nl=as_json)
+            if as_json:
+                typer.echo(json.dumps({"summary": _as_dict(answer.summary.raw)}, ensure_ascii=False))
+            else:
+                typer.echo("")
+                render.chat_summary(_stderr(), answer.summary)
+        turns.append(Message("assistant", "".join(said)))
 
 
+@connected
 def model(
+    client: Client,
     as_json: Json = False,
-    address: Address = DEFAULT_ADDRESS,
-    token: Token = None,
-    tls: Tls = False,
-    ca_file: CaFile = None,
-    timeout: Timeout = None,
 ) -> None:
     """Show what a server serves: bundle, base model, targets, limits and demo customers."""
-    with _connected(address, token, tls, ca_file, timeout) as client:
-        answer = client.get_model()
-        if as_json:
-            _print_json(answer.raw)
-        else:
-            render.model_info(_stdout(), answer)
+    answer = client.get_model()
+    if as_json:
+        _print_json(answer.raw)
+    else:
+        render.model_info(_stdout(), answer)
 
 
 def register(app: typer.Typer) -> None:
@@ -196,44 +165,6 @@ def parse_target(text: str) -> Target:
     if detail and not (detail.isdecimal() and int(detail) > 0):
         raise typer.BadParameter(f"{detail!r} is not a number of days above 0", param_hint="--target")
     return Target(kind, horizon_days=int(detail) if detail else None)
-
-
-@contextmanager
-def _connected(
-    address: str, token: str | None, tls: bool, ca_file: Path | None, timeout: float | None
-) -> Iterator[Client]:
-    """A client whose errors become one line on stderr and an exit code."""
-    try:
-        certificates = None if ca_file is None else ca_file.read_bytes()
-        with Client(address, token=token, tls=tls, root_certificates=certificates, timeout=timeout) as client:
-            yield client
-    except ShopLMClientError as error:
-        typer.echo(f"shoplm: {_advice(error, address)}", err=True)
-        raise typer.Exit(EXIT_CODES.get(type(error), 1)) from error
-    except ValueError as error:
-        typer.echo(f"shoplm: {_one_line(str(error))}", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        raise typer.Exit(130) from error
-
-
-def _advice(error: ShopLMClientError, address: str) -> str:
-    """What went wrong and what to do, in one line."""
-    text = _one_line(error.message)
-    if isinstance(error, UnavailableError):
-        return f"no server answers at {address}; start one with `shoplm serve` or set --address ({text})"
-    if isinstance(error, OverloadedError):
-        wait = "a moment" if error.retry_seconds is None else f"{error.retry_seconds:.2g} s"
-        return f"the server is busy: {text}; try again in {wait}"
-    if isinstance(error, DeadlineExceededError):
-        return f"no answer in time from {address}; allow more with --timeout SECONDS"
-    if isinstance(error, UnauthenticatedError):
-        return f"the server refused the token: {text}; set --token or SHOPLM_TOKEN"
-    if isinstance(error, NotServingError):
-        return f"the server does not offer this: {text}; `shoplm model` shows what it serves"
-    if isinstance(error, InvalidArgumentError):
-        return f"the request is wrong: {text}"
-    return f"the server failed: {text}; its log has request {error.request_id}"
 
 
 def _customer(client: Client, customer_id: str | None, history: Path | None) -> str | Customer:
@@ -263,10 +194,6 @@ def _spoken() -> Iterator[str]:
             return
         if line.strip():
             yield line
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _stdout() -> Console:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from shoplm.client.types import (
     ChatSummary,
+    Degradation,
     ModelInfo,
     ModelVersion,
     Prediction,
@@ -42,8 +43,7 @@ def recommendations(console: Console, answer: Recommendations) -> None:
             row.append("\n".join(f"{reason.contribution:+.2f}  {escape(reason.text)}" for reason in item.reasons))
         table.add_row(*row)
     console.print(table)
-    if answer.degraded:
-        console.print("[yellow]narrowed to answer in time[/yellow]")
+    _degradations(console, answer.degradations)
     _notes(console, answer.model, answer.usage, answer.warnings)
 
 
@@ -64,6 +64,7 @@ def chat_summary(console: Console, summary: ChatSummary) -> None:
         sources = dict.fromkeys(f"{citation.source} ({citation.title})" for citation in summary.citations)
         console.print(f"[dim]from: {escape(', '.join(sources))}[/dim]")
     console.print(f"[dim]{summary.usage.completion_tokens} tokens, ended by {summary.finish_reason}[/dim]")
+    _degradations(console, summary.degradations)
     _notes(console, summary.model, summary.usage, summary.warnings)
 
 
@@ -107,6 +108,12 @@ def _values(prediction: Prediction) -> tuple[str, str, str]:
         return f"{prediction.probability:.1%}", "", f"{prediction.base_rate:.1%}"
     interval = "" if prediction.interval is None else f"{prediction.interval[0]:.2f} to {prediction.interval[1]:.2f}"
     return f"{prediction.amount or 0.0:.2f}", interval, f"{prediction.base_rate:.2f}"
+
+
+def _degradations(console: Console, taken: Sequence[Degradation]) -> None:
+    if taken:
+        names = ", ".join(degradation.replace("_", " ") for degradation in taken)
+        console.print(f"[yellow]less than asked for, to answer in time: {names}[/yellow]")
 
 
 def _notes(console: Console, model: ModelVersion, usage: Usage, warnings: Sequence[ResponseWarning]) -> None:
