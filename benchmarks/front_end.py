@@ -28,7 +28,8 @@ from typing import Any
 import grpc
 import msgspec
 import uvloop
-from shoplm.config import ServerConfig, load_config
+from shoplm.config import ServerConfig
+from shoplm.config_sources import load_config
 from shoplm.engine.batch import Batch, PredictReadout, Row, RowOutput, SampleReadout, StepResult
 from shoplm.engine.client import ProcessEngineClient
 from shoplm.engine.process import run as run_engine

@@ -6,7 +6,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from shoplm.config import ServerConfig, load_config
+from shoplm.config import ServerConfig
+from shoplm.config_sources import load_config
 from shoplm.engine.spec import SyntheticTrie
 from shoplm.errors import ConfigurationError
 
@@ -92,7 +93,8 @@ def test_variables_that_kubernetes_sets_for_a_service_called_shoplm_are_not_ours
 
 
 def test_what_other_parts_read_from_the_environment_is_left_alone() -> None:
-    assert load_config([], {"SHOPLM_CACHE": "/c", "SHOPLM_ADDRESS": "h:1", "SHOPLM_TOKEN": "t"}) == load_config([], {})
+    others = ("CACHE", "ADDRESS", "TOKEN", "TENANT", "CA_FILE", "CERT_FILE", "KEY_FILE")
+    assert load_config([], {f"SHOPLM_{name}": "x" for name in others}) == load_config([], {})
 
 
 def test_lists_are_separated_by_commas_or_json() -> None:

@@ -22,7 +22,8 @@ from shoplm.api.grpc_server import GrpcServer
 from shoplm.api.health import Health
 from shoplm.api.probes import ProbeServer
 from shoplm.api.shop import Served, load_served, server_version
-from shoplm.config import ServerConfig, load_config
+from shoplm.config import ServerConfig
+from shoplm.config_sources import load_config
 from shoplm.errors import ConfigurationError
 from shoplm.logs import configure_logs
 from shoplm.metrics import Metrics, ModelInfo

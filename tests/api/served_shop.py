@@ -8,7 +8,8 @@ from typing import Protocol
 
 from scripted_engine import ScriptedEngine
 from server_thread import ServerThread
-from shoplm.config import ServerConfig, load_config
+from shoplm.config import ServerConfig
+from shoplm.config_sources import load_config
 
 
 @dataclass(frozen=True)

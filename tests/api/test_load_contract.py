@@ -12,7 +12,7 @@ from served_shop import Scripted, Serve
 from server_thread import bad_fields, detail, details
 from shoplm.api.caller import Caller, read_caller
 from shoplm.client.channel import service_config
-from shoplm.config import load_config
+from shoplm.config_sources import load_config
 from shoplm.errors import ConfigurationError, EngineUnavailableError, InvalidRequestError, OverloadedError
 from shoplm.request import Degradation, StepStats
 from shoplm.v1 import chat_pb2, prediction_pb2, recommendation_pb2, shop_pb2

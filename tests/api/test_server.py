@@ -22,7 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from scripted_engine import ScriptedEngine
 from served_shop import Scripted, Serve, ShopFolders
 from server_thread import TIMEOUT_SECONDS, ServerThread, detail
-from shoplm.config import load_config
+from shoplm.config_sources import load_config
 from shoplm.errors import BundleError, ConfigurationError
 from shoplm.request import StepStats
 from shoplm.server import Server, ready_text, serve

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from node_client import needs_node, run_node_tests
 from shoplm.client import Client, FinishReason, InvalidArgumentError
-from shoplm.config import load_config
+from shoplm.config_sources import load_config
 from shoplm.server import engine_process
 
 # Test modules are imported one by one (importlib mode); the tiny shop lies beside the tests of the services.

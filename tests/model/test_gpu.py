@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from shoplm.config import load_config
+from shoplm.config_sources import load_config
 from shoplm.engine.load import load_backend
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import ConfigurationError

@@ -42,7 +42,7 @@ def score(
 
     Other settings of the engine are read from SHOPLM_* variables, as the server's are.
     """
-    from shoplm.config import load_config
+    from shoplm.config_sources import load_config
     from shoplm.model.base import resolve_base
     from shoplm.training.score.run import ScoreRequest
     from shoplm.training.score.run import score as run
