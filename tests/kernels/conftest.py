@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,40 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say in plain sight that the kernel tests did not run."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         terminalreporter.write_line(f"tests/kernels was NOT collected; {OWN_PROCESS}", red=True)
+
+
+def _patch_once() -> None:
+    """Spare the interpreter's repeated work: it patches Triton's language again for every device function that a kernel
+    calls, which finds it patched already and is a quarter of the tests' time. Without effect on other versions."""
+    import triton.language  # not above: the choice of interpreting is made when Triton is imported
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    patch: Any = getattr(interpreter, "_patch_lang", None)
+    scope: Any = getattr(interpreter, "_LangPatchScope", None)
+    if patch is None or scope is None:
+        return
+    patched: set[int] = set()  # the modules that the kernel which runs now has patched
+
+    class Scope(scope):  # type: ignore[misc]
+        def restore(self) -> None:
+            super().restore()
+            patched.clear()
+
+    def patch_once(function: Any) -> Any:
+        modules = {id(value) for value in function.__globals__.values() if value in (triton.language, core)}
+        if modules <= patched:
+            return Scope()
+        patched.update(modules)
+        return patch(function)
+
+    interpreter._LangPatchScope = Scope
+    interpreter._patch_lang = patch_once
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> None:
+    _patch_once()
 
 
 @pytest.fixture(autouse=True)

@@ -54,7 +54,7 @@ def expected(rows: Rows) -> list[int]:
     return tokens
 
 
-@settings(deadline=None, max_examples=80, derandomize=True)
+@settings(deadline=None, max_examples=40, derandomize=True)
 @given(data=st.data())
 def test_equals_the_specification(data: st.DataObject) -> None:
     """Every row of a batch with settings of its own; coarse logits give the ties that break naive filters."""
@@ -93,12 +93,13 @@ def test_greedy_takes_the_first_of_equal_logits() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_negative_zero_ties_with_zero(dtype: torch.dtype) -> None:
-    """Of equal logits top-k keeps the lowest ids, and -0.0 equals 0.0: over 16 seeds only tokens 0 and 1 come out."""
-    logits = torch.zeros(16, 6, dtype=dtype)
+    """Of equal logits top-k keeps the lowest ids, and -0.0 equals 0.0: over 8 seeds only tokens 0 and 1 come out."""
+    logits = torch.zeros(8, 6, dtype=dtype)
     logits[:, 1] = -0.0
-    rows = Rows.of(logits, temperature=[1.0] * 16, top_k=[2.0] * 16, seed=[float(seed) for seed in range(16)])
-    assert run(rows) == expected(rows)
-    assert set(run(rows)) == {0, 1}
+    rows = Rows.of(logits, temperature=[1.0] * 8, top_k=[2.0] * 8, seed=[float(seed) for seed in range(8)])
+    found = run(rows)
+    assert found == expected(rows)
+    assert set(found) == {0, 1}
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:

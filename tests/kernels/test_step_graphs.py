@@ -78,7 +78,7 @@ def test_buckets_stay_within_the_limits_and_start_with_chats() -> None:
 
 
 def test_padded_steps_equal_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    reference, backend = backends(traits=True, graph_seconds=600.0)
+    reference, backend = backends(traits=True, layers=1, graph_seconds=600.0)
     taken: list[bool] = []
     replayed = StepGraphs.run
 
@@ -101,14 +101,14 @@ def test_padded_steps_equal_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -
 
 def test_drawn_tokens_do_not_depend_on_padding() -> None:
     jobs = chats(Sampling(temperature=1.5, seed=1), Sampling(temperature=1.5, top_k=30, top_p=0.9, seed=7), Sampling())
-    _, eager = backends(traits=False)
-    _, padded = backends(traits=False, graph_seconds=600.0)
+    _, eager = backends(traits=False, layers=1)
+    _, padded = backends(traits=False, layers=1, graph_seconds=600.0)
     assert run(padded, 2048, jobs)[1] == run(eager, 2048, jobs)[1]
 
 
 def test_an_empty_bucket_computes_nothing_that_is_kept() -> None:
     """What a capture runs: all rows empty. It writes no page and no request's state."""
-    _, backend = backends(traits=False, graph_seconds=600.0)
+    _, backend = backends(traits=False, layers=1, graph_seconds=600.0)
     state = backend.graphs.state
     before = state.tokens[: state.spare_slot].clone()
     bounds = next(bucket for bucket in backend.graphs.buckets if bucket.groups and bucket.rows)
@@ -120,9 +120,9 @@ def test_an_empty_bucket_computes_nothing_that_is_kept() -> None:
 
 
 def test_the_time_budget_ends_the_capture_and_the_rest_runs_by_launches() -> None:
-    _, backend = backends(traits=False, graph_seconds=1e-9)
+    _, backend = backends(traits=False, layers=1, graph_seconds=1e-9)
     assert not backend.graphs.buckets
-    _, whole = backends(traits=False)
+    _, whole = backends(traits=False, layers=1)
     assert run(backend, 15, chats(Sampling()))[1] == run(whole, 15, chats(Sampling()))[1]
 
 
@@ -181,7 +181,7 @@ def served(backend: Backend) -> dict[str, Output]:
 
 def test_two_steps_in_flight_give_the_answers_of_one() -> None:
     """Tokens, beams and their ancestors come from device memory: the host has not seen them when it plans on."""
-    reference, backend = backends(traits=False)
+    reference, backend = backends(traits=False, layers=1)
     watched = InFlight(backend)
     found = served(watched)
     assert watched.most == backend.info.pipeline_depth == 2

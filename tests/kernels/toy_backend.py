@@ -28,21 +28,21 @@ PAGES, PAGE_SIZE, STATE_SLOTS = 40, 16, 9
 TOLERANCE = 2e-4
 
 
-def toy_config(*, traits: bool) -> ModelConfig:
-    """Two layers. With `traits`, those that a family may have: biases, QK-norm, a window, a layer without RoPE."""
+def toy_config(*, traits: bool, layers: int = 2) -> ModelConfig:
+    """With `traits`, those that a family may have: biases, QK-norm, a window, a second layer without RoPE."""
     return ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         intermediate_size=MIDDLE,
-        num_layers=2,
+        num_layers=layers,
         num_heads=QUERY_HEADS,
         num_kv_heads=1,
         head_dim=HEAD_DIM,
         rms_norm_eps=1e-5,
         rope=RopeConfig(theta=500.0),
-        uses_rope=(True, not traits),
-        sliding_windows=(19 if traits else None, None),
+        uses_rope=(True, not traits)[:layers],
+        sliding_windows=(19 if traits else None, None)[:layers],
         max_positions=128,
         tied_head=not traits,
         qkv_bias=traits,
@@ -159,10 +159,13 @@ def run(backend: Backend, chunk_tokens: int, jobs: Sequence[tuple[list[int], Tas
     return recorder, runner.run(jobs)
 
 
-def backends(*, traits: bool, **options: Any) -> tuple[TorchBackend, TritonBackend]:
-    """Both on the same weights; slots that nothing was written to read as NaN. `options` are the Triton backend's."""
+def backends(*, traits: bool, layers: int = 2, **options: Any) -> tuple[TorchBackend, TritonBackend]:
+    """Both on the same weights; slots that nothing was written to read as NaN. `options` are the Triton backend's.
+
+    Interpreting takes as long as there are layers: one does where a test is not about the layers.
+    """
     torch.manual_seed(20240607)
-    config = toy_config(traits=traits)
+    config = toy_config(traits=traits, layers=layers)
     weights, shop, tries = toy_weights(config), toy_shop(), [toy_trie()]
     reference = TorchBackend(config, weights, shop, tries, pages=PAGES, page_size=PAGE_SIZE, state_slots=STATE_SLOTS)
     backend = TritonBackend(
