@@ -10,6 +10,7 @@ card.md              data, splits, metrics beside baselines, limits
 report.html          the card's numbers as charts, where the bundle was written by a version that makes it
 metrics.json         the card's numbers as data
 adapter_*            where the base was adapted: a LoRA adapter in PEFT's format, merged when the base is loaded
+base/                where the base was trained for this shop alone: a Hugging Face folder, known by its fingerprint
 knowledge/*.md       the shop's own texts for chat
 """
 
@@ -27,6 +28,7 @@ FORMAT = 1
 REQUIRED_FILES = ("items.parquet", "types.parquet", "weights.safetensors")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE_FOLDER = "base"
 
 
 class BaseReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from shoplm.bundle import HeadSpec, ShopManifest, read_manifest
+from shoplm.bundle import BASE_FOLDER, HeadSpec, ShopManifest, read_manifest
 from shoplm.errors import ConfigurationError
 
 bundle = typer.Typer(help="Look at a bundle, or check it.", no_args_is_help=True)
@@ -40,10 +40,10 @@ def show(folder: Folder) -> None:
 def verify(folder: Folder, base: BaseOption = None) -> None:
     """Check every file of a bundle against its hash and schema. Exit code 1 where something is wrong."""
     from shoplm.bundle_check import check_bundle
-    from shoplm.model.base import resolve_base
+    from shoplm.model.base import bundle_base
 
     try:
-        findings = check_bundle(folder, None if base is None else resolve_base(base))
+        findings = check_bundle(folder, bundle_base(folder, base) if base or (folder / BASE_FOLDER).is_dir() else None)
     except ConfigurationError as error:
         raise _failed(str(error)) from error
     rows = (("ok" if each.good else "FAIL", each.what, each.found) for each in findings)

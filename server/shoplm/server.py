@@ -27,7 +27,8 @@ from shoplm.config_sources import load_config
 from shoplm.errors import ConfigurationError
 from shoplm.logs import configure_logs
 from shoplm.metrics import Metrics, ModelInfo
-from shoplm.model.base import Base, resolve_base
+from shoplm.model.base import Base, bundle_base
+from shoplm.model.origin import Origin
 from shoplm.request import StepStats
 
 EXIT_CALLS_CUT, EXIT_CONFIGURATION, EXIT_INTERRUPTED = 1, 2, 130
@@ -87,7 +88,7 @@ class Server:
         self.metrics_port = await self._probes.start(config.metrics_host, config.metrics_port)
         self._grpc = GrpcServer(config, self.metrics)
         self.port = self._grpc.port
-        base = await asyncio.to_thread(resolve_base, config.base)
+        base = await asyncio.to_thread(bundle_base, config.bundle, config.base)
         # The engine loads weights while this process reads metadata; bad metadata need not wait for the weights.
         reading = asyncio.create_task(asyncio.to_thread(load_served, base, config.bundle, verify=config.verify_bundle))
         engine = self._engine = self._make_engine(config, base)
@@ -98,7 +99,9 @@ class Server:
             await loading
         finally:
             loading.cancel()
-        self._health = Health(has_bundle=config.bundle is not None, engine_api=config.engine_api)
+        self._health = Health(
+            has_bundle=config.bundle is not None, chats=base.origin is not Origin.SCRATCH, engine_api=config.engine_api
+        )
         customers = CustomerReader(self.served.shop, config.max_events)
         self._grpc.add_services(Core(self.served, engine, config, self.metrics, customers), self._health)
         await self._grpc.start()

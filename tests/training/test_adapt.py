@@ -79,11 +79,11 @@ def test_a_branch_sees_its_prefix_and_itself_alone(tiny_base: Base) -> None:
 def test_an_untrained_adapter_changes_nothing(tiny_base: Base) -> None:
     model = _model(tiny_base)
     inputs = pass_inputs((3, 4, 5, 6), ())
-    assert torch.equal(model.hidden(inputs), model.hidden(inputs, adapted=False))
+    assert torch.equal(model.hidden(inputs), model.base_hidden(inputs))
     for name, parameter in model.peft.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    assert not torch.equal(model.hidden(inputs), model.hidden(inputs, adapted=False))
+    assert not torch.equal(model.hidden(inputs), model.base_hidden(inputs))
 
 
 def test_facts_are_answered_by_a_passage_or_declined() -> None:
@@ -130,14 +130,14 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(
     class StopError(Exception):
         pass
 
-    def stop(self: trainer.AdapterTrainer) -> None:
+    def stop(self: trainer.JointTrainer) -> None:
         if self.step == 2:
             raise StopError
         update(self)
 
-    update = trainer.AdapterTrainer._update
+    update = trainer.JointTrainer._update
     with monkeypatch.context() as patch, pytest.raises(AssertionError):  # the command fails
-        patch.setattr(trainer.AdapterTrainer, "_update", stop)
+        patch.setattr(trainer.JointTrainer, "_update", stop)
         shell("adapt", "--bundle", bundle, "--out", tmp_path / "parts", "--steps", 3, "--rank", 2)
     shell("adapt", "--bundle", bundle, "--out", tmp_path / "parts", "--steps", 3, "--rank", 2)
     whole, parts = (load_file(tmp_path / name / "adapter" / ADAPTER_WEIGHTS) for name in ("whole", "parts"))

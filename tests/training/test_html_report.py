@@ -23,6 +23,7 @@ from shoplm.training.report import (
     RankingRow,
     Report,
 )
+from shoplm.training.watch import LOSS, NDCG, Watch
 
 NOTHING = Difference(None, None, None)
 
@@ -67,12 +68,25 @@ def drawings(page: str) -> list[ET.Element]:
 
 
 def test_every_number_is_in_it_and_nothing_is_fetched(report: Report) -> None:
-    page = render_report("A <b>shop</b>", report)
-    for text in ("0.3123", "1,234", "above counting", "not distinguishable from TIFU-KNN", "n/a", "90.5%", "2.50"):
+    learning = Watch()
+    for step in range(3):
+        learning.record("output rows", step, {LOSS: 8.0 - step, NDCG: 0.1})
+    learning.record("once", 1, {LOSS: 1.0})
+    page = render_report("A <b>shop</b>", report, learning)
+    for text in (
+        "0.3123",
+        "1,234",
+        "above counting",
+        "not distinguishable from TIFU-KNN",
+        "n/a",
+        "90.5%",
+        "2.50",
+        "output rows: NDCG@10, validation",
+    ):
         assert text in page
     assert "A &lt;b&gt;shop" in page and "<Type&A>" not in page
     assert not re.search(r"(src|href)=|<script|@import|url\(", page)
-    assert len(drawings(page)) == 3
+    assert len(drawings(page)) == 5
 
 
 def test_bars_are_as_tall_as_their_values() -> None:
@@ -91,5 +105,5 @@ def test_points_stay_inside_the_frame() -> None:
 
 
 def test_a_report_of_nothing_is_still_a_page() -> None:
-    page = render_report("Empty", Report(0, 0, 0, (), (), (), {}, {}))
+    page = render_report("Empty", Report(0, 0, 0, (), (), (), {}, {}), Watch())
     assert page.rstrip().endswith("</html>") and not drawings(page)

@@ -26,6 +26,7 @@ from shoplm.training.ranker import RankerSettings
 from shoplm.training.samples import HiddenTable, Task, Use, samples_of
 from shoplm.training.shop import Shop
 from shoplm.training.timeline import HORIZONS, make_timeline
+from shoplm.training.watch import Watch
 
 DAY = 86_400.0
 HIDDEN = 12
@@ -81,8 +82,7 @@ def fitted(shop: Shop) -> pipeline.Fitted:
         embeddings,
         seed=3,
         settings=RankerSettings(epochs=3, batch=64, learning_rate=5e-3),
-        say=lambda text: None,
-        progress=lambda done, total, tokens: None,
+        watch=Watch(),
     )
 
 

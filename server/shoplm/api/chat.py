@@ -49,6 +49,7 @@ class ChatService(ChatServiceServicer):
 
     async def Chat(self, request: pb.ChatRequest, context: Context) -> AsyncIterator[pb.ChatResponse]:
         core, warnings = self._core, Warnings()
+        core.check_chat()
         turn = self._read(request, warnings)
         # Without a customer, an empty history: the prompt has the shop's preamble alone, and that is no warning.
         reads_items = core.served.shop is None or core.served.shop.manifest.prompt.chat_reads_item_tokens

@@ -21,6 +21,7 @@ from shoplm.features import dense_features
 from shoplm.history import History
 from shoplm.logs import request_id
 from shoplm.metrics import Metrics
+from shoplm.model.origin import Origin
 from shoplm.prompt import Prefix
 from shoplm.request import Degradation, FinishedOutput, ReadyOutput, Request, Service, Task, TokensOutput
 from shoplm.v1 import shop_pb2
@@ -86,6 +87,13 @@ class Core:
         if self.served.shop is None:
             raise NotServingError("this server has no bundle and serves chat only; start it with --bundle")
         return self.served.shop
+
+    def check_chat(self) -> None:
+        """Raises NotServingError where the base has no words."""
+        if self.served.base.origin is Origin.SCRATCH:
+            raise NotServingError(
+                "this bundle's base was trained on the shop's log alone and cannot chat; train one on a language model"
+            )
 
     def ready(self) -> ReadyOutput:
         """Raises EngineUnavailableError while the engine has never been loaded."""

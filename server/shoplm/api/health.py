@@ -13,8 +13,8 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 class Health:
     """What probes and balancers see. NOT_SERVING until `set_serving(True)`."""
 
-    def __init__(self, *, has_bundle: bool, engine_api: bool) -> None:
-        offered = {CHAT.full_name: True, MODEL.full_name: True}
+    def __init__(self, *, has_bundle: bool, chats: bool, engine_api: bool) -> None:
+        offered = {CHAT.full_name: chats, MODEL.full_name: True}
         offered |= {RECOMMENDATION.full_name: has_bundle, PREDICTION.full_name: has_bundle}
         if engine_api:
             offered[ENGINE.full_name] = True
@@ -23,7 +23,7 @@ class Health:
         self.serving = False
 
     async def set_serving(self, serving: bool) -> None:
-        """Set all names; without a bundle, its two services stay NOT_SERVING."""
+        """Set all names; what bundle and base cannot do stays NOT_SERVING."""
         self.serving = serving
         for name, offered in self._offered.items():
             await self.servicer.set(name, _SERVING if serving and offered else _NOT_SERVING)

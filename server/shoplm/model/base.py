@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
+from shoplm.bundle import BASE_FOLDER
 from shoplm.errors import BaseModelError
 from shoplm.model.base_cache import (
     DEFAULT_MODEL,
@@ -24,6 +25,7 @@ from shoplm.model.base_cache import (
     recorded_identity,
 )
 from shoplm.model.config import ModelConfig
+from shoplm.model.origin import Origin, read_origin
 from shoplm.model.weight_files import weight_files
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -38,6 +40,7 @@ class Base:
     name: str
     fingerprint: str  # equal for equal weights, config and tokenizer; a bundle fits one fingerprint
     config: ModelConfig
+    origin: Origin = Origin.TEXT
 
 
 def resolve_base(reference: str | None = None, console: Console | None = None) -> Base:
@@ -60,6 +63,16 @@ def resolve_base(reference: str | None = None, console: Console | None = None) -
     raise BaseModelError(
         f"base model {reference!r} is neither a folder nor a GGUF file on this machine, nor a hub id (owner/name)"
     )
+
+
+def bundle_base(bundle: Path | None, reference: str | None, console: Console | None = None) -> Base:
+    """The base that serves `bundle`: the one that is asked for, else the one that lies in the bundle, else the default.
+    Raises BaseModelError."""
+    own = None if bundle is None else bundle / BASE_FOLDER
+    if reference is None and own is not None and own.is_dir():
+        found = _from_folder(own, console or Console(stderr=True))
+        return replace(found, name=found.origin.value)  # its folder's name says nothing
+    return resolve_base(reference, console)
 
 
 def cached_default_base() -> Path | None:
@@ -110,7 +123,7 @@ def _base(folder: Path, name: str) -> Base:
     recorded = recorded_identity(folder)
     if recorded is not None:
         return Base(folder, *recorded, config)
-    return Base(folder, name, _fingerprint(folder, config), config)
+    return Base(folder, name, _fingerprint(folder, config), config, read_origin(folder))
 
 
 def _fingerprint(folder: Path, config: ModelConfig) -> str:

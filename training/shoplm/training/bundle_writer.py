@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from shoplm.bundle import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    BASE_FOLDER,
     FORMAT,
     BaseReference,
     DemoCustomer,
@@ -28,11 +29,13 @@ from shoplm.bundle import (
 from shoplm.features import FEATURE_VERSION
 from shoplm.history import EventKind
 from shoplm.model.base import Base
+from shoplm.model.origin import Origin
 from shoplm.training.evaluation import Model
 from shoplm.training.html_report import render_report
 from shoplm.training.pipeline import write_items
 from shoplm.training.report import Report
 from shoplm.training.shop import Shop
+from shoplm.training.watch import Watch
 
 HASHED = (
     "items.parquet",
@@ -65,7 +68,9 @@ def write_bundle(
     identity: Identity,
     *,
     card: str,
+    watch: Watch,
     adapter: Path | None,
+    input_rows: torch.Tensor | None,
     knowledge: Path | None,
     demo_customers: Sequence[int],
 ) -> ShopManifest:
@@ -74,11 +79,13 @@ def write_bundle(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     write_items(shop.items, partial)
-    _write_weights(partial / "weights.safetensors", model)
+    _write_weights(partial / "weights.safetensors", model, input_rows)
+    if base.origin is Origin.SCRATCH:
+        shutil.copytree(base.folder, partial / BASE_FOLDER)
     demo_events(shop, demo_customers).write_parquet(partial / "customers.parquet")
     (partial / "metrics.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     (partial / "card.md").write_text(card, "utf-8")
-    (partial / "report.html").write_text(render_report(identity.title, report), "utf-8")
+    (partial / "report.html").write_text(render_report(identity.title, report, watch), "utf-8")
     if adapter is not None:
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.copyfile(adapter / name, partial / name)
@@ -189,12 +196,14 @@ def demo_events(shop: Shop, customers: Sequence[int]) -> pl.DataFrame:
     )
 
 
-def _write_weights(path: Path, model: Model) -> None:
+def _write_weights(path: Path, model: Model, input_rows: torch.Tensor | None) -> None:
     tensors = {
         "output_rows.0": model.rows.rows.half().contiguous(),
         "output_bias.0": model.rows.bias.float().contiguous(),
         "popularity": model.popularity.float().contiguous(),
     }
+    if input_rows is not None:
+        tensors["input_rows"] = input_rows.contiguous()
     if model.predictor is not None:
         tensors |= {
             "head.input_mean": torch.from_numpy(model.predictor.standard.mean.astype(np.float32)),

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from shoplm.bundle_cli import table
 from shoplm.training.tables import print_problems, print_report
-from shoplm.training.terminal import bars, dim, errors, fail
+from shoplm.training.terminal import errors, fail, watching
 
 if TYPE_CHECKING:
     from shoplm.training.log import ShopLog
@@ -28,6 +28,8 @@ BaseOption = Annotated[
     str | None, typer.Option(help="base model: folder, GGUF file or hub id; default: the default base")
 ]
 WorkOption = Annotated[Path | None, typer.Option(help="where hidden states are kept; default: beside the bundle")]
+
+LogsOption = Annotated[Path | None, typer.Option(help="folder for TensorBoard: losses and validation NDCG")]
 
 
 def train(
@@ -56,6 +58,7 @@ def train(
     seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
     work: WorkOption = None,
     resume: Annotated[bool, typer.Option(help="go on from what a stopped run computed")] = True,
+    logs: LogsOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and stop")] = False,
 ) -> None:
     """Train a bundle from a shop's event log."""
@@ -92,12 +95,12 @@ def train(
     )
     with errors(console):
         log = _read(console, events, items, customers, campaigns, timezone)
-        run = Run(request, log, dim(console))
-        if dry_run:
-            console.print(table("would do", ("what", "value"), run.estimate()))
-            return
-        with bars(console) as bar:
-            report = run.train(bar)
+        with watching(console, logs) as watch:
+            run = Run(request, log, watch)
+            if dry_run:
+                console.print(table("would do", ("what", "value"), run.estimate()))
+                return
+            report = run.train()
     print_report(console, report)
     console.print(f"wrote [bold]{out}[/bold]; serve it with: shoplm serve --bundle {out}")
 
@@ -113,21 +116,27 @@ def adapt(
     timezone: TimezoneOption = "UTC",
     steps: Annotated[int, typer.Option(min=1, help="steps of four customers each")] = 340,
     rank: Annotated[int, typer.Option(min=1, max=256, help="of the low-rank matrices")] = 16,
+    full: Annotated[bool, typer.Option("--full", help="train all layers, for machines with room")] = False,
+    checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="less memory, a third more time")
+    ] = False,
     seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
+    logs: LogsOption = None,
 ) -> None:
     """Adapt the base to a shop (LoRA): baskets, behaviour and chat in one run. Goes on where it was stopped.
 
-    Give the result to `shoplm train --adapter`.
+    Give the result to `shoplm train --adapter`; that of `--full`, a base, to `shoplm train --base`.
     """
     from shoplm.training.adapt.run import AdaptRequest, adapt
 
     console = Console(stderr=True)
     with errors(console):
         log = _read(console, events, items, customers, campaigns, timezone)
-        with bars(console) as bar:
-            request = AdaptRequest(bundle, out, base, steps, rank, seed)
-            folder = adapt(request, log, dim(console), bar)
-    console.print(f"wrote [bold]{folder}[/bold]; use it with: shoplm train --adapter {folder}")
+        with watching(console, logs) as watch:
+            request = AdaptRequest(bundle, out, base, steps, None if full else rank, checkpointing, seed)
+            folder = adapt(request, log, watch)
+    flag = "--base" if full else "--adapter"
+    console.print(f"wrote [bold]{folder}[/bold]; use it with: shoplm train {flag} {folder}")
 
 
 def evaluate(
@@ -150,15 +159,14 @@ def evaluate(
     folder = work or bundle.resolve().with_name(f".{bundle.resolve().name}.train")
     with errors(console):
         log = _read(console, events, items, customers, campaigns, timezone)
-        with bars(console) as bar:
+        with watching(console) as watch:
             report = evaluate_bundle(
                 bundle,
                 log,
                 base=base,
                 work=folder,
                 max_customers=max_customers or None,
-                say=dim(console),
-                progress=bar,
+                watch=watch,
             )
     print_report(Console(), report)
     if json is not None:

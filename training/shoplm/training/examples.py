@@ -30,6 +30,11 @@ class Sparse:
         """Columns of one row."""
         return self.columns[self.starts[index] : self.starts[index + 1]]
 
+    def first(self, count: int) -> Sparse:
+        """The first `count` rows."""
+        starts = self.starts[: count + 1]
+        return Sparse(starts, self.columns[: starts[-1]], self.values[: starts[-1]])
+
     def select(self, rows: NDArray[np.integer]) -> tuple[Tensor, Tensor, Tensor]:
         """(position in `rows`, column, value) of all entries of these rows: int64, int64, fp32."""
         lengths = self.starts[rows + 1] - self.starts[rows]
@@ -63,6 +68,17 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.customer)
+
+    def first(self, count: int) -> Examples:
+        """The first `count` of them."""
+        return Examples(
+            self.sample[:count],
+            self.customer[:count],
+            self.moment[:count],
+            self.label_time[:count],
+            self.baskets.first(count),
+            self.owned.first(count),
+        )
 
     def basket_list(self) -> list[NDArray[np.int32]]:
         return [self.baskets.row(index) for index in range(len(self))]

@@ -9,6 +9,7 @@ from markupsafe import Markup
 from shoplm.charts import STYLE, Line, bar_chart, line_chart
 from shoplm.training.card_tables import estimate, ranking_rows
 from shoplm.training.report import Breakdown, ProbabilityRow, Report, shown
+from shoplm.training.watch import LOSS, NDCG, Watch
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -24,6 +25,8 @@ td + td, th + th { text-align: right } .charts { display: flex; flex-wrap: wrap;
 <h1>{{ title }}</h1>
 <p>Measured on {{ "{:,}".format(report.customers) }} of {{ "{:,}".format(report.customers_in_log) }} customers, on what
 they did after the training data end. The card, <code>card.md</code>, says how.</p>
+{% if curves %}<h2>Learning</h2><div class="charts">{% for name, curve in curves %}
+<div><h3>{{ name }}</h3>{{ curve }}</div>{% endfor %}</div>{% endif %}
 {% for result in report.rankings %}
 <h2>Recommendations: {{ result.split }} ({{ "{:,}".format(result.customers) }} customers)</h2>
 <table><tr><th>ranking</th><th>recall@10</th><th>NDCG@10</th><th>repeat</th><th>explore</th></tr>
@@ -56,8 +59,8 @@ they did after the training data end. The card, <code>card.md</code>, says how.<
 """
 
 
-def render_report(title: str, report: Report) -> str:
-    """The page; everything that comes from the shop is escaped."""
+def render_report(title: str, report: Report, watch: Watch) -> str:
+    """The page, with the learning curves that `watch` kept; everything that comes from the shop is escaped."""
     page = Environment(autoescape=True).from_string(_PAGE)
     return page.render(
         title=title,
@@ -68,7 +71,22 @@ def render_report(title: str, report: Report) -> str:
         ranking_rows=ranking_rows,
         breakdown=_breakdown,
         reliability=_reliability,
+        curves=_curves(watch),
     )
+
+
+def _curves(watch: Watch) -> list[tuple[str, Markup]]:
+    """Loss and validation NDCG over the steps of each stage that has them."""
+    found = []
+    for stage in dict.fromkeys(point.stage for point in watch.points):
+        for name in (LOSS, NDCG):
+            points = watch.curve(stage, name)
+            if len(points) > 1:
+                steps, values = zip(*points, strict=True)
+                bounds = (0.0, max(steps), min(values), max(values))
+                line = Line(f"{name}, validation" if name == NDCG else name, points, marks=name == NDCG)
+                found.append((f"{stage}: {line.name}", Markup(line_chart([line], "step", name, bounds))))
+    return found
 
 
 def _breakdown(groups: Sequence[Breakdown], x_title: str, y_title: str) -> Markup:

@@ -17,22 +17,23 @@ from shoplm.model.base import Base
 from shoplm.model.linear import packing_supported
 from shoplm.training.campaigns import fit_campaigns
 from shoplm.training.catalogue import ShopItems, choose_items
-from shoplm.training.evaluation import Model, Say, tuning_window
+from shoplm.training.evaluation import Model, tuning_window
 from shoplm.training.examples import ranking_examples
 from shoplm.training.heads import LinearHead, Standard
-from shoplm.training.hidden import HiddenStates, Progress
+from shoplm.training.hidden import HiddenStates, Progress, Reader, make_reader
 from shoplm.training.histories import Histories
 from shoplm.training.log import ShopLog
 from shoplm.training.predictions import Predictor, fit_behaviour, observe, shifted
 from shoplm.training.ranker import OutputRows, RankerSettings, fit_ranker
-from shoplm.training.reader import Reader, make_reader
 from shoplm.training.samples import HiddenTable, Task, Use
 from shoplm.training.scoring import Weights, tune
 from shoplm.training.shop import Shop
 from shoplm.training.timeline import make_timeline
+from shoplm.training.watch import LOSS, NDCG, Watch
 
 # The likeliest weight of counting spreads chances over all that customers may buy; ranking ten items well takes more.
 _REPEAT_FACTORS = (1.0, 2.0, 3.0, 4.0)
+ROWS_STAGE = "output rows"
 HIDDEN_SHARE = 0.7  # of the minutes, for hidden states; the rest fits and measures
 
 
@@ -74,16 +75,22 @@ def prompt_schema(shop: Shop, preamble: str, budget_tokens: int, block_tokens: i
 
 
 def hidden_states(
-    shop: Shop, catalog: Catalog, base: Base, schema: PromptSchema, work: Path, seed: int, adapter: Path | None
+    shop: Shop,
+    catalog: Catalog,
+    base: Base,
+    schema: PromptSchema,
+    work: Path,
+    seed: int,
+    adapter: Path | None,
+    input_rows: torch.Tensor | None = None,
 ) -> tuple[HiddenStates, Reader]:
     """Loads the base and opens the folder of shards that belongs to exactly this log, base, adapter and prompt."""
     dtype = torch.bfloat16 if packing_supported() else torch.float32
     vocabulary = shop.items.vocabulary(base.config.vocab_size)
-    reader = make_reader(base, catalog, vocabulary, schema, dtype, adapter)
+    reader = make_reader(base, catalog, vocabulary, schema, dtype, adapter, input_rows)
     identity: dict[str, object] = {
         "base": base.fingerprint,
         "dtype": str(dtype),
-        "backend": reader.backend.info.name,
         "shop": shop.fingerprint,
         "schema": [schema.preamble, *schema.attributes, schema.history_budget_tokens, schema.history_block_tokens],
     }
@@ -107,14 +114,13 @@ def fit(
     *,
     seed: int,
     settings: RankerSettings,
-    say: Say,
-    progress: Progress,
+    watch: Watch,
 ) -> Fitted:
     """Output rows on labels before `tuned_at`; weights and calibration on labels before `test_at`. `embeddings`
     [rows, H] are the input embeddings of the catalogue's items."""
     popularity = torch.from_numpy(shop.popularity())
     window = tuning_window(shop, table, popularity, seed)
-    say("tuning the weights of counting and popularity")
+    watch.say("tuning the weights of counting and popularity")
     count = tune(window, None, Weights(model=0.0, repeat=1.0, popularity=0.05, decay_days=120.0))
     examples = ranking_examples(
         table,
@@ -124,13 +130,22 @@ def fit(
         before=shop.timeline.tuned_at,
         decay_days=count.decay_days,
     )
-    say(f"fitting output rows on {len(examples):,} baskets")
+    watch.say(f"fitting output rows on {len(examples):,} baskets")
     states = torch.from_numpy(table.hidden[window.examples.sample])
+    fitted_steps = 0
+
+    def progress(done: int, total: int, loss: float) -> None:
+        nonlocal fitted_steps
+        fitted_steps = done
+        watch.record(ROWS_STAGE, done, {LOSS: loss})
+        watch.advance(ROWS_STAGE, done, total)
 
     def validate(rows: OutputRows, repeat: float) -> float:
         logits = rows.logits(states)
         tried = (Weights(1.0, repeat * factor, 0.0, count.decay_days) for factor in _REPEAT_FACTORS)
-        return max(window.ndcg(weights, logits) for weights in tried)
+        quality = max(window.ndcg(weights, logits) for weights in tried)
+        watch.record(ROWS_STAGE, fitted_steps, {NDCG: quality})
+        return quality
 
     item_types = shop.items.table["type_index"].to_numpy()[shop.items.row_item]
     hidden = torch.from_numpy(table.hidden[examples.sample])
@@ -143,15 +158,15 @@ def fit(
         settings=settings,
         seed=seed,
         validate=validate,
-        progress=lambda done, total, _: progress(done, total, 0),
+        progress=progress,
     )
-    say("tuning the score's weights")
+    watch.say("tuning the score's weights")
     logits = rows.logits(states)
     starts = [Weights(1.0, repeat, 0.0, count.decay_days), replace(count, model=0.0)]
     best = max((tune(window, logits, start) for start in starts), key=lambda found: window.ndcg(found, logits))
     centre = hidden.mean(0) if len(hidden) else torch.zeros(hidden.shape[1])
     stored = rows.scaled(best.model).rounded(centre)
-    say("fitting prediction heads")
+    watch.say("fitting prediction heads")
     predictor = fit_predictor(shop, table, seed)
     model = Model(stored, popularity, replace(best, model=1.0), predictor)
     return Fitted(model, len(examples), predictor.hidden_scales if predictor is not None else {})

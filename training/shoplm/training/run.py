@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -14,27 +13,30 @@ import torch
 from safetensors.torch import load_file
 from shoplm.bundle import ShopManifest, read_manifest
 from shoplm.catalog.items import read_catalog
-from shoplm.errors import BundleError
+from shoplm.errors import BundleError, ConfigurationError
 from shoplm.features import FEATURE_VERSION
-from shoplm.model.base import Base, resolve_base
+from shoplm.model.base import Base, bundle_base, resolve_base
+from shoplm.model.origin import Origin
 from shoplm.training import pipeline
 from shoplm.training.bundle_writer import Identity, choose_demo_customers, moment_text, write_bundle
 from shoplm.training.card import render_card
 from shoplm.training.catalogue import ShopItems, choose_items
 from shoplm.training.determinism import deterministic
-from shoplm.training.evaluation import Model, Say, measure
+from shoplm.training.evaluation import Model, measure
 from shoplm.training.heads import LinearHead, Standard
+from shoplm.training.hidden import HiddenStates
 from shoplm.training.histories import Histories
 from shoplm.training.log import ShopLog
 from shoplm.training.predictions import Predictor
 from shoplm.training.ranker import OutputRows, RankerSettings
 from shoplm.training.report import Report, Sample
 from shoplm.training.scoring import Weights
+from shoplm.training.scratch import MINUTES_SHARE, ScratchRun, scratch_size
 from shoplm.training.shop import Shop
 from shoplm.training.timeline import make_timeline
+from shoplm.training.watch import Watch
 from shoplm.vocabulary import SPECIAL_TEXTS
 
-Bar = Callable[[str, int, int], None]  # what, done, total
 _SPEED_CUSTOMERS = 3
 
 
@@ -62,47 +64,70 @@ class TrainRequest:
     remarks: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A base and what it computes for this shop."""
+
+    base: Base
+    states: HiddenStates
+    embeddings: torch.Tensor  # [items, H]: input rows of the catalogue's items
+    input_rows: torch.Tensor | None  # [shop tokens, H] where the bundle has to store them
+
+
 class Run:
     """One training run: everything is loaded and numbered here, computed in `train`."""
 
-    def __init__(self, request: TrainRequest, log: ShopLog, say: Say) -> None:
+    def __init__(self, request: TrainRequest, log: ShopLog, watch: Watch) -> None:
         """Raises ConfigurationError for a log that cannot be cut in time and a base that cannot be used."""
         torch.manual_seed(request.seed)
         self._request = request
-        self._say = say
-        self._base = resolve_base(request.base)
-        say("numbering customers and items")
+        self._watch = watch
+        size = scratch_size(request.base)
+        base = None if size is not None else resolve_base(request.base)
+        watch.say("numbering customers and items")
         self._shop = pipeline.prepare(log)
         self._schema = pipeline.prompt_schema(
             self._shop,
             request.preamble,
             request.history_tokens,
             request.history_block,
-            adapted=request.adapter is not None,
+            adapted=request.adapter is not None or (base is not None and base.origin is Origin.ADAPTED),
         )
-        catalog = pipeline.write_items(self._shop.items, request.work / "items")
-        say(f"loading {self._base.name}")
-        self._states, reader = pipeline.hidden_states(
-            self._shop, catalog, self._base, self._schema, request.work, request.seed, request.adapter
+        self._catalog = pipeline.write_items(self._shop.items, request.work / "items")
+        self._scratch: ScratchRun | None = None
+        self._loaded: Loaded | None = None
+        if base is not None:
+            self._loaded = self._load(base, None)
+        elif request.adapter is not None:
+            raise ConfigurationError(f"--base {request.base} trains a base of its own: leave --adapter out")
+        elif size is not None:
+            arguments = (self._shop, self._catalog, self._schema, request.work, request.seed)
+            self._scratch = ScratchRun(size, *arguments)
+
+    def _load(self, base: Base, input_rows: torch.Tensor | None) -> Loaded:
+        request = self._request
+        self._watch.say(f"loading {base.name}")
+        states, reader = pipeline.hidden_states(
+            self._shop, self._catalog, base, self._schema, request.work, request.seed, request.adapter, input_rows
         )
         first = len(SPECIAL_TEXTS)
-        self._embeddings = reader.input_rows[first : first + len(catalog)]
+        return Loaded(base, states, reader.input_rows[first : first + len(self._catalog)], input_rows)
 
     def estimate(self) -> list[tuple[str, str]]:
         """What a run would do: (what, value)."""
         request, shop = self._request, self._shop
-        per_customer = self._states.estimate_tokens()
-        speed = self._states.measure_speed(_SPEED_CUSTOMERS)
+        if self._scratch is not None:
+            return [*self._facts(), *self._scratch_estimate(self._scratch)]
+        assert self._loaded is not None
+        per_customer = self._loaded.states.estimate_tokens()
+        speed = self._loaded.states.measure_speed(_SPEED_CUSTOMERS)
         wanted = min(request.max_customers or len(shop.histories), len(shop.histories))
         seconds = wanted * per_customer / speed
         if request.minutes is not None:
             seconds = min(seconds, pipeline.HIDDEN_SHARE * 60.0 * request.minutes)
         customers = min(wanted, int(seconds * speed / max(per_customer, 1e-9)))
         return [
-            ("events", f"{len(shop.log.events):,}"),
-            ("items with a token of their own", f"{len(shop.items.row_item):,}"),
-            ("product types", f"{len(shop.items.types):,}"),
-            ("training ends", moment_text(shop.timeline.test_at)),
+            *self._facts(),
             ("tokens per customer", f"{per_customer:,.0f}"),
             ("tokens per second here", f"{speed:,.0f}"),
             ("customers", f"{customers:,} of {len(shop.histories):,}"),
@@ -111,30 +136,57 @@ class Run:
             ("minutes for hidden states", f"{seconds / 60.0:.1f}"),
         ]
 
-    def train(self, bar: Bar) -> Report:
+    def _facts(self) -> list[tuple[str, str]]:
+        shop = self._shop
+        return [
+            ("events", f"{len(shop.log.events):,}"),
+            ("items with a token of their own", f"{len(shop.items.row_item):,}"),
+            ("product types", f"{len(shop.items.types):,}"),
+            ("training ends", moment_text(shop.timeline.test_at)),
+        ]
+
+    def _scratch_estimate(self, scratch: ScratchRun) -> list[tuple[str, str]]:
+        seconds, steps = scratch.seconds_per_step(), scratch.epoch_steps()
+        if self._request.minutes is not None:
+            steps = min(steps, int(MINUTES_SHARE * 60.0 * self._request.minutes / seconds))
+        return [
+            ("customers", f"{len(self._shop.histories):,}"),
+            ("training steps", f"{steps:,}"),
+            ("seconds per step here", f"{seconds:.2f}"),
+            ("minutes for training the base", f"{steps * seconds / 60.0:.1f}"),
+        ]
+
+    def train(self) -> Report:
         """Compute, fit, measure, write. Returns the numbers of the card."""
-        request, shop, say = self._request, self._shop, self._say
+        request, shop, watch = self._request, self._shop, self._watch
+        if self._scratch is not None:
+            made = self._scratch.train(request.minutes, watch)
+            self._loaded = self._load(made.base, made.input_rows)
+        assert self._loaded is not None
+        base, states = self._loaded.base, self._loaded.states
         wanted = request.max_customers or len(shop.histories)
         begun = time.monotonic()
         table, read = pipeline.compute_states(
-            self._states, wanted, request.minutes, lambda done, total, _: bar("hidden states", done, total)
+            states,
+            wanted,
+            request.minutes,
+            lambda done, total, tokens: watch.advance("hidden states", done, total, tokens),
         )
-        say(f"{len(table):,} hidden states after {(time.monotonic() - begun) / 60.0:.1f} minutes")
+        watch.say(f"{len(table):,} hidden states after {(time.monotonic() - begun) / 60.0:.1f} minutes")
         settings = replace(RankerSettings(), epochs=request.epochs)
         with deterministic():
             fitted = pipeline.fit(
                 shop,
                 table,
-                self._embeddings,
+                self._loaded.embeddings,
                 seed=request.seed,
                 settings=settings,
-                say=say,
-                progress=lambda done, total, _: bar("output rows", done, total),
+                watch=watch,
             )
-        report = measure(shop, table, read, fitted.model, request.seed, say)
+        report = measure(shop, table, read, fitted.model, request.seed, watch.say)
         card = render_card(
             shop,
-            self._base,
+            base,
             self._schema,
             fitted.model.weights,
             report,
@@ -148,13 +200,15 @@ class Run:
         write_bundle(
             request.out,
             shop,
-            self._base,
+            base,
             self._schema,
             fitted.model,
             report,
             Identity(request.name, request.title, request.currency, request.notice),
             card=card,
+            watch=watch,
             adapter=request.adapter,
+            input_rows=self._loaded.input_rows,
             knowledge=request.knowledge,
             demo_customers=choose_demo_customers(shop, request.demo_customers, request.seed),
         )
@@ -168,21 +222,29 @@ def evaluate_bundle(
     base: str | None,
     work: Path,
     max_customers: int | None,
-    say: Say,
-    progress: Bar,
+    watch: Watch,
 ) -> Report:
     """Measure a bundle with the log that it was trained on. Raises BundleError where they do not belong together."""
     manifest = read_manifest(folder)
-    resolved = resolve_base(base)
+    resolved = bundle_base(folder, base)
     _check_base(manifest, resolved, folder)
     card = msgspec.json.decode((folder / "metrics.json").read_bytes(), type=Sample)
     shop = shop_of_bundle(folder, manifest, log)
-    say(f"loading {resolved.name}")
+    watch.say(f"loading {resolved.name}")
     adapter = folder if manifest.has_adapter else None
-    states, _ = pipeline.hidden_states(shop, read_catalog(folder), resolved, manifest.prompt, work, card.seed, adapter)
+    states, _ = pipeline.hidden_states(
+        *(shop, read_catalog(folder), resolved, manifest.prompt, work, card.seed, adapter), stored_input_rows(folder)
+    )
     wanted = min(max_customers or card.customers, card.customers)
-    table, read = states.compute(wanted, None, lambda done, total, _: progress("hidden states", done, total))
-    return measure(shop, table, read, read_model(folder, manifest), card.seed, say)
+    table, read = states.compute(
+        wanted, None, lambda done, total, tokens: watch.advance("hidden states", done, total, tokens)
+    )
+    return measure(shop, table, read, read_model(folder, manifest), card.seed, watch.say)
+
+
+def stored_input_rows(folder: Path) -> torch.Tensor | None:
+    """[shop tokens, H] where the bundle has rows of its own; else they are made from the items' words."""
+    return load_file(folder / "weights.safetensors").get("input_rows")
 
 
 def read_model(folder: Path, manifest: ShopManifest) -> Model:

@@ -1,9 +1,11 @@
-"""How the training commands talk to the terminal: errors with exit codes, and progress bars."""
+"""How the training commands talk to the terminal: errors with exit codes, and how far a run is."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -12,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from shoplm.errors import ShopLMError
 from shoplm.training.problems import LogError
 from shoplm.training.tables import print_problems
+from shoplm.training.watch import Advance, Pace, Point, Watch, event_log
 
 EXIT_WRONG = 2
 
@@ -34,21 +37,65 @@ def fail(console: Console, message: str) -> NoReturn:
     raise typer.Exit(EXIT_WRONG)
 
 
-def dim(console: Console) -> Callable[[str], None]:
-    """A function that says what is going on, so that results stand out."""
-    return lambda text: console.print(f"[dim]{text}[/dim]")
+class LiveView:
+    """Bars that show loss, validation NDCG, tokens per second and time left."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._pace = progress, Pace(time.monotonic)
+        self._tasks: dict[str, TaskID] = {}
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, style="dim", markup=False, highlight=False)
+
+    def advance(self, advance: Advance) -> None:
+        self._pace.advance(advance)
+        self._draw(advance.stage, completed=advance.done, total=advance.total)
+
+    def record(self, point: Point) -> None:
+        self._pace.record(point)
+        self._draw(point.stage)
+
+    def _draw(self, stage: str, **amounts: float) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=None, text="")
+        self._progress.update(self._tasks[stage], text=self._pace.text(stage), **amounts)  # type: ignore[arg-type]
+
+
+class PlainView:
+    """The same as lines, for log files: one every `seconds` and one at the end of a stage."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic, seconds: float = 10.0) -> None:
+        self._console, self._pace, self._seconds = console, Pace(clock), seconds
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def advance(self, advance: Advance) -> None:
+        self._pace.advance(advance)
+        if self._pace.line_due(advance.stage, self._seconds):
+            left = self._pace.seconds_left(advance.stage)
+            end = f", {_clock_text(left)} left" if left else ""
+            values = self._pace.text(advance.stage)
+            text = f"{advance.stage} {advance.done:,}/{advance.total:,}{', ' if values else ''}{values}{end}"
+            self.say(text)
+
+    def record(self, point: Point) -> None:
+        self._pace.record(point)
+
+
+def _clock_text(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 @contextmanager
-def bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A function (what, done, total) that draws one bar per kind of work."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        drawn: dict[str, TaskID] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in drawn:
-                drawn[what] = progress.add_task(what, total=total)
-            progress.update(drawn[what], completed=done, total=total)
-
-        yield report
+def watching(console: Console, logs: Path | None = None) -> Iterator[Watch]:
+    """A watch that draws on the console, and writes TensorBoard's files to `logs`."""
+    with event_log(logs) as views:
+        if not console.is_terminal:
+            yield Watch((PlainView(console), *views))
+            return
+        text = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+        columns = (*text, TextColumn("[cyan]{task.fields[text]}"), TimeRemainingColumn())
+        with Progress(*columns, console=console) as progress:
+            yield Watch((LiveView(progress), *views))

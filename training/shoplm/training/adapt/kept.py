@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 import torch
 from shoplm.prompt import PromptBuilder
-from shoplm.training.adapt.model import AdaptedModel
+from shoplm.training.adapt.model import TalkingModel
 from shoplm.training.adapt.replay import Replay
 from torch.nn import functional
 
@@ -26,7 +26,7 @@ class ChatKept(msgspec.Struct, frozen=True):
 
 @torch.inference_mode()
 def measure_kept(
-    model: AdaptedModel, builder: PromptBuilder, replays: Sequence[Replay], histories: Sequence[tuple[int, ...]]
+    model: TalkingModel, builder: PromptBuilder, replays: Sequence[Replay], histories: Sequence[tuple[int, ...]]
 ) -> ChatKept:
     """`histories` are customers' prefixes, used in turn."""
     model.train(False)

@@ -1,14 +1,19 @@
-"""The base with a low-rank adapter (Hu et al., arXiv:2106.09685) and the heads that it is trained with."""
+"""Models that are trained on baskets, behaviour and chat together: a trunk, item rows and a behaviour head.
+
+`AdaptedModel` trains a low-rank adapter (Hu et al., arXiv:2106.09685) of a frozen base, `TunedModel` all of its layers.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from shoplm.model.origin import Origin, write_origin
 from shoplm.model.shop_weights import mean_embeddings
 from shoplm.training.adapt.replay import Replay
 from shoplm.training.adapt.tensors import PassInputs, pass_inputs
@@ -18,62 +23,41 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 
-class AdaptedModel(nn.Module):
-    """Frozen base, trained adapter, item rows and behaviour head. Hidden states are those after the final norm."""
+class JointModel(nn.Module):
+    """A trunk with item rows and a behaviour head. Hidden states are those after the final norm."""
 
-    def __init__(
-        self,
-        folder: Path,
-        texts: Sequence[Sequence[int]],
-        rows: OutputRows,
-        repeat_weight: float,
-        horizons: int,
-        rank: int,
-    ) -> None:
-        """`texts` are the words of each shop token, tokenised: their mean embeddings stand behind the text vocabulary.
-        `rows` are where item logits start."""
+    rows: Tensor  # [items, H] fp32: output rows
+    saved_as: str  # the folder that `save` is given
+
+    def __init__(self, trunk: Any, table: Tensor, bias: Tensor, repeat_weight: float, horizons: int) -> None:
+        """`trunk` is a decoder without its LM head; `table` [vocabulary, H] are the input rows of text and shop tokens;
+        `bias` [items] is where item logits start."""
         super().__init__()
-        causal: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        self.peft: PeftModel = get_peft_model(causal, config, autocast_adapter_dtype=False)
-        config.target_modules = sorted(config.target_modules or ())  # a set: its order would differ from run to run
-        config.base_model_name_or_path = folder.name  # where the base lies on this machine is nobody's business
-        embedding = causal.get_input_embeddings().weight.detach()
-        self._table = torch.cat((embedding, mean_embeddings(embedding, texts)))
-        self.rows = nn.Parameter(rows.rows.clone())
-        self.bias = nn.Parameter(rows.bias.clone())
+        self._trunk = [trunk]  # in a list: what of it is trained, a subclass says
+        self._table = [table]
+        self.bias = nn.Parameter(bias.clone())
         self.repeat_weight = nn.Parameter(torch.tensor(repeat_weight))
-        self.behaviour = nn.Linear(embedding.shape[1], max(horizons, 1))
+        self.behaviour = nn.Linear(table.shape[1], max(horizons, 1))
 
-    def adapter_parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
+    def trunk_parameters(self) -> list[nn.Parameter]:
+        """What is trained at the adapter's rate."""
+        raise NotImplementedError
 
     def head_parameters(self) -> list[nn.Parameter]:
-        return [self.rows, self.bias, self.repeat_weight, *self.behaviour.parameters()]
+        return [self.bias, self.repeat_weight, *self.behaviour.parameters()]
 
-    def hidden(self, inputs: PassInputs, *, adapted: bool = True) -> Tensor:
-        """[T, H] in bf16. Without `adapted`, what the base alone computes."""
-        core: Any = self.peft.get_base_model().model
-        with nullcontext() if adapted else self.peft.disable_adapter():
-            states: Tensor = core(
-                inputs_embeds=self._table[inputs.tokens][None],
-                attention_mask=inputs.mask,
-                position_ids=inputs.positions,
-                use_cache=False,
-            ).last_hidden_state
+    def hidden(self, inputs: PassInputs) -> Tensor:
+        """[T, H] in the trunk's dtype."""
+        return self._states(self._trunk[0], inputs)
+
+    def _states(self, trunk: Any, inputs: PassInputs) -> Tensor:
+        states: Tensor = trunk(
+            inputs_embeds=self._table[0][inputs.tokens][None],
+            attention_mask=inputs.mask,
+            position_ids=inputs.positions,
+            use_cache=False,
+        ).last_hidden_state
         return states[0]
-
-    def answer_logits(self, prefix: Sequence[int], chat: Replay, *, adapted: bool) -> Tensor:
-        """[N, text vocabulary], fp32: what gives each of the answer's N tokens, behind `prefix` and the prompt."""
-        hidden = self.hidden(pass_inputs((*prefix, *chat.suffix, *chat.answer), ()), adapted=adapted)
-        first = len(prefix) + len(chat.suffix) - 1  # the state that gives the answer's first token
-        return self.text_logits(hidden[first : first + len(chat.answer)])
-
-    def text_logits(self, hidden: Tensor) -> Tensor:
-        """[N, text vocabulary], fp32."""
-        head: Any = self.peft.get_base_model().lm_head
-        logits: Tensor = functional.linear(hidden, head.weight).float()
-        return logits
 
     def item_logits(self, hidden: Tensor) -> Tensor:
         """[N, items], fp32."""
@@ -85,6 +69,137 @@ class AdaptedModel(nn.Module):
         logits: Tensor = self.behaviour(scaled)
         return logits
 
-    def save_adapter(self, folder: Path) -> None:
+    def save(self, folder: Path) -> None:
+        """Write the trunk's change, or the trunk, to `folder`, in the form that is served."""
+        raise NotImplementedError
+
+
+class TalkingModel(JointModel):
+    """A model that chats: it has a text head, and its base can be asked for what it would have said."""
+
+    def __init__(
+        self,
+        causal: Any,
+        texts: Sequence[Sequence[int]],
+        rows: OutputRows,
+        repeat_weight: float,
+        horizons: int,
+    ) -> None:
+        """`texts` are the words of each shop token, tokenised: their mean embeddings stand behind the text vocabulary,
+        and are not trained."""
+        embedding = causal.get_input_embeddings().weight.detach()
+        table = torch.cat((embedding, mean_embeddings(embedding, texts)))
+        super().__init__(causal.model, table, rows.bias, repeat_weight, horizons)
+        self.rows = nn.Parameter(rows.rows.clone())
+        self._text_head = causal.get_output_embeddings().weight.detach()
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        assert isinstance(self.rows, nn.Parameter)
+        return [self.rows, *super().head_parameters()]
+
+    def base_hidden(self, inputs: PassInputs) -> Tensor:
+        """[T, H]: what the base computes."""
+        raise NotImplementedError
+
+    def answer_logits(self, prefix: Sequence[int], chat: Replay, *, adapted: bool) -> Tensor:
+        """[N, text vocabulary], fp32: what gives each of the answer's N tokens, behind `prefix` and the prompt."""
+        inputs = pass_inputs((*prefix, *chat.suffix, *chat.answer), ())
+        hidden = self.hidden(inputs) if adapted else self.base_hidden(inputs)
+        first = len(prefix) + len(chat.suffix) - 1  # the state that gives the answer's first token
+        return self.text_logits(hidden[first : first + len(chat.answer)])
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """[N, text vocabulary], fp32."""
+        return functional.linear(hidden, self._text_head).float()
+
+
+class AdaptedModel(TalkingModel):
+    """Frozen base and a low-rank adapter."""
+
+    saved_as = "adapter"
+
+    def __init__(
+        self,
+        folder: Path,
+        texts: Sequence[Sequence[int]],
+        rows: OutputRows,
+        repeat_weight: float,
+        horizons: int,
+        rank: int,
+        *,
+        checkpointing: bool = False,
+    ) -> None:
+        causal = load_causal(folder, checkpointing=checkpointing)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        peft: PeftModel = get_peft_model(causal, config, autocast_adapter_dtype=False)
+        config.target_modules = sorted(config.target_modules or ())  # a set: its order would differ from run to run
+        config.base_model_name_or_path = folder.name  # where the base lies on this machine is nobody's business
+        super().__init__(causal, texts, rows, repeat_weight, horizons)
+        self.peft = peft
+
+    def trunk_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
+
+    def base_hidden(self, inputs: PassInputs) -> Tensor:
+        with self._without_adapter():
+            return self.hidden(inputs)
+
+    def _without_adapter(self) -> AbstractContextManager[None]:
+        disabled: AbstractContextManager[None] = self.peft.disable_adapter()
+        return disabled
+
+    def save(self, folder: Path) -> None:
         """In PEFT's format."""
         self.peft.save_pretrained(str(folder))
+
+
+class TunedModel(TalkingModel):
+    """All layers of the base are trained; its embedding and LM head are not, so that the words keep their rows."""
+
+    saved_as = "base"
+
+    def __init__(
+        self,
+        folder: Path,
+        texts: Sequence[Sequence[int]],
+        rows: OutputRows,
+        repeat_weight: float,
+        horizons: int,
+        *,
+        checkpointing: bool = False,
+    ) -> None:
+        causal = load_causal(folder, checkpointing=checkpointing)
+        causal.requires_grad_(False)
+        super().__init__(causal, texts, rows, repeat_weight, horizons)
+        self._folder, self._causal = folder, [causal]
+        self._teacher = [load_causal(folder, checkpointing=False).model.requires_grad_(False).train(False)]
+        self.layers, self.norm = causal.model.layers, causal.model.norm
+        for parameter in self.trunk_parameters():
+            parameter.requires_grad_(True)
+
+    def trunk_parameters(self) -> list[nn.Parameter]:
+        return [*self.layers.parameters(), *self.norm.parameters()]
+
+    def base_hidden(self, inputs: PassInputs) -> Tensor:
+        return self._states(self._teacher[0], inputs)
+
+    def save(self, folder: Path) -> None:
+        """A base of its own, with the tokenizer of the old one."""
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        self._causal[0].save_pretrained(str(partial))
+        for path in sorted(self._folder.iterdir()):
+            if path.suffix in (".json", ".jinja") and not (partial / path.name).exists():
+                shutil.copyfile(path, partial / path.name)
+        write_origin(partial, Origin.ADAPTED)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+
+def load_causal(folder: Path, *, checkpointing: bool) -> Any:
+    """The base in bf16. With `checkpointing`, activations are computed again in the backward pass: less memory, a
+    third more time."""
+    causal: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
+    if checkpointing:
+        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return causal

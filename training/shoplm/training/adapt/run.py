@@ -1,9 +1,8 @@
-"""`shoplm adapt`: from a bundle and its log to an adapter in PEFT's format."""
+"""`shoplm adapt`: from a bundle and its log to an adapter in PEFT's format, or to a tuned base."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -19,16 +18,18 @@ from shoplm.prompt import PromptBuilder
 from shoplm.retrieval import read_knowledge
 from shoplm.training.adapt.conversations import FactWriter, talk_prompts
 from shoplm.training.adapt.kept import ChatKept, measure_kept
-from shoplm.training.adapt.model import AdaptedModel
+from shoplm.training.adapt.model import AdaptedModel, TalkingModel, TunedModel
 from shoplm.training.adapt.replay import Replay, replays_of
-from shoplm.training.adapt.trainer import AdapterTrainer, AdaptSettings
+from shoplm.training.adapt.trainer import AdaptSettings, JointTrainer, Talk
 from shoplm.training.catalogue import token_texts
-from shoplm.training.evaluation import Say
 from shoplm.training.log import ShopLog
-from shoplm.training.run import Bar, read_model, shop_of_bundle
+from shoplm.training.ranker import OutputRows
+from shoplm.training.run import read_model, shop_of_bundle
+from shoplm.training.watch import Watch
 
 TALK_PROMPTS = 480
 HELD_OUT_PROMPTS = 40
+FULL_LEARNING_RATE = 3e-5  # ten times less than an adapter takes: every weight moves
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +40,17 @@ class AdaptRequest:
     out: Path
     base: str | None
     steps: int
-    rank: int
+    rank: int | None  # of the adapter; None: all layers of the base are trained
+    checkpointing: bool
     seed: int
 
 
 class AdaptRun:
     """One run: everything is loaded here, trained in `train`, measured in `measure`."""
 
-    def __init__(self, request: AdaptRequest, log: ShopLog, say: Say, progress: Bar) -> None:
+    def __init__(self, request: AdaptRequest, log: ShopLog, watch: Watch) -> None:
         """Raises BundleError where bundle, base and log do not belong together."""
-        self._request, self._say, self._progress = request, say, progress
+        self._request, self._watch = request, watch
         manifest = read_manifest(request.bundle)
         base = self._base = resolve_base(request.base)
         if manifest.base.fingerprint != base.fingerprint:
@@ -68,36 +70,37 @@ class AdaptRun:
         self._replays = self._answers("replays.json", TALK_PROMPTS, request.seed)
         rows = read_model(request.bundle, manifest).rows
         torch.manual_seed(request.seed)
-        self._model = AdaptedModel(
-            base.folder,
-            [self._tokenizer.encode(text) for text in token_texts(self._catalog)],
-            rows,
-            manifest.score.repeat_weight,
-            len(self._shop.timeline.horizons),
-            request.rank,
-        )
-        self._trainer = AdapterTrainer(
+        self._model = self._make_model(rows, manifest.score.repeat_weight)
+        facts = FactWriter(self._catalog, read_knowledge(request.bundle).passages, manifest.currency)
+        settings = AdaptSettings(request.steps, decay_days=manifest.score.decay_days, seed=request.seed)
+        if request.rank is None:
+            settings = replace(settings, learning_rate=FULL_LEARNING_RATE)
+        self._trainer = JointTrainer(
             self._model,
             self._builder,
             self._shop,
-            FactWriter(self._catalog, read_knowledge(request.bundle).passages, manifest.currency),
-            self._replays,
-            self._tokenizer,
-            AdaptSettings(request.steps, request.rank, decay_days=manifest.score.decay_days, seed=request.seed),
+            settings,
             request.out,
+            Talk(facts, self._replays, self._tokenizer),
         )
+
+    def _make_model(self, rows: OutputRows, repeat_weight: float) -> TalkingModel:
+        request, horizons = self._request, len(self._shop.timeline.horizons)
+        texts = [self._tokenizer.encode(text) for text in token_texts(self._catalog)]
+        common = (self._base.folder, texts, rows, repeat_weight, horizons)
+        if request.rank is None:
+            return TunedModel(*common, checkpointing=request.checkpointing)
+        return AdaptedModel(*common, request.rank, checkpointing=request.checkpointing)
+
+    @property
+    def saved_as(self) -> str:
+        """The folder of the result, in `out`."""
+        return self._model.saved_as
 
     def train(self) -> None:
         """To the last step; from the checkpoint, if there is one."""
-        begun, already = time.monotonic(), self._trainer.resume()
-
-        def report(step: int, losses: dict[str, float]) -> None:
-            self._progress("steps", step, self._request.steps)
-            text = ", ".join(f"{name} {value:.3f}" for name, value in sorted(losses.items()))
-            speed = (self._trainer.tokens - already) / (time.monotonic() - begun)
-            self._say(f"step {step}: {text}; {speed:.0f} tokens/s")
-
-        self._trainer.run(report)
+        self._trainer.resume()
+        self._trainer.run(self._watch)
 
     def measure(self) -> ChatKept:
         """What is left of ordinary talk, on prompts that were not trained on."""
@@ -119,18 +122,18 @@ class AdaptRun:
             prompts,
             ends,
             seed=seed,
-            progress=lambda done, total: self._progress(f"the base's answers for {name}", done, total),
+            progress=lambda done, total: self._watch.advance(f"the base's answers for {name}", done, total),
         )
 
 
-def adapt(request: AdaptRequest, log: ShopLog, say: Say, progress: Bar) -> Path:
-    """Train an adapter and measure what is left of chat; returns the adapter's folder."""
-    run = AdaptRun(request, log, say, progress)
+def adapt(request: AdaptRequest, log: ShopLog, watch: Watch) -> Path:
+    """Train an adapter, or all layers, and measure what is left of chat; returns the folder of the result."""
+    run = AdaptRun(request, log, watch)
     run.train()
     kept = run.measure()
     (request.out / "kept.json").write_bytes(msgspec.json.format(msgspec.json.encode(kept), indent=1) + b"\n")
-    say(
+    watch.say(
         f"perplexity of {kept.answers} held-out answers: base {kept.base:.2f}, adapted {kept.adapted:.2f}, behind a "
         f"history {kept.adapted_behind_history:.2f} (the base there: {kept.base_behind_history:.0f})"
     )
-    return request.out / "adapter"
+    return request.out / run.saved_as

@@ -1,19 +1,20 @@
-"""The joint training of an adapter: baskets, behaviour and chat behind one prefix, in one pass per customer.
+"""Joint training: baskets, behaviour and chat behind one prefix, in one pass per customer.
 
     loss = cross-entropy of the next basket (as `shoplm.training.ranker`)
          + cross-entropy of a purchase within each horizon
          + KL(base without history || adapted behind the history) on the base's own answers
          + cross-entropy of the answers that repeat the shop's facts
 
-The third term is what lets chat read the customer's prefix: the adapted model, behind item tokens that the base has
-never seen, must say what the base says without them.
+A model that does not talk is trained on the first two alone. The third is what lets chat read the customer's prefix:
+the adapted model, behind item tokens that the base has never seen, must say what the base says without them.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,31 +25,34 @@ from shoplm.history import History
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.prompt import PromptBuilder
 from shoplm.retrieval import Passage
-from shoplm.training.adapt.conversations import Fact, FactWriter
-from shoplm.training.adapt.model import AdaptedModel
+from shoplm.training.adapt.conversations import FactWriter
+from shoplm.training.adapt.model import JointModel, TalkingModel
 from shoplm.training.adapt.replay import Replay
 from shoplm.training.adapt.tensors import Branch, pass_inputs
+from shoplm.training.adapt.validation import BasketValidation
 from shoplm.training.examples import ranking_examples
 from shoplm.training.labels import behaviour
 from shoplm.training.packing import pack_samples
 from shoplm.training.ranker import basket_loss
 from shoplm.training.samples import HiddenTable, Sample, Task, Use, samples_of
 from shoplm.training.shop import Shop
+from shoplm.training.watch import LOSS, NDCG, Watch
 from torch import Tensor
 from torch.nn import functional
 
 CHECKPOINT_STEPS = 25
+STAGE = "training steps"
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptSettings:
-    """How an adapter is trained."""
+    """How a model is trained."""
 
     steps: int
-    rank: int = 16
     passes_per_step: int = 4
-    learning_rate: float = 4e-4  # of the adapter
+    learning_rate: float = 4e-4  # of the trunk
     head_learning_rate: float = 1e-4
+    trunk_decay: float = 0.0  # pulls the trunk's weights towards zero
     talk_share: float = 0.5  # of the passes that carry a talk conversation; each carries one fact
     bare_share: float = 0.2  # of the passes that have no history: chat without a customer
     chat_weight: float = 1.0
@@ -56,6 +60,21 @@ class AdaptSettings:
     decay_days: float = 120.0
     warm_up: float = 0.05
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Talk:
+    """What chat is trained on."""
+
+    facts: FactWriter
+    replays: Sequence[Replay]
+    tokenizer: Tokenizer
+
+    def fact(self, builder: PromptBuilder, random: np.random.Generator) -> Replay:
+        """A fact as a conversation behind any prefix."""
+        fact = self.facts.draw(random)
+        answer = (*self.tokenizer.encode(fact.answer), self.tokenizer.end_token_ids[0])
+        return Replay(encode_chat(builder, fact.question, fact.passages), answer)
 
 
 @dataclass(slots=True)
@@ -74,53 +93,74 @@ class Losses:
         return {name: total / self.counts[name] for name, total in self.sums.items()}
 
 
-class AdapterTrainer:
+class JointTrainer:
     """Draws customers at random, step by step; a stopped run goes on where its checkpoint was."""
 
     def __init__(
         self,
-        model: AdaptedModel,
+        model: JointModel,
         builder: PromptBuilder,
         shop: Shop,
-        facts: FactWriter,
-        replays: Sequence[Replay],
-        tokenizer: Tokenizer,
         settings: AdaptSettings,
         folder: Path,
+        talk: Talk | None,
     ) -> None:
         self.model, self.settings, self.step, self.tokens = model, settings, 0, 0
-        self._builder, self._shop, self._facts, self._replays = builder, shop, facts, replays
-        self._tokenizer, self._end_token, self._folder = tokenizer, tokenizer.end_token_ids[0], folder
+        self._builder, self._shop, self._talk, self._folder = builder, shop, talk, folder
         self._random = np.random.default_rng(settings.seed)
-        # The adapter multiplies in bf16, whose rounding would swallow small updates: they are summed up in fp32.
-        self._masters = [parameter.detach().float() for parameter in model.adapter_parameters()]
+        self._validation = BasketValidation(shop, builder, settings.decay_days, settings.seed)
+        # The trunk multiplies in bf16, whose rounding would swallow small updates: they are summed up in fp32.
+        self._masters = [parameter.detach().float() for parameter in model.trunk_parameters()]
         self._optimizer = torch.optim.AdamW(
             [
-                {"params": self._masters, "lr": settings.learning_rate, "weight_decay": 0.0},
+                {"params": self._masters, "lr": settings.learning_rate, "weight_decay": settings.trunk_decay},
                 {"params": model.head_parameters(), "lr": settings.head_learning_rate, "weight_decay": 0.01},
             ],
             betas=(0.9, 0.98),
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._rate)
 
-    def run(self, report: Callable[[int, dict[str, float]], None]) -> None:
-        """Train until `settings.steps`. `report` gets the step and the mean losses since the last report."""
+    def run(self, watch: Watch, deadline: float | None = None) -> None:
+        """Train until `settings.steps` or, at a checkpoint, `deadline` (time.monotonic). Each checkpoint records the
+        mean losses since the one before and the NDCG."""
         self.model.train()
-        losses = Losses()
+        losses, already = Losses(), self.tokens
         while self.step < self.settings.steps:
-            for _ in range(self.settings.passes_per_step):
-                loss = self._pass(losses)
-                if loss is not None:
-                    (loss / self.settings.passes_per_step).backward()  # type: ignore[no-untyped-call]
+            self._learn(losses)
             self._update()
             self.step += 1
+            watch.advance(STAGE, self.step, self.settings.steps, self.tokens - already)
             if self.step % CHECKPOINT_STEPS == 0 or self.step == self.settings.steps:
                 self._save()
-                report(self.step, losses.means())
+                values = losses.means()
+                if self._validation:
+                    values[NDCG] = self._validation.ndcg(self.model)
+                watch.record(STAGE, self.step, values)
                 losses = Losses()
+                if deadline is not None and time.monotonic() > deadline:
+                    return
+
+    def _learn(self, losses: Losses) -> None:
+        """The gradients of one step."""
+        for _ in range(self.settings.passes_per_step):
+            loss = self._pass(losses)
+            if loss is not None:
+                (loss / self.settings.passes_per_step).backward()  # type: ignore[no-untyped-call]
+
+    def seconds_per_step(self) -> float:
+        """Measured on the second of two steps, which change nothing: neither weights nor what is drawn next."""
+        state, tokens = self._random.bit_generator.state, self.tokens
+        self.model.train()
+        self._learn(Losses())
+        begun = time.perf_counter()
+        self._learn(Losses())
+        seconds = time.perf_counter() - begun
+        self.model.zero_grad()
+        self._random.bit_generator.state, self.tokens = state, tokens
+        return seconds
 
     def _update(self) -> None:
-        pairs = list(zip(self._masters, self.model.adapter_parameters(), strict=True))
+        pairs = list(zip(self._masters, self.model.trunk_parameters(), strict=True))
         for master, parameter in pairs:
             master.grad = None if parameter.grad is None else parameter.grad.float()
         torch.nn.utils.clip_grad_norm_(self._masters, 1.0)
@@ -142,7 +182,7 @@ class AdapterTrainer:
     def _pass(self, losses: Losses) -> Tensor | None:
         random, shop = self._random, self._shop
         customer = int(random.integers(len(shop.histories)))
-        bare = random.random() < self.settings.bare_share
+        bare = random.random() < self.settings.bare_share and self._talk is not None
         known = shop.histories[customer].before(shop.timeline.tuned_at)
         packs = [] if bare else pack_samples(self._builder, known, self._samples(known))
         pack = packs[0] if packs else None
@@ -153,6 +193,8 @@ class AdapterTrainer:
         chats = self._chats(bare or pack is None)
         branches += [Branch(len(prefix), chat.suffix + chat.answer) for chat, _ in chats]
         inputs = pass_inputs(prefix, branches)
+        if not branches:
+            return None
         hidden = self.model.hidden(inputs)
         self.tokens += len(inputs.tokens)
         parts: list[Tensor] = []
@@ -162,9 +204,9 @@ class AdapterTrainer:
         first = len(branches) - len(chats)
         for start, (chat, talk) in zip(inputs.starts[first:], chats, strict=True):
             state = start + len(chat.suffix) - 1  # gives the answer's first token
-            logits = self.model.text_logits(hidden[state : state + len(chat.answer)])
-            parts.append(self.settings.chat_weight * self._chat_loss(logits, chat, losses, talk=talk))
-        return torch.stack(parts).sum() if parts else None
+            states = hidden[state : state + len(chat.answer)]
+            parts.append(self.settings.chat_weight * self._chat_loss(states, chat, losses, talk=talk))
+        return losses.add(LOSS, torch.stack(parts).sum()) if parts else None
 
     def _samples(self, history: History) -> list[Sample]:
         """Moments of training, before any label that is tuned or tested on."""
@@ -173,18 +215,14 @@ class AdapterTrainer:
 
     def _chats(self, bare: bool) -> list[tuple[Replay, bool]]:
         """Conversations of this pass, and whether each is talk."""
-        chats = []
+        if self._talk is None:
+            return []
+        chats, replays = [], self._talk.replays
         if not bare or self._random.random() < 0.5:
-            fact = self._facts.draw(self._random)
-            chats.append((self._encode(fact), False))
-        if self._replays and (bare or self._random.random() < self.settings.talk_share):
-            replay = self._replays[int(self._random.integers(len(self._replays)))]
-            chats.append((replay, True))
+            chats.append((self._talk.fact(self._builder, self._random), False))
+        if replays and (bare or self._random.random() < self.settings.talk_share):
+            chats.append((replays[int(self._random.integers(len(replays)))], True))
         return chats
-
-    def _encode(self, fact: Fact) -> Replay:
-        answer = (*self._tokenizer.encode(fact.answer), self._end_token)
-        return Replay(encode_chat(self._builder, fact.question, fact.passages), answer)
 
     def _shop_losses(self, customer: int, samples: Sequence[Sample], hidden: Tensor, losses: Losses) -> list[Tensor]:
         shop = self._shop
@@ -215,8 +253,10 @@ class AdapterTrainer:
             parts.append(self.settings.behaviour_weight * losses.add("purchase", loss))
         return parts
 
-    def _chat_loss(self, logits: Tensor, chat: Replay, losses: Losses, *, talk: bool) -> Tensor:
-        """`logits` [N, text vocabulary] are those of the answer's N tokens in this pass."""
+    def _chat_loss(self, states: Tensor, chat: Replay, losses: Losses, *, talk: bool) -> Tensor:
+        """`states` [N, H] give the answer's N tokens in this pass."""
+        assert isinstance(self.model, TalkingModel)
+        logits = self.model.text_logits(states)
         if not talk:
             return losses.add("fact", functional.cross_entropy(logits, torch.tensor(chat.answer)))
         with torch.no_grad():
@@ -242,7 +282,7 @@ class AdapterTrainer:
         temporary = self._folder / ".checkpoint.partial"
         torch.save(state, temporary)
         temporary.replace(self._folder / "checkpoint.pt")
-        self.model.save_adapter(self._folder / "adapter")
+        self.model.save(self._folder / self.model.saved_as)
 
     def resume(self) -> int:
         """Go on from the checkpoint, if there is one; how many tokens were trained on before."""

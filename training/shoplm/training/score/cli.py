@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 
 import typer
 from rich.console import Console
-from shoplm.training.terminal import bars, errors, fail
+from shoplm.training.terminal import errors, fail, watching
 
 if TYPE_CHECKING:
     from shoplm.config import ServerConfig
@@ -43,7 +43,7 @@ def score(
     Other settings of the engine are read from SHOPLM_* variables, as the server's are.
     """
     from shoplm.config_sources import load_config
-    from shoplm.model.base import resolve_base
+    from shoplm.model.base import bundle_base
     from shoplm.training.score.run import ScoreRequest
     from shoplm.training.score.run import score as run
     from shoplm.training.tables import print_problems
@@ -58,15 +58,15 @@ def score(
     with errors(console):
         config = load_config(flags)
         request = ScoreRequest(customers, events, out, count, _moment(console, as_of, timezone), timezone, resume)
-        resolved = resolve_base(config.base)
-        with bars(console) as bar:
+        resolved = bundle_base(config.bundle, config.base)
+        with watching(console) as watch:
             rows = asyncio.run(
                 run(
                     request,
                     config,
                     resolved,
                     engine_process,
-                    lambda done, total: bar("customers", done, total),
+                    lambda done, total: watch.advance("customers", done, total),
                     lambda problems: print_problems(console, problems),
                 )
             )
