@@ -94,6 +94,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
     },
 }
+# As smollm2, as wide as the C++ decoder's tiles.
+TILED: dict[str, Any] = {
+    **FAMILIES["smollm2"],
+    "hidden_size": 192,
+    "intermediate_size": 128,
+}
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -172,14 +178,16 @@ def _save_tiny_model(family: str, folder: Path) -> None:
     config_class = {
         "llama": transformers.LlamaConfig,
         "smollm2": transformers.LlamaConfig,
+        "tiled": transformers.LlamaConfig,
         "qwen2": transformers.Qwen2Config,
         "qwen3": transformers.Qwen3Config,
         "mistral": transformers.MistralConfig,
         "smollm3": transformers.SmolLM3Config,
     }[family]
-    config = config_class(**{**COMMON, **FAMILIES[family]})
+    traits = TILED if family == "tiled" else FAMILIES[family]
+    config = config_class(**{**COMMON, **traits})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    generator = torch.Generator().manual_seed(20180101 + list(FAMILIES).index(family))
+    generator = torch.Generator().manual_seed(20180101 + [*FAMILIES, "tiled"].index(family))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)

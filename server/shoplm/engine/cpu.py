@@ -9,8 +9,8 @@ from functools import partial
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import ConfigurationError
 from shoplm.model.amx.backend import AmxBackend, amx_refusal
-from shoplm.model.backend import Backend
 from shoplm.model.config import ModelConfig
+from shoplm.model.eager_backend import EagerBackend
 from shoplm.model.shop_weights import NamedTrie, ShopWeights
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import DecoderWeights
@@ -25,13 +25,13 @@ def cpu_backend(
     shop: ShopWeights | None,
     tries: Sequence[NamedTrie],
     pages: int,
-) -> Backend:
+) -> EagerBackend:
     """The CPU backend of a spec. Raises ConfigurationError for formats that this machine cannot compute."""
     if spec.weight_format not in ("model", "int8"):
         raise ConfigurationError(f"weight_format {spec.weight_format} needs backend triton; a CPU takes model or int8")
     refusal = amx_refusal(config, weights.embedding.dtype, spec.page_size)
     int8 = spec.weight_format == "int8"
-    make: Callable[..., Backend]
+    make: Callable[..., EagerBackend]
     if refusal is None:
         make = partial(AmxBackend, int8=int8)
     elif int8:

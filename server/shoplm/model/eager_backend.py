@@ -10,6 +10,7 @@ from shoplm.engine.batch import Batch, RowOutput, StepResult
 from shoplm.model.backend import BackendInfo, Finished, Handle
 from shoplm.model.readouts import Readouts
 from shoplm.request import Select
+from torch import Tensor
 
 
 class LocalBackend(ABC):
@@ -65,6 +66,11 @@ class LocalBackend(ABC):
 
 class EagerBackend(LocalBackend):
     """A backend that runs each step within `submit`."""
+
+    @abstractmethod
+    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy the keys and values of pages `sources` [C], in every layer, to the pages `targets` [C]. No page is both.
+        So a prompt can go on behind the middle of a page that another one shares."""
 
     def _start(self, batch: Batch) -> Handle:
         start = time.perf_counter()

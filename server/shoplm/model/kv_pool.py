@@ -47,7 +47,18 @@ class KVPool:
         """Copies of keys and values [rows, head_dim]."""
         return self._key_rows[layer].index_select(0, rows), self._value_rows[layer].index_select(0, rows)
 
+    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy whole pages, `sources` [C] to `targets` [C]; none is both."""
+        copy_pages(self.keys, sources, targets)
+        copy_pages(self.values, sources, targets)
+
     def _first_rows(self, slots: Tensor) -> Tensor:
         """Row of the slot's head 0."""
         page = slots // self.page_size
         return page * (self._kv_heads * self.page_size) + slots % self.page_size
+
+
+def copy_pages(part: Tensor, sources: Tensor, targets: Tensor) -> None:
+    """Copy pages within `part` [layers, pages, …], layer by layer: what is copied stays in the CPU's cache."""
+    for layer in part:
+        layer.index_copy_(0, targets, layer.index_select(0, sources))

@@ -17,6 +17,7 @@ from shoplm.model.linear import Linear
 from shoplm.model.readouts import Readouts, output_tokens
 from shoplm.model.shop_weights import NamedTrie, ShopWeights
 from shoplm.model.weights import DecoderWeights
+from torch import Tensor
 
 
 class TorchBackend(EagerBackend):
@@ -74,6 +75,9 @@ class TorchBackend(EagerBackend):
     def pool(self) -> KVPool:
         """The keys and values; tests fill unused pages to see that they are never read."""
         return self._pool
+
+    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
+        self._pool.copy_pages(sources, targets)
 
     def _run(self, batch: Batch) -> tuple[RowOutput, ...]:
         config = self._decoder.config

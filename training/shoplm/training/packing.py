@@ -1,8 +1,8 @@
 """Many prompts of one customer as few passes: cut-offs share the history before them.
 
 A prompt is `prefix + suffix`. While the prompt builder drops no further basket, an earlier cut-off's prefix is the
-beginning of a later one's; so one pass over the longest serves all of them, each suffix attending to its own part.
-When baskets were dropped in between, the earlier prefix starts elsewhere and needs a pass of its own.
+beginning of a later one's; so one pass over the longest serves all of them, each suffix attending to its own part
+(`passes`). When baskets were dropped in between, the earlier prefix starts elsewhere and needs a pass of its own.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-from shoplm.engine.batch import Batch, EmbedReadout, Row
 from shoplm.history import History
 from shoplm.prompt import Prefix, PromptBuilder
 from shoplm.training.samples import Sample, Task
@@ -19,7 +17,7 @@ from shoplm.training.samples import Sample, Task
 
 @dataclass(slots=True)
 class Pack:
-    """One pass: a prefix, and the suffixes that attend to its first tokens."""
+    """A prefix, and the suffixes that attend to its first tokens."""
 
     prefix: tuple[int, ...]
     samples: list[Sample] = field(default_factory=list)
@@ -65,30 +63,3 @@ def pack_samples(builder: PromptBuilder, history: History, samples: Sequence[Sam
     for sample in ordered:
         place(sample)
     return packs
-
-
-def pack_batch(pack: Pack) -> Batch:
-    """The pack as one step for a backend with pages of one token: the prefix is one row, each suffix another that
-    reads the prefix's first pages and its own. The readouts are those of rows 1, 2, …, in the order of `samples`."""
-    count = len(pack.prefix)
-    tokens, positions = [*pack.prefix], [*range(count)]
-    rows = [Row(0, 0, count, np.arange(count, dtype=np.int32), count)] if count else []
-    for index, (length, suffix) in enumerate(zip(pack.lengths, pack.suffixes, strict=True)):
-        start = len(tokens)
-        own = np.arange(start, start + len(suffix), dtype=np.int32)
-        rows.append(
-            Row(
-                state_slot=index + 1,
-                query_start=start,
-                query_len=len(suffix),
-                pages=np.concatenate([np.arange(length, dtype=np.int32), own]),
-                kv_len=length + len(suffix),
-                readout=EmbedReadout(),
-            )
-        )
-        tokens += suffix
-        positions += range(length, length + len(suffix))
-    total = len(tokens)
-    return Batch(
-        np.array(tokens, np.int32), np.array(positions, np.int32), np.arange(total, dtype=np.int64), tuple(rows)
-    )

@@ -20,11 +20,12 @@ from shoplm.training.catalogue import ShopItems, choose_items
 from shoplm.training.evaluation import Model, tuning_window
 from shoplm.training.examples import ranking_examples
 from shoplm.training.heads import LinearHead, Standard
-from shoplm.training.hidden import HiddenStates, Progress, Reader, make_reader
+from shoplm.training.hidden import HiddenStates, Progress
 from shoplm.training.histories import Histories
 from shoplm.training.log import ShopLog
 from shoplm.training.predictions import Predictor, fit_behaviour, observe, shifted
 from shoplm.training.ranker import OutputRows, RankerSettings, fit_ranker
+from shoplm.training.reader import Reader, make_reader
 from shoplm.training.samples import HiddenTable, Task, Use
 from shoplm.training.scoring import Weights, tune
 from shoplm.training.shop import Shop
@@ -91,6 +92,7 @@ def hidden_states(
     identity: dict[str, object] = {
         "base": base.fingerprint,
         "dtype": str(dtype),
+        "backend": reader.backend.info.name,
         "shop": shop.fingerprint,
         "schema": [schema.preamble, *schema.attributes, schema.history_budget_tokens, schema.history_block_tokens],
     }

@@ -15,6 +15,7 @@ from shoplm.model.eager_backend import EagerBackend
 from shoplm.model.readouts import Readouts, output_tokens
 from shoplm.model.shop_weights import NamedTrie, ShopWeights
 from shoplm.model.weights import DecoderWeights
+from torch import Tensor
 
 
 def amx_refusal(config: ModelConfig, dtype: torch.dtype, page_size: int) -> str | None:
@@ -75,6 +76,9 @@ class AmxBackend(EagerBackend):
     def pool(self) -> AmxPool:
         """The keys and values; tests fill unused pages to see that they are never read."""
         return self._decoder.pool
+
+    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
+        self._decoder.pool.copy_pages(sources, targets)
 
     def _run(self, batch: Batch) -> tuple[RowOutput, ...]:
         lineages = self._readouts.lineages(batch)

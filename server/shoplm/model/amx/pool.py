@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from shoplm.errors import ConfigurationError
+from shoplm.model.kv_pool import copy_pages
+from torch import Tensor
 
 TILE = 16  # tokens whose values lie together
 
@@ -21,3 +23,8 @@ class AmxPool:
         # Not zeroed: memory that no page has used yet is not occupied either.
         self.keys = torch.empty(layers, pages, kv_heads, page_size, head_dim, dtype=torch.bfloat16)
         self.values = torch.empty(layers, pages, kv_heads, page_size // TILE, head_dim, TILE, dtype=torch.bfloat16)
+
+    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy whole pages, `sources` [C] to `targets` [C]; none is both."""
+        copy_pages(self.keys, sources, targets)
+        copy_pages(self.values, sources, targets)
