@@ -74,7 +74,31 @@ class Embed(msgspec.Struct, frozen=True, tag=True):
     """Training: the last hidden state itself (after the final norm)."""
 
 
-Task = Generate | Select | Predict | Embed
+class ItemScores(msgspec.Struct, frozen=True, tag=True):
+    """What an explanation reads of a recommendation: the model's log-probability of each of these items."""
+
+    items: tuple[int, ...]  # item rows
+    trie: str = ""  # with codes of one token
+
+
+class Explain(msgspec.Struct, frozen=True, tag=True):
+    """Explanation: what the model says when it does not see parts of the history.
+
+    Behind the history, the prompt repeats the task's suffix once per *fork*. The suffix of a fork reads the history,
+    but for the tokens that are hidden from it, and itself: nothing of the other forks, and at the positions that follow
+    the history. So all forks share the history's keys and values, and differ only in what they read of them.
+    """
+
+    suffix_tokens: int  # of each fork
+    hidden: tuple[tuple[tuple[int, int], ...], ...]  # per fork: spans [start, end) of the prompt, within the history
+    reads: ItemScores | Predict
+
+    def __post_init__(self) -> None:
+        if self.suffix_tokens < 1 or not self.hidden:
+            raise ValueError(f"{len(self.hidden)} forks of {self.suffix_tokens} tokens: at least one of each is needed")
+
+
+Task = Generate | Select | Predict | Embed | Explain
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -95,16 +119,31 @@ class Request(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if not self.tokens:
             raise ValueError(f"request {self.request_id}: tokens is empty")
+        if isinstance(self.task, Explain):
+            check_forks(self.tokens, self.task)
         if not 0 <= self.history_tokens <= len(self.tokens):
             raise ValueError(f"request {self.request_id}: history_tokens {self.history_tokens} outside the prompt")
 
 
+def forks_start(tokens: int, task: Explain) -> int:
+    """Where the forks begin in a prompt of so many tokens."""
+    return tokens - task.suffix_tokens * len(task.hidden)
+
+
+def check_forks(tokens: tuple[int, ...], task: Explain) -> None:
+    """Raises ValueError where spans lie outside the history that the forks share."""
+    start = forks_start(len(tokens), task)
+    if start < 0:
+        raise ValueError(f"{len(task.hidden)} forks of {task.suffix_tokens} tokens in a prompt of {len(tokens)}")
+    for spans in task.hidden:
+        if any(not 0 <= first < end <= start for first, end in spans):
+            raise ValueError(f"a fork hides {spans} of a history of {start} tokens")
+
+
 class Degradation(StrEnum):
-    """What was taken from an answer, with the caller's leave, so that it came in time.
+    """What was taken from an answer, with the caller's leave, so that it came in time. Explanations go first."""
 
-    Explanations are not among them: they are the terms of the score, which every selection computes anyway.
-    """
-
+    NO_EXPLANATION = "no_explanation"
     NARROWER_BEAMS = "narrower_beams"
     FEWER_TOKENS = "fewer_tokens"
 
@@ -150,7 +189,8 @@ class FinishedOutput(msgspec.Struct, frozen=True, tag=True):
     completion_tokens: int
     finish_reason: FinishReason = FinishReason.STOP
     selected: SelectOutput | None = None  # for Select
-    values: tuple[float, ...] = ()  # for Predict: head outputs; for Embed: the hidden state
+    # For Predict: head outputs; for Embed: the hidden state; for Explain: what each fork reads, one fork after another.
+    values: tuple[float, ...] = ()
     degraded: tuple[Degradation, ...] = ()  # empty: the answer is what was asked for
 
 

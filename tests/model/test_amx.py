@@ -18,10 +18,10 @@ from shoplm.model.amx.decoder import unsupported
 from shoplm.model.amx.linear import PackedLinear
 from shoplm.model.config import ModelConfig, RopeConfig
 from shoplm.model.direct import DirectRunner, Output
-from shoplm.model.shop_weights import NamedTrie, random_trie
+from shoplm.model.shop_weights import NamedTrie, ShopWeights, random_trie
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import DecoderWeights, LayerWeights
-from shoplm.request import Embed, Generate, Sampling, Select, SelectOutput, Task
+from shoplm.request import Embed, Explain, Generate, ItemScores, Sampling, Select, SelectOutput, Task
 
 # Grouped heads, norms of heads, biases, a window, a layer without positions: each trait in some layer.
 CONFIG = ModelConfig(
@@ -158,6 +158,26 @@ def test_a_result_does_not_depend_on_the_batch(int8: bool) -> None:
                 np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
             else:
                 assert one == other  # to the last bit
+
+
+@needs_amx
+@pytest.mark.parametrize("chunk_tokens", [2048, 41, 3])
+def test_forks_follow_fp32(chunk_tokens: int) -> None:
+    """Log-probabilities where parts of the history are hidden, one of the layers having a window."""
+    shop = random_trie("", items=100, level_sizes=(100,), hidden_size=CONFIG.hidden_size, seed=3)
+    weights = ShopWeights(shop.input_rows, shop.table(CONFIG.vocab_size), None)
+    amx = AmxBackend(CONFIG, random_weights(), weights, pages=64)
+    amx.pool.keys.fill_(torch.nan)
+    amx.pool.values.fill_(torch.nan)
+    reference = TorchBackend(CONFIG, random_weights(), weights, pages=64, state_slots=8)
+    spans = ((), ((100, 150),), ((0, 1), (140, 149)), ((17, 120),), *(((at, at + 3),) for at in range(9)))
+    work = [((*prompts()[-1], *(401, 402) * len(spans)), Explain(2, spans, ItemScores((5, 70))))]
+    ours, theirs = (
+        np.array(DirectRunner(backend, chunk_tokens=chunk_tokens).run(work)[0]).reshape(-1, 2)
+        for backend in (amx, reference)
+    )
+    assert np.abs(theirs[1:4] - theirs[0]).max(axis=1).min() > 0.2  # of what follows it is a small part
+    np.testing.assert_allclose(ours, theirs, atol=0.05)
 
 
 @needs_amx

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from shoplm.request import Sampling, Select, SelectOutput
+from shoplm.request import ItemScores, Predict, Sampling, Select, SelectOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,15 @@ class EmbedReadout:
     """Return the last hidden state, after the final norm."""
 
 
-Readout = SampleReadout | SelectReadout | PredictReadout | EmbedReadout
+@dataclass(frozen=True, slots=True)
+class ForkReadout:
+    """Read the last token of each fork that ends in this step."""
+
+    reads: ItemScores | Predict
+    ends: tuple[int, ...]  # tokens of the row, counted from its first
+
+
+Readout = SampleReadout | SelectReadout | PredictReadout | EmbedReadout | ForkReadout
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,8 @@ class Row:
     token_from_state: bool = False  # the single token is the one that the state slot's last step drew
     beam: BeamStep | None = None
     readout: Readout | None = None  # of the last token, or of every lane; None: the prompt goes on in a later step
+    # [query_len, kv_len]: keys before a token that it must not read; None: it reads all. Filled by `engine.forks`.
+    hidden: NDArray[np.bool_] | None = None
 
     @property
     def query_end(self) -> int:
@@ -75,7 +85,16 @@ class Row:
         """Hidden states that are read."""
         if self.readout is None:
             return 0
+        if isinstance(self.readout, ForkReadout):
+            return len(self.readout.ends)
         return 1 if self.beam is None else self.query_len
+
+    @property
+    def output_tokens(self) -> NDArray[np.int64]:
+        """The tokens of the flat axis whose hidden states are read, ascending."""
+        if isinstance(self.readout, ForkReadout):
+            return self.query_start + np.asarray(self.readout.ends, np.int64)
+        return np.arange(self.query_end - self.output_count, self.query_end)
 
 
 def beam_of(row: Row) -> BeamStep:
@@ -107,6 +126,8 @@ class Batch:
                 raise ValueError(f"row of state slot {row.state_slot}: only a single token can come from the state")
             if row.beam is not None and row.beam.own_slots.shape[1] != row.query_len:
                 raise ValueError(f"row of state slot {row.state_slot}: {row.query_len} lanes but other own_slots")
+            if row.hidden is not None and row.hidden.shape != (row.query_len, row.kv_len):
+                raise ValueError(f"row of state slot {row.state_slot}: hidden has shape {row.hidden.shape}")
             end = row.query_end
         if end != total:
             raise ValueError(f"rows cover {end} of {total} tokens")
@@ -119,7 +140,8 @@ RowOutput = int | SelectOutput | tuple[float, ...] | None
 class StepResult:
     """What a step produced, aligned with the batch's rows.
 
-    int: the sampled token. SelectOutput: the items (last level). tuple: head outputs or hidden state.
+    int: the sampled token. SelectOutput: the items (last level). tuple: head outputs or hidden state, or what the forks
+    that end in this step read, one after another.
     None: nothing to read yet (no readout, or a level of the trie before the last).
     """
 

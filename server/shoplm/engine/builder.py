@@ -14,7 +14,8 @@ from shoplm.engine.batch import (
     SampleReadout,
     SelectReadout,
 )
-from shoplm.request import Embed, Generate, Predict, Select
+from shoplm.engine.forks import fork_mask, fork_positions, fork_readout
+from shoplm.request import Embed, Explain, Generate, Predict, Select
 from shoplm.scheduler.plan import Plan, PlanRow
 
 
@@ -34,7 +35,10 @@ def build_batch(plan: Plan, page_size: int) -> Batch:
             slots[start:end] = row.beam.own_slots[planned.level - 1]
         else:
             at = np.arange(planned.start, planned.start + planned.count)
+            task = planned.sequence.request.task
             positions[start:end] = at
+            if isinstance(task, Explain):
+                positions[start:end] = fork_positions(at, task, planned.sequence.shareable)
             slots[start:end] = row.pages[at // page_size].astype(np.int64) * page_size + at % page_size
             if not planned.from_state:
                 tokens[start:end] = planned.sequence.tokens[planned.start : planned.start + planned.count]
@@ -47,6 +51,7 @@ def _linear_row(planned: PlanRow, start: int) -> Row:
     sequence = planned.sequence
     assert sequence.state_slot is not None
     pages = [*(node.page for node in sequence.nodes), *sequence.pages]
+    task, span = sequence.request.task, (sequence.shareable, planned.start, planned.count)
     return Row(
         state_slot=sequence.state_slot,
         query_start=start,
@@ -55,6 +60,7 @@ def _linear_row(planned: PlanRow, start: int) -> Row:
         kv_len=planned.start + planned.count,
         token_from_state=planned.from_state,
         readout=_readout(planned) if planned.reads else None,
+        hidden=fork_mask(task, *span) if isinstance(task, Explain) else None,
     )
 
 
@@ -75,7 +81,7 @@ def _beam_row(planned: PlanRow, start: int, page_size: int) -> Row:
     )
 
 
-def _readout(planned: PlanRow) -> Readout:
+def _readout(planned: PlanRow) -> Readout | None:
     match planned.sequence.request.task:
         case Generate(sampling=sampling):
             return SampleReadout(sampling, planned.sample_index)
@@ -85,3 +91,5 @@ def _readout(planned: PlanRow) -> Readout:
             return PredictReadout(features)
         case Embed():
             return EmbedReadout()
+        case Explain() as explain:
+            return fork_readout(explain, planned.sequence.shareable, planned.start, planned.count)

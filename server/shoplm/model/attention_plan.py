@@ -1,9 +1,10 @@
 """What one step's attention reads: index tensors and masks, made once and used by every layer.
 
-Three forms:
+Four forms:
 
 - *span*: a longer part of one prompt. Keys are the part's own where nothing came before it, else gathered once.
 - *padded*: short rows (single chat tokens, task suffixes) of about the same length, gathered and multiplied together.
+- *forked*: the forks of an explanation, a padded row with a mask of its own.
 - *lanes*: the beams of requests. All lanes of a request are rows of one product over its prompt, which is gathered
   once; each lane's own codes, found through its ancestors, are further keys of the same softmax.
 
@@ -75,15 +76,18 @@ def plan_attention(
     step that a lane descends from, its own index last. `group` is query heads per key-value head.
     """
     planner = _Planner(pool, window, group, dtype)
-    spans, short, lanes = [], [], []
+    spans, short, lanes, forked = [], [], [], []
     for row in batch.rows:
         if row.beam is not None:
             lanes.append(row)
+        elif row.hidden is not None:
+            forked.append(row)
         elif row.query_len > PADDED_TOKENS or row.kv_len == row.query_len > 1:
             spans.append(planner.span(row))
         else:
             short.append(row)
     padded = [planner.padded(rows) for rows in _buckets(short, planner.first_key)]
+    padded += [planner.forked(row, batch) for row in forked]
     padded += [planner.lanes(rows, lineages) for rows in _buckets(lanes, planner.first_key)]
     return AttentionPlan(window, tuple(spans), tuple(padded))
 
@@ -131,6 +135,26 @@ class _Planner:
             rows=self._gather_rows(rows, keys, ends),
             shape=(len(rows), width, length),
             mask=self._mask(visible),
+        )
+
+    def forked(self, row: Row, batch: Batch) -> Padded:
+        """Forks of one prompt. Their tokens are at other positions than where they are kept; a window goes by the
+        former."""
+        assert row.hidden is not None
+        keys = np.arange(row.kv_len)
+        kept_at = np.arange(row.kv_len - row.query_len, row.kv_len)[:, None]
+        visible = (keys <= kept_at) & ~row.hidden
+        if self._window is not None:
+            position = batch.positions[row.query_start : row.query_end, None]
+            visible &= keys > position - self._window
+        tokens = slice(row.query_start, row.query_end)
+        return Padded(
+            queries=tokens,
+            targets=tokens,
+            kept=None,
+            rows=self._gather_rows([row], keys[None], np.array([row.kv_len])),
+            shape=(1, row.query_len, row.kv_len),
+            mask=self._mask(visible[None]),
         )
 
     def lanes(self, rows: Sequence[Row], lineages: Mapping[int, NDArray[np.int64]]) -> Padded:

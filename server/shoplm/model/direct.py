@@ -22,8 +22,9 @@ from shoplm.engine.batch import (
     SampleReadout,
     SelectReadout,
 )
+from shoplm.engine.forks import fork_mask, fork_positions, fork_readout
 from shoplm.model.backend import Backend
-from shoplm.request import Embed, Generate, Predict, Select, SelectOutput, Task
+from shoplm.request import Embed, Explain, Generate, Predict, Select, SelectOutput, Task, check_forks, forks_start
 
 Output = tuple[int, ...] | tuple[float, ...] | SelectOutput
 
@@ -38,6 +39,7 @@ class _Sequence:
     computed: int = 0
     level: int = 0
     produced: list[int] = field(default_factory=list)
+    parts: tuple[float, ...] = ()  # Explain: what the forks read that have ended
     output: Output | None = None
 
     @property
@@ -95,6 +97,8 @@ class DirectRunner:
 
     def _open(self, tokens: tuple[int, ...], task: Task) -> _Sequence | None:
         info = self._backend.info
+        if isinstance(task, Explain):
+            check_forks(tokens, task)
         length, beam_shape = len(tokens), (0, 0)
         if isinstance(task, Generate):
             length += task.max_tokens - 1
@@ -134,7 +138,11 @@ class DirectRunner:
             rows.append(self._linear_row(sequence, len(tokens), count))
             at = np.arange(sequence.computed, sequence.computed + count)
             tokens += sequence.tokens[at[0] : at[-1] + 1] if sequence.in_prompt else [0]
-            positions.append(at)
+            task = sequence.task
+            if isinstance(task, Explain):
+                positions.append(fork_positions(at, task, forks_start(len(sequence.tokens), task)))
+            else:
+                positions.append(at)
             slots.append(self._slots(sequence, at))
         batch = Batch(
             np.array(tokens, np.int32), np.concatenate(positions).astype(np.int32), np.concatenate(slots), tuple(rows)
@@ -144,7 +152,12 @@ class DirectRunner:
             _advance(sequence, row, output)
 
     def _linear_row(self, sequence: _Sequence, start: int, count: int) -> Row:
-        end = sequence.computed + count
+        end, task = sequence.computed + count, sequence.task
+        readout = _readout(sequence) if end >= len(sequence.tokens) else None
+        hidden = None
+        if isinstance(task, Explain):
+            part = (forks_start(len(sequence.tokens), task), sequence.computed, count)
+            readout, hidden = fork_readout(task, *part), fork_mask(task, *part)
         return Row(
             state_slot=sequence.state_slot,
             query_start=start,
@@ -152,7 +165,8 @@ class DirectRunner:
             pages=sequence.pages,
             kv_len=end,
             token_from_state=not sequence.in_prompt,
-            readout=_readout(sequence) if end >= len(sequence.tokens) else None,
+            readout=readout,
+            hidden=hidden,
         )
 
     def _beam_row(self, sequence: _Sequence, start: int) -> Row:
@@ -172,7 +186,8 @@ class DirectRunner:
         return result
 
 
-def _readout(sequence: _Sequence) -> Readout:
+def _readout(sequence: _Sequence) -> Readout | None:
+    """Of the last token."""
     match sequence.task:
         case Generate(sampling=sampling):
             return SampleReadout(sampling, len(sequence.produced))
@@ -182,6 +197,8 @@ def _readout(sequence: _Sequence) -> Readout:
             return PredictReadout(features)
         case Embed():
             return EmbedReadout()
+        case Explain():
+            return None  # its forks' ends are read
 
 
 def _advance(sequence: _Sequence, row: Row, output: RowOutput) -> None:
@@ -201,5 +218,8 @@ def _advance(sequence: _Sequence, row: Row, output: RowOutput) -> None:
             sequence.output = tuple(sequence.produced)
     elif output is None:
         sequence.level += 1
+    elif isinstance(task, Explain) and isinstance(output, tuple):
+        sequence.parts += output
+        sequence.output = None if sequence.in_prompt else sequence.parts
     elif not isinstance(output, int):
         sequence.output = output

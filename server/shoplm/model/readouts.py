@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from shoplm.engine.batch import (
     Batch,
     EmbedReadout,
+    ForkReadout,
     PredictReadout,
     Row,
     RowOutput,
@@ -26,7 +27,7 @@ from shoplm.readout.heads import Heads
 from shoplm.readout.sampling import sample
 from shoplm.readout.select import SelectJob, Selector
 from shoplm.readout.table import SelectTable
-from shoplm.request import Select
+from shoplm.request import ItemScores, Select
 from torch import Tensor
 
 
@@ -135,6 +136,9 @@ class Readouts:
                     predictions.append(index)
                 case EmbedReadout():
                     outputs[index] = tuple(hidden[first[index]].float().tolist())
+                case ForkReadout() as readout:
+                    start = first[index]
+                    outputs[index] = self._forks(readout, hidden[start : start + len(readout.ends)])
         if samples:
             self._sample(rows, samples, head(hidden[[first[index] for index in samples]]), outputs)
         if predictions:
@@ -163,6 +167,16 @@ class Readouts:
         for index, row_values in zip(chosen, values, strict=True):
             outputs[index] = row_values
 
+    def _forks(self, readout: ForkReadout, hidden: Tensor) -> tuple[float, ...]:
+        """What each of the forks [F, H] reads, one after another."""
+        reads = readout.reads
+        if isinstance(reads, ItemScores):
+            return tuple(self._selector(reads.trie).log_p(hidden, reads.items).flatten().tolist())
+        if self._heads is None:
+            raise BundleError("a prediction was to be explained, but the bundle has no heads")
+        values = self._heads.evaluate(hidden, [reads.features] * len(hidden))
+        return tuple(value for row in values for value in row)
+
     def _selector(self, trie: str) -> Selector:
         selector = self._selectors.get(trie)
         if selector is None:
@@ -179,7 +193,7 @@ def output_tokens(batch: Batch) -> tuple[dict[int, int], NDArray[np.int64]]:
         if row.readout is None:
             continue
         first[index] = count
-        tokens.append(np.arange(row.query_end - row.output_count, row.query_end))
+        tokens.append(row.output_tokens)
         count += row.output_count
     return first, np.concatenate(tokens)
 

@@ -61,6 +61,24 @@ class Selector:
         codes = self.table.trie.levels[level].child_code[search.nodes].astype(np.int64)
         return codes + self.table.token_starts[level]
 
+    def log_p(self, hidden: Tensor, items: Sequence[int]) -> Tensor:
+        """fp32 [rows, items]: the model's log-probability of each item, by each row of `hidden` [rows, H]. Raises
+        ValueError for codes of several tokens: their later ones are behind other states."""
+        trie = self.table.trie
+        if trie.depth > 1:
+            raise ValueError(f"items have codes of {trie.depth} tokens: one state does not tell their probability")
+        scores = torch.log_softmax(self._flat_logits(hidden), dim=-1)
+        return scores[:, torch.tensor(items, dtype=torch.long)]
+
+    def _flat_logits(self, hidden: Tensor) -> Tensor:
+        """fp32 [rows, items]; codes of one token."""
+        table = self.table
+        logits = functional.linear(hidden.float(), table.output_rows[0], table.output_bias[0])
+        codes = table.trie.levels[0].child_code
+        if len(codes) != logits.shape[1]:  # some codes have no item
+            logits = logits[:, torch.from_numpy(codes.astype(np.int64))]
+        return logits
+
     def step(self, hidden: Tensor, jobs: Sequence[SelectJob]) -> list[SelectOutput | None]:
         """Advance selections that are all at one level. `hidden` [rows, H] is what the jobs' rows index.
 
@@ -73,9 +91,9 @@ class Selector:
     def _by_model(self, hidden: Tensor, jobs: Sequence[SelectJob]) -> list[SelectOutput | None]:
         table, level = self.table, jobs[0].level
         wanted = torch.from_numpy(np.concatenate([np.arange(job.first, job.first + job.count) for job in jobs]))
-        logits = functional.linear(hidden[wanted].float(), table.output_rows[level], table.output_bias[level])
         if table.trie.depth == 1:
-            return list(self._flat(logits, jobs))
+            return list(self._flat(self._flat_logits(hidden[wanted]), jobs))
+        logits = functional.linear(hidden[wanted].float(), table.output_rows[level], table.output_bias[level])
         if level == 0:
             for job in jobs:
                 self._searches[job.state_slot] = Search.start(table, job.select)
@@ -84,9 +102,6 @@ class Selector:
     def _flat(self, logits: Tensor, jobs: Sequence[SelectJob]) -> list[SelectOutput]:
         """Codes of one token: all items are scored, for all jobs in one product."""
         table = self.table
-        codes = table.trie.levels[0].child_code
-        if len(codes) != logits.shape[1]:  # some codes have no item
-            logits = logits[:, torch.from_numpy(codes.astype(np.int64))]
         model = torch.log_softmax(logits, dim=-1).numpy()
         scores = model + table.popularity_terms
         outputs = []

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
-from shoplm.request import Degradation, FailureKind, Generate, Select, Service
+from shoplm.request import Degradation, Explain, FailureKind, Generate, ItemScores, Select, Service
 from shoplm.scheduler.backlog import Backlog
 from shoplm.scheduler.budget import Budgeter
 from shoplm.scheduler.config import SchedulerConfig
@@ -128,6 +128,8 @@ class Admission:
             reason, message = "BAD_MAX_TOKENS", f"max_tokens is {task.max_tokens}: it must be at least 1"
         elif isinstance(task, Select) and task.trie not in self._limits.trie_depths:
             reason, message = "UNKNOWN_TRIE", f"no trie is named {task.trie!r}"
+        elif isinstance(task, Explain) and not self._can_explain(task):
+            reason, message = "UNKNOWN_TRIE", "items with codes of one token can be explained, and heads"
         elif longest > context:
             reason, message = (
                 "CONTEXT_EXCEEDED",
@@ -138,6 +140,9 @@ class Admission:
         elif not self._memory.fits(sequence):
             reason, message = "CACHE_EXCEEDED", f"{longest} tokens do not fit into the KV cache"
         return Refusal(FailureKind.INVALID, reason, message) if reason else None
+
+    def _can_explain(self, task: Explain) -> bool:
+        return not isinstance(task.reads, ItemScores) or self._limits.trie_depths.get(task.reads.trie) == 1
 
     def _full(self, reason: str, message: str, load: Load) -> Refusal:
         # A tenth of the queue is gone by then.

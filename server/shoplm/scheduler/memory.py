@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from shoplm.cache.pages import PagePool
 from shoplm.cache.prefix import PrefixTree
+from shoplm.request import Explain
 from shoplm.scheduler.sequence import Sequence
 
 
@@ -29,18 +30,13 @@ class SequenceMemory:
         return self._pages(sequence.most_length) + self._pages(sequence.lanes * (sequence.depth - 1)) <= self.pool.size
 
     def expected(self, sequence: Sequence) -> int:
-        """Leading tokens that need not be computed for this sequence, as things are: pages that are or will be there.
-
-        Never its last token: its hidden state is what the task reads.
-        """
-        shareable = len(sequence.tokens) - 1
-        return self.page_size * self.tree.match(sequence.request.cache_root, sequence.tokens, shareable)
+        """Leading tokens that need not be computed for this sequence, as things are: their pages are or will be there."""
+        return self.page_size * self.tree.match(sequence.request.cache_root, sequence.tokens, sequence.shareable)
 
     def admit(self, sequence: Sequence) -> bool:
         """Give the sequence every page of its known tokens and beams; False, and nothing changed, if they are short."""
         tokens, size, tree = sequence.tokens, self.page_size, self.tree
-        # The last token is always computed: its hidden state is what the task reads.
-        shareable = len(tokens) - 1
+        shareable = sequence.shareable
         chain = tree.acquire(sequence.request.cache_root, tokens, shareable)
         if tree.available < self.pages_needed(sequence) - len(chain):
             for node in reversed(chain):
@@ -114,6 +110,8 @@ class SequenceMemory:
     def release(self, sequence: Sequence, computed: int) -> None:
         """Take everything back. Own full pages among the leading `computed` tokens stay cached for the next turn."""
         size, tree = self.page_size, self.tree
+        if isinstance(sequence.request.task, Explain):
+            computed = min(computed, sequence.shareable)
         parent = sequence.nodes[-1] if sequence.nodes else None
         kept: set[int] = set()
         shared = len(sequence.nodes)

@@ -63,8 +63,7 @@ class Residents:
             while sequence.state_slot is not None and not self.memory.grow(sequence):
                 victim = max(self._running.values(), key=_last_to_yield)
                 self.stop(victim)
-                victim.computed = victim.level = 0
-                victim.epoch += 1
+                victim.restart()
                 yield victim
 
     def check(self) -> None:

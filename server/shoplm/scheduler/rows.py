@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoplm.request import Generate, Select
+from shoplm.request import Explain, Generate, Select
 from shoplm.scheduler.memory import SequenceMemory
 from shoplm.scheduler.plan import PlanRow
 from shoplm.scheduler.sequence import Sequence
@@ -34,11 +34,16 @@ def next_tokens(sequence: Sequence, most: int, memory: SequenceMemory) -> PlanRo
         return None
     start = sequence.computed
     sequence.computed += size
-    reads = sequence.computed == sequence.length
+    task = sequence.request.task
+    if isinstance(task, Explain):  # each fork that ends
+        forks = [(end - sequence.shareable) // task.suffix_tokens for end in (start, sequence.computed)]
+        reads = max(forks[0], 0) < forks[1]
+    else:
+        reads = sequence.computed == sequence.length
     index = sequence.length - sequence.prompt_length
     row = PlanRow(sequence, start, size, reads, False, 0, False, index, sequence.epoch)
-    if reads and isinstance(sequence.request.task, Generate):
+    if reads and isinstance(task, Generate):
         sequence.unknown += 1
-    elif reads and isinstance(sequence.request.task, Select):
+    elif reads and isinstance(task, Select):
         sequence.level = 1
     return row

@@ -15,7 +15,17 @@ from functools import cmp_to_key
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from shoplm.request import Degradation, EngineOutput, FailureKind, FinishReason, Generate, Request, Select, Service
+from shoplm.request import (
+    Degradation,
+    EngineOutput,
+    Explain,
+    FailureKind,
+    FinishReason,
+    Generate,
+    Request,
+    Select,
+    Service,
+)
 from shoplm.scheduler.admission import Admission, Limits, Load, Refusal
 from shoplm.scheduler.budget import LEAST_CHUNK, Budgeter, StepBudget
 from shoplm.scheduler.config import SchedulerConfig
@@ -277,6 +287,11 @@ class Scheduler:
                 assert isinstance(output, int)
                 self._take_token(sequence, output, now)
             elif output is not None and sequence.epoch == row.epoch:
+                if isinstance(sequence.request.task, Explain):
+                    assert isinstance(output, tuple)
+                    output = sequence.parts = sequence.parts + output
+                    if row.start + row.count < sequence.length:
+                        continue
                 self._end(sequence)
                 self._outcomes.finished(sequence, now, output=output)
         self.stats.step(plan)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shoplm.cache.prefix import Node
-from shoplm.request import Degradation, Generate, Request
+from shoplm.request import Degradation, Explain, Generate, Request, forks_start
 
 if TYPE_CHECKING:
     from shoplm.scheduler.fairness import Tenant
@@ -26,6 +26,7 @@ class Sequence:
     in_flight: int = 0  # submitted steps of this sequence whose result is not in yet
     unknown: int = 0  # sampled tokens that are in flight
     level: int = 0  # Select: levels of the trie that are done or in flight
+    parts: tuple[float, ...] = ()  # Explain: what the forks read that have ended
     nodes: list[Node] = field(default_factory=list)  # shared pages, from the start of the prompt
     pages: list[int] = field(default_factory=list)  # own pages behind them: linear ones
     beam_pages: list[int] = field(default_factory=list)
@@ -57,6 +58,21 @@ class Sequence:
         self.request = request
         task = request.task
         self.most_length = self.prompt_length + (task.max_tokens if isinstance(task, Generate) else 0)
+
+    def restart(self) -> None:
+        """It was preempted: everything is computed again."""
+        self.computed = self.level = 0
+        self.parts = ()
+        self.epoch += 1
+
+    @property
+    def shareable(self) -> int:
+        """Leading tokens whose keys and values others may read, and which need not be computed where others have.
+
+        Never the last token: its hidden state is what the task reads. Nor forks, which read only a part before them.
+        """
+        task = self.request.task
+        return forks_start(self.prompt_length, task) if isinstance(task, Explain) else len(self.tokens) - 1
 
     @property
     def length(self) -> int:

@@ -36,6 +36,7 @@ struct Row {
     int64_t lanes;         // 1: queries are lanes, each seeing all keys in the pages and its own
     int64_t pages;         // index of the first page in the page list
     int64_t own, own_steps;  // lanes: index in the list of own slots [query_len, own_steps]
+    int64_t masked, mask;    // 1: index in the list of masks [blocks of 16 queries, kv_len], a bit per query: do not read
 };
 
 struct Attention {
@@ -43,6 +44,8 @@ struct Attention {
     const Row* row;
     const int64_t* pages;
     const int64_t* own_slots;
+    const uint16_t* masks;
+    const int64_t* positions;  // of the tokens; a masked row's are not where its keys are kept
     const bf16* queries;  // [tokens, heads, head_dim]
     bf16* output;         // the same shape
     int64_t heads;
@@ -70,18 +73,20 @@ inline void Attention::block(int64_t head, int64_t first, std::vector<float>& sc
     const int64_t d = pool.head_dim, group = heads / pool.kv_heads;
     const int count = static_cast<int>(std::min<int64_t>(TILE, row->query_len * group - first));
     int64_t token[TILE], at[TILE];
-    alignas(64) int32_t position[TILE] = {};
+    alignas(64) int32_t position[TILE] = {}, seen_from[TILE] = {};  // where a query is kept, and where a window counts from
     alignas(64) bf16 packed[256 / 2 * TILE * 2] = {};  // q^T: [head_dim / 2][16][2]
     for (int lane = 0; lane < count; ++lane) {
         token[lane] = (first + lane) / group;
         at[lane] = ((row->query_start + token[lane]) * heads + head * group + (first + lane) % group) * d;
         position[lane] = static_cast<int32_t>(row->lanes ? row->past : row->past + token[lane]);
+        seen_from[lane] = row->masked ? static_cast<int32_t>(positions[row->query_start + token[lane]]) : position[lane];
         for (int64_t i = 0; i < d; i += 2) std::memcpy(packed + (i / 2 * TILE + lane) * 2, queries + at[lane] + i, 4);
     }
-    for (int lane = count; lane < TILE; ++lane) position[lane] = position[count - 1];
+    for (int lane = count; lane < TILE; ++lane) position[lane] = position[count - 1], seen_from[lane] = seen_from[count - 1];
     const int64_t newest = position[count - 1], oldest = position[0];
+    const uint16_t* mask = row->masked ? masks + row->mask + first / TILE * row->kv_len : nullptr;
     const int64_t last = row->lanes ? row->kv_len : std::min(row->kv_len, newest + 1);
-    int64_t begin = window ? std::max<int64_t>(0, oldest - window + 1) : 0;
+    int64_t begin = window ? std::max<int64_t>(0, *std::min_element(seen_from, seen_from + count) - window + 1) : 0;
     begin = std::min(begin, last - 1) / TILE * TILE;
     const int64_t blocks = (last - begin + TILE - 1) / TILE, keys = blocks * TILE, own = row->lanes ? row->own_steps : 0;
     scratch.resize(static_cast<size_t>((keys + own) * TILE + d * TILE + keys * TILE / 2 + TILE * d / 2 + 64));
@@ -91,7 +96,7 @@ inline void Attention::block(int64_t head, int64_t first, std::vector<float>& sc
     bf16* tail = reinterpret_cast<bf16*>(shares + keys * TILE / 2);      // [head_dim][16]
 
     const __m512i positions = _mm512_load_si512(position);
-    const __m512i starts = _mm512_sub_epi32(positions, _mm512_set1_epi32(static_cast<int32_t>(window)));
+    const __m512i starts = _mm512_sub_epi32(_mm512_load_si512(seen_from), _mm512_set1_epi32(static_cast<int32_t>(window)));
     const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     __m512 most = lowest;
     for (int64_t block = 0; block < blocks; ++block) {
@@ -105,7 +110,7 @@ inline void Attention::block(int64_t head, int64_t first, std::vector<float>& sc
         }
         float* to = scores + block * TILE * TILE;
         _tile_stored(0, to, 64);
-        const bool whole = key + TILE <= last && (row->lanes || key + TILE - 1 <= oldest) && (!window || key > newest - window);
+        const bool whole = !mask && key + TILE <= last && (row->lanes || key + TILE - 1 <= oldest) && (!window || key > newest - window);
         for (int r = 0; r < TILE; ++r) {
             __m512 score = _mm512_load_ps(to + r * TILE);
             if (!whole) {
@@ -113,6 +118,7 @@ inline void Attention::block(int64_t head, int64_t first, std::vector<float>& sc
                 __mmask16 seen = key + r < last ? 0xFFFF : 0;
                 if (!row->lanes) seen &= _mm512_cmple_epi32_mask(k, positions);
                 if (window) seen &= _mm512_cmpgt_epi32_mask(k, starts);
+                if (mask && key + r < last) seen &= static_cast<__mmask16>(~mask[key + r]);
                 score = _mm512_mask_blend_ps(seen, lowest, score);
                 _mm512_store_ps(to + r * TILE, score);
             }

@@ -34,6 +34,7 @@ struct Step {
     const int64_t *tokens, *positions, *slots;
     const Row* rows;
     const int64_t *pages, *own_slots;
+    const uint16_t* masks;
     const int64_t* outputs;  // tokens whose hidden state is wanted
     bf16* result;            // [output_count, hidden]
     int64_t token_count, row_count, output_count, threads;
@@ -149,7 +150,7 @@ struct Work { int64_t row, head, first; };
 
 inline void attend(const Model& model, const Layer& layer, const Step& step, const Pool& pool, const std::vector<Work>& work, const bf16* queries, bf16* output) {
     static thread_local std::vector<float> scratch;
-    Attention attention{pool, nullptr, step.pages, step.own_slots, queries, output, model.heads, layer.window};
+    Attention attention{pool, nullptr, step.pages, step.own_slots, step.masks, step.positions, queries, output, model.heads, layer.window};
     use_attention_tiles();
 #pragma omp for schedule(dynamic, 4)
     for (size_t index = 0; index < work.size(); ++index) {

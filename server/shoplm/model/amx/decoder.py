@@ -121,11 +121,11 @@ class AmxDecoder:
         `tokens` [T]; `outputs` [R], ascending, are the tokens whose hidden states are read; `lineages` as in
         `plan_attention`.
         """
-        rows, pages, own = _row_table(batch.rows, lineages)
+        rows, pages, own, masks = _row_table(batch.rows, lineages, self.config.query_group)
         positions, slots = batch.positions.astype(np.int64), batch.slots.astype(np.int64)
         result = torch.empty(len(outputs), self.config.hidden_size, dtype=torch.bfloat16)
         step = StepRef(
-            *(array.ctypes.data for array in (tokens, positions, slots, rows, pages, own, outputs)),
+            *(array.ctypes.data for array in (tokens, positions, slots, rows, pages, own, masks, outputs)),
             pointer(result),
             len(tokens),
             len(rows),
@@ -137,23 +137,39 @@ class AmxDecoder:
 
 
 def _row_table(
-    rows: Sequence[Row], lineages: Mapping[int, NDArray[np.int64]]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """`shoplm::Row` for each row [rows, 8], the list of all pages, and the list of the lanes' own slots."""
-    table = np.empty((len(rows), 8), np.int64)
+    rows: Sequence[Row], lineages: Mapping[int, NDArray[np.int64]], group: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint16]]:
+    """`shoplm::Row` for each row [rows, 10], and the lists of all pages, of the lanes' own slots and of the masks.
+
+    `group` is query heads per key-value head."""
+    table = np.zeros((len(rows), 10), np.int64)
     pages: list[NDArray[np.int32]] = []
     own: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
-    page_count = own_count = 0
+    masks: list[NDArray[np.uint16]] = [np.zeros(0, np.uint16)]
+    page_count = own_count = mask_count = 0
     for entry, row in zip(table, rows, strict=True):
         steps, past = 0, row.kv_len - row.query_len
         if row.beam is not None:
             slots = own_slots(row, lineages[row.state_slot])
             steps, past = row.beam.step, row.kv_len + row.beam.step - 1
             own.append(slots.reshape(-1))
-        entry[:] = (
+        entry[:8] = (
             row.query_start, row.query_len, row.kv_len, past, row.beam is not None, page_count, own_count, steps
         )  # fmt: skip
         pages.append(row.pages)
         page_count += len(row.pages)
         own_count += len(own[-1]) if row.beam is not None else 0
-    return table, np.concatenate(pages).astype(np.int64), np.concatenate(own)
+        if row.hidden is not None:
+            entry[8:] = True, mask_count
+            masks.append(_bits(row.hidden, group))
+            mask_count += len(masks[-1])
+    return table, np.concatenate(pages).astype(np.int64), np.concatenate(own), np.concatenate(masks)
+
+
+def _bits(hidden: NDArray[np.bool_], group: int) -> NDArray[np.uint16]:
+    """From [tokens, keys] to [blocks of 16 queries, keys], flat; bit i is a block's query i, tokens times group."""
+    queries = np.repeat(hidden, group, axis=0)
+    blocks = np.zeros((-(-len(queries) // 16) * 16, hidden.shape[1]), np.bool_)
+    blocks[: len(queries)] = queries
+    octets = np.packbits(blocks.reshape(-1, 16, hidden.shape[1]), axis=1, bitorder="little").astype(np.uint16)
+    return (octets[:, 0] + np.uint16(256) * octets[:, 1]).ravel()

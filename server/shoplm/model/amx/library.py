@@ -74,7 +74,7 @@ class StepRef(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("tokens", "positions", "slots", "rows", "pages", "own_slots")),
-        *((name, ctypes.c_void_p) for name in ("outputs", "result")),
+        *((name, ctypes.c_void_p) for name in ("masks", "outputs", "result")),
         *((name, ctypes.c_int64) for name in ("token_count", "row_count", "output_count", "threads")),
     )
 
