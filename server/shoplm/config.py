@@ -140,6 +140,9 @@ class ServerConfig(BaseSettings):
     default_completion_tokens: int = Field(256, description="longest answer where a request does not say", ge=1)
     max_stop_strings: int = Field(16, description="stop strings of a chat", ge=0)
     max_targets: int = Field(64, description="targets of one Predict call", ge=1)
+    explanation_forks: int = Field(
+        32, description="parts of a history that an explanation tries the answer without; 0: none", ge=0, le=256
+    )
     max_passages: int = Field(3, description="passages that a chat is given, at most", ge=0, le=32)
 
     # Limits of the server; over one: RESOURCE_EXHAUSTED

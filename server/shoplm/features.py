@@ -55,6 +55,31 @@ FEATURE_NAMES: tuple[str, ...] = (
     *(f"log_{kind}s_30d" for kind in ("view", "cart", "return")),
 )
 
+# What the features speak of, for explanations: the beginnings of their names. Each belongs to the first that fits.
+FEATURE_GROUPS: dict[str, tuple[str, ...]] = {
+    "how long ago the last visit was": ("log_recency", "log_event_recency", "recency_above", "share_of_gaps_below"),
+    "the usual time between visits": (
+        "log_mean_gap",
+        "log_median_gap",
+        "log_gap",
+        "log_last_gap",
+        "own_",
+        "memoryless_",
+    ),
+    "how much is spent": ("log_spend", "log_last_spend", "spend_trend"),
+    "how many items are bought": ("log_items", "share_of_repeated"),
+    "how often and since when the customer comes": ("log_visits", "log_tenure", "share_of", "visit_trend"),
+    "what was looked at, put into the cart or returned": ("log_view", "log_cart", "log_return"),
+}
+
+
+def feature_groups() -> dict[str, tuple[int, ...]]:
+    """Group -> its features, by their place in FEATURE_NAMES."""
+    groups: dict[str, list[int]] = {group: [] for group in FEATURE_GROUPS}
+    for index, name in enumerate(FEATURE_NAMES):
+        groups[next(group for group, starts in FEATURE_GROUPS.items() if name.startswith(starts))].append(index)
+    return {group: tuple(members) for group, members in groups.items()}
+
 
 def dense_features(history: History, item_prices: NDArray[np.floating]) -> NDArray[np.float32]:
     """float32 [F], aligned with FEATURE_NAMES; finite for every history, the empty one included.

@@ -6,7 +6,8 @@ computed once; everything volatile (the moment asked for, the conversation, pass
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,6 +72,25 @@ class Prefix:
     dropped_baskets: int  # oldest baskets left out to keep the history budget
 
 
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """The tokens `start` .. `end` - 1 of a prefix that name an item, and the event of the history behind them."""
+
+    start: int
+    end: int
+    event: int
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """The tokens `start` .. `end` - 1 of a prefix that a basket takes: the gap before it, marks, and its items."""
+
+    start: int
+    end: int
+    basket: int  # of the history
+    mentions: tuple[Mention, ...]
+
+
 class PromptBuilder:
     """Renders prompts for one base model and, where there is one, one bundle."""
 
@@ -92,22 +112,47 @@ class PromptBuilder:
         self._codes = codes
         self._openings: dict[str, tuple[int, ...]] = {}
 
-    def prefix(self, history: History | None) -> Prefix:
-        """Preamble, profile and history; None or an empty history gives the shop's preamble alone."""
+    def prefix(self, history: History | None, dropped_baskets: int | None = None) -> Prefix:
+        """Preamble, profile and history; None or an empty history gives the shop's preamble alone.
+
+        So many of the oldest baskets are left out; None: as few as the budget allows."""
         if self._schema is None:
             return Prefix((), 0)
-        profile = "; ".join(f"{name}: {value}" for name, value in history.attributes) if history is not None else ""
-        text = self._schema.preamble + (f"\nCustomer profile: {profile}." if profile else "")
-        known = history is not None and len(history) > 0
-        text += "\nPurchase history, oldest first." if known else ""
-        tokens = list(self._opening(text))
+        tokens = list(self._opening_of(history))
         dropped = 0
-        if history is not None and known:
+        if history is not None and len(history):
             baskets = self._baskets(history)
-            dropped = self._dropped([len(basket) for basket in baskets])
+            dropped = self._dropped(list(map(len, baskets))) if dropped_baskets is None else dropped_baskets
             budget = self._schema.history_budget_tokens
             tokens += [token for basket in baskets[dropped:] for token in basket][:budget]
         return Prefix(tuple(tokens), dropped)
+
+    def visits(self, history: History, prefix: Prefix) -> tuple[Visit, ...]:
+        """What the tokens of the history's prefix stand for, oldest first."""
+        origins: list[list[int | None]] = []
+        baskets = self._baskets(history, origins)[prefix.dropped_baskets :]
+        numbers = np.unique(history.basket)[prefix.dropped_baskets :].tolist()
+        size, start = len(prefix.tokens), len(self._opening_of(history))
+        found = []
+        for number, tokens, events in zip(numbers, baskets, origins[prefix.dropped_baskets :], strict=True):
+            end = min(start + len(tokens), size)
+            mentions = [
+                Mention(start + first, start + last, event)
+                for event, first, last in _runs(events)
+                if event is not None and start + last <= end
+            ]
+            if end > start:
+                found.append(Visit(start, end, number, tuple(mentions)))
+            start = end
+        return tuple(found)
+
+    def _opening_of(self, history: History | None) -> tuple[int, ...]:
+        """The prefix before the first basket."""
+        assert self._schema is not None
+        profile = "; ".join(f"{name}: {value}" for name, value in history.attributes) if history is not None else ""
+        text = self._schema.preamble + (f"\nCustomer profile: {profile}." if profile else "")
+        text += "\nPurchase history, oldest first." if history is not None and len(history) else ""
+        return self._opening(text)
 
     def _opening(self, text: str) -> tuple[int, ...]:
         """The system turn up to the end of `text`. Few profiles are there, and rendering a template takes longer than
@@ -164,8 +209,10 @@ class PromptBuilder:
         days = (history.as_of - float(history.time[-1])) / SECONDS_PER_DAY
         return (vocabulary.gap(days), vocabulary.special(name))
 
-    def _baskets(self, history: History) -> list[list[int]]:
-        """Tokens of each basket: the gap since the one before, then its items; each item once per kind."""
+    def _baskets(self, history: History, origins: list[list[int | None]] | None = None) -> list[list[int]]:
+        """Tokens of each basket: the gap since the one before, then its items; each item once per kind.
+
+        `origins` receives the event that each token names, None for gaps and marks."""
         vocabulary = self._shop()
         gap, product_type, item_tokens = vocabulary.gap, vocabulary.product_type, self._item_tokens
         marks = {int(kind): vocabulary.special(name) for kind, name in _MARKS.items()}
@@ -175,11 +222,13 @@ class PromptBuilder:
         seen: set[tuple[int, bool, int]] = set()
         current, marked, last = -1, purchase, 0.0
         columns = (history.basket, history.time, history.kind, history.has_item, history.item)
-        for basket, now, kind, known, item in zip(*(column.tolist() for column in columns), strict=True):
+        for index, (basket, now, kind, known, item) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
             if basket != current:
                 first = gap((now - last) / SECONDS_PER_DAY) if baskets else vocabulary.special("<basket>")
                 current, marked, last, tokens, seen = basket, purchase, now, [first], set()
                 baskets.append(tokens)
+                if origins is not None:
+                    origins.append([None])
             event = (kind, known, item)
             if event in seen:
                 continue
@@ -191,6 +240,9 @@ class PromptBuilder:
                 tokens += item_tokens(item)
             else:
                 tokens.append(product_type(item))
+            if origins is not None:
+                own, named = origins[-1], len(item_tokens(item)) if known else 1
+                own += [None] * (len(tokens) - len(own) - named) + [index] * named
         return baskets
 
     def _item_tokens(self, row: int) -> list[int]:
@@ -219,3 +271,12 @@ class PromptBuilder:
         if self._vocabulary is None:
             raise ValueError("this prompt builder has no bundle: only chat without a customer is possible")
         return self._vocabulary
+
+
+def _runs(events: Sequence[int | None]) -> Iterator[tuple[int | None, int, int]]:
+    """(event, start, end) of the runs of tokens that name the same event, or none."""
+    start = 0
+    for event, run in itertools.groupby(events):
+        end = start + len(list(run))
+        yield event, start, end
+        start = end

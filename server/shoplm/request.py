@@ -81,6 +81,12 @@ class ItemScores(msgspec.Struct, frozen=True, tag=True):
     trie: str = ""  # with codes of one token
 
 
+class HeadValues(msgspec.Struct, frozen=True, tag=True):
+    """What an explanation reads of predictions: the heads' raw values, with dense features of its own for each fork."""
+
+    features: tuple[tuple[float, ...], ...]  # one row per fork
+
+
 class Explain(msgspec.Struct, frozen=True, tag=True):
     """Explanation: what the model says when it does not see parts of the history.
 
@@ -91,11 +97,14 @@ class Explain(msgspec.Struct, frozen=True, tag=True):
 
     suffix_tokens: int  # of each fork
     hidden: tuple[tuple[tuple[int, int], ...], ...]  # per fork: spans [start, end) of the prompt, within the history
-    reads: ItemScores | Predict
+    reads: ItemScores | HeadValues
 
     def __post_init__(self) -> None:
-        if self.suffix_tokens < 1 or not self.hidden:
-            raise ValueError(f"{len(self.hidden)} forks of {self.suffix_tokens} tokens: at least one of each is needed")
+        forks = len(self.hidden)
+        if self.suffix_tokens < 1 or not forks:
+            raise ValueError(f"{forks} forks of {self.suffix_tokens} tokens: at least one of each is needed")
+        if isinstance(self.reads, HeadValues) and len(self.reads.features) != forks:
+            raise ValueError(f"{len(self.reads.features)} rows of features for {forks} forks")
 
 
 Task = Generate | Select | Predict | Embed | Explain
@@ -256,6 +265,7 @@ class ReadyOutput(msgspec.Struct, frozen=True, tag=True):
     backend: str
     load_seconds: float
     tries: dict[str, int]  # name -> items
+    can_explain: bool = True  # it answers Explain
 
 
 EngineOutput = TokensOutput | FinishedOutput | FailedOutput | StatsOutput | ReadyOutput

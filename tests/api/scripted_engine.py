@@ -8,9 +8,11 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 
 from shoplm.request import (
     Degradation,
+    Explain,
     FinishedOutput,
     FinishReason,
     Generate,
+    ItemScores,
     Predict,
     ReadyOutput,
     Request,
@@ -34,6 +36,7 @@ class ScriptedEngine:
         self.answer: Sequence[Sequence[int]] = ((7,), (8,), (9,))  # tokens of each output
         self.error: Exception | None = None
         self.errors: list[Exception] = []  # of the next requests, one each
+        self.explaining: Exception | None = None  # what explanations fail with
         self.holds = False  # True: a request gets its first output and then waits until it is cancelled or released
         self.head_outputs = 64
         self.degraded: tuple[Degradation, ...] = ()
@@ -68,6 +71,8 @@ class ScriptedEngine:
             raise self.errors.pop(0)
         if self.error is not None:
             raise self.error
+        if self.explaining is not None and isinstance(request.task, Explain):
+            raise self.explaining
         try:
             if isinstance(request.task, Generate):
                 for tokens in self.answer:
@@ -102,6 +107,9 @@ class ScriptedEngine:
             selected = SelectOutput(tuple(chosen), scores, model, repeat, popularity)
         elif isinstance(task, Predict):
             values = tuple(0.1 * index for index in range(self.head_outputs))
+        elif isinstance(task, Explain):
+            columns = len(task.reads.items) if isinstance(task.reads, ItemScores) else self.head_outputs
+            values = tuple(-0.25 * fork + 0.1 * at for fork in range(len(task.hidden)) for at in range(columns))
         elif isinstance(task, Generate):
             completion = sum(map(len, self.answer))
         return FinishedOutput(

@@ -10,7 +10,7 @@ import pytest
 from real_engine import Answer, answer, answers, assert_same, request, running
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import InvalidRequestError
-from shoplm.request import Embed, Explain, Generate, ItemScores, Predict, Request, Select
+from shoplm.request import Embed, Explain, Generate, HeadValues, ItemScores, Request, Select
 
 TinyModel = Callable[[str], Path]
 HISTORY = tuple(np.random.default_rng(3).integers(3, 448, 70).tolist())
@@ -26,7 +26,7 @@ def spec(folder: Path, **fields: object) -> EngineSpec:
 
 def explanations(name: str) -> list[Request]:
     tokens = HISTORY + SUFFIX * len(HIDDEN)
-    reads = (ItemScores(ITEMS), Predict((0.5, -1.0, 2.0)))
+    reads = (ItemScores(ITEMS), HeadValues(tuple((0.5, -1.0, at) for at in range(len(HIDDEN)))))
     return [request(f"{name} {at}", tokens, Explain(len(SUFFIX), HIDDEN, each)) for at, each in enumerate(reads)]
 
 

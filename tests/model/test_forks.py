@@ -15,7 +15,7 @@ from shoplm.model.shop_weights import ShopWeights, random_trie
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import load_weights
 from shoplm.readout.heads import Heads
-from shoplm.request import Explain, ItemScores, Predict, Request, Select, SelectOutput, Service
+from shoplm.request import Explain, HeadValues, ItemScores, Predict, Request, Select, SelectOutput, Service
 
 TinyModel = Callable[[str], Path]
 SUFFIX = (401, 402)
@@ -43,7 +43,7 @@ def make_backend(folder: Path, page_size: int = 16) -> TorchBackend:
 
 
 def explain(
-    spans: Sequence[tuple[tuple[int, int], ...]], reads: ItemScores | Predict
+    spans: Sequence[tuple[tuple[int, int], ...]], reads: ItemScores | HeadValues
 ) -> tuple[tuple[int, ...], Explain]:
     return history() + SUFFIX * len(spans), Explain(len(SUFFIX), tuple(spans), reads)
 
@@ -95,16 +95,20 @@ def test_a_fork_that_hides_nothing_is_the_prompt(tiny_model: TinyModel, family: 
 
 def test_heads_are_read_of_each_fork(tiny_model: TinyModel) -> None:
     runner = DirectRunner(make_backend(tiny_model("smollm2")), chunk_tokens=33)
-    task = Predict((0.5, -1.0))
-    whole = runner.run([(history() + SUFFIX, task)])[0]
-    values = np.array(runner.run([explain(SPANS, task)])[0]).reshape(len(SPANS), 3)
+    features = ((0.5, -1.0), (0.5, -1.0), (0.5, -1.0), (9.0, 9.0))
+    whole = runner.run([(history() + SUFFIX, Predict(features[0]))])[0]
+    values = np.array(runner.run([explain((*SPANS[:3], ()), HeadValues(features))])[0]).reshape(4, 3)
     np.testing.assert_allclose(values[0], np.array(whole), atol=2e-4)
-    assert np.abs(values[1:] - values[0]).max() > 1e-3
+    assert np.abs(values[1:3] - values[0]).max() > 1e-3
+    other = runner.run([(history() + SUFFIX, Predict(features[3]))])[0]
+    np.testing.assert_allclose(values[3], np.array(other), atol=2e-4)
 
 
 def test_spans_outside_the_history_are_refused() -> None:
     tokens, task = explain((((55, 61),),), ItemScores(ITEMS))
     with pytest.raises(ValueError, match=r"hides \(\(55, 61\),\) of a history of 60 tokens"):
         Request("r", Service.RECOMMENDATION, tokens, task, 0.0)
+    with pytest.raises(ValueError, match="1 rows of features for 2 forks"):
+        Explain(2, ((), ()), HeadValues(((0.5,),)))
     with pytest.raises(ValueError, match="at least one of each"):
         Explain(2, (), ItemScores(ITEMS))

@@ -27,6 +27,7 @@ from shoplm.request import Degradation, FinishedOutput, ReadyOutput, Request, Se
 from shoplm.v1 import shop_pb2
 
 _DEGRADATIONS = {
+    Degradation.NO_EXPLANATION: shop_pb2.DEGRADATION_NO_EXPLANATION,
     Degradation.NARROWER_BEAMS: shop_pb2.DEGRADATION_NARROWER_BEAMS,
     Degradation.FEWER_TOKENS: shop_pb2.DEGRADATION_FEWER_TOKENS,
 }
@@ -141,14 +142,15 @@ class Core:
                 (field_path, f"the prompt takes {tokens} tokens, at most {limit} are allowed (max_context_tokens)")
             )
 
-    def usage(self, request: Request, cached: int, completion: int) -> shop_pb2.Usage:
-        """What an answered request cost; also counted in the metrics."""
+    def usage(self, request: Request, cached: int, completion: int, explanation: int = 0) -> shop_pb2.Usage:
+        """What an answered request cost; also counted in the metrics, the explanation's tokens by the explainer."""
         self.metrics.observe_usage(request.service.value, len(request.tokens), cached, completion)
         return shop_pb2.Usage(
             prompt_tokens=len(request.tokens),
             cached_tokens=cached,
             history_tokens=request.history_tokens,
             completion_tokens=completion,
+            explanation_tokens=explanation,
         )
 
     def warned(self, service: Service, warnings: Warnings) -> list[shop_pb2.Warning]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shoplm.api.core import Context, Core
+from shoplm.api.explanations import Asked, Explainer, Explanation
 from shoplm.api.shop import Shop
 from shoplm.api.validation import Violations, quote
 from shoplm.api.warnings import Warnings
@@ -32,6 +33,7 @@ class PredictionService(PredictionServiceServicer):
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        self._explainer = Explainer(core)
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
         core, shop = self._core, self._core.shop()
@@ -48,11 +50,19 @@ class PredictionService(PredictionServiceServicer):
             _SERVICE, tokens, Predict(core.features(history)), context, history_tokens=len(prefix.tokens)
         )
         finished = await core.engine.run(work)
+        why = Explanation([()] * len(specs))
+        if request.explain and specs and self._explainer.can_explain(history, warnings, items=False):
+            asked = Asked(_SERVICE, history, prefix, tokens, context, request.allow_degraded)
+            why = await self._explainer.targets(asked, specs)
+        predictions = [prediction(spec, finished.values, history) for spec in specs]
+        for message, influences in zip(predictions, why.influences, strict=True):
+            message.influences.extend(influences)
         return pb.PredictResponse(
-            predictions=[prediction(spec, finished.values, history) for spec in specs],
+            predictions=predictions,
             model=core.served.model_version,
-            usage=core.usage(work, finished.cached_tokens, finished.completion_tokens),
+            usage=core.usage(work, finished.cached_tokens, finished.completion_tokens, why.tokens),
             warnings=core.warned(_SERVICE, warnings),
+            degradations=core.degraded(why.degraded),
         )
 
     def _targets(self, targets: Sequence[pb.Target], shop: Shop, violations: Violations) -> tuple[HeadSpec, ...]:

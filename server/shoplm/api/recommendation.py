@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from shoplm.api.core import Context, Core
 from shoplm.api.customers import MAX_ID_BYTES
+from shoplm.api.explanations import Asked, Explainer, Explanation
 from shoplm.api.filters import excluded_rows, read_filter
 from shoplm.api.reasons import reasons
 from shoplm.api.shop import Shop
 from shoplm.api.validation import Violations
 from shoplm.api.warnings import Warnings
 from shoplm.history import History
-from shoplm.request import FinishedOutput, Request, Select, SelectOutput, Service
+from shoplm.request import Degradation, FinishedOutput, Request, Select, SelectOutput, Service
 from shoplm.v1 import recommendation_pb2 as pb
 from shoplm.v1.recommendation_pb2_grpc import RecommendationServiceServicer
 from shoplm.v1.shop_pb2 import Usage
@@ -24,6 +25,7 @@ class RecommendationService(RecommendationServiceServicer):
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        self._explainer = Explainer(core)
 
     async def Recommend(self, request: pb.RecommendRequest, context: Context) -> pb.RecommendResponse:
         shop, config = self._core.shop(), self._core.config
@@ -49,13 +51,15 @@ class RecommendationService(RecommendationServiceServicer):
         work, finished, selected = await self._select(
             select, history, context, warnings, allow_degraded=request.allow_degraded
         )
+        why = await self._explain(request.explain, work, finished, selected, history, context, warnings)
+        degradations = (*why.degraded, *finished.degraded)
         return pb.RecommendResponse(
-            items=_items(shop, selected, history, request.explain),
+            items=_items(shop, selected, history, request.explain, why),
             model=self._core.served.model_version,
-            usage=self._core.usage(work, finished.cached_tokens, finished.completion_tokens),
-            degraded=bool(finished.degraded),
+            usage=self._core.usage(work, finished.cached_tokens, finished.completion_tokens, why.tokens),
+            degraded=bool(degradations),
             warnings=self._core.warned(_SERVICE, warnings),
-            degradations=self._core.degraded(finished.degraded),
+            degradations=self._core.degraded(degradations),
         )
 
     async def Rank(self, request: pb.RankRequest, context: Context) -> pb.RankResponse:
@@ -85,12 +89,31 @@ class RecommendationService(RecommendationServiceServicer):
             popularity_only=len(history) == 0,
         )
         work, finished, selected = await self._select(select, history, context, warnings)
+        why = await self._explain(request.explain, work, finished, selected, history, context, warnings)
         return pb.RankResponse(
-            items=_items(shop, selected, history, request.explain),
+            items=_items(shop, selected, history, request.explain, why),
             model=self._core.served.model_version,
-            usage=self._core.usage(work, finished.cached_tokens, finished.completion_tokens),
+            usage=self._core.usage(work, finished.cached_tokens, finished.completion_tokens, why.tokens),
             warnings=self._core.warned(_SERVICE, warnings),
         )
+
+    async def _explain(
+        self,
+        wanted: bool,
+        work: Request,
+        finished: FinishedOutput,
+        selected: SelectOutput,
+        history: History,
+        context: Context,
+        warnings: Warnings,
+    ) -> Explanation:
+        """What moved the model's terms of the selected items."""
+        if not (wanted and selected.items and self._explainer.can_explain(history, warnings, items=True)):
+            return Explanation([()] * len(selected.items))
+        if finished.degraded:  # there was no time for the answer itself
+            return Explanation([()] * len(selected.items), degraded=(Degradation.NO_EXPLANATION,))
+        asked = Asked(_SERVICE, history, self._core.prefix(history), work.tokens, context, work.allow_degraded)
+        return await self._explainer.items(asked, selected.items)
 
     async def _select(
         self,
@@ -118,7 +141,9 @@ class RecommendationService(RecommendationServiceServicer):
         return work, finished, finished.selected
 
 
-def _items(shop: Shop, selected: SelectOutput, history: History, explain: bool) -> list[pb.RecommendedItem]:
+def _items(
+    shop: Shop, selected: SelectOutput, history: History, explain: bool, why: Explanation
+) -> list[pb.RecommendedItem]:
     catalog = shop.catalog
     items = []
     for index, (row, score) in enumerate(zip(selected.items, selected.scores, strict=True)):
@@ -130,5 +155,6 @@ def _items(shop: Shop, selected: SelectOutput, history: History, explain: bool) 
             item.price = price
         if explain:
             item.reasons.extend(reasons(selected, index, history))
+            item.influences.extend(why.influences[index])
         items.append(item)
     return items

@@ -36,6 +36,7 @@ class Shop:
     demo: dict[str, DemoHistory]
     knowledge: Knowledge
     grounding: Grounding
+    feature_means: NDArray[np.float32]  # [F]: the dense features of an average customer; empty without heads
 
     @property
     def targets(self) -> tuple[HeadSpec, ...]:
@@ -97,6 +98,7 @@ def load_served(base: Base, bundle: Path | None, *, verify: bool = True) -> Serv
         read_demo_customers(bundle, manifest, catalog),
         knowledge,
         Grounding(knowledge, catalog, manifest.currency, manifest.score.decay_days),
+        _read_weights(bundle, "head.input_mean") if manifest.targets else np.zeros(0, np.float32),
     )
     return Served(base, tokenizer, PromptBuilder(tokenizer, template, manifest.prompt, vocabulary, codes), shop)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from shoplm.request import ItemScores, Predict, Sampling, Select, SelectOutput
+from shoplm.request import HeadValues, ItemScores, Sampling, Select, SelectOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class EmbedReadout:
 class ForkReadout:
     """Read the last token of each fork that ends in this step."""
 
-    reads: ItemScores | Predict
+    reads: ItemScores | HeadValues  # of these forks alone
     ends: tuple[int, ...]  # tokens of the row, counted from its first
 
 

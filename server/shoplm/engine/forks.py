@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from shoplm.engine.batch import ForkReadout
-from shoplm.request import Explain
+from shoplm.request import Explain, HeadValues
 
 
 def fork_positions(at: NDArray[np.int64], task: Explain, start: int) -> NDArray[np.int64]:
@@ -36,5 +36,10 @@ def fork_mask(task: Explain, start: int, first: int, count: int) -> NDArray[np.b
 def fork_readout(task: Explain, start: int, first: int, count: int) -> ForkReadout | None:
     """What is read of the tokens `first` .. `first + count - 1`: the forks that end among them; None: none does."""
     ends = start + task.suffix_tokens * (1 + np.arange(len(task.hidden))) - 1
-    inside = ends[(ends >= first) & (ends < first + count)] - first
-    return ForkReadout(task.reads, tuple(inside.tolist())) if len(inside) else None
+    forks = np.flatnonzero((ends >= first) & (ends < first + count)).tolist()
+    if not forks:
+        return None
+    reads = task.reads
+    if isinstance(reads, HeadValues):
+        reads = HeadValues(reads.features[forks[0] : forks[-1] + 1])
+    return ForkReadout(reads, tuple((ends[forks] - first).tolist()))

@@ -69,6 +69,7 @@ def run(address: str, spec: EngineSpec, load: Callable[[EngineSpec], Backend], p
             info.name,
             time.monotonic() - started,
             info.trie_items,
+            can_explain=info.can_explain,
         )
         socket.send(encode([ready]))
         gc.collect()

@@ -174,7 +174,7 @@ class Readouts:
             return tuple(self._selector(reads.trie).log_p(hidden, reads.items).flatten().tolist())
         if self._heads is None:
             raise BundleError("a prediction was to be explained, but the bundle has no heads")
-        values = self._heads.evaluate(hidden, [reads.features] * len(hidden))
+        values = self._heads.evaluate(hidden, reads.features)
         return tuple(value for row in values for value in row)
 
     def _selector(self, trie: str) -> Selector:

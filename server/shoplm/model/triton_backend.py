@@ -106,6 +106,7 @@ class TritonBackend(LocalBackend):
             max_context_tokens=positions,
             vocab_size=decoder.vocab_size,
             pipeline_depth=2,
+            can_explain=False,
         )
         state = self._device_readouts.state
         self._program = StepProgram(decoder, self._pool, state, most_samples=state_slots)

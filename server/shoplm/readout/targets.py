@@ -95,6 +95,15 @@ def answer(spec: HeadSpec, values: Sequence[float]) -> Answer:
     )
 
 
+def score_of(spec: HeadSpec, values: Sequence[float]) -> float:
+    """The answer on the scale on which effects are given: log-odds of a probability, logarithm of an amount."""
+    found = answer(spec, values)
+    if found.probability is not None:
+        inside = min(max(found.probability, _TINY), 1.0 - _TINY)
+        return math.log(inside) - math.log1p(-inside)
+    return math.log(max(found.amount or 0.0, _TINY))
+
+
 def applicable(spec: HeadSpec, history: History) -> bool:
     """Whether the customer belongs to the target's population."""
     if spec.active_within_days <= 0:

@@ -51,6 +51,7 @@ class Limits(NamedTuple):
     max_context_tokens: int
     trie_depths: dict[str, int]
     lanes: Callable[[Select], int]
+    can_explain: bool = True
 
 
 class Admission:
@@ -129,7 +130,7 @@ class Admission:
         elif isinstance(task, Select) and task.trie not in self._limits.trie_depths:
             reason, message = "UNKNOWN_TRIE", f"no trie is named {task.trie!r}"
         elif isinstance(task, Explain) and not self._can_explain(task):
-            reason, message = "UNKNOWN_TRIE", "items with codes of one token can be explained, and heads"
+            reason, message = "NOT_EXPLAINED", "nothing but heads and items with codes of one token can be explained"
         elif longest > context:
             reason, message = (
                 "CONTEXT_EXCEEDED",
@@ -142,7 +143,8 @@ class Admission:
         return Refusal(FailureKind.INVALID, reason, message) if reason else None
 
     def _can_explain(self, task: Explain) -> bool:
-        return not isinstance(task.reads, ItemScores) or self._limits.trie_depths.get(task.reads.trie) == 1
+        reads, limits = task.reads, self._limits
+        return limits.can_explain and (not isinstance(reads, ItemScores) or limits.trie_depths.get(reads.trie) == 1)
 
     def _full(self, reason: str, message: str, load: Load) -> Refusal:
         # A tenth of the queue is gone by then.

@@ -30,7 +30,7 @@ class SequenceMemory:
         return self._pages(sequence.most_length) + self._pages(sequence.lanes * (sequence.depth - 1)) <= self.pool.size
 
     def expected(self, sequence: Sequence) -> int:
-        """Leading tokens that need not be computed for this sequence, as things are: their pages are or will be there."""
+        """Leading tokens that need not be computed for this sequence, as things are: others have, or do so now."""
         return self.page_size * self.tree.match(sequence.request.cache_root, sequence.tokens, sequence.shareable)
 
     def admit(self, sequence: Sequence) -> bool:

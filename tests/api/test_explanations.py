@@ -1,0 +1,163 @@
+"""What moved an answer: asked of the engine behind the answer, named from the history, dropped first under load."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
+from served_shop import Scripted, Serve
+from server_thread import ServerThread
+from shoplm.errors import ExpiredError, OverloadedError
+from shoplm.features import feature_groups
+from shoplm.request import Degradation, Explain, HeadValues, ItemScores
+from shoplm.v1 import prediction_pb2, recommendation_pb2, shop_pb2
+from tiny_shop import CATEGORIES, DEMO_AS_OF, DEMO_CUSTOMER, ITEMS, item_id
+
+DEMO = shop_pb2.Customer(customer_id=DEMO_CUSTOMER)
+HISTORY = {item_id(row) for row in (2, *range(8, 16))}
+Influence = shop_pb2.Influence
+
+
+def recommend(server: ServerThread, **fields: object) -> recommendation_pb2.RecommendResponse:
+    request = recommendation_pb2.RecommendRequest(**{"customer": DEMO, "explain": True, **fields})  # type: ignore[arg-type]
+    return server.recommendation.Recommend(request)
+
+
+def predict(server: ServerThread, **fields: object) -> prediction_pb2.PredictResponse:
+    request = prediction_pb2.PredictRequest(**{"customer": DEMO, "explain": True, **fields})  # type: ignore[arg-type]
+    return server.prediction.Predict(request)
+
+
+def explanation(scripted: Scripted) -> Explain:
+    """The task of the last request."""
+    task = scripted.engine.requests[-1].task
+    assert isinstance(task, Explain)
+    return task
+
+
+def test_forks_are_asked_of_the_returned_items_behind_the_same_history(serve_scripted: Serve) -> None:
+    scripted = serve_scripted("--explanation-forks", "8")
+    response = recommend(scripted.server, count=3)
+    answered, asked = scripted.engine.requests
+    task = explanation(scripted)
+    assert task.reads == ItemScores((0, 1, 2))
+    assert len(task.hidden) == 1 + 8
+    assert asked.history_tokens == answered.history_tokens
+    suffix = answered.tokens[answered.history_tokens :]
+    assert asked.tokens == answered.tokens[: answered.history_tokens] + suffix * 9
+    assert task.hidden[0] == () and all(task.hidden[1:])
+    assert response.usage.explanation_tokens == len(asked.tokens) - 3
+    assert response.usage.prompt_tokens == len(answered.tokens)
+
+
+def test_influences_name_what_is_in_the_history_strongest_first(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    for item in recommend(scripted.server, count=4).items:
+        assert len(item.influences) == 5
+        effects = [influence.effect for influence in item.influences]
+        assert effects == sorted(effects, reverse=True)
+        assert effects[0] == pytest.approx(0.25 * (len(explanation(scripted).hidden) - 1))  # a fork more, 0.25 less
+        for influence in item.influences:
+            assert influence.visits > 0 and influence.time.seconds <= DEMO_AS_OF.timestamp()
+            if influence.kind == Influence.KIND_ITEM:
+                assert influence.item_id in HISTORY
+            else:
+                assert influence.kind == Influence.KIND_CATEGORY and influence.title in CATEGORIES
+    # Every visit has the item: all of its mentions are hidden together.
+    spans = [fork for fork in explanation(scripted).hidden if len(fork) == 8]
+    assert spans and all(end - start == 1 for start, end in spans[-1])
+
+
+def test_the_text_says_how_often_and_when(serve_scripted: Serve) -> None:
+    scripted = serve_scripted("--explanation-forks", "4")
+    texts = [each.text for item in recommend(scripted.server).items for each in item.influences]
+    assert any(text.startswith("Item 2, in 8 visits, last on 2017-12-27: makes the item ") for text in texts)
+
+
+def test_nothing_is_asked_without_explain_or_without_a_history(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    recommend(scripted.server, explain=False)
+    predict(scripted.server, explain=False)
+    recommend(scripted.server, customer=shop_pb2.Customer())
+    predict(scripted.server, customer=shop_pb2.Customer())
+    assert not any(isinstance(request.task, Explain) for request in scripted.engine.requests)
+
+
+def test_a_server_without_forks_says_so(serve_scripted: Serve) -> None:
+    scripted = serve_scripted("--explanation-forks", "0")
+    response = recommend(scripted.server)
+    assert [warning.code for warning in response.warnings] == ["NOT_EXPLAINED"]
+    assert response.items[0].reasons and not response.items[0].influences
+    assert [warning.code for warning in predict(scripted.server).warnings] == ["NOT_EXPLAINED"]
+
+
+@pytest.mark.parametrize("error", [OverloadedError("full", reason="QUEUE_FULL"), ExpiredError("too late")])
+def test_an_explanation_is_dropped_first_with_the_callers_leave(serve_scripted: Serve, error: Exception) -> None:
+    scripted = serve_scripted()
+    scripted.engine.explaining = error
+    response = recommend(scripted.server, allow_degraded=True)
+    assert response.degraded and list(response.degradations) == [shop_pb2.DEGRADATION_NO_EXPLANATION]
+    assert len(response.items) == 10 and response.items[0].reasons and not response.items[0].influences
+    predicted = predict(scripted.server, allow_degraded=True)
+    assert list(predicted.degradations) == [shop_pb2.DEGRADATION_NO_EXPLANATION]
+    assert predicted.predictions and not predicted.predictions[0].influences
+    with pytest.raises(grpc.RpcError) as refused:
+        recommend(scripted.server)
+    assert refused.value.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+def test_a_search_that_was_narrowed_is_not_explained(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    scripted.engine.degraded = (Degradation.NARROWER_BEAMS,)
+    response = recommend(scripted.server, allow_degraded=True)
+    assert list(response.degradations) == [
+        shop_pb2.DEGRADATION_NO_EXPLANATION,
+        shop_pb2.DEGRADATION_NARROWER_BEAMS,
+    ]
+    assert len(scripted.engine.requests) == 1
+
+
+def test_an_explanation_that_may_be_dropped_leaves_time_for_the_answer(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    request = recommendation_pb2.RecommendRequest(customer=DEMO, explain=True)
+    for allowed in (False, True):
+        request.allow_degraded = allowed
+        scripted.server.recommendation.Recommend(request, timeout=10)
+    strict, lenient = (each for each in scripted.engine.requests if isinstance(each.task, Explain))
+    assert strict.deadline_seconds is not None and lenient.deadline_seconds is not None
+    assert 9.5 < strict.deadline_seconds - strict.arrival_seconds <= 10
+    assert 8.5 < lenient.deadline_seconds - lenient.arrival_seconds < 9.1
+
+
+def test_predictions_are_moved_by_visits_and_habits(serve_scripted: Serve) -> None:
+    scripted = serve_scripted("--explanation-forks", "6")
+    response = predict(scripted.server)
+    task = explanation(scripted)
+    groups = feature_groups()
+    assert len(task.hidden) == 1 + 6 + len(groups)
+    assert isinstance(task.reads, HeadValues)
+    features, *others = task.reads.features
+    assert others[:6] == [features] * 6
+    for members, replaced in zip(groups.values(), others[6:], strict=True):
+        changed = {at for at, (one, other) in enumerate(zip(features, replaced, strict=True)) if one != other}
+        assert changed <= set(members) and all(replaced[at] == 0.0 for at in members)  # the tiny shop's averages
+    kinds = {influence.kind for each in response.predictions for influence in each.influences}
+    assert kinds <= {Influence.KIND_VISIT, Influence.KIND_HABIT} and Influence.KIND_HABIT in kinds
+    assert response.usage.explanation_tokens > 0
+
+
+def test_a_real_engine_explains_what_it_answered(real_shop: ServerThread) -> None:
+    best = recommend(real_shop, count=3)
+    ranked = real_shop.recommendation.Rank(
+        recommendation_pb2.RankRequest(customer=DEMO, item_ids=[item.item_id for item in best.items], explain=True)
+    )
+    found = {item.item_id: item.influences for item in ranked.items}
+    for item in best.items:
+        assert item.influences
+        for one, other in zip(item.influences, found[item.item_id], strict=True):
+            assert one.effect == pytest.approx(other.effect, abs=1e-3)
+            assert one.kind == Influence.KIND_CATEGORY or one.item_id in HISTORY
+    assert 0 < best.usage.explanation_tokens < 200
+    past = shop_pb2.Customer(customer_id=DEMO_CUSTOMER, as_of=Timestamp(seconds=int(DEMO_AS_OF.timestamp())))
+    assert any(each.influences for each in predict(real_shop, customer=past).predictions)
+    assert len(best.items) < ITEMS
