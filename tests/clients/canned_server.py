@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_health.v1 import _async as health_aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -38,6 +39,20 @@ TOKEN = "open-sesame"
 RETRY_SECONDS = 0.25
 MAX_COUNT = 100
 VERSION = shop_pb2.ModelVersion(bundle="canned", version="1", base_model="none")
+INFLUENCES = [
+    shop_pb2.Influence(
+        kind=shop_pb2.Influence.KIND_ITEM,
+        item_id="milk",
+        title="Milk",
+        time=Timestamp(seconds=1_700_000_000, nanos=500_000_000),
+        visits=3,
+        effect=0.75,
+        text="Milk, in 3 visits",
+    ),
+    shop_pb2.Influence(
+        kind=shop_pb2.Influence.KIND_HABIT, title="how much is spent", effect=-0.5, text="spends little"
+    ),
+]
 USAGE = shop_pb2.Usage(prompt_tokens=120, cached_tokens=96, history_tokens=100)
 ANSWER = ("Returns", " are", " free", " for", " 30", " days ", "✓")
 ITEMS = ("milk", "bread", "coffee", "apples", "rice")
@@ -153,7 +168,10 @@ class Services(
         await self._enter(request, context)
         targets = list(request.targets) or list(model_response().targets)
         return prediction_pb2.PredictResponse(
-            predictions=[_prediction(target) for target in targets], model=VERSION, usage=USAGE
+            predictions=[_prediction(target, request.explain) for target in targets],
+            model=VERSION,
+            usage=USAGE,
+            degradations=[shop_pb2.DEGRADATION_NO_EXPLANATION] if request.allow_degraded else [],
         )
 
     async def GetModel(self, request: model_pb2.GetModelRequest, context: Context) -> model_pb2.GetModelResponse:
@@ -228,10 +246,17 @@ def _item(name: str, rank: int, explain: bool) -> recommendation_pb2.Recommended
         price=None if rank == 1 else 1.25 + rank,
         score=-1.0 - rank,
         reasons=terms if explain else [],
+        influences=INFLUENCES if explain else [],
     )
 
 
-def _prediction(target: prediction_pb2.Target) -> prediction_pb2.Prediction:
+def _prediction(target: prediction_pb2.Target, explain: bool) -> prediction_pb2.Prediction:
+    found = _value(target)
+    found.influences.extend(INFLUENCES if explain else [])
+    return found
+
+
+def _value(target: prediction_pb2.Target) -> prediction_pb2.Prediction:
     if target.kind == prediction_pb2.TARGET_KIND_SPEND:
         return prediction_pb2.Prediction(
             target=target, amount=42.5, interval_low=10.0, interval_high=90.0, base_rate=30.0, applicable=True

@@ -72,6 +72,8 @@ def test_predict_shows_probabilities_and_amounts(server: CannedServer) -> None:
     result = run(server, "predict", "--customer", "7")
     for shown in ("buys within 7 days", "75.0%", "42.50", "10.00 to 90.00", "does not apply"):
         assert shown in result.stdout
+    result = run(server, "predict", "--customer", "7", "--explain", "--allow-degraded")
+    assert "spends little" in result.stdout and "no explanation" in result.stdout
     result = run(server, "predict", "--customer", "7", "--target", "spend:30", "--json")
     assert [prediction["amount"] for prediction in json.loads(result.stdout)["predictions"]] == [42.5]
 

@@ -14,10 +14,13 @@ from shoplm.client import (
     Client,
     Customer,
     DeadlineExceededError,
+    Degradation,
     Event,
     EventType,
     FieldViolation,
     FinishReason,
+    Influence,
+    InfluenceKind,
     InvalidArgumentError,
     ItemFilter,
     Message,
@@ -47,6 +50,23 @@ def test_recommend_returns_dataclasses(server: CannedServer) -> None:
     assert (answer.model.bundle, answer.usage.cached_tokens) == ("canned", 96)
     assert answer.warnings[0].code == "EMPTY_HISTORY"
     assert answer.raw.items[0].title == "Milk"
+
+
+def test_influences_come_with_items_and_predictions(server: CannedServer) -> None:
+    expected = (
+        Influence(
+            *(InfluenceKind.ITEM, "milk", "Milk", datetime(2023, 11, 14, 22, 13, 20, 500_000, UTC), 3, 0.75),
+            "Milk, in 3 visits",
+        ),
+        Influence(InfluenceKind.HABIT, "", "how much is spent", None, 0, -0.5, "spends little"),
+    )
+    with Client(server.address) as client:
+        assert client.recommend("7", explain=True).items[1].influences == expected
+        assert client.rank("7", ["milk"], explain=True).items[0].influences == expected
+        predicted = client.predict("7", explain=True, allow_degraded=True)
+        assert not client.predict("7").predictions[0].influences
+    assert predicted.predictions[0].influences == expected
+    assert predicted.degradations == (Degradation.NO_EXPLANATION,)
 
 
 def test_events_and_filter_reach_the_wire(server: CannedServer) -> None:

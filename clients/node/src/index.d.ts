@@ -67,6 +67,9 @@ export interface Target {
 export interface PredictRequest extends CallOptions {
   customer: string | Customer;
   targets?: Target[];
+  /** Say what moved each prediction. */
+  explain?: boolean;
+  allowDegraded?: boolean;
 }
 
 export interface Message {
@@ -100,6 +103,7 @@ export interface Usage {
   cachedTokens: number;
   historyTokens: number;
   completionTokens: number;
+  explanationTokens: number;
 }
 
 export interface Warning {
@@ -121,6 +125,19 @@ export interface Reason {
   text: string;
 }
 
+/** A part of what is known of the customer, and the answer with it less the answer without it. */
+export interface Influence {
+  kind: 'item' | 'visit' | 'habit' | 'category' | 'unspecified';
+  itemId?: string;
+  title: string;
+  /** Of the visit, or of the newest event that it stands for. */
+  time?: Date;
+  visits: number;
+  /** Of the model's log-probability, the log-odds of a probability, or the logarithm of an amount. */
+  effect: number;
+  text: string;
+}
+
 export interface RecommendedItem {
   itemId: string;
   title: string;
@@ -129,6 +146,8 @@ export interface RecommendedItem {
   /** In nats. */
   score: number;
   reasons: Reason[];
+  /** On the model's term, the strongest first. */
+  influences: Influence[];
 }
 
 export interface Ranking extends Answer {
@@ -136,7 +155,7 @@ export interface Ranking extends Answer {
 }
 
 /** What the server took from an answer, with the caller's leave, so that it came in time. */
-export type Degradation = 'narrower_beams' | 'fewer_tokens' | 'unspecified';
+export type Degradation = 'no_explanation' | 'narrower_beams' | 'fewer_tokens' | 'unspecified';
 
 export interface Recommendations extends Ranking {
   degraded: boolean;
@@ -151,10 +170,12 @@ export interface Prediction {
   interval?: [number, number];
   baseRate: number;
   applicable: boolean;
+  influences: Influence[];
 }
 
 export interface Predictions extends Answer {
   predictions: Prediction[];
+  degradations: Degradation[];
 }
 
 export interface Citation {

@@ -67,9 +67,11 @@ export function rankRequest({ customer, itemIds, explain }) {
   return { customer: customerMessage(customer), itemIds, explain };
 }
 
-export function predictRequest({ customer, targets = [] }) {
+export function predictRequest({ customer, targets = [], explain, allowDegraded }) {
   return {
     customer: customerMessage(customer),
+    explain,
+    allowDegraded,
     targets: targets.map((target, index) => ({
       kind: enumName('TARGET_KIND', target.kind, TARGET_KINDS, `targets[${index}].kind`),
       horizonDays: positive(target.horizonDays, `targets[${index}].horizonDays`),
@@ -93,6 +95,16 @@ export function chatRequest(messages, { customer, maxTokens, temperature, topK, 
   };
 }
 
+const influence = ({ kind, itemId, title, time, visits, effect, text }) => ({
+  kind: enumValue('KIND', kind),
+  itemId: itemId || undefined,
+  title,
+  time: time ? new Date(Number(time.seconds) * 1000 + Math.round(time.nanos / 1e6)) : undefined,
+  visits,
+  effect,
+  text,
+});
+
 const item = (message) => ({
   itemId: message.itemId,
   title: message.title,
@@ -104,6 +116,7 @@ const item = (message) => ({
     contribution: reason.contribution,
     text: reason.text,
   })),
+  influences: message.influences.map(influence),
 });
 
 const target = (message) => ({
@@ -136,7 +149,9 @@ export const predictionsFrom = (message) => ({
         : [prediction.intervalLow, prediction.intervalHigh],
     baseRate: prediction.baseRate,
     applicable: prediction.applicable,
+    influences: prediction.influences.map(influence),
   })),
+  degradations: degradations(message),
   ...common(message),
 });
 

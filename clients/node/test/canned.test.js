@@ -50,6 +50,17 @@ test('interval, absent price and inapplicable targets', options, async () => {
   assert.equal(items[1].price, undefined);
 });
 
+test('influences come with items and predictions', options, async () => {
+  const { items } = await client.recommend({ customer: '7', explain: true });
+  const [milk, habit] = items[0].influences;
+  assert.deepEqual([milk.kind, milk.itemId, milk.visits, milk.effect], ['item', 'milk', 3, 0.75]);
+  assert.equal(milk.time.toISOString(), '2023-11-14T22:13:20.500Z');
+  assert.deepEqual([habit.kind, habit.itemId, habit.time], ['habit', undefined, undefined]);
+  const answer = await client.predict({ customer: '7', explain: true, allowDegraded: true });
+  assert.equal(answer.predictions[0].influences.length, 2);
+  assert.deepEqual(answer.degradations, ['no_explanation']);
+});
+
 test('what was taken from an answer has a name', options, async () => {
   const answer = await client.recommend({ customer: '7', allowDegraded: true });
   assert.deepEqual([answer.degraded, answer.degradations], [true, ['narrower_beams']]);

@@ -78,11 +78,14 @@ def predict(
         list[str] | None,
         typer.Option(help="KIND, KIND:DAYS or coupon_redemption:TYPE, such as purchase:7; may be repeated."),
     ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what moved each prediction.")] = False,
+    allow_degraded: AllowDegraded = False,
     as_json: Json = False,
 ) -> None:
     """Predict what a customer will do; without --target, everything the shop can predict."""
     targets = [parse_target(text) for text in target or ()]
-    answer = client.predict(_customer(client, customer, history), targets)
+    whom = _customer(client, customer, history)
+    answer = client.predict(whom, targets, explain=explain, allow_degraded=allow_degraded)
     if as_json:
         _print_json(answer.raw)
     else:

@@ -10,6 +10,7 @@ from rich.table import Table
 from shoplm.client.types import (
     ChatSummary,
     Degradation,
+    Influence,
     ModelInfo,
     ModelVersion,
     Prediction,
@@ -40,7 +41,8 @@ def recommendations(console: Console, answer: Recommendations) -> None:
         price = "" if item.price is None else f"{item.price:.2f}"
         row = [str(rank), escape(item.item_id), escape(item.title), escape(item.category), price, f"{item.score:.2f}"]
         if explained:
-            row.append("\n".join(f"{reason.contribution:+.2f}  {escape(reason.text)}" for reason in item.reasons))
+            terms = [f"{reason.contribution:+.2f}  {escape(reason.text)}" for reason in item.reasons]
+            row.append("\n".join([*terms, *_influences(item.influences)]))
         table.add_row(*row)
     console.print(table)
     _degradations(console, answer.degradations)
@@ -49,12 +51,16 @@ def recommendations(console: Console, answer: Recommendations) -> None:
 
 def predictions(console: Console, answer: Predictions) -> None:
     """A table of the predictions beside their base rates."""
-    table = Table("the customer …", "prediction", "90 % interval", "all customers", box=None)
-    for column in table.columns[1:]:
+    explained = any(prediction.influences for prediction in answer.predictions)
+    why = ["moved by"] if explained else []
+    table = Table("the customer …", "prediction", "90 % interval", "all customers", *why, box=None)
+    for column in table.columns[1:4]:
         column.justify = "right"
     for prediction in answer.predictions:
-        table.add_row(_phrase(prediction.target), *_values(prediction))
+        moved = ["\n".join(_influences(prediction.influences))] if explained else []
+        table.add_row(_phrase(prediction.target), *_values(prediction), *moved)
     console.print(table)
+    _degradations(console, answer.degradations)
     _notes(console, answer.model, answer.usage, answer.warnings)
 
 
@@ -90,6 +96,10 @@ def model_info(console: Console, answer: ModelInfo) -> None:
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/bold]", escape(value))
     console.print(table)
+
+
+def _influences(influences: Sequence[Influence]) -> list[str]:
+    return [f"[dim]{influence.effect:+.2f}  {escape(influence.text)}[/dim]" for influence in influences]
 
 
 def _phrase(target: Target) -> str:

@@ -69,10 +69,15 @@ def rank_request(customer: str | Customer, item_ids: Sequence[str], explain: boo
     return recommendation_pb2.RankRequest(customer=customer_message(customer), item_ids=item_ids, explain=explain)
 
 
-def predict_request(customer: str | Customer, targets: Sequence[Target]) -> prediction_pb2.PredictRequest:
+def predict_request(
+    customer: str | Customer, targets: Sequence[Target], explain: bool, allow_degraded: bool
+) -> prediction_pb2.PredictRequest:
     """A PredictRequest; no targets means every target of the bundle."""
     return prediction_pb2.PredictRequest(
-        customer=customer_message(customer), targets=[_target_message(target) for target in targets]
+        customer=customer_message(customer),
+        targets=[_target_message(target) for target in targets],
+        explain=explain,
+        allow_degraded=allow_degraded,
     )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import UTC
 
 from shoplm.client.types import (
     ChatSummary,
     Citation,
     Degradation,
     FinishReason,
+    Influence,
+    InfluenceKind,
     Limits,
     ModelInfo,
     ModelVersion,
@@ -32,6 +35,9 @@ _TARGETS: dict[int, TargetKind] = {
 }
 _REASONS: dict[int, ReasonKind] = {
     recommendation_pb2.Reason.Kind.Value(f"KIND_{kind.name}"): kind for kind in ReasonKind
+}
+_INFLUENCES: dict[int, InfluenceKind] = {
+    shop_pb2.Influence.Kind.Value(f"KIND_{kind.name}"): kind for kind in InfluenceKind
 }
 _DEGRADATIONS: dict[int, Degradation] = {
     shop_pb2.Degradation.Value(f"DEGRADATION_{degradation.name}"): degradation for degradation in Degradation
@@ -71,6 +77,7 @@ def predictions(message: prediction_pb2.PredictResponse) -> Predictions:
         predictions=tuple(_prediction(prediction) for prediction in message.predictions),
         model=_version(message.model),
         usage=_usage(message.usage),
+        degradations=_degradations(message.degradations),
         warnings=_warnings(message.warnings),
         raw=message,
     )
@@ -119,7 +126,13 @@ def _version(message: shop_pb2.ModelVersion) -> ModelVersion:
 
 
 def _usage(message: shop_pb2.Usage) -> Usage:
-    return Usage(message.prompt_tokens, message.cached_tokens, message.history_tokens, message.completion_tokens)
+    return Usage(
+        prompt_tokens=message.prompt_tokens,
+        cached_tokens=message.cached_tokens,
+        history_tokens=message.history_tokens,
+        completion_tokens=message.completion_tokens,
+        explanation_tokens=message.explanation_tokens,
+    )
 
 
 def _warnings(messages: Iterable[shop_pb2.Warning]) -> tuple[ResponseWarning, ...]:
@@ -141,6 +154,22 @@ def _item(message: recommendation_pb2.RecommendedItem) -> RecommendedItem:
             Reason(_REASONS.get(reason.kind, ReasonKind.UNSPECIFIED), reason.contribution, reason.text)
             for reason in message.reasons
         ),
+        influences=_influences(message.influences),
+    )
+
+
+def _influences(messages: Iterable[shop_pb2.Influence]) -> tuple[Influence, ...]:
+    return tuple(
+        Influence(
+            kind=_INFLUENCES.get(message.kind, InfluenceKind.UNSPECIFIED),
+            item_id=message.item_id,
+            title=message.title,
+            time=message.time.ToDatetime(UTC) if message.HasField("time") else None,
+            visits=message.visits,
+            effect=message.effect,
+            text=message.text,
+        )
+        for message in messages
     )
 
 
@@ -162,4 +191,5 @@ def _prediction(message: prediction_pb2.Prediction) -> Prediction:
         interval=(message.interval_low, message.interval_high) if has_interval else None,
         base_rate=message.base_rate,
         applicable=message.applicable,
+        influences=_influences(message.influences),
     )

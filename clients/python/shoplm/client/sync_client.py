@@ -106,11 +106,15 @@ class Client(ClientBase):
         customer: str | Customer,
         targets: Sequence[Target] = (),
         *,
+        explain: bool = False,
+        allow_degraded: bool = False,
         timeout: float | None = None,
         request_id: str | None = None,
     ) -> Predictions:
-        """One prediction for each target, in their order; no targets means all that the bundle has."""
-        request = requests.predict_request(customer, targets)
+        """One prediction for each target, in their order; no targets means all that the bundle has.
+
+        `explain` says what moved each; `allow_degraded` lets the server leave that out rather than refuse."""
+        request = requests.predict_request(customer, targets, explain, allow_degraded)
         seconds = self.timeouts.prediction_seconds
         return responses.predictions(self._call(self._stubs.predict, request, timeout, seconds, request_id))
 

@@ -42,10 +42,21 @@ class ReasonKind(StrEnum):
     POPULARITY = "popularity"
 
 
+class InfluenceKind(StrEnum):
+    """What an influence is: something of the history that the model read, or a number about all of it."""
+
+    UNSPECIFIED = "unspecified"  # only in answers of a server newer than this client
+    ITEM = "item"
+    VISIT = "visit"
+    HABIT = "habit"
+    CATEGORY = "category"
+
+
 class Degradation(StrEnum):
     """What the server took from an answer, with the caller's leave, so that it came in time."""
 
     UNSPECIFIED = "unspecified"  # only in answers of a server newer than this client
+    NO_EXPLANATION = "no_explanation"
     NARROWER_BEAMS = "narrower_beams"
     FEWER_TOKENS = "fewer_tokens"
 
@@ -151,6 +162,7 @@ class Usage:
     cached_tokens: int
     history_tokens: int
     completion_tokens: int
+    explanation_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +184,25 @@ class Reason:
 
 
 @dataclass(frozen=True, slots=True)
+class Influence:
+    """A part of what is known of the customer, and the answer with it less the answer without it: `effect`, of the
+    model's log-probability for items, the log-odds of a probability, the logarithm of an amount.
+
+    `time` is that of the visit, or of the newest event that the part stands for, and None for a habit.
+    """
+
+    kind: InfluenceKind
+    item_id: str
+    title: str
+    time: datetime | None
+    visits: int
+    effect: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class RecommendedItem:
-    """An item with its score in nats; `reasons` only where they were asked for."""
+    """An item with its score in nats; `reasons` and `influences` only where they were asked for."""
 
     item_id: str
     title: str
@@ -181,11 +210,12 @@ class RecommendedItem:
     price: float | None
     score: float
     reasons: tuple[Reason, ...]
+    influences: tuple[Influence, ...] = ()  # on the model's term, the strongest first
 
 
 @dataclass(frozen=True, slots=True)
 class Recommendations:
-    """The recommended items, best first. `degradations`: what the server took from the search to answer in time."""
+    """The recommended items, best first. `degradations`: what the server took from the answer to give it in time."""
 
     items: tuple[RecommendedItem, ...]
     model: ModelVersion
@@ -221,15 +251,17 @@ class Prediction:
     interval: tuple[float, float] | None
     base_rate: float
     applicable: bool
+    influences: tuple[Influence, ...] = ()  # only where they were asked for, the strongest first
 
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """The predictions, in the order asked for."""
+    """The predictions, in the order asked for. `degradations`: what the server took from them to answer in time."""
 
     predictions: tuple[Prediction, ...]
     model: ModelVersion
     usage: Usage
+    degradations: tuple[Degradation, ...]
     warnings: tuple[ResponseWarning, ...]
     raw: prediction_pb2.PredictResponse = field(repr=False, compare=False)
 
