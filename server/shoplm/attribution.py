@@ -1,132 +1,139 @@
-"""What moved an answer of the model: parts of the history, and the forks of a prompt that do not read them. numpy only.
+"""What moved an answer: parts of the history, and the forks of a prompt that do without them. numpy only.
 
-The effect of a part is the answer with it less the answer without it. *Without* is fast: the part's keys are hidden
-from the task's suffix, while the tokens behind the part keep what they read of it. What leaving the part out of the
-history and computing all again would give is the truth that the evaluation compares with (`without`).
+The effect of a part is the answer with it less the answer without it. Everything outside the model is computed exactly
+without it: counts, dense features, the gap since the last visit. The model reads the history once: the part's keys are
+hidden from the task's suffix, while the tokens behind the part keep what they read of it. What leaving the part out and
+computing the whole history again would give is the truth that the evaluation compares with (`leave_out`).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
-from shoplm.catalog.items import Catalog
 from shoplm.history import SECONDS_PER_DAY, History
-from shoplm.prompt import Visit
+from shoplm.prompt import Prefix, PromptBuilder, Visit
 from shoplm.request import Explain, HeadValues, ItemScores
 
 Floats = NDArray[np.float64]
+Suffix = Callable[[Prefix, History], tuple[int, ...]]  # PromptBuilder.recommend or .predict
 
-
-class PartKind(IntEnum):
-    """What a part of a history is."""
-
-    ITEM = 0
-    CATEGORY = 1
-    VISIT = 2
+_LATELY_DAYS = 60.0  # the age at which a mention weighs 1 / e of one of today
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Events of a history, and the prompt's tokens that stand for them."""
+    """An item wherever it occurs in a history, or a visit."""
 
-    kind: PartKind
-    events: tuple[int, ...]  # one for each visit and item: those that the prompt names; others like them are not listed
-    spans: tuple[tuple[int, int], ...]  # [start, end), ascending and apart
+    is_visit: bool
+    events: tuple[int, ...]  # those that the prompt names, each item once a visit
+    spans: tuple[tuple[int, int], ...]  # [start, end) of the prompt's tokens, ascending and apart
 
 
 def item_parts(history: History, visits: Sequence[Visit]) -> list[Part]:
-    """Each item or product type of the prompt, wherever it is mentioned."""
-    return _grouped(history, visits, PartKind.ITEM, lambda event: _item_of(history, event))
-
-
-def category_parts(history: History, visits: Sequence[Visit], catalog: Catalog) -> list[Part]:
-    """All items of a category; a product type is a category of its own."""
-
-    def category(event: int) -> Hashable:
-        known, item = _item_of(history, event)
-        return catalog.categories[item] if known else item
-
-    return _grouped(history, visits, PartKind.CATEGORY, category)
+    """Each item or product type that the prompt names."""
+    mentions = defaultdict(list)
+    for visit in visits:
+        for mention in visit.mentions:
+            mentions[bool(history.has_item[mention.event]), int(history.item[mention.event])].append(mention)
+    return [
+        Part(False, tuple(each.event for each in found), _joined((each.start, each.end) for each in found))
+        for found in mentions.values()
+    ]
 
 
 def visit_parts(visits: Sequence[Visit]) -> list[Part]:
-    """Each visit of the prompt with all of its tokens."""
+    """Each visit that the prompt names, with all of its tokens."""
     return [
-        Part(PartKind.VISIT, tuple(mention.event for mention in visit.mentions), ((visit.start, visit.end),))
+        Part(True, tuple(mention.event for mention in visit.mentions), ((visit.start, visit.end),))
         for visit in visits
         if visit.mentions
     ]
 
 
 def likeliest(
-    parts: Sequence[Part], history: History, most: int, related: Callable[[int], bool] | None = None
+    parts: Sequence[Part], history: History, most: int, weight: Callable[[int], float] = lambda event: 1.0
 ) -> list[Part]:
-    """At most so many parts, those first that tend to matter: named often and lately, or `related` (by event)."""
+    """At most so many parts, those first that tend to matter: named often and lately, times an event's `weight`."""
 
-    def weight(part: Part) -> float:
+    def total(part: Part) -> float:
         age = (history.as_of - history.time[list(part.events)]) / SECONDS_PER_DAY
-        total = float(np.exp(-age / _LATELY_DAYS).sum())
-        return total * _RELATED if related is not None and any(map(related, part.events)) else total
+        return float(np.exp(-age / _LATELY_DAYS).sum()) * weight(part.events[-1])
 
-    return sorted(parts, key=lambda part: (-weight(part), part.spans))[:most]
-
-
-def forked(
-    prompt: Sequence[int], prefix_tokens: int, parts: Sequence[Part], reads: ItemScores | HeadValues
-) -> tuple[tuple[int, ...], Explain]:
-    """The prompt with a fork that reads all of its prefix, and then one without each part; and the task."""
-    suffix = tuple(prompt[prefix_tokens:])
-    hidden = ((), *(part.spans for part in parts))
-    return tuple(prompt[:prefix_tokens]) + suffix * len(hidden), Explain(len(suffix), hidden, reads)
+    return sorted(parts, key=lambda part: (-total(part), part.spans))[:most]
 
 
-def fork_values(values: Sequence[float], forks: int) -> Floats:
-    """What each fork read: [forks, columns]."""
-    return np.asarray(values, np.float64).reshape(forks, -1)
+def gone_with(history: History, parts: Iterable[Part]) -> NDArray[np.bool_]:
+    """[E]: all events of these parts, those too that the prompt is too short to name."""
+    gone = np.zeros(len(history), np.bool_)
+    keys = 2 * history.item.astype(np.int64) + history.has_item
+    for part in parts:
+        events = list(part.events)
+        of = history.basket if part.is_visit else keys
+        gone |= np.isin(of, of[events])
+    return gone
 
 
-def without(history: History, gone: NDArray[np.bool_]) -> History:
+def leave_out(history: History, gone: NDArray[np.bool_]) -> History:
     """The history as if the events [E] had not happened."""
-    columns = {
-        name: getattr(history, name)[~gone] for name in ("item", "has_item", "kind", "time", "quantity", "price")
-    }
+    names = ("item", "has_item", "kind", "time", "quantity", "price")
+    columns = {name: getattr(history, name)[~gone] for name in names}
     _, basket = np.unique(history.basket[~gone], return_inverse=True)
     return History(**columns, basket=basket.astype(np.int32), as_of=history.as_of, attributes=history.attributes)
 
 
-def events_of(history: History, part: Part, first_basket: int) -> NDArray[np.bool_]:
-    """[E]: all events from `first_basket` on that the part stands for, those included that a prompt names once."""
-    named = np.zeros(len(history), np.bool_)
-    named[list(part.events)] = True
-    if part.kind is PartKind.VISIT:
-        found: NDArray[np.bool_] = np.isin(history.basket, history.basket[named])
-        return found
-    keys = 2 * history.item.astype(np.int64) + history.has_item
-    return np.isin(keys, keys[named]) & (history.basket >= first_basket)
+def prefix_without(builder: PromptBuilder, history: History, prefix: Prefix, gone: NDArray[np.bool_]) -> Prefix:
+    """The prefix of the history without the events, of the same visits as `prefix`, the history's own: no older ones
+    move up into the room that is left."""
+    oldest = np.unique(history.basket)[prefix.dropped_baskets]
+    dropped = len(np.unique(history.basket[~gone & (history.basket < oldest)]))
+    return builder.prefix(leave_out(history, gone), dropped)
 
 
-_LATELY_DAYS = 60.0  # the age at which a mention weighs 1 / e of one of today
-_RELATED = 4.0  # how many times as much a part weighs that has to do with what is explained
+@dataclass(frozen=True)
+class Forks:
+    """The whole history, and then one without each part that is not all of it."""
 
+    parts: tuple[Part, ...]
+    histories: tuple[History, ...]  # one per fork: one more than parts
+    tokens: tuple[int, ...]
+    suffix_tokens: int
 
-def _item_of(history: History, event: int) -> tuple[bool, int]:
-    return bool(history.has_item[event]), int(history.item[event])
+    @staticmethod
+    def of(history: History, prefix: Prefix, parts: Sequence[Part], suffix: Suffix) -> Forks:
+        """`suffix` gives the task's prompt behind a prefix."""
+        size = len(prefix.tokens)
+        kept, histories = [], [history]
+        for part in parts:
+            left = leave_out(history, gone_with(history, (part,)))
+            if len(left):
+                kept.append(part)
+                histories.append(left)
+        suffixes = [suffix(prefix, each)[size:] for each in histories]
+        tokens = prefix.tokens + tuple(token for each in suffixes for token in each)
+        return Forks(tuple(kept), tuple(histories), tokens, len(suffixes[0]))
 
+    def repeated(self, count: int) -> Forks:
+        """With so many more forks of the whole history at the end."""
+        nothing = Part(False, (), ())
+        suffix = self.tokens[len(self.tokens) - self.suffix_tokens * len(self.histories) :][: self.suffix_tokens]
+        return Forks(
+            self.parts + (nothing,) * count,
+            self.histories + (self.histories[0],) * count,
+            self.tokens + suffix * count,
+            self.suffix_tokens,
+        )
 
-def _grouped(history: History, visits: Sequence[Visit], kind: PartKind, key: Callable[[int], Hashable]) -> list[Part]:
-    mentions = defaultdict(list)
-    for visit in visits:
-        for mention in visit.mentions:
-            mentions[key(mention.event)].append(mention)
-    return [
-        Part(kind, tuple(each.event for each in found), _joined((each.start, each.end) for each in found))
-        for found in mentions.values()
-    ]
+    def task(self, reads: ItemScores | HeadValues) -> Explain:
+        """What the engine is asked."""
+        return Explain(self.suffix_tokens, ((), *(part.spans for part in self.parts)), reads)
+
+    def values(self, read: Sequence[float]) -> Floats:
+        """What the engine answered: [forks, columns]."""
+        return np.asarray(read, np.float64).reshape(len(self.histories), -1)
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

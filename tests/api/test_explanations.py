@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import grpc
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -11,7 +13,7 @@ from shoplm.errors import ExpiredError, OverloadedError
 from shoplm.features import feature_groups
 from shoplm.request import Degradation, Explain, HeadValues, ItemScores
 from shoplm.v1 import prediction_pb2, recommendation_pb2, shop_pb2
-from tiny_shop import CATEGORIES, DEMO_AS_OF, DEMO_CUSTOMER, ITEMS, item_id
+from tiny_shop import DEMO_AS_OF, DEMO_CUSTOMER, ITEMS, item_id
 
 DEMO = shop_pb2.Customer(customer_id=DEMO_CUSTOMER)
 HISTORY = {item_id(row) for row in (2, *range(8, 16))}
@@ -43,8 +45,8 @@ def test_forks_are_asked_of_the_returned_items_behind_the_same_history(serve_scr
     assert task.reads == ItemScores((0, 1, 2))
     assert len(task.hidden) == 1 + 8
     assert asked.history_tokens == answered.history_tokens
-    suffix = answered.tokens[answered.history_tokens :]
-    assert asked.tokens == answered.tokens[: answered.history_tokens] + suffix * 9
+    assert asked.tokens[: len(answered.tokens)] == answered.tokens
+    assert len(asked.tokens) == answered.history_tokens + 9 * 2
     assert task.hidden[0] == () and all(task.hidden[1:])
     assert response.usage.explanation_tokens == len(asked.tokens) - 3
     assert response.usage.prompt_tokens == len(answered.tokens)
@@ -56,22 +58,34 @@ def test_influences_name_what_is_in_the_history_strongest_first(serve_scripted: 
         assert len(item.influences) == 5
         effects = [influence.effect for influence in item.influences]
         assert effects == sorted(effects, reverse=True)
-        assert effects[0] == pytest.approx(0.25 * (len(explanation(scripted).hidden) - 1))  # a fork more, 0.25 less
         for influence in item.influences:
             assert influence.visits > 0 and influence.time.seconds <= DEMO_AS_OF.timestamp()
-            if influence.kind == Influence.KIND_ITEM:
-                assert influence.item_id in HISTORY
-            else:
-                assert influence.kind == Influence.KIND_CATEGORY and influence.title in CATEGORIES
+            assert influence.kind == Influence.KIND_VISIT or influence.item_id in HISTORY
     # Every visit has the item: all of its mentions are hidden together.
-    spans = [fork for fork in explanation(scripted).hidden if len(fork) == 8]
-    assert spans and all(end - start == 1 for start, end in spans[-1])
+    (spans,) = [fork for fork in explanation(scripted).hidden if len(fork) == 8]
+    assert all(end - start == 1 for start, end in spans)
 
 
-def test_the_text_says_how_often_and_when(serve_scripted: Serve) -> None:
-    scripted = serve_scripted("--explanation-forks", "4")
-    texts = [each.text for item in recommend(scripted.server).items for each in item.influences]
-    assert any(text.startswith("Item 2, in 8 visits, last on 2017-12-27: makes the item ") for text in texts)
+def test_an_effect_is_the_models_share_and_the_exact_change_of_the_count(serve_scripted: Serve) -> None:
+    scripted = serve_scripted("--explanation-forks", "40")
+    items = {item.item_id: item for item in recommend(scripted.server).items}
+    own = next(each for each in items[item_id(2)].influences if each.item_id == item_id(2))
+    for other in items[item_id(0)].influences:  # which was never bought
+        assert other.effect == pytest.approx(other.model_effect, abs=1e-5)
+    # The tiny shop's decay is 30 days and its weight 6.
+    count = sum(math.exp(-days / 30) for days in (56, 49, 42, 35, 28, 21, 14, 5))
+    assert own.effect - own.model_effect == pytest.approx(6 * math.log1p(count), abs=1e-4)
+    assert own.text == f"Item 2, in 8 visits, last on 2017-12-27, raises it by {own.effect:.2f}"
+
+
+def test_a_fork_without_the_last_visit_waits_since_the_one_before(serve_scripted: Serve) -> None:
+    scripted = serve_scripted("--explanation-forks", "40")
+    recommend(scripted.server)
+    task, request = explanation(scripted), scripted.engine.requests[-1]
+    suffixes = [request.tokens[request.history_tokens + 2 * fork :][:2] for fork in range(len(task.hidden))]
+    last = [suffix for suffix, hidden in zip(suffixes, task.hidden, strict=True) if suffix != suffixes[0]]
+    assert len(last) == 1 and last[0][0] > suffixes[0][0]  # a longer gap; the task's own token is the same
+    assert last[0][1] == suffixes[0][1]
 
 
 def test_nothing_is_asked_without_explain_or_without_a_history(serve_scripted: Serve) -> None:
@@ -137,7 +151,7 @@ def test_predictions_are_moved_by_visits_and_habits(serve_scripted: Serve) -> No
     assert len(task.hidden) == 1 + 6 + len(groups)
     assert isinstance(task.reads, HeadValues)
     features, *others = task.reads.features
-    assert others[:6] == [features] * 6
+    assert features not in others[:6]  # habits are counted again without the visit
     for members, replaced in zip(groups.values(), others[6:], strict=True):
         changed = {at for at, (one, other) in enumerate(zip(features, replaced, strict=True)) if one != other}
         assert changed <= set(members) and all(replaced[at] == 0.0 for at in members)  # the tiny shop's averages
@@ -156,7 +170,7 @@ def test_a_real_engine_explains_what_it_answered(real_shop: ServerThread) -> Non
         assert item.influences
         for one, other in zip(item.influences, found[item.item_id], strict=True):
             assert one.effect == pytest.approx(other.effect, abs=1e-3)
-            assert one.kind == Influence.KIND_CATEGORY or one.item_id in HISTORY
+            assert one.kind == Influence.KIND_VISIT or one.item_id in HISTORY
     assert 0 < best.usage.explanation_tokens < 200
     past = shop_pb2.Customer(customer_id=DEMO_CUSTOMER, as_of=Timestamp(seconds=int(DEMO_AS_OF.timestamp())))
     assert any(each.influences for each in predict(real_shop, customer=past).predictions)

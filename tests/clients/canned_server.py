@@ -47,6 +47,7 @@ INFLUENCES = [
         time=Timestamp(seconds=1_700_000_000, nanos=500_000_000),
         visits=3,
         effect=0.75,
+        model_effect=0.25,
         text="Milk, in 3 visits",
     ),
     shop_pb2.Influence(

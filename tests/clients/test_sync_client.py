@@ -55,10 +55,10 @@ def test_recommend_returns_dataclasses(server: CannedServer) -> None:
 def test_influences_come_with_items_and_predictions(server: CannedServer) -> None:
     expected = (
         Influence(
-            *(InfluenceKind.ITEM, "milk", "Milk", datetime(2023, 11, 14, 22, 13, 20, 500_000, UTC), 3, 0.75),
+            *(InfluenceKind.ITEM, "milk", "Milk", datetime(2023, 11, 14, 22, 13, 20, 500_000, UTC), 3, 0.75, 0.25),
             "Milk, in 3 visits",
         ),
-        Influence(InfluenceKind.HABIT, "", "how much is spent", None, 0, -0.5, "spends little"),
+        Influence(InfluenceKind.HABIT, "", "how much is spent", None, 0, -0.5, None, "spends little"),
     )
     with Client(server.address) as client:
         assert client.recommend("7", explain=True).items[1].influences == expected

@@ -127,14 +127,16 @@ export interface Reason {
 
 /** A part of what is known of the customer, and the answer with it less the answer without it. */
 export interface Influence {
-  kind: 'item' | 'visit' | 'habit' | 'category' | 'unspecified';
+  kind: 'item' | 'visit' | 'habit' | 'unspecified';
   itemId?: string;
   title: string;
   /** Of the visit, or of the newest event that it stands for. */
   time?: Date;
   visits: number;
-  /** Of the model's log-probability, the log-odds of a probability, or the logarithm of an amount. */
+  /** Of an item's score, the log-odds of a probability, or the logarithm of an amount. */
   effect: number;
+  /** The model's share of the effect on an item's score. */
+  modelEffect?: number;
   text: string;
 }
 
@@ -146,7 +148,7 @@ export interface RecommendedItem {
   /** In nats. */
   score: number;
   reasons: Reason[];
-  /** On the model's term, the strongest first. */
+  /** On the score, the strongest first. */
   influences: Influence[];
 }
 

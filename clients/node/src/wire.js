@@ -95,13 +95,14 @@ export function chatRequest(messages, { customer, maxTokens, temperature, topK, 
   };
 }
 
-const influence = ({ kind, itemId, title, time, visits, effect, text }) => ({
+const influence = ({ kind, itemId, title, time, visits, effect, modelEffect, text }) => ({
   kind: enumValue('KIND', kind),
   itemId: itemId || undefined,
   title,
   time: time ? new Date(Number(time.seconds) * 1000 + Math.round(time.nanos / 1e6)) : undefined,
   visits,
   effect,
+  modelEffect,
   text,
 });
 

@@ -53,9 +53,9 @@ test('interval, absent price and inapplicable targets', options, async () => {
 test('influences come with items and predictions', options, async () => {
   const { items } = await client.recommend({ customer: '7', explain: true });
   const [milk, habit] = items[0].influences;
-  assert.deepEqual([milk.kind, milk.itemId, milk.visits, milk.effect], ['item', 'milk', 3, 0.75]);
+  assert.deepEqual([milk.kind, milk.itemId, milk.visits, milk.effect, milk.modelEffect], ['item', 'milk', 3, 0.75, 0.25]);
   assert.equal(milk.time.toISOString(), '2023-11-14T22:13:20.500Z');
-  assert.deepEqual([habit.kind, habit.itemId, habit.time], ['habit', undefined, undefined]);
+  assert.deepEqual([habit.kind, habit.itemId, habit.time, habit.modelEffect], ['habit', undefined, undefined, undefined]);
   const answer = await client.predict({ customer: '7', explain: true, allowDegraded: true });
   assert.equal(answer.predictions[0].influences.length, 2);
   assert.deepEqual(answer.degradations, ['no_explanation']);

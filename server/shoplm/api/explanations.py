@@ -6,37 +6,30 @@ it is admitted, charged, given up and cancelled as any other; `usage` says what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import msgspec
 import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
+from numpy.typing import NDArray
 from shoplm.api.core import Context, Core
 from shoplm.api.warnings import Warnings
-from shoplm.attribution import (
-    Floats,
-    Part,
-    PartKind,
-    category_parts,
-    fork_values,
-    forked,
-    item_parts,
-    likeliest,
-    visit_parts,
-)
+from shoplm.attribution import Floats, Forks, Part, item_parts, likeliest, visit_parts
 from shoplm.bundle import HeadSpec
 from shoplm.errors import ExpiredError, OverloadedError
-from shoplm.features import feature_groups
+from shoplm.features import dense_features, feature_groups
 from shoplm.history import History
 from shoplm.prompt import Prefix
+from shoplm.readout.ranking import OwnItems
 from shoplm.readout.targets import score_of
 from shoplm.request import Degradation, HeadValues, ItemScores, Request, Service
 from shoplm.v1 import shop_pb2
 
 MOST_INFLUENCES = 5  # of one item or prediction
 LEAST_EFFECT = 0.01  # nats; smaller ones are within what bf16 rounds off
+_SAME_ITEM, _SAME_CATEGORY = 1000.0, 4.0  # how much more likely such a part is to matter than any other
 _LEAST_RESERVE, _RESERVED = 0.005, 0.1  # seconds, and share of the time that is left, that an answer keeps for its way
 
 Influence = shop_pb2.Influence
@@ -81,55 +74,67 @@ class Explainer:
         return True
 
     async def items(self, asked: Asked, rows: Sequence[int]) -> Explanation:
-        """What moved the model's log-probability of each of these items."""
+        """What moved the score of each of these items."""
         history, catalog = asked.history, self._core.shop().catalog
-        visits = self._core.served.prompts.visits(history, asked.prefix)
+        prompts, most = self._core.served.prompts, self._core.config.explanation_forks
+        wanted = set(rows)
         categories = {catalog.categories[row] for row in rows}
 
-        def related(event: int) -> bool:
-            return bool(history.has_item[event]) and catalog.categories[history.item[event]] in categories
+        def weight(event: int) -> float:
+            if not history.has_item[event]:
+                return 1.0
+            row = int(history.item[event])
+            return _SAME_ITEM if row in wanted else _SAME_CATEGORY if catalog.categories[row] in categories else 1.0
 
-        most = self._core.config.explanation_forks
-        wide = likeliest(category_parts(history, visits, catalog), history, most // 2)
-        parts = wide + likeliest(item_parts(history, visits), history, most - len(wide), related)
-        values, tokens = await self._read(asked, parts, ItemScores(tuple(rows)))
-        if values is None:
+        visits = prompts.visits(history, asked.prefix)
+        recent = likeliest(visit_parts(visits), history, most // 4)
+        parts = likeliest(item_parts(history, visits), history, most - len(recent), weight) + recent
+        forks = Forks.of(history, asked.prefix, parts, prompts.recommend)
+        read, tokens = await self._read(asked, forks, ItemScores(tuple(rows)))
+        if read is None:
             return _dropped(len(rows))
-        effects = values[0] - values[1:]
-        names = [self._named(part, history) for part in parts]
-        return Explanation([_strongest(names, column, _item_text) for column in effects.T], tokens)
+        other = np.array([self._repeat_terms(each, rows) for each in forks.histories])
+        model = read[0] - read[1:]
+        effects = model + other[0] - other[1:]
+        names = [self._named(part, history) for part in forks.parts]
+        return Explanation(
+            [_strongest(names, effects[:, at], model[:, at]) for at in range(len(rows))],
+            tokens,
+        )
 
     async def targets(self, asked: Asked, specs: Sequence[HeadSpec]) -> Explanation:
         """What moved each prediction."""
         core, history = self._core, asked.history
-        visits = visit_parts(core.served.prompts.visits(history, asked.prefix))
-        parts = likeliest(visits, history, core.config.explanation_forks)
-        features, means = core.features(history), core.shop().feature_means
+        shop, prompts = core.shop(), core.served.prompts
+        visits = likeliest(visit_parts(prompts.visits(history, asked.prefix)), history, core.config.explanation_forks)
         groups = feature_groups()
-        usual = []
-        for members in groups.values():
-            replaced = np.array(features, np.float32)
-            replaced[list(members)] = means[list(members)]
-            usual.append(tuple(replaced.tolist()))
         # A fork that hides nothing, with other features, is one without a habit.
-        nothing = [Part(PartKind.VISIT, (), ())] * len(groups)
-        rows = HeadValues((features,) * (1 + len(parts)) + tuple(usual))
-        values, tokens = await self._read(asked, [*parts, *nothing], rows)
-        if values is None:
+        forks = Forks.of(history, asked.prefix, visits, prompts.predict).repeated(len(groups))
+        features = [tuple(dense_features(each, shop.catalog.prices).tolist()) for each in forks.histories]
+        for at, members in enumerate(groups.values(), start=len(features) - len(groups)):
+            usual = np.array(features[0], np.float32)
+            usual[list(members)] = shop.feature_means[list(members)]
+            features[at] = tuple(usual.tolist())
+        read, tokens = await self._read(asked, forks, HeadValues(tuple(features)))
+        if read is None:
             return _dropped(len(specs))
-        names = [self._named(part, history) for part in parts] + [_habit(group) for group in groups]
-        scores = np.array([[score_of(spec, row) for spec in specs] for row in values.tolist()])
+        names = [self._named(part, history) for part in forks.parts[: -len(groups)]]
+        names += [Influence(kind=Influence.KIND_HABIT, title=group) for group in groups]
+        scores = np.array([[score_of(spec, row) for spec in specs] for row in read.tolist()])
         effects = scores[0] - scores[1:]
-        return Explanation([_strongest(names, column, _target_text) for column in effects.T], tokens)
+        return Explanation([_strongest(names, column) for column in effects.T], tokens)
 
-    async def _read(
-        self, asked: Asked, parts: Sequence[Part], reads: ItemScores | HeadValues
-    ) -> tuple[Floats | None, int]:
-        """What each fork read, the first without nothing, and tokens; None where the caller is better off without."""
+    def _repeat_terms(self, history: History, rows: Sequence[int]) -> NDArray[np.float32]:
+        """What the score of each item has beside the model's term that depends on the history."""
+        score = self._core.shop().manifest.score
+        own = OwnItems.counted(*history.own_counts(score.decay_days), score.repeat_weight)
+        return own.terms_of(np.asarray(rows, np.int64))
+
+    async def _read(self, asked: Asked, forks: Forks, reads: ItemScores | HeadValues) -> tuple[Floats | None, int]:
+        """What each fork read, and tokens; None where the caller is better off without."""
         core = self._core
-        tokens, task = forked(asked.prompt, len(asked.prefix.tokens), parts, reads)
         request = core.request(
-            *(asked.service, tokens, task, asked.context),
+            *(asked.service, forks.tokens, forks.task(reads), asked.context),
             history_tokens=len(asked.prefix.tokens),
             allow_degraded=asked.allow_degraded,
         )
@@ -141,64 +146,52 @@ class Explainer:
             if not asked.allow_degraded:
                 raise
             return None, 0
-        computed = len(tokens) - finished.cached_tokens
-        core.metrics.observe_usage(asked.service.value, len(tokens), finished.cached_tokens, 0)
-        return fork_values(finished.values, len(task.hidden)), computed
+        core.metrics.observe_usage(asked.service.value, len(forks.tokens), finished.cached_tokens, 0)
+        return forks.values(finished.values), len(forks.tokens) - finished.cached_tokens
 
     def _named(self, part: Part, history: History) -> shop_pb2.Influence:
         """The part without its effect."""
-        catalog = self._core.shop().catalog
-        event = part.events[-1]
-        row, known = int(history.item[event]), bool(history.has_item[event])
-        newest = float(history.time[list(part.events)].max())
-        named = Influence(time=_timestamp(newest), visits=len(np.unique(history.basket[list(part.events)])))
-        match part.kind:
-            case PartKind.ITEM:
-                named.kind = Influence.KIND_ITEM
-                named.item_id = catalog.item_ids[row] if known else ""
-                named.title = catalog.titles[row] if known else catalog.type_texts[row].strip()
-            case PartKind.CATEGORY:
-                named.kind = Influence.KIND_CATEGORY
-                named.title = catalog.categories[row] if known else catalog.type_texts[row].strip()
-            case PartKind.VISIT:
-                named.kind = Influence.KIND_VISIT
-                named.title = f"the visit of {_day(newest)}, {len(part.events)} items"
-        return named
+        catalog, events = self._core.shop().catalog, list(part.events)
+        newest = float(history.time[events].max())
+        visits = len(np.unique(history.basket[events]))
+        if part.is_visit:
+            title = f"the visit of {_day(newest)} ({len(events)} item{'s' if len(events) > 1 else ''})"
+            return Influence(kind=Influence.KIND_VISIT, title=title, time=_timestamp(newest), visits=visits)
+        row, known = int(history.item[events[0]]), bool(history.has_item[events[0]])
+        return Influence(
+            kind=Influence.KIND_ITEM,
+            item_id=catalog.item_ids[row] if known else "",
+            title=catalog.titles[row] if known else catalog.type_texts[row].strip(),
+            time=_timestamp(newest),
+            visits=visits,
+        )
 
 
 def _strongest(
-    names: Sequence[shop_pb2.Influence], effects: Floats, text: Callable[[shop_pb2.Influence], str]
+    names: Sequence[shop_pb2.Influence], effects: Floats, model: Floats | None = None
 ) -> list[shop_pb2.Influence]:
-    """Those of the largest effects, in order; none that is within the rounding."""
+    """Those of the largest effects, in order; none that is within the rounding. `model` is the model's share."""
     found = []
     for index in np.argsort(-np.abs(effects), kind="stable")[:MOST_INFLUENCES].tolist():
-        if abs(effects[index]) >= LEAST_EFFECT:
-            influence = Influence()
-            influence.CopyFrom(names[index])
-            influence.effect = float(effects[index])
-            influence.text = text(influence)
-            found.append(influence)
+        effect = float(effects[index])
+        if abs(effect) < LEAST_EFFECT:
+            break
+        influence = Influence()
+        influence.CopyFrom(names[index])
+        influence.effect, influence.text = effect, _text(names[index], effect)
+        if model is not None:
+            influence.model_effect = float(model[index])
+        found.append(influence)
     return found
 
 
-def _item_text(influence: shop_pb2.Influence) -> str:
-    return f"{_what(influence)}: makes the item {np.exp(influence.effect):.2f} times as likely for the model"
-
-
-def _target_text(influence: shop_pb2.Influence) -> str:
-    return f"{_what(influence)}: {'raises' if influence.effect > 0 else 'lowers'} it"
-
-
-def _what(influence: shop_pb2.Influence) -> str:
-    if influence.kind not in (Influence.KIND_ITEM, Influence.KIND_CATEGORY):
-        return influence.title
+def _text(influence: shop_pb2.Influence, effect: float) -> str:
+    change = f"{'raises' if effect > 0 else 'lowers'} it by {abs(effect):.2f}"
+    if influence.kind != Influence.KIND_ITEM:
+        return f"{influence.title} {change}"
     last = _day(influence.time.ToSeconds())
-    name = influence.title if influence.kind == Influence.KIND_ITEM else f"everything of {influence.title}"
-    return f"{name}, on {last}" if influence.visits == 1 else f"{name}, in {influence.visits} visits, last on {last}"
-
-
-def _habit(group: str) -> shop_pb2.Influence:
-    return Influence(kind=Influence.KIND_HABIT, title=group)
+    when = f"on {last}" if influence.visits == 1 else f"in {influence.visits} visits, last on {last}"
+    return f"{influence.title}, {when}, {change}"
 
 
 def _dropped(columns: int) -> Explanation:

@@ -24,7 +24,12 @@ class OwnItems:
         """Counts of an item that is listed twice are added."""
         items, index = np.unique(np.asarray(select.own_items, np.int64), return_inverse=True)
         counts = np.bincount(index, weights=np.asarray(select.own_counts, np.float64), minlength=len(items))
-        return OwnItems(items, (repeat_weight * np.log1p(counts)).astype(np.float32))
+        return OwnItems.counted(items, counts, repeat_weight)
+
+    @staticmethod
+    def counted(items: NDArray[np.integer], counts: NDArray[np.number], repeat_weight: float) -> OwnItems:
+        """From items, ascending and each once, and their decayed counts."""
+        return OwnItems(items.astype(np.int64), (repeat_weight * np.log1p(counts)).astype(np.float32))
 
     def terms_of(self, items: Integers) -> Floats:
         """The repeat term of each of `items`, 0 for those never bought."""

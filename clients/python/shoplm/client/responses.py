@@ -167,6 +167,7 @@ def _influences(messages: Iterable[shop_pb2.Influence]) -> tuple[Influence, ...]
             time=message.time.ToDatetime(UTC) if message.HasField("time") else None,
             visits=message.visits,
             effect=message.effect,
+            model_effect=message.model_effect if message.HasField("model_effect") else None,
             text=message.text,
         )
         for message in messages

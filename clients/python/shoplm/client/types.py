@@ -49,7 +49,6 @@ class InfluenceKind(StrEnum):
     ITEM = "item"
     VISIT = "visit"
     HABIT = "habit"
-    CATEGORY = "category"
 
 
 class Degradation(StrEnum):
@@ -185,10 +184,11 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class Influence:
-    """A part of what is known of the customer, and the answer with it less the answer without it: `effect`, of the
-    model's log-probability for items, the log-odds of a probability, the logarithm of an amount.
+    """A part of what is known of the customer, and the answer with it less the answer without it: `effect`, of an
+    item's score, the log-odds of a probability, the logarithm of an amount.
 
-    `time` is that of the visit, or of the newest event that the part stands for, and None for a habit.
+    `model_effect` is the model's share of the effect on an item's score. `time` is that of the visit, or of the newest
+    event that the part stands for, and None for a habit.
     """
 
     kind: InfluenceKind
@@ -197,6 +197,7 @@ class Influence:
     time: datetime | None
     visits: int
     effect: float
+    model_effect: float | None
     text: str
 
 
@@ -210,7 +211,7 @@ class RecommendedItem:
     price: float | None
     score: float
     reasons: tuple[Reason, ...]
-    influences: tuple[Influence, ...] = ()  # on the model's term, the strongest first
+    influences: tuple[Influence, ...] = ()  # on the score, the strongest first
 
 
 @dataclass(frozen=True, slots=True)
