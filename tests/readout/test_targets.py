@@ -81,7 +81,7 @@ def test_spend_follows_a_lognormal_behind_a_share_of_zeros() -> None:
     share, mean, deviation = 0.8, 3.0, 0.7
     values = np.array([[logit(share), mean, np.log(deviation)]])
     reference = stats.lognorm(deviation, scale=np.exp(mean))
-    assert targets.expected_amounts(SPEND, values)[0] == pytest.approx(share * reference.mean())
+    assert targets.point_amounts(SPEND, values)[0] == pytest.approx(share * reference.mean())
     assert targets.quantiles(SPEND, values, 0.15)[0] == 0.0
     assert targets.quantiles(SPEND, values, 0.6)[0] == pytest.approx(reference.ppf((0.6 - 0.2) / 0.8), rel=1e-6)
     at = targets.distribution(SPEND, np.repeat(values, 2, axis=0), np.array([0.0, 25.0]))
@@ -172,7 +172,7 @@ def test_one_customer_gets_what_many_do(transform: str) -> None:
             targets.probabilities(spec, values).tolist(), rel=1e-9
         )
         return
-    amounts, (low, high) = targets.expected_amounts(spec, values), targets.intervals(spec, values)
+    amounts, (low, high) = targets.point_amounts(spec, values), targets.intervals(spec, values)
     assert [each.amount for each in answers] == pytest.approx(amounts.tolist(), rel=1e-9)
     assert [each.interval_low for each in answers] == pytest.approx(np.minimum(low, amounts).tolist(), rel=1e-9)
     assert [each.interval_high for each in answers] == pytest.approx(np.maximum(high, amounts).tolist(), rel=1e-9)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from shoplm.bundle import HeadSpec
-from shoplm.readout.targets import expected_amounts, intervals, probabilities
+from shoplm.readout.targets import intervals, point_amounts, probabilities
 from shoplm.training.calibration import calibrated
 from shoplm.training.heads import HeadData, Standard, count_loss, fit_head, hazard_loss, spend_loss
 
@@ -65,7 +65,7 @@ def test_spend_intervals_cover_nine_in_ten_on_new_customers() -> None:
     values, truth = head.values(fresh.hidden, fresh.standard), spend(fresh, 5)
     low, high = intervals(spec, values)
     assert ((truth >= low) & (truth <= high)).mean() == pytest.approx(0.9, abs=0.03)
-    assert expected_amounts(spec, values).mean() == pytest.approx(truth.mean(), rel=0.1)
+    assert point_amounts(spec, values).mean() == pytest.approx(truth.mean(), rel=0.1)
 
 
 def test_count_intervals_cover_at_least_nine_in_ten() -> None:

@@ -5,7 +5,8 @@ weights.safetensors holds (n items, H hidden size, K codes of a level, F dense f
 - `input_rows` [shop tokens, H], optional: absent, each row is the mean of the base's embeddings of a token's text;
 - `output_rows.{level}` [K, H] and `output_bias.{level}` [K], for every level of the code;
 - `popularity` [n]: natural logs;
-- `head.input_mean` [F], `head.input_scale` [F], `head.weight` [P, H + F], `head.bias` [P], all or none of them;
+- `head.input_mean` [F], `head.input_scale` [F], `head.weight` [P, H + F + M], `head.bias` [P], all or none of them, and
+  where the heads have hidden units on the features, `head.unit_weight` [M, F] and `head.unit_bias` [M];
 - `codes` [n, depth], only for codes of more than one token: sorted, item row = position.
 """
 
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional
 
 _HEAD_KEYS = ("head.input_mean", "head.input_scale", "head.weight", "head.bias")
+_UNIT_KEYS = ("head.unit_weight", "head.unit_bias")
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,11 @@ def _heads(reader: _Reader, hidden: int) -> Heads | None:
         return None
     mean = reader.take("head.input_mean", (None,)).float()
     bias = reader.take("head.bias", (None,)).float()
-    weight = reader.take("head.weight", (len(bias), hidden + len(mean))).float()
+    units = [reader.tensors[key].float() for key in _UNIT_KEYS if key in reader.tensors]
+    width = hidden + len(mean) + (len(units[0]) if units else 0)
+    weight = reader.take("head.weight", (len(bias), width)).float()
     try:
-        return Heads(mean, reader.take("head.input_scale", (len(mean),)).float(), weight, bias)
+        return Heads(mean, reader.take("head.input_scale", (len(mean),)).float(), weight, bias, *units)
     except ValueError as error:
         raise BundleError(f"{reader.path}: {error}") from error
 

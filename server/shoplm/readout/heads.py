@@ -1,4 +1,4 @@
-"""Prediction heads: one linear layer on the hidden state and the standardised dense features."""
+"""Prediction heads: linear in the hidden state, the standardised dense features and hidden units of these."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ class Heads:
 
     input_mean: Tensor  # [features]
     input_scale: Tensor  # [features]
-    weight: Tensor  # [outputs, hidden + features]
+    weight: Tensor  # [outputs, hidden + features + units]
     bias: Tensor  # [outputs]
+    unit_weight: Tensor | None = None  # [units, features]; None: no units
+    unit_bias: Tensor | None = None  # [units]
 
     def __post_init__(self) -> None:
         features = len(self.input_mean)
@@ -25,6 +27,14 @@ class Heads:
             raise ValueError(
                 f"heads: input_mean {tuple(self.input_mean.shape)}, input_scale {tuple(self.input_scale.shape)}, "
                 f"weight {tuple(self.weight.shape)} and bias {tuple(self.bias.shape)} do not fit together"
+            )
+        if self.unit_weight is not None and (
+            self.unit_weight.shape[1:] != (features,)
+            or self.unit_bias is None
+            or self.unit_bias.shape != self.unit_weight.shape[:1]
+        ):
+            raise ValueError(
+                f"heads: unit_weight {tuple(self.unit_weight.shape)} and unit_bias do not fit {features} features"
             )
         if not bool((self.input_scale > 0).all()):
             raise ValueError("heads: input_scale has an entry that is not positive")
@@ -39,8 +49,9 @@ class Heads:
 
     def to(self, device: torch.device) -> Heads:
         """The same heads on `device`."""
+        moved = (None if tensor is None else tensor.to(device) for tensor in (self.unit_weight, self.unit_bias))
         tensors = (self.input_mean, self.input_scale, self.weight, self.bias)
-        return Heads(*(tensor.to(device) for tensor in tensors))
+        return Heads(*(tensor.to(device) for tensor in tensors), *moved)
 
     def evaluate(self, hidden: Tensor, features: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
         """Raw values per row of `hidden` [rows, hidden_size] (any float type), after the final norm."""
@@ -57,5 +68,8 @@ class Heads:
 
     def values(self, hidden: Tensor, dense: Tensor) -> Tensor:
         """fp32 [rows, outputs]: raw values, from `hidden` [rows, hidden_size] and `dense` [rows, features]."""
-        inputs = torch.cat((hidden.float(), (dense - self.input_mean) / self.input_scale), dim=1)
-        return functional.linear(inputs, self.weight, self.bias)
+        standard = (dense - self.input_mean) / self.input_scale
+        inputs = [hidden.float(), standard]
+        if self.unit_weight is not None:
+            inputs.append(functional.linear(standard, self.unit_weight, self.unit_bias).relu())
+        return functional.linear(torch.cat(inputs, dim=1), self.weight, self.bias)

@@ -11,8 +11,10 @@
                             exp(d)  (Wang, Liu and Miao, arXiv:1912.07753)
 
 Probabilities are then calibrated (Platt scaling): s(slope * logit(p) + intercept). Expected amounts are multiplied by
-`scale`. An interval runs from quantile `level_low` to `level_high` of the fitted distribution; the levels are chosen on
-a later window than the fit's so that 5 % of the customers lie below and 5 % above it.
+`scale`. Where `level_amount` is given, the amount is that quantile and not the mean: the one that is off by the least
+on a later window than the fit's, which for skewed spend is far from the mean. An interval runs from quantile
+`level_low` to `level_high` of the fitted distribution; the levels are chosen on the same window so that 5 % of the
+customers lie below and 5 % above it.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def check_spec(spec: HeadSpec, values: int) -> None:
 def answer(spec: HeadSpec, values: Sequence[float]) -> Answer:
     """The prediction of one customer from the head's raw values [P].
 
-    The same as `probabilities`, `expected_amounts` and `intervals` give for many, in plain floats: for one customer an
+    The same as `probabilities`, `point_amounts` and `intervals` give for many, in plain floats: for one customer an
     array costs ten times the arithmetic.
     """
     chosen = [float(values[index]) for index in spec.outputs]
@@ -86,7 +88,8 @@ def answer(spec: HeadSpec, values: Sequence[float]) -> Answer:
     else:
         deviation = _one_deviation(chosen[2])
         mean = _sigmoid(chosen[0]) * math.exp(min(chosen[1] + deviation**2 / 2, _MAX_LOG_AMOUNT))
-    amount = parameters["scale"] * mean
+    level = parameters.get("level_amount")
+    amount = parameters["scale"] * mean if level is None else _quantile(spec, chosen, level)
     # The mean of a skewed distribution can lie outside a central interval; the caller gets one that holds it.
     return Answer(
         amount=amount,
@@ -128,9 +131,12 @@ def probabilities(spec: HeadSpec, values: Floats) -> Floats:
     return sigmoid(spec.parameters["slope"] * score + spec.parameters["intercept"])
 
 
-def expected_amounts(spec: HeadSpec, values: Floats) -> Floats:
-    """[N] from raw values [N, P]."""
-    return spec.parameters["scale"] * unscaled_amounts(spec, values)
+def point_amounts(spec: HeadSpec, values: Floats) -> Floats:
+    """[N] from raw values [N, P]: the expected amount, or the quantile `level_amount`."""
+    level = spec.parameters.get("level_amount")
+    return (
+        spec.parameters["scale"] * unscaled_amounts(spec, values) if level is None else quantiles(spec, values, level)
+    )
 
 
 def unscaled_amounts(spec: HeadSpec, values: Floats) -> Floats:

@@ -211,5 +211,9 @@ def _write_weights(path: Path, model: Model, input_rows: torch.Tensor | None) ->
             "head.weight": torch.from_numpy(np.ascontiguousarray(model.predictor.head.weight, np.float32)),
             "head.bias": torch.from_numpy(model.predictor.head.bias.astype(np.float32)),
         }
+        head = model.predictor.head
+        if head.unit_weight is not None:
+            tensors["head.unit_weight"] = torch.from_numpy(np.ascontiguousarray(head.unit_weight, np.float32))
+            tensors["head.unit_bias"] = torch.from_numpy(head.unit_bias.astype(np.float32))
     save_file(tensors, path)
     path.chmod(0o644)  # safetensors keeps it to its owner; a server may run as another user

@@ -6,9 +6,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from shoplm.bundle import HeadSpec
-from shoplm.readout.targets import PROBABILITIES, distribution, logit, raw_probabilities, unscaled_amounts
+from shoplm.readout.targets import PROBABILITIES, distribution, logit, quantiles, raw_probabilities, unscaled_amounts
 
 _LEVEL_BOUNDS = (0.001, 0.999)
+AMOUNT_LEVELS = tuple(round(0.4 + 0.02 * step, 2) for step in range(18))  # 0.4 to 0.74
 _STEPS = tuple(0.5**halvings for halvings in range(20))
 _PRIOR = np.array([1.0, 0.0])  # slope, intercept
 
@@ -27,6 +28,10 @@ def calibrated(spec: HeadSpec, values: NDArray[np.float64], truth: NDArray[np.fl
         excess = float(((truth - mean) ** 2 - mean).sum() / max(float((mean**2).sum()), 1e-9))
         parameters["dispersion"] = max(excess, 0.0)
     draft = msgspec.structs.replace(spec, parameters=parameters)
+    if spec.transform == "zero_inflated_lognormal":
+        # The median is what is off by the least; the fitted one is not where the true one is.
+        off = [float(np.abs(quantiles(draft, values, level) - truth).mean()) for level in AMOUNT_LEVELS]
+        parameters["level_amount"] = AMOUNT_LEVELS[int(np.argmin(off))]
     # y < low exactly where F(y) < level_low, and y > high exactly where F(just below y) >= level_high.
     at = distribution(draft, values, truth)
     below = np.where(truth > 0, at, 0.0)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from shoplm.bundle import HeadSpec
 from shoplm.readout.targets import logit
 from shoplm.training.calibration import calibrated
-from shoplm.training.heads import HeadData, LinearHead, Standard, campaign_loss, fit_head
+from shoplm.training.heads import Head, HeadData, Standard, campaign_loss, fit_head
 from shoplm.training.predictions import FEWEST_EVENTS, FEWEST_ROWS, draft
 
 
@@ -42,7 +42,7 @@ class Campaigns:
 
 def fit_campaigns(
     train: Campaigns, tune: Campaigns, types: Sequence[str], standard: Standard, hidden_size: int, seed: int
-) -> tuple[list[LinearHead], list[HeadSpec]]:
+) -> tuple[list[Head], list[HeadSpec]]:
     """One logit per campaign type: the types share their weights and differ in the bias, for there are few campaigns.
     Slope and intercept of the calibration are shared for the same reason.
 
@@ -63,7 +63,7 @@ def fit_campaigns(
     width = head.weight.shape[1] - len(types)
     weight = np.concatenate([np.zeros((1, hidden_size), np.float32), head.weight[:, :width]], axis=1)
     bias = (head.bias + head.weight[0, width:]).astype(np.float32)
-    spread = LinearHead(np.repeat(weight, len(types), axis=0), bias)
+    spread = Head(np.repeat(weight, len(types), axis=0), bias)
     values = spread.values(np.zeros((len(tune), hidden_size), np.float32), standard(tune.features))
     chosen = values[np.arange(len(tune)), tune.kind][:, None]
     spec = draft("coupon_redemption", "sigmoid", (0,), 0)

@@ -107,8 +107,8 @@ def _model(base: Base, schema: PromptSchema, weights: Weights, hidden_scales: di
     ]
     if kept:
         lines.append(
-            "Heads are linear in the dense features of the whole history and the hidden state. "
-            "Held-out customers decide "
+            "Behaviour heads read the dense features of the whole history, through small nets where the log is long "
+            "enough, and the hidden state; the coupon head is linear in the dense features. Held-out customers decide "
             f"how strongly a head reads the hidden state; it does: {', '.join(kept)}."
         )
     return "\n\n".join(lines)

@@ -1,4 +1,4 @@
-"""Prediction heads: one linear layer on the hidden state and the dense features, fitted by maximum likelihood.
+"""Prediction heads: linear in the hidden state, the dense features and units of them, fitted by maximum likelihood.
 
 Raw values, in the order of the head's outputs: the hazards of the first purchase per horizon step, log mean number of
 visits, the three values of the zero-inflated lognormal spend, and one logit per campaign type. How they become answers
@@ -9,8 +9,8 @@ dense features alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,18 +24,47 @@ _HELD_OUT = 0.25
 Loss = Callable[[Tensor], Tensor]  # raw values [N, P] -> loss per row [N]
 
 
-@dataclass(frozen=True)
-class LinearHead:
-    """values = weight . (hidden, standardised features) + bias."""
+def _no_units() -> NDArray[np.float32]:
+    return np.zeros(0, np.float32)
 
-    weight: NDArray[np.float32]  # [P, H + F]
+
+@dataclass(frozen=True)
+class Head:
+    """values = weight . (hidden, standardised features, units) + bias; a unit is relu(unit_weight . features + its
+    bias)."""
+
+    weight: NDArray[np.float32]  # [P, H + F + M]
     bias: NDArray[np.float32]  # [P]
+    unit_weight: NDArray[np.float32] | None = None  # [M, F]; None: no units
+    unit_bias: NDArray[np.float32] = field(default_factory=_no_units)  # [M]
 
     def values(self, hidden: NDArray[np.float32], standard: NDArray[np.float32]) -> NDArray[np.float64]:
         """[N, P] of hidden states [N, H] and standardised features [N, F]."""
-        size = hidden.shape[1]
+        size, inputs = hidden.shape[1], standard
+        if self.unit_weight is not None:
+            units = np.maximum(standard @ self.unit_weight.T + self.unit_bias, 0.0)
+            inputs = np.concatenate([standard, units], axis=1)
         result: NDArray[np.float64] = (hidden @ self.weight[:, :size].T).astype(np.float64)
-        return result + standard @ self.weight[:, size:].T + self.bias
+        return result + inputs @ self.weight[:, size:].T + self.bias
+
+
+def joined(heads: Sequence[Head], features: int) -> Head:
+    """One head with the values of all, in their order; each reads its own units. All read states of one width."""
+    counts = [len(head.unit_bias) for head in heads]
+    rows = []
+    for index, head in enumerate(heads):
+        split = head.weight.shape[1] - counts[index]
+        before, after = (
+            np.zeros((len(head.bias), sum(part)), np.float32) for part in (counts[:index], counts[index + 1 :])
+        )
+        rows.append(np.concatenate([head.weight[:, :split], before, head.weight[:, split:], after], axis=1))
+    units = [head.unit_weight for head in heads if head.unit_weight is not None]
+    return Head(
+        np.concatenate(rows),
+        np.concatenate([head.bias for head in heads]),
+        np.concatenate([np.zeros((0, features), np.float32), *units]) if units else None,
+        np.concatenate([head.unit_bias for head in heads]),
+    )
 
 
 @dataclass(frozen=True)
@@ -70,11 +99,30 @@ class HeadData:
 
 def fit_head(
     data: HeadData, outputs: int, loss_of: Callable[[NDArray[np.intp]], Loss], *, initial: list[float], seed: int
-) -> tuple[LinearHead, float]:
+) -> tuple[Head, float]:
     """The head with the best strength of its two penalties on held-out customers, refitted on all; and the chosen
     `hidden_scale`. `loss_of(rows)` gives the loss of these rows of `data`; `initial` [outputs] are the biases that the
     fit starts from.
     """
+    weight, bias, scale = _fit_chosen(data, data.standard, outputs, loss_of, initial, seed)
+    return Head(weight, bias), scale
+
+
+def fit_states(
+    data: HeadData, outputs: int, loss_of: Callable[[NDArray[np.intp]], Loss], *, seed: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
+    """As `fit_head`, on the hidden states alone: weights [outputs, H], biases [outputs] and the chosen scale."""
+    return _fit_chosen(data, np.zeros((len(data), 0), np.float32), outputs, loss_of, [0.0] * outputs, seed)
+
+
+def _fit_chosen(
+    data: HeadData,
+    standard: NDArray[np.float32],
+    outputs: int,
+    loss_of: Callable[[NDArray[np.intp]], Loss],
+    initial: list[float],
+    seed: int,
+) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
     states = Standard.fit(data.hidden)
     hidden = states(data.hidden)
     rows = np.arange(len(data))
@@ -85,22 +133,22 @@ def fit_head(
     scales = HIDDEN_SCALES if hidden.shape[1] and outside.any() and not outside.all() else (0.0,)
     for scale in scales:
         for penalty in PENALTIES:
-            inputs = torch.from_numpy(np.concatenate([hidden * scale, data.standard], axis=1))
+            inputs = torch.from_numpy(np.concatenate([hidden * scale, standard], axis=1))
             weight, bias = _fit(inputs[~outside], outputs, loss_of(rows[~outside]), penalty, initial)
             with torch.no_grad():
                 quality = float(loss_of(rows[outside])(inputs[outside] @ weight.T + bias).mean())
             if best is None or quality < best[0]:
                 best = quality, scale, penalty
-            if scale == 0.0 and not outside.any():
+            if scale == 0.0 and (not outside.any() or not standard.shape[1]):
                 break
     assert best is not None
     _, scale, penalty = best
-    inputs = torch.from_numpy(np.concatenate([hidden * scale, data.standard], axis=1))
+    inputs = torch.from_numpy(np.concatenate([hidden * scale, standard], axis=1))
     weight, bias = _fit(inputs, outputs, loss_of(rows), penalty, initial)
     size = data.hidden.shape[1]
     on_states = weight[:, :size].numpy() * scale / states.scale
     full = np.concatenate([on_states, weight[:, size:].numpy()], axis=1)
-    return LinearHead(full.astype(np.float32), (bias.numpy() - on_states @ states.mean).astype(np.float32)), scale
+    return full.astype(np.float32), (bias.numpy() - on_states @ states.mean).astype(np.float32), scale
 
 
 def _fit(inputs: Tensor, outputs: int, loss: Loss, penalty: float, initial: list[float]) -> tuple[Tensor, Tensor]:

@@ -19,11 +19,11 @@ from shoplm.training.campaigns import fit_campaigns
 from shoplm.training.catalogue import ShopItems, choose_items
 from shoplm.training.evaluation import Model, tuning_window
 from shoplm.training.examples import ranking_examples
-from shoplm.training.heads import LinearHead, Standard
+from shoplm.training.heads import Standard, joined
 from shoplm.training.hidden import HiddenStates, Progress
 from shoplm.training.histories import Histories
 from shoplm.training.log import ShopLog
-from shoplm.training.predictions import Predictor, fit_behaviour, observe, shifted
+from shoplm.training.predictions import Predictor, Windows, at_moments, fit_behaviour, observe, shifted, weekly_rows
 from shoplm.training.ranker import OutputRows, RankerSettings, fit_ranker
 from shoplm.training.reader import Reader, make_reader
 from shoplm.training.samples import HiddenTable, Task, Use
@@ -176,26 +176,30 @@ def fit(
 
 def fit_predictor(shop: Shop, table: HiddenTable, seed: int) -> Predictor | None:
     """All heads that the log has enough data for; None where it has none."""
-    prices = shop.items.row_prices
-    train, late = (
-        observe(table, table.where(Task.PREDICT, use), shop.histories, shop.timeline, prices)
+    prices, timeline, customers = shop.items.row_prices, shop.timeline, np.unique(table.customer)
+    train, tune = (
+        observe(table, table.where(Task.PREDICT, use), shop.histories, timeline, prices)
         for use in (Use.HEAD_TRAIN, Use.HEAD_TUNE)
     )
+    later = {
+        horizon: at_moments(customers, moments, shop.histories, timeline, prices, use=Use.HEAD_TUNE)
+        for horizon in timeline.horizons
+        if (moments := timeline.later(horizon))
+    }
     standard = Standard.fit(train.features)
-    heads, specs, scales = fit_behaviour(train, late, shop.timeline.horizons, standard, seed)
+    windows = Windows(train, weekly_rows(customers, shop.histories, timeline, prices, seed), tune, later)
+    heads, specs, scales = fit_behaviour(windows, timeline.horizons, standard, seed)
     first = sum(len(head.bias) for head in heads)
-    bare = shop.bare_table(np.unique(table.customer))
-    early, later = (shop.campaign_rows(bare, part) for part in ("train", "tune"))
-    more_heads, more_specs = fit_campaigns(early, later, shop.campaign_types, standard, table.hidden.shape[1], seed)
+    bare = shop.bare_table(customers)
+    early, late = (shop.campaign_rows(bare, part) for part in ("train", "tune"))
+    more_heads, more_specs = fit_campaigns(early, late, shop.campaign_types, standard, table.hidden.shape[1], seed)
     if more_specs:
         scales = {**scales, "coupon_redemption": 0.0}
     heads += more_heads
     specs += shifted(more_specs, first)
     if not specs:
         return None
-    head = LinearHead(np.concatenate([head.weight for head in heads]), np.concatenate([head.bias for head in heads]))
-    assert head.weight.shape[1] == table.hidden.shape[1] + len(FEATURE_NAMES)
-    return Predictor(standard, head, tuple(specs), scales)
+    return Predictor(standard, joined(heads, len(FEATURE_NAMES)), tuple(specs), scales)
 
 
 def _counts_before(shop: Shop, until: float) -> NDArray[np.int64]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from shoplm.bundle import HeadSpec
-from shoplm.readout.targets import PROBABILITIES, expected_amounts, intervals, probabilities
+from shoplm.readout.targets import PROBABILITIES, intervals, point_amounts, probabilities
 from shoplm.training import baselines
 from shoplm.training.bg_nbd import BgNbd, repeats_at
 from shoplm.training.campaigns import Campaigns
@@ -18,7 +18,7 @@ from shoplm.training.metrics import (
     reliability,
     top_decile_lift,
 )
-from shoplm.training.predictions import Observed, Predictor, observe
+from shoplm.training.predictions import Observed, Predictor, observe, weekly_rows
 from shoplm.training.report import (
     BG_NBD,
     BOOSTING,
@@ -42,7 +42,7 @@ def measure_predictions(
 ) -> tuple[list[ProbabilityRow], list[AmountRow]]:
     """All targets that have outcomes after the cut. `bare` names all samples of the customers in `table`."""
     prices = shop.items.row_prices
-    train = observe(bare, bare.where(Task.PREDICT, Use.HEAD_TRAIN), shop.histories, shop.timeline, prices)
+    train = weekly_rows(np.unique(bare.customer), shop.histories, shop.timeline, prices, seed)
     test = observe(table, table.where(Task.PREDICT, Use.HEAD_TEST), shop.histories, shop.timeline, prices)
     values = predictor.values(test.hidden, test.features)
     chances: list[ProbabilityRow] = []
@@ -87,7 +87,7 @@ def _chance_row(spec: HeadSpec, ours: Floats, boosted: Floats, truth: NDArray[np
 
 def _amount(shop: Shop, spec: HeadSpec, train: Observed, test: Observed, values: Floats, seed: int) -> AmountRow:
     truth, past = test.outcome(spec), train.outcome(spec)
-    amount = expected_amounts(spec, values)
+    amount = point_amounts(spec, values)
     low, high = intervals(spec, values)
     # The interval as it is served: it always holds the expected amount.
     covered = (truth >= np.minimum(low, amount)) & (truth <= np.maximum(high, amount))
@@ -124,7 +124,8 @@ def _campaign_rows(shop: Shop, bare: HiddenTable, predictor: Predictor, seed: in
         return []
     test, train = shop.campaign_rows(bare, "test"), shop.campaign_rows(bare, "train")
     # The weights on the hidden state are zero; see shoplm.training.campaigns.
-    hidden_size = predictor.head.weight.shape[1] - test.features.shape[1]
+    head = predictor.head
+    hidden_size = head.weight.shape[1] - test.features.shape[1] - len(head.unit_bias)
     values = predictor.values(np.zeros((len(test), hidden_size), np.float32), test.features)
     boosted = baselines.boosted_probability(_with_kind(train), train.redeemed, _with_kind(test), seed)
     rows = []

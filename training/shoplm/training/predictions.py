@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -14,14 +14,17 @@ from shoplm.features import dense_features
 from shoplm.history import SECONDS_PER_DAY, EventKind
 from shoplm.readout.targets import PROBABILITIES
 from shoplm.training.calibration import calibrated
-from shoplm.training.heads import HeadData, LinearHead, Standard, count_loss, fit_head, hazard_loss, spend_loss
+from shoplm.training.heads import Head, HeadData, Loss, Standard, count_loss, fit_head, hazard_loss, spend_loss
 from shoplm.training.histories import Histories
 from shoplm.training.labels import behaviour
-from shoplm.training.samples import HiddenTable
+from shoplm.training.nets import FEWEST_ROWS as NET_ROWS
+from shoplm.training.nets import fit_net_and_states
+from shoplm.training.samples import HiddenTable, Sample, Task, Use
 from shoplm.training.timeline import Timeline
 
 FEWEST_ROWS = 30  # a target is left out where training or calibration has fewer customers
 FEWEST_EVENTS = 5  # … or fewer of either outcome
+DENSE_ROWS = 40_000  # of what reads dense features alone: more takes minutes and teaches little
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Predictor:
     """What the bundle stores for PredictionService."""
 
     standard: Standard
-    head: LinearHead
+    head: Head
     specs: tuple[HeadSpec, ...]
     hidden_scales: dict[str, float]  # per head: how much of the hidden state the fit kept; 0: none
 
@@ -106,48 +109,142 @@ def observe(
     )
 
 
+def at_moments(
+    customers: NDArray[np.integer],
+    moments: Sequence[float],
+    histories: Histories,
+    timeline: Timeline,
+    item_prices: NDArray[np.float32],
+    *,
+    use: Use,
+    most: int | None = None,
+    seed: int = 0,
+) -> Observed:
+    """The customers who had a history at each of the moments, without hidden states; at most `most` rows, at random."""
+    pairs = [
+        (int(customer), Sample(moment, Task.PREDICT, use, False))
+        for customer in customers
+        for moment in moments
+        if len(histories[int(customer)]) and histories[int(customer)].time[0] < moment
+    ]
+    if most is not None and len(pairs) > most:
+        kept = np.sort(np.random.default_rng(seed).choice(len(pairs), most, replace=False))
+        pairs = [pairs[index] for index in kept.tolist()]
+    table = HiddenTable.bare(pairs)
+    return observe(table, np.arange(len(table)), histories, timeline, item_prices)
+
+
+def weekly_rows(
+    customers: NDArray[np.integer],
+    histories: Histories,
+    timeline: Timeline,
+    item_prices: NDArray[np.float32],
+    seed: int,
+) -> Observed:
+    """What nets and boosting learn from: customers at the weekly cut-offs of training."""
+    moments = timeline.weekly
+    return at_moments(
+        *(customers, moments, histories, timeline, item_prices), use=Use.HEAD_TRAIN, most=DENSE_ROWS, seed=seed
+    )
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What behaviour heads are fitted and calibrated on. Labels of `train` and `dense` end before `tune` begins."""
+
+    train: Observed  # with hidden states
+    dense: Observed  # at more moments, without
+    tune: Observed  # with hidden states, at `tuned_at`
+    later: dict[int, Observed]  # per horizon: at the weeks after, without hidden states
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Targets that share the outputs of one fit."""
+
+    name: str
+    outputs: int
+    loss_of: Callable[[Observed], Callable[[NDArray[np.intp]], Loss]]
+    initial: list[float]
+    drafts: list[HeadSpec]
+
+
 def fit_behaviour(
-    train: Observed, tune: Observed, horizons: Sequence[int], standard: Standard, seed: int
-) -> tuple[list[LinearHead], list[HeadSpec], dict[str, float]]:
-    """Heads for purchase, number of purchases, spend and churn. `train` labels end before `tune` begins."""
+    windows: Windows, horizons: Sequence[int], standard: Standard, seed: int
+) -> tuple[list[Head], list[HeadSpec], dict[str, float]]:
+    """Heads for purchase, number of purchases, spend and churn."""
+    train, tune = windows.train, windows.tune
     if not horizons or min(len(train), len(tune)) < FEWEST_ROWS:
         return [], [], {}
     data = HeadData(train.customer, train.hidden, standard(train.features))
-    longest = horizons[-1]
-    step = torch.from_numpy(np.searchsorted(np.array(horizons, np.float64), train.delay_days, side="right"))
-    visits, spend = (torch.from_numpy(column.astype(np.float32)) for column in (train.visits, train.spend))
-    heads: list[LinearHead] = []
+    heads: list[Head] = []
     specs: list[HeadSpec] = []
     scales: dict[str, float] = {}
+    for group in _groups(train, horizons):
+        usable = [spec for spec in group.drafts if _enough(train, spec) and _enough(tune, spec)]
+        if not usable:
+            continue
+        loss_of, dense = group.loss_of(train), windows.dense
+        if len(dense) >= NET_ROWS:
+            head, scales[group.name] = fit_net_and_states(
+                *(standard(dense.features), group.loss_of(dense), data, loss_of, group.outputs),
+                initial=group.initial,
+                seed=seed,
+            )
+        else:
+            head, scales[group.name] = fit_head(data, group.outputs, loss_of, initial=group.initial, seed=seed)
+        first = sum(len(other.bias) for other in heads)
+        heads.append(head)
+        done = (_calibrated(spec, head, windows, standard) for spec in usable)
+        specs += shifted(list(done), first)
+    return heads, specs, scales
 
-    def add(name: str, outputs: int, loss_of: object, initial: list[float], drafts: list[HeadSpec]) -> None:
-        usable = [spec for spec in drafts if _enough(train, spec) and _enough(tune, spec)]
-        if usable:
-            head, scales[name] = fit_head(data, outputs, loss_of, initial=initial, seed=seed)  # type: ignore[arg-type]
-            first = sum(len(other.bias) for other in heads)
-            heads.append(head)
-            for spec in usable:
-                specs.append(msgspec.structs.replace(spec, outputs=tuple(first + index for index in spec.outputs)))
 
-    steps = len(horizons)
+def _calibrated(spec: HeadSpec, head: Head, windows: Windows, standard: Standard) -> HeadSpec:
+    """With parameters from the tuning window: for chances, from all its weeks, since one week may be a holiday's. Weeks
+    without hidden states take the mean of those at `tuned_at`."""
+    tune, train = windows.tune, windows.train
+    parts = [tune]
+    if spec.transform in PROBABILITIES and spec.horizon_days in windows.later:
+        late = windows.later[spec.horizon_days]
+        mean = tune.hidden.mean(0, keepdims=True)
+        parts.append(replace(late, hidden=np.repeat(mean, len(late), axis=0)))
+    values, truth = [], []
+    for part in parts:
+        inside = part.population(spec)
+        values.append(head.values(part.hidden, standard(part.features))[inside])
+        truth.append(part.outcome(spec)[inside])
+    rate = float(train.outcome(spec)[train.population(spec)].mean())
+    named = msgspec.structs.replace(spec, base_rate=rate)
+    return calibrated(named, np.concatenate(values), np.concatenate(truth))
+
+
+def _groups(train: Observed, horizons: Sequence[int]) -> list[_Group]:
+    steps, longest = len(horizons), horizons[-1]
+    ends = np.array(horizons, np.float64)
+
+    def hazards(rows: Observed) -> Callable[[NDArray[np.intp]], Loss]:
+        step = torch.from_numpy(np.searchsorted(ends, rows.delay_days, side="right"))
+        return lambda chosen: hazard_loss(step[chosen], steps)
+
+    def counts(rows: Observed) -> Callable[[NDArray[np.intp]], Loss]:
+        visits = torch.from_numpy(rows.visits.astype(np.float32))
+        return lambda chosen: count_loss(visits[chosen])
+
+    def amounts(rows: Observed) -> Callable[[NDArray[np.intp]], Loss]:
+        spend = torch.from_numpy(rows.spend.astype(np.float32))
+        return lambda chosen: spend_loss(spend[chosen])
+
     drafts = [draft("purchase", "hazard", tuple(range(index + 1)), horizon) for index, horizon in enumerate(horizons)]
     churn = draft("churn", "survival", tuple(range(steps)), longest, active_within_days=2.0 * longest)
-    add("purchase", steps, lambda rows: hazard_loss(step[rows], steps), [0.0] * steps, [*drafts, churn])
     mean_visits = float(np.log(max(train.visits.mean(), 0.01)))
-    count = draft("purchase_count", "count", (0,), longest)
-    add("purchase_count", 1, lambda rows: count_loss(visits[rows]), [mean_visits], [count])
     paid = train.spend[train.spend > 0]
     start = [0.0, float(np.log(paid).mean()), 0.0] if len(paid) else [0.0, 0.0, 0.0]
-    amount = draft("spend", "zero_inflated_lognormal", (0, 1, 2), longest)
-    add("spend", 3, lambda rows: spend_loss(spend[rows]), start, [amount])
-    values = np.concatenate([head.values(tune.hidden, standard(tune.features)) for head in heads], axis=1)
-    done = []
-    for spec in specs:
-        inside, before = tune.population(spec), train.population(spec)
-        rate = float(train.outcome(spec)[before].mean())
-        named = msgspec.structs.replace(spec, base_rate=rate)
-        done.append(calibrated(named, values[inside], tune.outcome(spec)[inside]))
-    return heads, done, scales
+    return [
+        _Group("purchase", steps, hazards, [0.0] * steps, [*drafts, churn]),
+        _Group("purchase_count", 1, counts, [mean_visits], [draft("purchase_count", "count", (0,), longest)]),
+        _Group("spend", 3, amounts, start, [draft("spend", "zero_inflated_lognormal", (0, 1, 2), longest)]),
+    ]
 
 
 def draft(

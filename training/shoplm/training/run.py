@@ -23,7 +23,7 @@ from shoplm.training.card import render_card
 from shoplm.training.catalogue import ShopItems, choose_items
 from shoplm.training.determinism import deterministic
 from shoplm.training.evaluation import Model, measure
-from shoplm.training.heads import LinearHead, Standard
+from shoplm.training.heads import Head, Standard
 from shoplm.training.hidden import HiddenStates
 from shoplm.training.histories import Histories
 from shoplm.training.log import ShopLog
@@ -254,7 +254,12 @@ def read_model(folder: Path, manifest: ShopManifest) -> Model:
     predictor = None
     if manifest.targets:
         standard = Standard(tensors["head.input_mean"].numpy(), tensors["head.input_scale"].numpy())
-        head = LinearHead(tensors["head.weight"].numpy(), tensors["head.bias"].numpy())
+        head = Head(
+            tensors["head.weight"].numpy(),
+            tensors["head.bias"].numpy(),
+            tensors["head.unit_weight"].numpy() if "head.unit_weight" in tensors else None,
+            tensors["head.unit_bias"].numpy() if "head.unit_bias" in tensors else np.zeros(0, np.float32),
+        )
         predictor = Predictor(standard, head, manifest.targets, {})
     score = manifest.score
     weights = Weights(1.0, score.repeat_weight, score.popularity_weight, score.decay_days)

@@ -52,7 +52,7 @@ class JointModel(nn.Module):
 
     def _states(self, trunk: Any, inputs: PassInputs) -> Tensor:
         states: Tensor = trunk(
-            inputs_embeds=self._table[0][inputs.tokens][None],
+            inputs_embeds=functional.embedding(inputs.tokens, self._table[0])[None],
             attention_mask=inputs.mask,
             position_ids=inputs.positions,
             use_cache=False,
