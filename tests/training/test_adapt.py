@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from shoplm.training.adapt.model import AdaptedModel
 from shoplm.training.adapt.tensors import Branch, pass_inputs
 from shoplm.training.cli import adapt, evaluate, train
 from shoplm.training.ranker import OutputRows
+from shoplm.training.report import Report
 from typer.testing import CliRunner
 
 Shell = Callable[..., str]
@@ -123,7 +125,7 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(
     shell: Shell, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shoplm.training.adapt.run.TALK_PROMPTS", 6)
-    monkeypatch.setattr("shoplm.training.adapt.run.HELD_OUT_PROMPTS", 4)
+    monkeypatch.setattr("shoplm.training.adapt.kept.HELD_OUT_PROMPTS", 4)
     monkeypatch.setattr(trainer, "CHECKPOINT_STEPS", 2)
     shell("adapt", "--bundle", bundle, "--out", tmp_path / "whole", "--steps", 3, "--rank", 2)
 
@@ -160,3 +162,6 @@ def _trains_and_measures(shell: Shell, bundle: Path, tmp_path: Path) -> None:
     assert manifest.version != plain.version
     shell("evaluate", "--bundle", out, "--json", tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (out / "metrics.json").read_bytes()
+    report = msgspec.json.decode((out / "metrics.json").read_bytes(), type=Report)
+    assert report.chat is not None and report.chat.answers == 4 and report.chat.adapted != report.chat.base
+    assert f"| adapted | {report.chat.adapted:.2f} |" in (out / "card.md").read_text()

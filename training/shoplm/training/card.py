@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from shoplm.bundle import HeadSpec, PromptSchema
 from shoplm.model.base import Base
-from shoplm.training.card_tables import limits, predictions, ranking
+from shoplm.training.card_tables import chat, limits, predictions, ranking
 from shoplm.training.report import Report
 from shoplm.training.scoring import Weights
 from shoplm.training.shop import Shop
@@ -44,6 +44,7 @@ def render_card(
         *(["Too few events after the cut to measure recommendations."] if not report.rankings else []),
         "## Prediction",
         *predictions(report, targets),
+        chat(report),
         _privacy(),
         limits(report, adapted=schema.chat_reads_item_tokens),
         "## Reproduce",

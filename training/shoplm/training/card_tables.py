@@ -18,6 +18,7 @@ from shoplm.training.report import (
     shown,
 )
 
+CHAT_INCREASE = 0.05  # of perplexity, at most
 EXPLORE_FACTOR = 1.5  # of popularity's recall of new items: what a language model should add at the least
 COVERAGE = (0.87, 0.93)  # of the 90 % intervals
 
@@ -166,6 +167,23 @@ _ADAPTED = (
 )
 
 
+def chat(report: Report) -> str:
+    """What the adapter left of ordinary talk; nothing where there is none."""
+    kept = report.chat
+    if kept is None:
+        return ""
+    rows = [
+        ("the base, which wrote the answers", f"{kept.base:.2f}", f"{kept.base_behind_history:.1f}"),
+        ("adapted", f"{kept.adapted:.2f}", f"{kept.adapted_behind_history:.2f}"),
+    ]
+    return (
+        f"## Chat\n\nPerplexity of {kept.answers} answers of the base ({kept.tokens:,} tokens) to prompts that the "
+        "adapter was not trained on, alone and behind a customer's history.\n\n"
+        + table(("model", "alone", "behind a history"), rows)
+        + f"\n\nAlone, the adapter changes it by {kept.increase:+.1%}."
+    )
+
+
 def limits(report: Report, *, adapted: bool) -> str:
     """What is known not to work, and each comparison that is not won."""
     lines = [
@@ -174,10 +192,15 @@ def limits(report: Report, *, adapted: bool) -> str:
         "- One year or less says nothing about the same season a year later.\n"
         "- New items have no token until the next training; they cannot be recommended.",
     ]
-    lost = [*_lost_rankings(report), *_lost_probabilities(report), *_lost_amounts(report)]
+    lost = [*_lost_rankings(report), *_lost_probabilities(report), *_lost_amounts(report), *_lost_chat(report)]
     if lost:
         lines.append("Where this model does not clearly win:\n\n" + "\n".join(f"- {line}" for line in lost))
     return "\n\n".join(lines)
+
+
+def _lost_chat(report: Report) -> Iterable[str]:
+    if report.chat is not None and report.chat.increase > CHAT_INCREASE:
+        yield f"chat: perplexity {report.chat.increase:+.1%} against the base, wanted at most {CHAT_INCREASE:+.0%}"
 
 
 def _lost_rankings(report: Report) -> Iterable[str]:

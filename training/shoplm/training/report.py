@@ -130,6 +130,22 @@ class AmountRow(msgspec.Struct, frozen=True):
         return self.errors[0]
 
 
+class ChatKept(msgspec.Struct, frozen=True):
+    """What an adapter left of ordinary talk: perplexities per token of the base's answers to held-out prompts."""
+
+    answers: int
+    tokens: int
+    base: float  # the base alone, without a history: it wrote them
+    adapted: float  # adapted, without a history
+    adapted_behind_history: float
+    base_behind_history: float  # why an adapter is needed
+
+    @property
+    def increase(self) -> float:
+        """Of the adapted base over the base, without a history: .05 is five per cent."""
+        return self.adapted / self.base - 1.0
+
+
 class Sample(msgspec.Struct, frozen=True):
     """The part of a report that measuring again needs."""
 
@@ -146,6 +162,7 @@ class Report(Sample, frozen=True):
     amounts: tuple[AmountRow, ...]
     count_weights: dict[str, float]  # of the tuned count baseline
     tifu_settings: dict[str, float]  # of the tuned TIFU-KNN
+    chat: ChatKept | None = None  # None: no adapter
 
 
 def known(value: float) -> float | None:

@@ -18,6 +18,7 @@ from shoplm.features import FEATURE_VERSION
 from shoplm.model.base import Base, bundle_base, resolve_base
 from shoplm.model.origin import Origin
 from shoplm.training import pipeline
+from shoplm.training.adapt.kept import measure_adapter
 from shoplm.training.bundle_writer import Identity, choose_demo_customers, moment_text, write_bundle
 from shoplm.training.card import render_card
 from shoplm.training.catalogue import ShopItems, choose_items
@@ -184,6 +185,11 @@ class Run:
                 watch=watch,
             )
         report = measure(shop, table, read, fitted.model, request.seed, watch.say)
+        if request.adapter is not None:
+            chat = measure_adapter(
+                *(shop, self._catalog, base, self._schema, request.adapter, request.work, request.seed, watch)
+            )
+            report = msgspec.structs.replace(report, chat=chat)
         card = render_card(
             shop,
             base,
@@ -231,15 +237,17 @@ def evaluate_bundle(
     card = msgspec.json.decode((folder / "metrics.json").read_bytes(), type=Sample)
     shop = shop_of_bundle(folder, manifest, log)
     watch.say(f"loading {resolved.name}")
-    adapter = folder if manifest.has_adapter else None
-    states, _ = pipeline.hidden_states(
-        *(shop, read_catalog(folder), resolved, manifest.prompt, work, card.seed, adapter), stored_input_rows(folder)
-    )
+    adapter, catalog = folder if manifest.has_adapter else None, read_catalog(folder)
+    common = (shop, catalog, resolved, manifest.prompt)
+    states, _ = pipeline.hidden_states(*common, work, card.seed, adapter, stored_input_rows(folder))
     wanted = min(max_customers or card.customers, card.customers)
     table, read = states.compute(
         wanted, None, lambda done, total, tokens: watch.advance("hidden states", done, total, tokens)
     )
-    return measure(shop, table, read, read_model(folder, manifest), card.seed, watch.say)
+    report = measure(shop, table, read, read_model(folder, manifest), card.seed, watch.say)
+    if adapter is None:
+        return report
+    return msgspec.structs.replace(report, chat=measure_adapter(*common, adapter, work, card.seed, watch))
 
 
 def stored_input_rows(folder: Path) -> torch.Tensor | None:

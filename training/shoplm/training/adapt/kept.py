@@ -4,29 +4,84 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
-import msgspec
+import numpy as np
 import torch
+from shoplm.bundle import PromptSchema
+from shoplm.catalog.items import Catalog
+from shoplm.model.base import Base
+from shoplm.model.chat_template import ChatTemplate
+from shoplm.model.tokenizer import Tokenizer
 from shoplm.prompt import PromptBuilder
-from shoplm.training.adapt.model import TalkingModel
-from shoplm.training.adapt.replay import Replay
+from shoplm.training.adapt.conversations import talk_prompts
+from shoplm.training.adapt.model import AdaptedModel, TalkingModel
+from shoplm.training.adapt.replay import Replay, replays_of
+from shoplm.training.catalogue import token_texts
+from shoplm.training.ranker import OutputRows
+from shoplm.training.report import ChatKept
+from shoplm.training.shop import Shop
+from shoplm.training.watch import Watch
 from torch.nn import functional
 
+TALK_PROMPTS = 480  # that an adapter is trained on
+HELD_OUT_PROMPTS = 40
+_CUSTOMERS = 16
+_STAGE = "chat kept"
 
-class ChatKept(msgspec.Struct, frozen=True):
-    """Perplexities per token of the same answers."""
 
-    answers: int
-    tokens: int
-    base: float  # the base alone, without a history: it wrote them
-    adapted: float  # adapted, without a history
-    adapted_behind_history: float
-    base_behind_history: float  # why an adapter is needed
+def measure_adapter(
+    shop: Shop, catalog: Catalog, base: Base, schema: PromptSchema, adapter: Path, work: Path, seed: int, watch: Watch
+) -> ChatKept:
+    """Of the adapter in that folder, which was trained with `seed`. The base's answers are kept in `work`."""
+    tokenizer = Tokenizer.from_folder(base.folder)
+    vocabulary = shop.items.vocabulary(base.config.vocab_size)
+    builder = PromptBuilder(tokenizer, ChatTemplate.from_folder(base.folder), schema, vocabulary)
+    replays = held_out(work / "held-out.json", catalog, base, builder, tokenizer, seed, watch)
+    none = OutputRows(torch.zeros(0, base.config.hidden_size), torch.zeros(0))
+    texts = [tokenizer.encode(text) for text in token_texts(catalog)]
+    model = AdaptedModel(base.folder, texts, none, 0.0, 0, rank=1, adapter=adapter)
+    return measure_kept(model, builder, replays, some_prefixes(shop, builder, seed), watch)
+
+
+def held_out(
+    path: Path,
+    catalog: Catalog,
+    base: Base,
+    builder: PromptBuilder,
+    tokenizer: Tokenizer,
+    seed: int,
+    watch: Watch,
+) -> list[Replay]:
+    """The base's answers to prompts that training with `seed` does not draw."""
+    trained = set(talk_prompts(catalog, TALK_PROMPTS, np.random.default_rng(seed)))
+    drawn = talk_prompts(catalog, 10 * HELD_OUT_PROMPTS, np.random.default_rng(seed + 1))
+    prompts = [prompt for prompt in dict.fromkeys(drawn) if prompt not in trained][:HELD_OUT_PROMPTS]
+    return replays_of(
+        path,
+        base.folder,
+        builder,
+        prompts,
+        tokenizer.end_token_ids,
+        seed=seed + 1,
+        progress=lambda done, total: watch.advance("the base's held-out answers", done, total),
+    )
+
+
+def some_prefixes(shop: Shop, builder: PromptBuilder, seed: int) -> list[tuple[int, ...]]:
+    """Of a few customers, as they were when the test began."""
+    histories, until = shop.histories, shop.timeline.test_at
+    chosen = np.random.default_rng(seed + 1).choice(len(histories), min(_CUSTOMERS, len(histories)), replace=False)
+    return [builder.prefix(histories[customer].before(until)).tokens for customer in chosen.tolist()]
 
 
 @torch.inference_mode()
 def measure_kept(
-    model: TalkingModel, builder: PromptBuilder, replays: Sequence[Replay], histories: Sequence[tuple[int, ...]]
+    model: TalkingModel,
+    builder: PromptBuilder,
+    replays: Sequence[Replay],
+    histories: Sequence[tuple[int, ...]],
+    watch: Watch,
 ) -> ChatKept:
     """`histories` are customers' prefixes, used in turn."""
     model.train(False)
@@ -40,5 +95,6 @@ def measure_kept(
             prefix = history if name.endswith("history") else bare
             logits = model.answer_logits(prefix, replay, adapted=name.startswith("adapted"))
             sums[name] += float(functional.cross_entropy(logits, torch.tensor(replay.answer), reduction="sum"))
+        watch.advance(_STAGE, index + 1, len(replays))
     means = {name: math.exp(total / max(tokens, 1)) for name, total in sums.items()}
     return ChatKept(len(replays), tokens, **means)

@@ -128,14 +128,18 @@ class AdaptedModel(TalkingModel):
         rank: int,
         *,
         checkpointing: bool = False,
+        adapter: Path | None = None,
     ) -> None:
+        """With `adapter`, that one of PEFT's format, whatever its rank, and not to be trained; else a new one."""
         causal = load_causal(folder, checkpointing=checkpointing)
+        super().__init__(causal, texts, rows, repeat_weight, horizons)
+        if adapter is not None:
+            self.peft: PeftModel = PeftModel.from_pretrained(causal, str(adapter), autocast_adapter_dtype=False)
+            return
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        peft: PeftModel = get_peft_model(causal, config, autocast_adapter_dtype=False)
+        self.peft = get_peft_model(causal, config, autocast_adapter_dtype=False)
         config.target_modules = sorted(config.target_modules or ())  # a set: its order would differ from run to run
         config.base_model_name_or_path = folder.name  # where the base lies on this machine is nobody's business
-        super().__init__(causal, texts, rows, repeat_weight, horizons)
-        self.peft = peft
 
     def trunk_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.peft.parameters() if parameter.requires_grad]

@@ -17,18 +17,17 @@ from shoplm.model.tokenizer import Tokenizer
 from shoplm.prompt import PromptBuilder
 from shoplm.retrieval import read_knowledge
 from shoplm.training.adapt.conversations import FactWriter, talk_prompts
-from shoplm.training.adapt.kept import ChatKept, measure_kept
+from shoplm.training.adapt.kept import TALK_PROMPTS, held_out, measure_kept, some_prefixes
 from shoplm.training.adapt.model import AdaptedModel, TalkingModel, TunedModel
 from shoplm.training.adapt.replay import Replay, replays_of
 from shoplm.training.adapt.trainer import AdaptSettings, JointTrainer, Talk
 from shoplm.training.catalogue import token_texts
 from shoplm.training.log import ShopLog
 from shoplm.training.ranker import OutputRows
+from shoplm.training.report import ChatKept
 from shoplm.training.run import read_model, shop_of_bundle
 from shoplm.training.watch import Watch
 
-TALK_PROMPTS = 480
-HELD_OUT_PROMPTS = 40
 FULL_LEARNING_RATE = 3e-5  # ten times less than an adapter takes: every weight moves
 
 
@@ -104,13 +103,10 @@ class AdaptRun:
 
     def measure(self) -> ChatKept:
         """What is left of ordinary talk, on prompts that were not trained on."""
-        seed = self._request.seed + 1
-        trained = {replay.suffix for replay in self._replays}
-        fresh = [each for each in self._answers("held-out.json", HELD_OUT_PROMPTS, seed) if each.suffix not in trained]
-        histories, until = self._shop.histories, self._shop.timeline.test_at
-        customers = np.random.default_rng(seed).choice(len(histories), min(16, len(histories)), replace=False)
-        prefixes = [self._builder.prefix(histories[customer].before(until)).tokens for customer in customers.tolist()]
-        return measure_kept(self._model, self._builder, fresh, prefixes)
+        seed, path = self._request.seed, self._request.out / "held-out.json"
+        fresh = held_out(path, self._catalog, self._base, self._builder, self._tokenizer, seed, self._watch)
+        prefixes = some_prefixes(self._shop, self._builder, seed)
+        return measure_kept(self._model, self._builder, fresh, prefixes, self._watch)
 
     def _answers(self, name: str, count: int, seed: int) -> list[Replay]:
         prompts = talk_prompts(self._catalog, count, np.random.default_rng(seed))
