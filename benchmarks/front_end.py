@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import socket
 import statistics
 import subprocess
 import sys
@@ -262,9 +263,10 @@ def _null_engine(config: ServerConfig, base: Base) -> NullEngine:
 
 def main() -> int:
     if sys.argv[1:2] == ["engine"]:
+        connection = socket.socket(fileno=int(sys.argv[2]))
         spec = msgspec.json.decode(sys.argv[3], type=EngineSpec)
         # An engine's steps take a while; none at all would make a message of every single answer.
-        return run_engine(sys.argv[2], spec, lambda spec: NullBackend(spec, 0.001), int(sys.argv[4]))
+        return run_engine(connection, spec, lambda spec: NullBackend(spec, 0.001))
     if sys.argv[1:2] == ["serve"]:
         return uvloop.run(serve(load_config(sys.argv[2:]), _null_engine))
     if sys.argv[1:2] == ["echo"]:

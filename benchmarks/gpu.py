@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --out DIR                       everything, in less than nine minutes
     python benchmarks/gpu.py --out DIR --stages prefill,decode
-    python benchmarks/gpu.py --out DIR --wheels FOLDER       wheels of what the machine lacks, e.g. msgspec and pyzmq
+    python benchmarks/gpu.py --out DIR --wheels FOLDER       wheels of what the machine lacks, e.g. msgspec
     python benchmarks/gpu.py --out DIR --smoke               no GPU: the same code on tiny shapes, interpreted
 
 Each stage is a process of its own with a time limit; one that fails or is stopped leaves the rows it had, and the

@@ -31,7 +31,7 @@ STAGES: dict[str, tuple[str, str, dict[str, int]]] = {
 NEEDS = {
     "backend": ("msgspec", "safetensors"),
     "server": (
-        "msgspec", "safetensors", "zmq", "grpc", "google.protobuf", "pydantic", "pydantic_settings", "typer",
+        "msgspec", "safetensors", "grpc", "google.protobuf", "pydantic", "pydantic_settings", "typer",
         "tokenizers", "prometheus_client", "shoplm.v1",
     ),
 }  # fmt: skip

@@ -18,7 +18,7 @@ stage, out = sys.argv[1], sys.argv[3]
 row = {"stage": stage, "name": "one", "value": 1.0, "unit": "us", "passed": stage != "decode", "target": None,
        "note": "", "details": {}, "machine": {"card": "none"}}
 open(f"{out}/{stage}.jsonl", "w").write(json.dumps(row) + "\\n" + "{half a row")
-print("Traceback\\nValueError: broken" if stage == "beams" else "msgspec, zmq")
+print("Traceback\\nValueError: broken" if stage == "beams" else "msgspec, grpc")
 time.sleep(60 if stage == "prefill" else 0)
 sys.exit({"decode": 1, "beams": 1, "server": 3}.get(stage, 0))
 """
@@ -41,7 +41,7 @@ def test_a_stage_that_fails_or_hangs_does_not_end_the_others(tmp_path: Path, env
     assert outcomes["ops"] == ("passed", "")
     assert outcomes["decode"] == ("failed", "a row failed")
     assert outcomes["beams"] == ("failed", "ValueError: broken")
-    assert outcomes["server"] == ("skipped", "needs msgspec, zmq: carry the wheels and pass --wheels")
+    assert outcomes["server"] == ("skipped", "needs msgspec, grpc: carry the wheels and pass --wheels")
     assert outcomes["prefill"] == ("stopped", "limit 5 s")
     assert outcomes["search"] == ("stopped", "no time was left")
     # A stopped stage keeps the rows it had; the half-written one is dropped.
@@ -65,7 +65,7 @@ def test_kernel_stages_import_nothing_but_torch_triton_and_numpy() -> None:
     """On a machine that has no more, what they import must not ask for it."""
     script = (
         "import sys\n"
-        "for name in ('msgspec', 'pydantic', 'safetensors', 'grpc', 'zmq'): sys.modules[name] = None\n"
+        "for name in ('msgspec', 'pydantic', 'safetensors', 'grpc'): sys.modules[name] = None\n"
         "import gpu_stages.kernels, gpu_stages.correctness\n"
     )
     environment = gpu.stage_environment(Path("/nowhere"), None, smoke=True)

@@ -17,7 +17,7 @@ import pytest
 from shoplm.engine.client import ProcessEngineClient
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import ConfigurationError, EngineUnavailableError
-from shoplm.request import FinishedOutput, Generate, Request, Service
+from shoplm.request import FinishedOutput, Generate, Request, Service, TokensOutput
 
 TinyModel = Callable[[str], Path]
 START_SECONDS = 90.0  # imports torch, on a machine that may be busy
@@ -84,11 +84,12 @@ async def test_a_terminal_s_signals_are_left_to_the_parent(tiny_model: TinyModel
     async with running(tiny_model("smollm2")) as client:
         assert client.process_id is not None
         stream = client.generate(chat("long", 100))
-        await anext(stream)
+        first = await anext(stream)
         os.kill(client.process_id, signal.SIGINT)
         os.kill(client.process_id, signal.SIGTERM)
-        rest = [output async for output in stream]
-        assert len(rest) == 100
+        *tokens, end = [first, *[output async for output in stream]]
+        assert sum(len(output.tokens) for output in tokens if isinstance(output, TokensOutput)) == 100
+        assert isinstance(end, FinishedOutput) and end.completion_tokens == 100
         process = psutil.Process(client.process_id)
     assert not process.is_running()  # closing ends it
 

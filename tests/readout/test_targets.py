@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from shoplm.bundle import HeadSpec
 from shoplm.errors import BundleError
-from shoplm.history import SECONDS_PER_DAY, build_history
+from shoplm.history import SECONDS_PER_DAY, History, build_history
 from shoplm.readout import targets
+from shoplm.readout.answers import answer, applies, seconds_since_purchase
 
 PLAIN = {"slope": 1.0, "intercept": 0.0}
 COUNT = HeadSpec(
@@ -41,15 +42,15 @@ def test_hazards_add_up_and_survival_is_the_rest() -> None:
     expected = 1 - 0.5 * 0.8 * 0.75
     hazard = HeadSpec("purchase", "hazard", (0, 1, 2), 0.5, 30, parameters=PLAIN)
     survival = HeadSpec("churn", "survival", (0, 1, 2), 0.5, 30, parameters=PLAIN)
-    assert targets.answer(hazard, values).probability == pytest.approx(expected, abs=1e-6)
-    assert targets.answer(survival, values).probability == pytest.approx(1 - expected, abs=1e-6)
+    assert answer(hazard, values).probability == pytest.approx(expected, abs=1e-6)
+    assert answer(survival, values).probability == pytest.approx(1 - expected, abs=1e-6)
     short = msgspec.structs.replace(hazard, outputs=(0,))
-    assert targets.answer(short, values).probability == pytest.approx(0.5, abs=1e-6)
+    assert answer(short, values).probability == pytest.approx(0.5, abs=1e-6)
 
 
 def test_calibration_is_a_line_in_log_odds() -> None:
     spec = HeadSpec("coupon_redemption", "sigmoid", (1,), 0.1, parameters={"slope": 2.0, "intercept": -1.0})
-    assert targets.answer(spec, (9.0, 0.75)).probability == pytest.approx(1 / (1 + np.exp(-0.5)))
+    assert answer(spec, (9.0, 0.75)).probability == pytest.approx(1 / (1 + np.exp(-0.5)))
 
 
 @settings(max_examples=100, deadline=None)
@@ -57,8 +58,7 @@ def test_calibration_is_a_line_in_log_odds() -> None:
 def test_longer_horizons_are_never_less_likely_and_nothing_leaves_zero_to_one(values: list[float]) -> None:
     spec = HeadSpec("purchase", "hazard", (0,), 0.5, 7, parameters=PLAIN)
     chances = [
-        targets.answer(msgspec.structs.replace(spec, outputs=tuple(range(n))), tuple(values)).probability
-        for n in (1, 2, 3)
+        answer(msgspec.structs.replace(spec, outputs=tuple(range(n))), tuple(values)).probability for n in (1, 2, 3)
     ]
     assert all(chance is not None and 0 <= chance <= 1 for chance in chances)
     assert chances == sorted(chances)  # type: ignore[type-var]
@@ -92,7 +92,7 @@ def test_spend_follows_a_lognormal_behind_a_share_of_zeros() -> None:
 @given(st.lists(st.floats(-1e6, 1e6), min_size=3, max_size=3), st.sampled_from([COUNT, SPEND]))
 def test_amounts_are_finite_and_inside_their_interval(values: list[float], spec: HeadSpec) -> None:
     bounded = (min(values[0], 5.0), *values[1:]) if spec is COUNT else tuple(values)  # exp(5): a short recurrence
-    found = targets.answer(spec, bounded)
+    found = answer(spec, bounded)
     assert found.probability is None
     assert found.amount is not None and found.interval_low is not None and found.interval_high is not None
     assert 0 <= found.interval_low <= found.amount <= found.interval_high < np.inf
@@ -101,7 +101,7 @@ def test_amounts_are_finite_and_inside_their_interval(values: list[float], spec:
 def test_the_scale_multiplies_the_amount() -> None:
     doubled = msgspec.structs.replace(SPEND, parameters={**SPEND.parameters, "scale": 2.0})
     values = (1.0, 2.0, 0.0)
-    one, two = targets.answer(SPEND, values).amount, targets.answer(doubled, values).amount
+    one, two = answer(SPEND, values).amount, answer(doubled, values).amount
     assert one is not None and two == pytest.approx(2 * one)
 
 
@@ -120,15 +120,15 @@ def test_a_target_applies_to_its_population_only() -> None:
             ["x"] * count,
             as_of=1000 * SECONDS_PER_DAY,
         )
-        return targets.applicable(spec, history)
+        return applies(spec, seconds_since_purchase(history))
 
     assert bought(60.0)
     assert not bought(60.1)
     assert not bought(None)
-    assert targets.applicable(msgspec.structs.replace(spec, active_within_days=0.0), build_empty())
+    assert applies(msgspec.structs.replace(spec, active_within_days=0.0), seconds_since_purchase(build_empty()))
 
 
-def build_empty() -> targets.History:
+def build_empty() -> History:
     none = np.zeros(0)
     return build_history(
         none.astype(np.int32), none.astype(bool), none.astype(np.int8), none, none, none, [], as_of=0.0
@@ -166,7 +166,7 @@ def test_one_customer_gets_what_many_do(transform: str) -> None:
     outputs = {"sigmoid": (1,), "count": (0,), "zero_inflated_lognormal": (2, 0, 1)}.get(transform, (0, 1, 2))
     spec = HeadSpec("spend", transform, outputs, base_rate=0.5, horizon_days=30, parameters=parameters)
     values = np.concatenate([np.random.default_rng(3).normal(0, 2, (50, 3)), [[-80.0] * 3, [80.0] * 3, [0.0] * 3]])
-    answers = [targets.answer(spec, row) for row in values.tolist()]
+    answers = [answer(spec, row) for row in values.tolist()]
     if transform in targets.PROBABILITIES:
         assert [each.probability for each in answers] == pytest.approx(
             targets.probabilities(spec, values).tolist(), rel=1e-9

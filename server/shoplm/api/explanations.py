@@ -22,8 +22,8 @@ from shoplm.errors import ExpiredError, OverloadedError
 from shoplm.features import dense_features, feature_groups
 from shoplm.history import History
 from shoplm.prompt import Prefix
+from shoplm.readout.answers import score_of
 from shoplm.readout.ranking import OwnItems
-from shoplm.readout.targets import score_of
 from shoplm.request import Degradation, HeadValues, ItemScores, Request, Service
 from shoplm.v1 import shop_pb2
 

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 from shoplm.api.core import Context, Core
 from shoplm.api.explanations import Asked, Explainer, Explanation
-from shoplm.api.shop import Shop
 from shoplm.api.validation import Violations, quote
 from shoplm.api.warnings import Warnings
 from shoplm.bundle import HeadSpec
-from shoplm.history import History
-from shoplm.readout.targets import answer, applicable
+from shoplm.readout.answers import applies, reader, seconds_since_purchase
 from shoplm.request import Predict, Service
 from shoplm.v1 import prediction_pb2 as pb
 from shoplm.v1.prediction_pb2_grpc import PredictionServiceServicer
@@ -28,18 +26,44 @@ _NAMES: dict[int, str] = {
 _KINDS = {name: pb.TargetKind.ValueType(kind) for kind, name in _NAMES.items()}
 
 
+class _Target:
+    """A target of the bundle with what its answers always say."""
+
+    def __init__(self, spec: HeadSpec) -> None:
+        self.spec = spec
+        self._read = reader(spec)
+        # A message is parsed sooner than it is put together field by field.
+        self._constant = pb.Prediction(target=target_message(spec), base_rate=spec.base_rate).SerializeToString()
+
+    def prediction(self, values: Sequence[float], since_purchase: float) -> pb.Prediction:
+        """The answer from the heads' raw values [P], for a customer who last bought this many seconds ago."""
+        message = pb.Prediction.FromString(self._constant)
+        probability, amount, low, high = self._read(values)
+        if probability is not None:
+            message.probability = probability
+        elif amount is not None:
+            message.amount = amount
+        if low is not None and high is not None:
+            message.interval_low, message.interval_high = low, high
+        message.applicable = applies(self.spec, since_purchase)
+        return message
+
+
 class PredictionService(PredictionServiceServicer):
     """See protos/shoplm/v1/prediction.proto."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self._explainer = Explainer(core)
+        shop = core.served.shop
+        self._targets = () if shop is None else tuple(map(_Target, shop.targets))
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
-        core, shop = self._core, self._core.shop()
+        core = self._core
+        core.shop()
         violations, warnings = Violations(), Warnings()
         history = core.customers.read(request.customer, violations, warnings)
-        specs = self._targets(request.targets, shop, violations)
+        targets = self._asked(request.targets, violations) if request.targets else self._targets
         violations.raise_if_any()
         prefix = core.prefix(history)
         warnings.add("HISTORY_TRUNCATED", prefix.dropped_baskets)
@@ -50,13 +74,14 @@ class PredictionService(PredictionServiceServicer):
             _SERVICE, tokens, Predict(core.features(history)), context, history_tokens=len(prefix.tokens)
         )
         finished = await core.engine.run(work)
-        why = Explanation([()] * len(specs))
-        if request.explain and specs and self._explainer.can_explain(history, warnings, items=False):
+        since_purchase = seconds_since_purchase(history)
+        predictions = [target.prediction(finished.values, since_purchase) for target in targets]
+        why = Explanation(())
+        if request.explain and targets and self._explainer.can_explain(history, warnings, items=False):
             asked = Asked(_SERVICE, history, prefix, tokens, context, request.allow_degraded)
-            why = await self._explainer.targets(asked, specs)
-        predictions = [prediction(spec, finished.values, history) for spec in specs]
-        for message, influences in zip(predictions, why.influences, strict=True):
-            message.influences.extend(influences)
+            why = await self._explainer.targets(asked, [target.spec for target in targets])
+            for message, influences in zip(predictions, why.influences, strict=True):
+                message.influences.extend(influences)
         return pb.PredictResponse(
             predictions=predictions,
             model=core.served.model_version,
@@ -65,13 +90,11 @@ class PredictionService(PredictionServiceServicer):
             degradations=core.degraded(why.degraded),
         )
 
-    def _targets(self, targets: Sequence[pb.Target], shop: Shop, violations: Violations) -> tuple[HeadSpec, ...]:
-        if not targets:
-            return shop.targets
+    def _asked(self, targets: Sequence[pb.Target], violations: Violations) -> tuple[_Target, ...]:
         if not violations.length("targets", targets, self._core.config.max_targets, "max_targets"):
             return ()
-        found = (_find(f"targets[{index}]", target, shop, violations) for index, target in enumerate(targets))
-        return tuple(spec for spec in found if spec is not None)
+        found = (_find(f"targets[{index}]", asked, self._targets, violations) for index, asked in enumerate(targets))
+        return tuple(target for target in found if target is not None)
 
 
 def target_message(spec: HeadSpec) -> pb.Target:
@@ -79,45 +102,32 @@ def target_message(spec: HeadSpec) -> pb.Target:
     return pb.Target(kind=_KINDS[spec.kind], horizon_days=spec.horizon_days, campaign_type=spec.campaign_type)
 
 
-def prediction(spec: HeadSpec, values: Sequence[float], history: History) -> pb.Prediction:
-    """The answer of one target from the heads' raw values [P]."""
-    found = answer(spec, values)
-    message = pb.Prediction(target=target_message(spec), base_rate=spec.base_rate, applicable=applicable(spec, history))
-    if found.probability is not None:
-        message.probability = found.probability
-    elif found.amount is not None:
-        message.amount = found.amount
-    if found.interval_low is not None and found.interval_high is not None:
-        message.interval_low, message.interval_high = found.interval_low, found.interval_high
-    return message
-
-
-def _find(path: str, target: pb.Target, shop: Shop, violations: Violations) -> HeadSpec | None:
-    """The bundle's head for a target; None after adding a violation that names the field and lists what there is."""
-    kind = _NAMES.get(target.kind)
+def _find(path: str, asked: pb.Target, targets: Sequence[_Target], violations: Violations) -> _Target | None:
+    """The target that is asked for; None after adding a violation that names the field and lists what there is."""
+    kind = _NAMES.get(asked.kind)
     if kind is None:
-        violations.add(f"{path}.kind", f"is {_kind_name(target.kind)}, expected one of {', '.join(_KINDS)}")
+        violations.add(f"{path}.kind", f"is {_kind_name(asked.kind)}, expected one of {', '.join(_KINDS)}")
         return None
-    same = [spec for spec in shop.targets if spec.kind == kind]
+    same = [target for target in targets if target.spec.kind == kind]
     if not same:
-        offered = ", ".join(sorted({spec.kind for spec in shop.targets})) or "none"
+        offered = ", ".join(sorted({target.spec.kind for target in targets})) or "none"
         violations.add(f"{path}.kind", f"is {kind}, which this bundle does not predict; it has: {offered}")
         return None
-    if any(spec.campaign_type for spec in same):
-        for spec in same:
-            if spec.campaign_type == target.campaign_type:
-                return spec
-        offered = ", ".join(quote(spec.campaign_type) for spec in same)
-        violations.add(f"{path}.campaign_type", f"is {quote(target.campaign_type)}, expected one of {offered}")
+    if any(target.spec.campaign_type for target in same):
+        for target in same:
+            if target.spec.campaign_type == asked.campaign_type:
+                return target
+        offered = ", ".join(quote(target.spec.campaign_type) for target in same)
+        violations.add(f"{path}.campaign_type", f"is {quote(asked.campaign_type)}, expected one of {offered}")
         return None
-    if target.campaign_type:
-        violations.add(f"{path}.campaign_type", f"is {quote(target.campaign_type)}, but {kind} has no campaign type")
+    if asked.campaign_type:
+        violations.add(f"{path}.campaign_type", f"is {quote(asked.campaign_type)}, but {kind} has no campaign type")
         return None
-    horizon = target.horizon_days or DEFAULT_HORIZON_DAYS
-    for spec in same:
-        if spec.horizon_days in (0, horizon):
-            return spec
-    offered = ", ".join(str(spec.horizon_days) for spec in same)
+    horizon = asked.horizon_days or DEFAULT_HORIZON_DAYS
+    for target in same:
+        if target.spec.horizon_days in (0, horizon):
+            return target
+    offered = ", ".join(str(target.spec.horizon_days) for target in same)
     violations.add(f"{path}.horizon_days", f"is {horizon}, {kind} is predicted for {offered} days")
     return None
 

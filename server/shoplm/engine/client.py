@@ -1,26 +1,24 @@
 """The API process's side of the process boundary, and the engine's supervisor.
 
 `ProcessEngineClient` starts the engine as a process, restarts it when it dies and fails the calls it took with it.
-`ThreadEngineClient` runs the same loop over the same socket in a thread, for tests and benchmarks.
+`ThreadEngineClient` runs the same loop over the same sockets in a thread, for tests and benchmarks.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
+import socket
 import sys
-import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
-from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
-import zmq
-import zmq.asyncio
-from shoplm.engine.process import decode_outputs, encode, run
+from shoplm.engine.channel import Frames, decode_outputs, encode, frame, socket_pair
+from shoplm.engine.process import run
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import (
     CancelledByCallerError,
@@ -53,6 +51,49 @@ _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 10.0
 
 log = logging.getLogger("shoplm.engine")
 
+CallOutput: TypeAlias = TokensOutput | FinishedOutput | FailedOutput
+
+
+class _Call:
+    """What came for one request and nobody has taken yet."""
+
+    __slots__ = ("_loop", "_outputs", "_waiting")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._outputs: list[CallOutput] = []
+        self._waiting: asyncio.Future[None] | None = None
+
+    def put(self, output: CallOutput) -> None:
+        self._outputs.append(output)
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    async def take(self) -> list[CallOutput]:
+        """All that is there, waiting for the first."""
+        if not self._outputs:
+            self._waiting = self._loop.create_future()
+            await self._waiting
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+
+class _Link(asyncio.Protocol):
+    """The API process's end of the channel. `lost` is done when the engine's end is closed."""
+
+    def __init__(self, take: Callable[[EngineOutput], None]) -> None:
+        self._take = take
+        self._frames = Frames()
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        for message in self._frames.feed(data):
+            for output in decode_outputs(message):
+                self._take(output)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost.set_result(None)
+
 
 class EngineClient(ABC):
     """Submits requests and hands out what comes back. One event loop; subclasses say where the engine runs."""
@@ -60,52 +101,62 @@ class EngineClient(ABC):
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
         self.ready: ReadyOutput | None = None
-        self._context = zmq.asyncio.Context()
-        self._socket: zmq.asyncio.Socket | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="shoplm-")
-        self._calls: dict[str, asyncio.Queue[EngineOutput]] = {}
+        self._transport: asyncio.WriteTransport | None = None
+        self._link: _Link | None = None
+        self._calls: dict[str, _Call] = {}
         self._stats_callbacks: list[Callable[[StepStats], None]] = []
         self._state_callbacks: list[Callable[[bool], None]] = []
-        self._receiver: asyncio.Task[None] | None = None
         self._loaded: asyncio.Future[None] | None = None
         self._serving = False
-        self._lives = 0
 
     # ---- calls -------------------------------------------------------------------------------------------------
 
     async def generate(self, request: Request) -> AsyncGenerator[TokensOutput | FinishedOutput]:
         """Submit a request; yields its tokens and last its end. Raises the ShopLMError of a request that fails.
 
+        Tokens that came while nobody waited for them are one output: a caller who is slow gets them in fewer pieces.
         Closing the generator, or cancelling the task that awaits it, cancels the request in the engine.
         """
-        if not self._serving or self._socket is None:
-            raise EngineUnavailableError("the engine is not running")
-        if request.request_id in self._calls:
-            raise InvalidRequestError(("request", f"request id {request.request_id!r} is in use"))
-        queue: asyncio.Queue[EngineOutput] = asyncio.Queue()
-        self._calls[request.request_id] = queue
+        call = self._submit(request)
         ended = False
         try:
-            self._send(Submit(request))
             while not ended:
-                output = await queue.get()
-                ended = not isinstance(output, TokensOutput)
-                if isinstance(output, FailedOutput):
-                    raise failure(output)
-                if isinstance(output, TokensOutput | FinishedOutput):
+                for output in _merged(await call.take()):
+                    ended = not isinstance(output, TokensOutput)
+                    if isinstance(output, FailedOutput):
+                        raise failure(output)
                     yield output
         finally:
-            self._calls.pop(request.request_id, None)
-            if not ended and self._serving:
-                self._send(Cancel(request.request_id))
+            self._leave(request.request_id, ended)
 
     async def run(self, request: Request) -> FinishedOutput:
         """Submit a request and wait for its end."""
-        async with contextlib.aclosing(self.generate(request)) as outputs:
-            async for output in outputs:
-                if isinstance(output, FinishedOutput):
-                    return output
-        raise EngineFailureError(f"request {request.request_id} ended without a result")
+        call = self._submit(request)
+        ended = False
+        try:
+            while True:
+                for output in await call.take():
+                    ended = not isinstance(output, TokensOutput)
+                    if isinstance(output, FailedOutput):
+                        raise failure(output)
+                    if isinstance(output, FinishedOutput):
+                        return output
+        finally:
+            self._leave(request.request_id, ended)
+
+    def _submit(self, request: Request) -> _Call:
+        if not self._serving:
+            raise EngineUnavailableError("the engine is not running")
+        if request.request_id in self._calls:
+            raise InvalidRequestError(("request", f"request id {request.request_id!r} is in use"))
+        call = self._calls[request.request_id] = _Call(asyncio.get_running_loop())
+        self._send(Submit(request))
+        return call
+
+    def _leave(self, request_id: str, ended: bool) -> None:
+        self._calls.pop(request_id, None)
+        if not ended and self._serving:
+            self._send(Cancel(request_id))
 
     @property
     def in_flight(self) -> int:
@@ -130,61 +181,51 @@ class EngineClient(ABC):
         """Stop the engine; calls in flight fail."""
         self._serving = False
         self._fail_calls("the server is stopping")
-        if self._socket is not None:
+        if self._transport is not None:
             self._send(Drain())
         await self._stop_engine()
-        if self._receiver is not None:
-            self._receiver.cancel()
-            await asyncio.wait((self._receiver,))
-        if self._socket is not None:
-            self._socket.close(linger=0)
-            self._socket = None
-        self._context.term()
-        self._folder.cleanup()
+        self._disconnect()
 
     async def _launch(self) -> None:
-        """A new socket, a new engine."""
-        if self._receiver is not None:
-            self._receiver.cancel()
-            await asyncio.wait((self._receiver,))
-        if self._socket is not None:
-            self._socket.close(linger=0)
-        self._lives += 1
-        address = f"ipc://{Path(self._folder.name) / f'engine-{self._lives}'}"
-        socket = self._socket = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.bind(address)
-        self._loaded = asyncio.get_running_loop().create_future()
-        self._receiver = asyncio.create_task(self._receive(socket))
-        await self._start_engine(address)
+        """A new channel, a new engine."""
+        self._disconnect()
+        loop = asyncio.get_running_loop()
+        self._loaded = loop.create_future()
+        mine, its = socket_pair()
+        mine.setblocking(False)
+        transport, self._link = await loop.create_unix_connection(lambda: _Link(self._take), sock=mine)
+        self._transport = transport
+        await self._start_engine(its)
         await self._loaded
         self._serving = True
 
+    def _disconnect(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+            self._transport = None
+
     @abstractmethod
-    async def _start_engine(self, address: str) -> None:
-        """Start an engine that connects to `address`."""
+    async def _start_engine(self, connection: socket.socket) -> None:
+        """Start an engine at this end of the channel, which becomes its own."""
 
     @abstractmethod
     async def _stop_engine(self) -> None:
         """Wait for the end of the engine, which has been told to drain."""
 
     def _send(self, message: Submit | Cancel | Drain) -> None:
-        assert self._socket is not None
-        # Done when this returns: the queue has no bound; what may be in flight is bounded by the engine's own queue.
-        # It has to be the asyncio socket's own send: ZeroMQ tells of new messages once, and a plain send would take
-        # that signal away from the receiver, which would then wait for the next one.
-        sent = self._socket.send(encode(message), zmq.NOBLOCK)
-        if isinstance(sent, asyncio.Future) and sent.done():
-            sent.exception()  # there is no engine any more: its calls are failed by whoever notices that it has gone
-
-    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
-        while True:
-            for output in decode_outputs(await socket.recv()):
-                self._take(output)
+        # Never waits, and the transport's buffer has no bound: what may be in flight is bounded by the engine's own
+        # queue. Once the engine has gone nothing is sent; whoever notices that it has fails its calls.
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(frame(encode(message)))
 
     def _take(self, output: EngineOutput) -> None:
         match output:
+            case TokensOutput() | FinishedOutput() | FailedOutput():
+                call = self._calls.get(output.request_id)
+                if call is not None:
+                    call.put(output)
+                elif isinstance(output, FailedOutput) and not output.request_id:
+                    self._load_failed(output.message)
             case StatsOutput(stats=stats):
                 for callback in self._stats_callbacks:
                     callback(stats)
@@ -192,20 +233,14 @@ class EngineClient(ABC):
                 self.ready = output
                 if self._loaded is not None and not self._loaded.done():
                     self._loaded.set_result(None)
-            case FailedOutput(request_id="", message=message):
-                self._load_failed(message)
-            case TokensOutput() | FinishedOutput() | FailedOutput():
-                queue = self._calls.get(output.request_id)
-                if queue is not None:
-                    queue.put_nowait(output)
 
     def _load_failed(self, message: str) -> None:
         if self._loaded is not None and not self._loaded.done():
             self._loaded.set_exception(ConfigurationError(message))
 
     def _fail_calls(self, message: str) -> None:
-        for request_id, queue in self._calls.items():
-            queue.put_nowait(FailedOutput(request_id, FailureKind.UNAVAILABLE, message, "ENGINE_UNAVAILABLE", 1.0))
+        for request_id, call in self._calls.items():
+            call.put(FailedOutput(request_id, FailureKind.UNAVAILABLE, message, "ENGINE_UNAVAILABLE", 1.0))
 
     def _changed(self, serving: bool) -> None:
         self._serving = serving
@@ -216,7 +251,7 @@ class EngineClient(ABC):
 class ProcessEngineClient(EngineClient):
     """The engine in a process of its own, started again with a growing pause when it dies."""
 
-    program = (sys.executable, "-m", "shoplm.engine.process")  # called with address, spec and this process's id
+    program = (sys.executable, "-m", "shoplm.engine.process")  # called with descriptor and spec
 
     def __init__(self, spec: EngineSpec) -> None:
         super().__init__(spec)
@@ -233,23 +268,24 @@ class ProcessEngineClient(EngineClient):
         await self._launch()
         self._watcher = asyncio.create_task(self._watch())
 
-    async def _start_engine(self, address: str) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            *self.program,
-            address,
-            msgspec.json.encode(self.spec).decode(),
-            str(os.getpid()),
-            stdin=asyncio.subprocess.DEVNULL,
-            # Threads that spin while they wait take the cores from whoever shares them, the API process first.
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
-        )
-        process, loaded = self._process, self._loaded
+    async def _start_engine(self, connection: socket.socket) -> None:
+        with connection:
+            self._process = await asyncio.create_subprocess_exec(
+                *self.program,
+                str(connection.fileno()),
+                msgspec.json.encode(self.spec).decode(),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=(connection.fileno(),),
+                # Threads that spin while they wait take the cores from whoever shares them, the API process first.
+                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+            )
+        process, link, loaded = self._process, self._link, self._loaded
+        assert link is not None and loaded is not None
 
         async def died() -> None:
             code = await process.wait()
-            # What the engine said before it ended may still be on its way.
-            await asyncio.sleep(0.2)
-            if loaded is not None and not loaded.done():
+            await link.lost  # what the engine said before it ended comes before that
+            if not loaded.done():
                 loaded.set_exception(ConfigurationError(f"the engine ended with code {code} while it was loading"))
 
         self._early_death = asyncio.create_task(died())
@@ -302,13 +338,14 @@ class ThreadEngineClient(EngineClient):
         self._load = load
         self._thread: threading.Thread | None = None
 
-    async def _start_engine(self, address: str) -> None:
+    async def _start_engine(self, connection: socket.socket) -> None:
         load = self._load
         if load is None:
             from shoplm.engine.load import load_backend
 
             load = load_backend
-        self._thread = threading.Thread(target=run, args=(address, self.spec, load), name="shoplm-engine", daemon=True)
+        arguments = (connection, self.spec, load)
+        self._thread = threading.Thread(target=run, args=arguments, name="shoplm-engine", daemon=True)
         self._thread.start()
 
     async def _stop_engine(self) -> None:
@@ -331,3 +368,14 @@ def failure(output: FailedOutput) -> ShopLMError:
             return EngineUnavailableError(output.message, retry_seconds=output.retry_seconds)
         case FailureKind.INTERNAL:
             return EngineFailureError(output.message)
+
+
+def _merged(outputs: list[CallOutput]) -> list[CallOutput]:
+    """The same with the tokens in one output. They come before the end."""
+    if len(outputs) < 2:
+        return outputs
+    pieces = [output for output in outputs if isinstance(output, TokensOutput)]
+    if len(pieces) < 2:
+        return outputs
+    tokens = tuple(token for piece in pieces for token in piece.tokens)
+    return [TokensOutput(pieces[-1].request_id, tokens, pieces[-1].cached_tokens), *outputs[len(pieces) :]]

@@ -1,65 +1,41 @@
-"""The engine's side of the process boundary: ZeroMQ and msgspec in, ZeroMQ and msgspec out.
+"""The engine's side of the process boundary: messages in, steps, messages out.
 
-`python -m shoplm.engine.process ADDRESS SPEC PARENT` is how the API process starts it.
+`python -m shoplm.engine.process SOCKET SPEC` is how the API process starts it; SOCKET is an inherited descriptor.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
-import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
 
 import msgspec
-import zmq
+from shoplm.engine.channel import EngineEnd
 from shoplm.engine.engine import Engine, scheduler_config
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import ShopLMError
 from shoplm.model.backend import Backend
-from shoplm.request import (
-    Cancel,
-    Drain,
-    EngineInput,
-    EngineOutput,
-    FailedOutput,
-    FailureKind,
-    ReadyOutput,
-    StatsOutput,
-    Submit,
-)
+from shoplm.request import Cancel, Drain, FailedOutput, FailureKind, ReadyOutput, StatsOutput, Submit
 
 REPORT_SECONDS = 0.2  # between two reports of statistics, while there is something to tell
-_REPORT_MILLISECONDS = round(REPORT_SECONDS * 1000)
-_IDLE_POLL_MILLISECONDS = 1000  # how often an idle engine looks whether its parent is alive
 
 log = logging.getLogger("shoplm.engine")
-encode = msgspec.msgpack.Encoder().encode
-decode_input = msgspec.msgpack.Decoder(EngineInput).decode
-decode_outputs = msgspec.msgpack.Decoder(list[EngineOutput]).decode
 
 
-def run(address: str, spec: EngineSpec, load: Callable[[EngineSpec], Backend], parent: int | None = None) -> int:
-    """Serve one API process until it drains this engine or dies. Returns the exit code.
-
-    `parent` is the process whose end is this engine's, too; None: whoever is the parent now.
-    """
-    parent = os.getppid() if parent is None else parent
-    context = zmq.Context()
-    socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.SNDHWM, 0)
-    socket.setsockopt(zmq.RCVHWM, 0)
-    # Undelivered answers of an engine that ends are worth a moment, not a hang.
-    socket.setsockopt(zmq.LINGER, 1000)
-    socket.connect(address)
-    try:
+def run(connection: socket.socket, spec: EngineSpec, load: Callable[[EngineSpec], Backend]) -> int:
+    """Serve the API process at the other end until it drains this engine or has gone. Returns the exit code."""
+    with contextlib.closing(EngineEnd(connection)) as channel:
         started = time.monotonic()
         try:
             backend = load(spec)
         except (ShopLMError, OSError, ValueError, MemoryError) as error:
-            socket.send(encode([FailedOutput("", FailureKind.UNAVAILABLE, str(error), "CONFIGURATION")]))
+            with contextlib.suppress(OSError):
+                channel.send([FailedOutput("", FailureKind.UNAVAILABLE, str(error), "CONFIGURATION")])
             return 2
         info = backend.info
         ready = ReadyOutput(
@@ -71,67 +47,66 @@ def run(address: str, spec: EngineSpec, load: Callable[[EngineSpec], Backend], p
             info.trie_items,
             can_explain=info.can_explain,
         )
-        socket.send(encode([ready]))
         gc.collect()
         gc.freeze()
-        _Loop(Engine(backend, scheduler_config(spec)), socket, parent).run()
+        # Whoever asked may have gone in the meantime, or may go in the midst of a message: there is nobody to tell.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            channel.send([ready])
+            _Loop(Engine(backend, scheduler_config(spec)), channel).run()
         backend.close()
         return 0
-    finally:
-        socket.close()
-        context.term()
 
 
 class _Loop:
     """Alternates between messages and steps."""
 
-    def __init__(self, engine: Engine, socket: zmq.Socket[bytes], parent: int) -> None:
+    def __init__(self, engine: Engine, channel: EngineEnd) -> None:
         self._engine = engine
-        self._socket = socket
-        self._parent = parent
+        self._channel = channel
         self._draining = False
         self._reported = 0.0
         self._has_news = False  # of what no report has told yet
 
     def run(self) -> None:
-        """Until drained and idle, or the parent is gone."""
+        """Until drained and idle, or the other side has gone."""
         engine = self._engine
         while not (self._draining and engine.is_idle):
-            if not self._receive(wait=engine.is_idle):
+            if engine.is_idle:
+                self._wait()
+            if not self._receive():
                 return
-            outputs: list[EngineOutput] = engine.step()
+            outputs = engine.step()
             self._has_news = True
             if time.monotonic() - self._reported >= REPORT_SECONDS:
-                if os.getppid() != self._parent:
-                    return
                 outputs.append(self._report())
             if outputs:
-                self._socket.send(encode(outputs))
-        self._socket.send(encode([self._report()]))
+                self._channel.send(outputs)
+        self._channel.send([self._report()])
 
     def _report(self) -> StatsOutput:
         self._reported, self._has_news = time.monotonic(), False
         return StatsOutput(self._engine.report())
 
-    def _receive(self, wait: bool) -> bool:
-        """Take all messages that are there; an idle engine waits for the first. False: the parent has died."""
-        while wait and not self._socket.poll(_REPORT_MILLISECONDS if self._has_news else _IDLE_POLL_MILLISECONDS):
-            if os.getppid() != self._parent:
-                return False
-            if self._has_news:
-                self._socket.send(encode([self._report()]))
-        while True:
-            try:
-                message = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return True
-            match decode_input(message):
+    def _wait(self) -> None:
+        """For a message; what there is to tell is told before, and then nothing is done until one comes."""
+        if self._has_news and not self._channel.wait(REPORT_SECONDS):
+            self._channel.send([self._report()])
+        self._channel.wait(None)
+
+    def _receive(self) -> bool:
+        """Take all messages that are there. False: the other side has gone."""
+        messages = self._channel.receive()
+        if messages is None:
+            return False
+        for message in messages:
+            match message:
                 case Submit(request=request):
                     self._engine.submit(request)
                 case Cancel(request_id=request_id):
                     self._engine.cancel(request_id)
                 case Drain():
                     self._draining = True
+        return True
 
 
 def main() -> int:
@@ -139,11 +114,11 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    address, spec = sys.argv[1], msgspec.json.decode(sys.argv[2], type=EngineSpec)
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    spec = msgspec.json.decode(sys.argv[2], type=EngineSpec)
     from shoplm.engine.load import load_backend
 
-    # The parent names itself: it may have died while this process was starting.
-    return run(address, spec, load_backend, int(sys.argv[3]))
+    return run(connection, spec, load_backend)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from shoplm.api.shop import Served, Shop
 from shoplm.bundle import HeadSpec
 from shoplm.features import dense_features
 from shoplm.history import History
-from shoplm.readout.targets import PROBABILITIES, answer, applicable
+from shoplm.readout.answers import answer, applies, seconds_since_purchase
+from shoplm.readout.targets import PROBABILITIES
 from shoplm.request import FinishedOutput, Predict, Request, Select, Service, Task
 from shoplm.training.score.questions import Question, Questions
 
@@ -127,7 +128,7 @@ def target_columns(spec: HeadSpec) -> tuple[str, ...]:
 def _predicted(spec: HeadSpec, values: Sequence[float], history: History) -> dict[str, float | None]:
     """Null where the target does not apply, such as churn of someone who has not bought for long."""
     columns = target_columns(spec)
-    if not applicable(spec, history):
+    if not applies(spec, seconds_since_purchase(history)):
         return dict.fromkeys(columns)
     found = answer(spec, tuple(values))
     if found.probability is not None:

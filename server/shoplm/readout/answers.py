@@ -1,0 +1,178 @@
+"""The predictions of one customer from the heads' raw values, in plain floats.
+
+The same as `shoplm.readout.targets` gives for many in arrays, which describes the transforms: for one customer an array
+costs ten times the arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
+from typing import NamedTuple, TypeAlias
+
+from shoplm.bundle import HeadSpec
+from shoplm.history import SECONDS_PER_DAY, EventKind, History
+
+MAX_LOG_AMOUNT = 16.0  # exp of this is beyond any basket: a defect upstream cannot become an infinite answer
+MAX_DEVIATION = 3.0
+TINY = 1e-7
+_MAX_COUNT = 10_000
+_MOST_LOGIT = 20.0  # a hazard of this logit leaves less of a chance than TINY
+_NORMAL = NormalDist()
+_PURCHASE = int(EventKind.PURCHASE)
+
+
+class Answer(NamedTuple):
+    """One prediction. Either `probability`, or `amount` with its 90 % interval."""
+
+    probability: float | None = None
+    amount: float | None = None
+    interval_low: float | None = None
+    interval_high: float | None = None
+
+
+Reader: TypeAlias = Callable[[Sequence[float]], Answer]  # from the head's raw values [P]
+
+
+def reader(spec: HeadSpec) -> Reader:
+    """How a target is read, its parameters looked up once."""
+    if spec.transform == "count":
+        return _count_reader(spec)
+    if spec.transform == "zero_inflated_lognormal":
+        return _lognormal_reader(spec)
+    return _probability_reader(spec)
+
+
+def answer(spec: HeadSpec, values: Sequence[float]) -> Answer:
+    """The prediction of one customer from the head's raw values [P]."""
+    return reader(spec)(values)
+
+
+def score_of(spec: HeadSpec, values: Sequence[float]) -> float:
+    """The answer on the scale on which effects are given: log-odds of a probability, logarithm of an amount."""
+    found = answer(spec, values)
+    if found.probability is not None:
+        inside = min(max(found.probability, TINY), 1.0 - TINY)
+        return math.log(inside) - math.log1p(-inside)
+    return math.log(max(found.amount or 0.0, TINY))
+
+
+def seconds_since_purchase(history: History) -> float:
+    """From the last purchase to `as_of`; infinite where there is none."""
+    bought = (history.kind == _PURCHASE).nonzero()[0]
+    return history.as_of - float(history.time[bought[-1]]) if len(bought) else math.inf
+
+
+def applies(spec: HeadSpec, since_purchase: float) -> bool:
+    """Whether a customer who last bought this many seconds ago belongs to the target's population."""
+    return spec.active_within_days <= 0 or since_purchase <= spec.active_within_days * SECONDS_PER_DAY
+
+
+def count_quantile(mean: float, dispersion: float, level: float) -> float:
+    """The smallest count that is not exceeded with probability `level`: negative binomial."""
+    term, a, b = _count_terms(mean, dispersion)
+    total, k = term, 0
+    while total < level and k < _MAX_COUNT:
+        k += 1
+        term *= a + b / k
+        total += term
+    return float(k)
+
+
+def count_cdf(mean: float, dispersion: float, count: int) -> float:
+    """P(a count <= this one): negative binomial."""
+    term, a, b = _count_terms(mean, dispersion)
+    total = term
+    for k in range(1, min(count, _MAX_COUNT) + 1):
+        term *= a + b / k
+        total += term
+    return min(total, 1.0)
+
+
+def lognormal_quantile(share: float, mean: float, deviation: float, level: float) -> float:
+    """The smallest amount that is not exceeded with probability `level`: 0 with probability 1 - share, else exp of a
+    normal."""
+    # Given a purchase, the level that is left after the customers who spend nothing.
+    inside = (level - (1.0 - share)) / max(share, TINY)
+    if inside <= 0:
+        return 0.0
+    return math.exp(min(mean + deviation * _NORMAL.inv_cdf(min(max(inside, TINY), 1.0 - TINY)), MAX_LOG_AMOUNT))
+
+
+def one_sigmoid(value: float) -> float:
+    """1 / (1 + exp(-x)), without overflow."""
+    return 1.0 / (1.0 + math.exp(-value)) if value > -700.0 else 0.0
+
+
+def one_deviation(raw: float) -> float:
+    """The deviation of the log amount from a head's raw value."""
+    return min(math.exp(min(max(raw, -MAX_DEVIATION), MAX_DEVIATION)), MAX_DEVIATION)
+
+
+def _probability_reader(spec: HeadSpec) -> Reader:
+    outputs, transform = spec.outputs, spec.transform
+    slope, intercept = spec.parameters["slope"], spec.parameters["intercept"]
+    exp, log, log1p = math.exp, math.log, math.log1p
+
+    def read(values: Sequence[float]) -> Answer:
+        if transform == "sigmoid":
+            raw = one_sigmoid(values[outputs[0]])
+        else:
+            # 1 / (1 - s(a)) is 1 + exp(a).
+            inverse = 1.0
+            for index in outputs:
+                inverse *= 1.0 + exp(min(values[index], _MOST_LOGIT))
+            raw = 1.0 / inverse if transform == "survival" else 1.0 - 1.0 / inverse
+        inside = min(max(raw, TINY), 1.0 - TINY)
+        return Answer(one_sigmoid(slope * (log(inside) - log1p(-inside)) + intercept))
+
+    return read
+
+
+def _count_reader(spec: HeadSpec) -> Reader:
+    parameters, (output,) = spec.parameters, spec.outputs
+    scale, dispersion = parameters["scale"], parameters["dispersion"]
+    level_low, level_high = parameters["level_low"], parameters["level_high"]
+    level = parameters.get("level_amount")
+
+    def read(values: Sequence[float]) -> Answer:
+        mean = scale * math.exp(min(values[output], MAX_LOG_AMOUNT))
+        amount = mean if level is None else count_quantile(mean, dispersion, level)
+        low = count_quantile(mean, dispersion, level_low)
+        return _amount(amount, low, count_quantile(mean, dispersion, level_high))
+
+    return read
+
+
+def _lognormal_reader(spec: HeadSpec) -> Reader:
+    parameters, (first, second, third) = spec.parameters, spec.outputs
+    scale = parameters["scale"]
+    level_low, level_high = parameters["level_low"], parameters["level_high"]
+    level = parameters.get("level_amount")
+
+    def read(values: Sequence[float]) -> Answer:
+        share, mean, deviation = one_sigmoid(values[first]), values[second], one_deviation(values[third])
+        if level is None:
+            amount = scale * share * math.exp(min(mean + deviation**2 / 2, MAX_LOG_AMOUNT))
+        else:
+            amount = lognormal_quantile(share, mean, deviation, level)
+        low = lognormal_quantile(share, mean, deviation, level_low)
+        return _amount(amount, low, lognormal_quantile(share, mean, deviation, level_high))
+
+    return read
+
+
+def _amount(amount: float, low: float, high: float) -> Answer:
+    # The mean of a skewed distribution can lie outside a central interval; the caller gets one that holds it.
+    return Answer(None, amount, min(low, amount), max(high, amount))
+
+
+def _count_terms(mean: float, dispersion: float) -> tuple[float, float, float]:
+    """P(0), and a, b of the recurrence P(k) = P(k - 1) * (a + b / k): Poisson where dispersion is 0."""
+    mean = max(mean, TINY)
+    if dispersion <= 0:
+        return math.exp(-mean), 0.0, mean
+    size = 1.0 / dispersion
+    ratio = mean / (mean + size)
+    return float((size / (mean + size)) ** size), ratio, (size - 1.0) * ratio
