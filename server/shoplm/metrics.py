@@ -188,10 +188,16 @@ class Metrics:
             *("bundle", "version", "base_model", "backend", "server_version"),
         )
         self.start_seconds = self._gauge("shoplm_start_duration_seconds", "From the start of the server to ready.")
+        self._usage = {
+            service.value: tuple(
+                counter.labels(service.value)
+                for counter in (self.prompt_tokens, self.cached_tokens, self.completion_tokens)
+            )
+            for service in Service
+        }
         # Series that exist from the start: a rate over a series that appears with its first error misses that error.
         for service in Service:
-            for counter in (self.prompt_tokens, self.cached_tokens, self.completion_tokens, self.step_tokens):
-                counter.labels(service.value)
+            self.step_tokens.labels(service.value)
             self.step_rows.labels(service.value)
             self.engine_submitted.labels(service.value)
             self.in_flight.labels(service.value)
@@ -216,9 +222,8 @@ class Metrics:
 
     def observe_usage(self, service: str, prompt: int, cached: int, completion: int) -> None:
         """Tokens of a call that was answered."""
-        self.prompt_tokens.labels(service).inc(prompt)
-        self.cached_tokens.labels(service).inc(cached)
-        self.completion_tokens.labels(service).inc(completion)
+        for counter, count in zip(self._usage[service], (prompt, cached, completion), strict=True):
+            counter.inc(count)
 
     def observe_step_stats(self, stats: StepStats) -> None:
         """Fold in what the engine counted since its last message, and set its gauges."""

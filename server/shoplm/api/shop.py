@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Served:
     prompts: PromptBuilder
     shop: Shop | None
 
-    @property
+    @cached_property
     def model_version(self) -> shop_pb2.ModelVersion:
         """What every response names."""
         if self.shop is None:
@@ -60,7 +61,7 @@ class Served:
         manifest = self.shop.manifest
         return shop_pb2.ModelVersion(bundle=manifest.name, version=manifest.version, base_model=self.base.name)
 
-    @property
+    @cached_property
     def cache_root(self) -> str:
         """Prefixes are shared below one root only."""
         if self.shop is None:

@@ -103,6 +103,7 @@ class EngineClient(ABC):
         self.ready: ReadyOutput | None = None
         self._transport: asyncio.WriteTransport | None = None
         self._link: _Link | None = None
+        self._unsent: list[bytes] = []  # of this turn of the event loop
         self._calls: dict[str, _Call] = {}
         self._stats_callbacks: list[Callable[[StepStats], None]] = []
         self._state_callbacks: list[Callable[[bool], None]] = []
@@ -154,8 +155,9 @@ class EngineClient(ABC):
         return call
 
     def _leave(self, request_id: str, ended: bool) -> None:
-        self._calls.pop(request_id, None)
-        if not ended and self._serving:
+        if self._calls.pop(request_id, None) is None:
+            return
+        if not ended:
             self._send(Cancel(request_id))
 
     @property
@@ -213,10 +215,17 @@ class EngineClient(ABC):
         """Wait for the end of the engine, which has been told to drain."""
 
     def _send(self, message: Submit | Cancel | Drain) -> None:
+        # What one turn of the event loop has to say goes out at its end, at the cost of one system call.
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(frame(encode(message)))
+
+    def _flush(self) -> None:
+        unsent, self._unsent = self._unsent, []
         # Never waits, and the transport's buffer has no bound: what may be in flight is bounded by the engine's own
         # queue. Once the engine has gone nothing is sent; whoever notices that it has fails its calls.
         if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(frame(encode(message)))
+            self._transport.write(b"".join(unsent))
 
     def _take(self, output: EngineOutput) -> None:
         match output:
@@ -241,6 +250,7 @@ class EngineClient(ABC):
     def _fail_calls(self, message: str) -> None:
         for request_id, call in self._calls.items():
             call.put(FailedOutput(request_id, FailureKind.UNAVAILABLE, message, "ENGINE_UNAVAILABLE", 1.0))
+        self._calls.clear()  # this was their end: what the engine still says of them is not for them
 
     def _changed(self, serving: bool) -> None:
         self._serving = serving
