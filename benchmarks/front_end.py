@@ -1,15 +1,20 @@
 """What the front end costs: ShopLM with an engine that computes nothing, beside a bare grpc.aio server, in one run.
 
-    python benchmarks/front_end.py                    # prints JSON; about two minutes
+    python benchmarks/front_end.py                    # writes JSON; about two minutes
     python benchmarks/front_end.py --bundle DIR --base BASE --rounds 5
 
-Client, server and engine are processes of their own. The bare server echoes the same bytes without parsing them, and
-streams messages of the same size; it is the best that grpc.aio can do on the machine. Rounds alternate between the two,
-and the medians of the ratios are reported, because machines have slow spells.
+Client, server and engine are processes of their own. The bare server gets the same bytes as ours, and answers without
+parsing them with the bytes that ours answers; it is the best that grpc.aio can do on the machine. Rounds alternate
+between the two, and the medians of the ratios are reported, because machines have slow spells.
 
     unary       Predict of a demo customer, `--concurrency` calls at once: calls per second
-    streamed    Chat, 32 answers at once: tokens per second
-    added       open loop at half of our unary rate: by how much our percentiles are later than the echo's, in ms
+    streamed    Chat, 32 answers at once: tokens per second. The bare server sends a message per token; ours sends
+                tokens together that came while a message was under way: `messages_per_token` says how often
+    added       open loop at half of our unary rate: by how much our percentiles are later than the echo's, in ms;
+                the millisecond of the engine's step is in it
+
+`cpu_microseconds` are spent per call or token, by process: where client, server and engine share the cores, their sum
+is what bounds the rate.
 """
 
 from __future__ import annotations
@@ -24,11 +29,13 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import msgspec
+import psutil
 import uvloop
+from shoplm.bench.report import machine, write_json_of
 from shoplm.config import ServerConfig
 from shoplm.config_sources import load_config
 from shoplm.engine.batch import Batch, PredictReadout, Row, RowOutput, SampleReadout, StepResult
@@ -99,16 +106,16 @@ class NullEngine(ProcessEngineClient):
     program = (sys.executable, str(Path(__file__).resolve()), "engine")
 
 
-async def serve_echo() -> None:
-    """A bare grpc.aio server on any free port, which it prints."""
+async def serve_echo(reply: bytes, delta: bytes, summary: bytes) -> None:
+    """A bare grpc.aio server on any free port, which it prints. It sends these messages, whatever it is asked."""
 
     async def echo(data: bytes, _: object) -> bytes:
-        return data
+        return reply
 
     async def stream(data: bytes, _: object) -> Any:
-        message = chat_pb2.ChatResponse(delta=" word").SerializeToString()
-        for _ in range(STREAM_TOKENS + 1):
-            yield message
+        for _ in range(STREAM_TOKENS):
+            yield delta
+        yield summary
 
     handlers = {
         "Predict": grpc.unary_unary_rpc_method_handler(echo),
@@ -144,8 +151,21 @@ class Subject:
         self._process.terminate()
         self._process.wait(60)
 
+    def cpu_seconds(self) -> list[float]:
+        """Of this client, of the server and of its children, since they started."""
+        server = psutil.Process(self._process.pid)
+        times = [process.cpu_times() for process in (server, *server.children())]
+        return [time.process_time(), *(each.user + each.system for each in times)]
 
-async def rate(call: Call, concurrency: int) -> float:
+
+class Round(NamedTuple):
+    """What a few seconds of load gave."""
+
+    per_second: float
+    cpu_microseconds: list[float]  # of client, server and engine, per call or token
+
+
+async def rate(call: Call, concurrency: int, subject: Subject) -> Round:
     """What `call` returns, summed and divided by the time, with this many at once."""
     total = 0.0
     counting = False
@@ -160,12 +180,13 @@ async def rate(call: Call, concurrency: int) -> float:
 
     workers = [asyncio.create_task(worker()) for _ in range(concurrency)]
     await asyncio.sleep(WARM_UP_SECONDS)
-    counting, started = True, time.perf_counter()
+    counting, started, used = True, time.perf_counter(), subject.cpu_seconds()
     await asyncio.sleep(RUN_SECONDS)
     counting, seconds = False, time.perf_counter() - started
+    spent = [1e6 * (after - before) / total for before, after in zip(used, subject.cpu_seconds(), strict=True)]
     stop.set()
     await asyncio.gather(*workers)
-    return total / seconds
+    return Round(total / seconds, spent)
 
 
 async def latencies(call: Call, per_second: float) -> list[float]:
@@ -196,16 +217,25 @@ class Caller:
         self._predict_message, self._chat_message = predict, chat
         self._predict = channel.unary_unary(PREDICT)
         self._chat = channel.unary_stream(CHAT)
+        self.messages = self.tokens = 0  # of chat answers
 
     async def predict(self) -> int:
         await self._predict(self._predict_message)
         return 1
 
     async def chat(self) -> int:
-        messages = 0
-        async for _ in self._chat(self._chat_message):
-            messages += 1
-        return messages - 1  # the last one is the summary
+        last = b""
+        async for message in self._chat(self._chat_message):
+            self.messages += 1
+            last = message
+        tokens: int = chat_pb2.ChatResponse.FromString(last).summary.usage.completion_tokens
+        self.tokens += tokens
+        return tokens
+
+    async def answers(self) -> tuple[bytes, bytes, bytes]:
+        """A prediction, the first piece of a chat answer, and its end."""
+        chat = [message async for message in self._chat(self._chat_message)]
+        return await self._predict(self._predict_message), chat[0], chat[-1]
 
     async def model(self) -> model_pb2.GetModelResponse:
         channel: Any = self._channel
@@ -213,26 +243,42 @@ class Caller:
         return model_pb2.GetModelResponse.FromString(await method(b""))
 
 
-async def measure(bare: str, ours: str, rounds: int, concurrency: int) -> dict[str, Any]:
-    """Alternating rounds against both servers."""
+async def messages_for(address: str) -> tuple[bytes, bytes]:
+    """What the calls send: a prediction of a demo customer, and a question."""
     chat = chat_pb2.ChatRequest(
         messages=[chat_pb2.Message(role="user", content="hello")],
         max_tokens=STREAM_TOKENS,
         grounding=chat_pb2.GROUNDING_OFF,
-    ).SerializeToString()
-    model = await Caller(ours, b"", b"").model()
+    )
+    model = await Caller(address, b"", b"").model()
     customer = shop_pb2.Customer(customer_id=model.demo_customer_ids[0])
-    predict = prediction_pb2.PredictRequest(customer=customer).SerializeToString()
-    callers = {"echo": Caller(bare, predict, chat), "shoplm": Caller(ours, predict, chat)}
-    unary: dict[str, list[float]] = {name: [] for name in callers}
-    streamed: dict[str, list[float]] = {name: [] for name in callers}
+    return prediction_pb2.PredictRequest(customer=customer).SerializeToString(), chat.SerializeToString()
+
+
+async def measure(ours: Subject, rounds: int, concurrency: int) -> dict[str, Any]:
+    """Alternating rounds against our server and a bare one that answers as it does."""
+    messages = await messages_for(ours.address)
+    answers = await Caller(ours.address, *messages).answers()
+    bare = Subject("echo", [answer.hex() for answer in answers])
+    try:
+        return await _measure({"echo": bare, "shoplm": ours}, messages, rounds, concurrency)
+    finally:
+        bare.close()
+
+
+async def _measure(
+    subjects: dict[str, Subject], messages: tuple[bytes, bytes], rounds: int, concurrency: int
+) -> dict[str, Any]:
+    callers = {name: Caller(subject.address, *messages) for name, subject in subjects.items()}
+    unary: dict[str, list[Round]] = {name: [] for name in callers}
+    streamed: dict[str, list[Round]] = {name: [] for name in callers}
     added: list[dict[str, float]] = []
     for _ in range(rounds):
         for name, caller in callers.items():
-            unary[name].append(await rate(caller.predict, concurrency))
+            unary[name].append(await rate(caller.predict, concurrency, subjects[name]))
         for name, caller in callers.items():
-            streamed[name].append(await rate(caller.chat, STREAMS))
-        half = unary["shoplm"][-1] / 2
+            streamed[name].append(await rate(caller.chat, STREAMS, subjects[name]))
+        half = unary["shoplm"][-1].per_second / 2
         late = {name: await latencies(caller.predict, half) for name, caller in callers.items()}
         added.append(
             {
@@ -240,9 +286,13 @@ async def measure(bare: str, ours: str, rounds: int, concurrency: int) -> dict[s
                 for quantile, share in (("p50", 0.5), ("p99", 0.99))
             }
         )
+    ours = callers["shoplm"]
     return {
         "unary": _compared(unary, "calls_per_second"),
-        "streamed": _compared(streamed, "tokens_per_second"),
+        "streamed": {
+            **_compared(streamed, "tokens_per_second"),
+            "messages_per_token": round(ours.messages / ours.tokens, 3),
+        },
         "added_milliseconds": {key: round(statistics.median(each[key] for each in added), 2) for key in added[0]},
     }
 
@@ -251,10 +301,15 @@ def _at(ordered: list[float], share: float) -> float:
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
 
 
-def _compared(values: dict[str, list[float]], unit: str) -> dict[str, float]:
-    ratios = [ours / bare for bare, ours in zip(values["echo"], values["shoplm"], strict=True)]
-    rates = {f"{name}_{unit}": round(statistics.median(each), 1) for name, each in values.items()}
-    return {**rates, "ratio": round(statistics.median(ratios), 3)}
+def _compared(values: dict[str, list[Round]], unit: str) -> dict[str, Any]:
+    ratios = [ours.per_second / bare.per_second for bare, ours in zip(values["echo"], values["shoplm"], strict=True)]
+    report: dict[str, Any] = {"ratio": round(statistics.median(ratios), 3), "cpu_microseconds": {}}
+    for name, found in values.items():
+        report[f"{name}_{unit}"] = round(statistics.median(each.per_second for each in found), 1)
+        parts = zip(*(each.cpu_microseconds for each in found), strict=True)
+        medians = (round(statistics.median(part), 1) for part in parts)
+        report["cpu_microseconds"][name] = dict(zip(("client", "server", "engine"), medians, strict=False))
+    return report
 
 
 def _null_engine(config: ServerConfig, base: Base) -> NullEngine:
@@ -270,22 +325,24 @@ def main() -> int:
     if sys.argv[1:2] == ["serve"]:
         return uvloop.run(serve(load_config(sys.argv[2:]), _null_engine))
     if sys.argv[1:2] == ["echo"]:
-        uvloop.run(serve_echo())
+        uvloop.run(serve_echo(*map(bytes.fromhex, sys.argv[2:5])))
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", default="bundles/complete-journey")
     parser.add_argument("--base")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/front-end.json"))
     arguments = parser.parse_args()
     flags = ["--bundle", arguments.bundle, "--port", "0", "--metrics-port", "0"]
     flags += [] if arguments.base is None else ["--base", arguments.base]
-    bare, ours = Subject("echo", []), Subject("serve", flags)
+    before, ours = machine(), Subject("serve", flags)
     try:
-        report = uvloop.run(measure(bare.address, ours.address, arguments.rounds, arguments.concurrency))
+        report = uvloop.run(measure(ours, arguments.rounds, arguments.concurrency))
     finally:
         ours.close()
-        bare.close()
+    settings = {"rounds": arguments.rounds, "concurrency": arguments.concurrency, "streams": STREAMS}
+    write_json_of({"settings": settings, **report}, before, arguments.out)
     print(json.dumps(report, indent=2))
     return 0
 

@@ -94,7 +94,7 @@ class ServerConfig(BaseSettings):
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="type of weights and cache")
     threads: int = Field(0, description="CPU threads of the engine; 0: one per core", ge=0, le=1024)
     kv_cache_mib: int = Field(
-        1024, description="memory for keys and values, in MiB; unset on a GPU: what it has free, less a margin", ge=1
+        512, description="memory for keys and values, in MiB; unset on a GPU: what it has free, less a margin", ge=1
     )
     weight_format: Literal["model", "int8", "int4", "fp8"] = Field(
         "model", description="the layers' products; int8: a GPU's or AMX's; int4, fp8: a GPU's"

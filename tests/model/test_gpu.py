@@ -45,6 +45,6 @@ def test_only_the_gpu_backend_takes_what_is_free_and_only_unasked() -> None:
     def cache_bytes(*flags: str) -> int:
         return load_config(flags, {}).engine_spec(Path("base")).kv_cache_bytes
 
-    assert cache_bytes() == cache_bytes("--backend", "torch") == GIB
+    assert cache_bytes() == cache_bytes("--backend", "torch") == GIB // 2
     assert cache_bytes("--backend", "triton") == 0
-    assert cache_bytes("--backend", "triton", "--kv-cache-mib", "512") == GIB // 2
+    assert cache_bytes("--backend", "triton", "--kv-cache-mib", "1024") == GIB

@@ -29,13 +29,20 @@ def build_batch(plan: Plan, page_size: int) -> Batch:
     start = 0
     for planned in plan.rows:
         end = start + planned.count
+        task = planned.sequence.request.task
         row = _beam_row(planned, start, page_size) if planned.is_beam else _linear_row(planned, start)
         if row.beam is not None:
             positions[start:end] = planned.start + planned.level - 1
             slots[start:end] = row.beam.own_slots[planned.level - 1]
+        elif planned.count == 1 and not isinstance(task, Explain):
+            # What most rows of a busy engine are: arrays of one number would cost more than all the rest of the row.
+            page, offset = divmod(planned.start, page_size)
+            positions[start] = planned.start
+            slots[start] = int(row.pages[page]) * page_size + offset
+            if not planned.from_state:
+                tokens[start] = planned.sequence.tokens[planned.start]
         else:
             at = np.arange(planned.start, planned.start + planned.count)
-            task = planned.sequence.request.task
             positions[start:end] = at
             if isinstance(task, Explain):
                 positions[start:end] = fork_positions(at, task, planned.sequence.shareable)
