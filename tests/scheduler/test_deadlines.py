@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import time
 
+import pytest
+from shoplm.engine.engine import Engine
 from shoplm.request import (
     Degradation,
     FailedOutput,
@@ -83,14 +86,14 @@ def test_what_an_idle_engine_cannot_do_in_time_is_refused_for_good_and_never_com
 def test_behind_a_backlog_it_is_refused_with_the_time_after_which_it_would_fit() -> None:
     shop = Shop()
     for number in range(6):
-        shop.submit(f"before {number}", 200, Predict(()), within=2.0)
+        shop.submit(f"before {number}", 200, Predict(()), within=3.0)
     shop.submit("late", 100, Predict(()), within=1.0)
     shop.simulation.step()
     refused = shop.refused("late")
     assert refused.reason == "DEADLINE_UNREACHABLE" and 0 < refused.retry_seconds < 2.0
     shop.simulation.run()
     for number in range(6):
-        assert shop.served(f"before {number}").timings.total_seconds <= 2.0
+        assert shop.served(f"before {number}").timings.total_seconds <= 3.0
     shop.submit("again", 100, Predict(()), within=1.0)
     shop.simulation.run()
     shop.served("again")
@@ -165,6 +168,55 @@ def test_what_becomes_hopeless_is_given_up_oldest_lost_cause_first_and_before_it
     assert {output.reason for output in lost} == {"DEADLINE_LOST"}
     assert all(output.retry_seconds > 0 for output in lost)
     shop.simulation.check_idle()
+
+
+def test_behind_a_queue_the_dearest_are_refused_first() -> None:
+    shop = Shop()
+    for _ in range(40):  # what predictions typically cost here
+        shop.submit(f"typical {shop.now}", 20, Predict(()))
+        shop.simulation.run()
+    for number in range(10):
+        shop.submit(f"before {number}", 40, Predict(()), within=1.0)
+    # Both could be there in time: 0.4 s of tokens are before them.
+    shop.submit("dear", 250, Predict(()), within=1.0)
+    shop.submit("cheap", 20, Predict(()), within=1.0)
+    shop.simulation.run()
+    assert shop.refused("dear").reason == "TOO_COSTLY_NOW" and shop.refused("dear").retry_seconds > 0
+    shop.served("cheap")
+    shop.submit("dear again", 250, Predict(()), within=1.0)
+    shop.simulation.run()
+    shop.served("dear again")
+
+
+def test_the_deadlines_of_one_tenant_do_not_wait_for_the_backlog_of_another() -> None:
+    shop = Shop()
+    for number in range(8):
+        shop.submit(f"flood {number}", 100, Predict(()), within=2.0, tenant="flood")
+    shop.submit("flood hurried", 100, Predict(()), within=0.6, tenant="flood")
+    shop.submit("calm", 100, Predict(()), within=0.6, tenant="calm")
+    shop.simulation.run()
+    assert shop.refused("flood hurried").reason == "DEADLINE_UNREACHABLE"
+    assert shop.served("calm").timings.total_seconds <= 0.6
+
+
+def test_a_jump_of_the_wall_clock_neither_ends_nor_stalls_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's clock is the machine's monotonic one; the wall clock is moved under everything that runs."""
+    monotonic, hour = time.monotonic, 3600.0
+    backend = CheckingBackend(Clock(), cost=CURVE, pages=2_000, state_slots=64)
+    engine = Engine(backend, SchedulerConfig(max_step_tokens=256))
+    served: list[str] = []
+    for number, jump in enumerate((0.0, hour, -hour, hour)):
+        monkeypatch.setattr(time, "time", lambda jump=jump: jump + monotonic())
+        name = f"r{number}"
+        tokens = tuple(range(100 * number, 100 * number + 40))
+        deadline = monotonic() + 600.0
+        engine.submit(Request(name, Service.CHAT, tokens, Generate(5), monotonic(), deadline_seconds=deadline))
+        steps = 0
+        while steps < 3 or (number == 3 and not engine.is_idle):
+            served += [each.request_id for each in engine.step() if isinstance(each, FinishedOutput)]
+            steps += 1
+            assert steps < 100, "it stalls"
+    assert sorted(served) == ["r0", "r1", "r2", "r3"]
 
 
 def test_a_far_deadline_holds_no_ended_request() -> None:

@@ -297,6 +297,29 @@ def test_the_queue_is_bounded_by_tokens() -> None:
     assert simulation.engine.scheduler.queued_tokens == 0
 
 
+@pytest.mark.parametrize("bound", ["requests", "tokens"])
+@pytest.mark.parametrize("service", [Service.PREDICTION, Service.CHAT])
+def test_a_full_queue_lets_in_who_has_less_than_its_share(bound: str, service: Service) -> None:
+    limits = {"max_queued_requests": 8} if bound == "requests" else {"max_queued_tokens": 40}
+    simulation = simulate(SchedulerConfig(**limits))
+    flood = [request(f"f{i}", range(10 * i, 10 * i + 5), Predict(()), tenant="flood") for i in range(9)]
+    simulation.submit(*flood)
+    task: Task = Predict(()) if service is Service.PREDICTION else Generate(2)
+    calm = [request(f"c{i}", range(500 + 10 * i, 505 + 10 * i), task, tenant="calm") for i in range(5)]
+    simulation.submit(*calm, request("f9", range(300, 305), Predict(()), tenant="flood"))
+    assert simulation.engine.scheduler.queued_requests == 8
+    simulation.run()
+    refused = [name for name in simulation.records if isinstance(simulation.records[name].end, FailedOutput)]
+    # Half of the queue is the other's; the flood's newest made room, and what had waited longest stayed.
+    assert sorted(refused) == ["c4", "f4", "f5", "f6", "f7", "f8", "f9"]
+    assert {failed(simulation, name).kind for name in refused} == {FailureKind.OVERLOADED}
+    same_service = service is Service.PREDICTION
+    assert (failed(simulation, "f7").reason == "TENANT_QUEUE_FULL") == same_service
+    for name in ("f0", "f3", "c0", "c3"):
+        finished(simulation, name)
+    simulation.check_idle()
+
+
 def test_an_id_that_is_in_use_is_refused_and_its_owner_is_not_disturbed() -> None:
     simulation = simulate()
     simulation.submit(request("same", range(10), Generate(5)))

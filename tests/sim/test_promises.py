@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 
 import pytest
 from shoplm.request import FailedOutput, FinishedOutput, Generate, Predict, Request, Select, Service, Task
@@ -21,10 +22,12 @@ TASKS: dict[Service, Task] = {
 class Crowd:
     """Keeps so many requests of each kind waiting, and counts what each got."""
 
-    def __init__(self, policy: SchedulingPolicy, seed: int) -> None:
+    def __init__(self, policy: SchedulingPolicy, seed: int, max_queued_requests: int = 2048) -> None:
         print(f"seed {seed}")  # noqa: T201 - pytest shows it with a failure
         backend = CheckingBackend(Clock(), pages=600, state_slots=32, cost=CostCurve(5e-3, 1e-3))
-        config = SchedulerConfig(max_step_tokens=128, max_mixed_prompt_tokens=64, policy=policy)
+        config = SchedulerConfig(
+            max_step_tokens=128, max_mixed_prompt_tokens=64, max_queued_requests=max_queued_requests, policy=policy
+        )
         self.simulation = Simulation(backend, config)
         self.random = random.Random(seed)
         self._numbers = itertools.count()
@@ -83,6 +86,34 @@ def test_a_tenant_that_floods_takes_nothing_from_the_share_of_another(seed: int)
     served = {name: sum(record.request.tenant == name for record in ends) for name in used}
     # A request is as large as another on average, so what was used is what was served.
     assert served["gold"] / len(ends) == pytest.approx(0.5, rel=0.15)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_full_queue_never_refuses_who_has_less_than_its_share(seed: int) -> None:
+    crowd = Crowd(SchedulingPolicy(tenant_weights={"gold": 2.0}), seed, max_queued_requests=30)
+    scheduler = crowd.simulation.engine.scheduler
+    checked = 0
+    for _ in range(3_000):
+        flooding = crowd.random.random() < 0.9
+        tenant = "flood" if flooding else crowd.random.choice(("gold", "plain"))
+        service = Service.CHAT if flooding else crowd.random.choice(list(Service))
+        name = crowd.submit(service, tenant)
+        queued: Counter[str] = Counter()
+        for sequence in scheduler.alive():
+            if sequence.state_slot is None and sequence.request.service is service:
+                queued[sequence.request.tenant] += 1
+        assert scheduler.queued_requests <= 30
+        if name not in {sequence.request.request_id for sequence in scheduler.alive()}:
+            weights = {"gold": 2.0, "plain": 1.0, "flood": 1.0}
+            total = sum(weights[each] for each in {*queued, tenant})
+            # All three services at once may share the queue.
+            assert queued[tenant] + 1 > 30 / 3 * weights[tenant] / total, (tenant, queued)
+            checked += 1
+        if crowd.random.random() < 0.1:
+            crowd.simulation.step()
+    assert checked > 500
+    crowd.simulation.run(20_000)
+    crowd.simulation.check_idle()
 
 
 @pytest.mark.parametrize("seed", SEEDS)

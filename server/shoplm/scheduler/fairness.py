@@ -11,17 +11,32 @@ further ahead than that waits. The tenants of a service take turns by their virt
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from shoplm.request import Service
 
+if TYPE_CHECKING:
+    from shoplm.scheduler.sequence import Sequence
+
 WINDOW_SECONDS = 0.5  # of steps, for a service of average weight
 _FEW_TENANTS = 64
+_PACE_WEIGHT = 0.1  # of the latest start among those that tell how fast a queue moves
 
 
 class Tenant:
     """One tenant of one service."""
 
-    __slots__ = ("name", "requests", "service", "virtual", "weight")
+    __slots__ = (
+        "backlog_seconds",
+        "name",
+        "newest",
+        "requests",
+        "service",
+        "virtual",
+        "waiting",
+        "waiting_tokens",
+        "weight",
+    )
 
     def __init__(self, name: str, service: ServiceShare, weight: float, virtual: float) -> None:
         self.name = name
@@ -29,6 +44,10 @@ class Tenant:
         self.weight = weight
         self.virtual = virtual
         self.requests = 0  # that have not ended
+        self.backlog_seconds = 0.0  # of work until their first results
+        self.waiting = 0  # requests that have yet to run for the first time
+        self.waiting_tokens = 0
+        self.newest: list[Sequence] = []  # of these, the latest comer last; some of them wait no more
 
 
 class ServiceShare:
@@ -39,6 +58,10 @@ class ServiceShare:
         self.weight = weight
         self.virtual = 0.0
         self.waiting = 0  # requests in the queue
+        self.start_gap_seconds = 0.0  # between two starts while others wait; 0: nobody waits, or too few have started
+        self._starts = 0  # since somebody has been waiting
+        self._last_start = 0.0
+        self.active_weight = 0.0  # of the tenants that have requests
         self.used_seconds = 0.0  # of steps, since the start
         self.tenants: dict[str, Tenant] = {}
         self.turn = 0.0  # virtual time at which newcomers begin
@@ -54,8 +77,31 @@ class ServiceShare:
             tenant = self.tenants[name] = Tenant(name, self, self._weights.get(name, 1.0), self.turn)
         if not tenant.requests:
             tenant.virtual = max(tenant.virtual, self.turn)
+            self.active_weight += tenant.weight
         tenant.requests += 1
         return tenant
+
+    def leave(self, tenant: Tenant) -> None:
+        """One of its requests has ended."""
+        tenant.requests -= 1
+        if not tenant.requests:
+            self.active_weight -= tenant.weight
+
+    def weight_of(self, name: str) -> float:
+        """The weight of a tenant, whether it is here or not."""
+        return self._weights.get(name, 1.0)
+
+    def queue_grows(self, now: float) -> None:
+        """One request more waits."""
+        if not self.waiting:
+            self._starts, self.start_gap_seconds, self._last_start = 0, 0.0, now
+        self.waiting += 1
+
+    def queue_moves(self, now: float) -> None:
+        """The first of the queue was started."""
+        gap, self._last_start = max(now - self._last_start, 0.0), now
+        self._starts += 1
+        self.start_gap_seconds += max(1 / self._starts, _PACE_WEIGHT) * (gap - self.start_gap_seconds)
 
     def begin_turn(self, virtual_times: Iterable[float | None]) -> None:
         """Newcomers begin where the tenant that is furthest behind is, by the heads of the queues."""

@@ -35,6 +35,17 @@ class Forecast:
             limits.append(request.arrival_seconds + self._policy.target_seconds[request.service])
         return min(limits, default=None)
 
+    def promised_seconds(self, sequence: Sequence) -> float | None:
+        """By when a newcomer's first result must be expected for it to be let in. Its limit, and for a chat early
+        enough for its tokens to come no faster than their target, unless that were before its first token's target.
+        """
+        request, limit = sequence.request, sequence.limit_seconds
+        if limit is None or request.deadline_seconds is None or not isinstance(request.task, Generate):
+            return limit
+        at_pace = request.deadline_seconds - request.task.max_tokens * self._policy.token_target_seconds
+        target = request.arrival_seconds + self._policy.target_seconds[request.service]
+        return min(limit, max(at_pace, target))
+
     def due_seconds(self, sequence: Sequence) -> float:
         """When the first result should be there."""
         target = sequence.request.arrival_seconds + self._policy.target_seconds[sequence.request.service]
@@ -66,6 +77,15 @@ class Forecast:
         if levels:
             lanes = sequence.lanes
             work += levels * self.cost.work_seconds(lanes, lanes * sequence.prompt_length, 1)
+        return work
+
+    def whole_seconds(self, sequence: Sequence) -> float:
+        """What the request adds to steps until its end: the first result, and as much of an answer as is expected."""
+        work, task = self.work_seconds(sequence), sequence.request.task
+        if isinstance(task, Generate):
+            count = max(1.0, self._answer_share * task.max_tokens) - 1
+            keys = count * (sequence.prompt_length + count / 2)
+            work += count * self.cost.work_seconds(1, 0, 1) + self.cost.coefficients.kv * keys
         return work
 
     def alone_seconds(self, sequence: Sequence) -> float:

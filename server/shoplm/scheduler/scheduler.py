@@ -26,7 +26,7 @@ from shoplm.request import (
     Select,
     Service,
 )
-from shoplm.scheduler.admission import Admission, Limits, Load, Refusal
+from shoplm.scheduler.admission import Admission, Limits, Refusal
 from shoplm.scheduler.budget import LEAST_CHUNK, Budgeter, StepBudget
 from shoplm.scheduler.config import SchedulerConfig
 from shoplm.scheduler.cost import CostModel, StepLoad
@@ -37,11 +37,13 @@ from shoplm.scheduler.memory import SequenceMemory
 from shoplm.scheduler.ordering import ArrivalOrder, Order, SlackOrder
 from shoplm.scheduler.outcomes import Outcomes
 from shoplm.scheduler.plan import Plan, PlanRow
+from shoplm.scheduler.prospects import Load, Prospects
 from shoplm.scheduler.residents import Residents
 from shoplm.scheduler.rows import next_level, next_token, next_tokens
 from shoplm.scheduler.sequence import Sequence
 from shoplm.scheduler.stats import SchedulerStats
 from shoplm.scheduler.survey import Answers, survey
+from shoplm.scheduler.waiting import WaitingRoom
 
 if TYPE_CHECKING:
     from shoplm.engine.batch import RowOutput  # numpy; the scheduler itself needs none
@@ -70,18 +72,20 @@ class Scheduler:
         self._limits = Limits(max_context_tokens, trie_depths, lanes, can_explain)
         self._forecast = Forecast(config, self.cost)
         self._budgeter = Budgeter(config, self.cost, self._forecast)
-        self._admission = Admission(config, self._limits, self.memory, self._forecast, self._budgeter, self.shares)
+        self._prospects = Prospects(config, self._forecast, self._budgeter, self.shares)
+        self._waiting = WaitingRoom(config, self.shares)
+        self._admission = Admission(
+            config, self._limits, self.memory, self._forecast, self._budgeter, self._prospects, self._waiting
+        )
         self._order: Order = (
             ArrivalOrder()
             if config.policy.order == "fcfs"
-            else SlackOrder(self.shares, self._forecast, self._admission.count)
+            else SlackOrder(self.shares, self._forecast, self._prospects.count)
         )
         self._deadlines = Deadlines(self._forecast.lost_at)
         self._outcomes = Outcomes(self.stats, self._forecast)
         self._residents = Residents(self.memory, state_slots)
         self._sequences: dict[str, Sequence] = {}
-        self._queued_tokens = 0
-        self._queued_requests = 0
         self._answers = Answers()  # as of the last plan
         self._in_flight: deque[float] = deque()  # predicted seconds of the steps in flight
         self._busy_until = 0.0  # when they should be done
@@ -91,7 +95,7 @@ class Scheduler:
 
     def admit(self, request: Request, now: float) -> None:
         """Queue a request, or refuse it: then its FailedOutput is among the next outputs."""
-        self._admission.advance(now)
+        self._prospects.advance(now)
         self.stats.submitted[request.service] += 1
         self._budgeter.saw_request(request.service, now)
         sequence = self._sequence(request)
@@ -103,10 +107,14 @@ class Scheduler:
         if refusal is not None:
             self._outcomes.failed(request, refusal)
             return
+        if not self._waiting.has_room(len(request.tokens)):
+            load = self._load(now)
+            for other in self._waiting.displaced(sequence):
+                self._fail(other, self._admission.displaced(other, sequence, load))
         self._sequences[request.request_id] = sequence
         sequence.tenant = self.shares.services[request.service].join(request.tenant)
         self._deadlines.watch(sequence)
-        self._enqueue(sequence)
+        self._enqueue(sequence, now)
 
     def cancel(self, request_id: str) -> None:
         """The caller has gone: free what the request holds at once. Unknown ids are ignored: the end was under way."""
@@ -132,11 +140,11 @@ class Scheduler:
 
     @property
     def queued_requests(self) -> int:
-        return self._queued_requests
+        return self._waiting.requests
 
     @property
     def queued_tokens(self) -> int:
-        return self._queued_tokens
+        return self._waiting.tokens
 
     def running(self) -> Seq[Sequence]:
         """The sequences that hold pages."""
@@ -165,11 +173,11 @@ class Scheduler:
 
     def plan(self, now: float) -> Plan:
         """The next step; empty when there is nothing to compute."""
-        self._admission.advance(now)
+        self._prospects.advance(now)
         self._drop_lost(now)
         for stopped in self._residents.make_room():
             self.stats.preemptions += 1
-            self._enqueue(stopped)
+            self._enqueue(stopped, now)
         self._order.open(now)
         going_on, prompts, self._answers = survey(
             self._residents.all(), self.cost, self.config.policy.token_target_seconds
@@ -257,7 +265,7 @@ class Scheduler:
             if sequence.is_late:
                 late += seconds
             if sequence.work_bucket is not None:
-                self._admission.count(sequence)
+                self._prospects.count(sequence)
             tokens += count
             keys += read
         plan = Plan(tuple(rows), StepLoad(tokens, keys, len(rows)), now)
@@ -335,20 +343,17 @@ class Scheduler:
         return sequence
 
     def _load(self, now: float) -> Load:
-        return Load(self._queued_requests, self._queued_tokens, self._answers, max(now, self._busy_until))
+        return Load(self._waiting.requests, self._waiting.tokens, self._answers, max(now, self._busy_until))
 
-    def _enqueue(self, sequence: Sequence) -> None:
+    def _enqueue(self, sequence: Sequence, now: float) -> None:
         self._order.push(sequence)
-        self._admission.count(sequence)
-        sequence.queued_tokens = len(sequence.tokens)
-        self._queued_requests += 1
-        self._queued_tokens += sequence.queued_tokens
-        self.shares.services[sequence.request.service].waiting += 1
+        self._prospects.count(sequence)
+        self._waiting.enter(sequence)
+        self.shares.services[sequence.request.service].queue_grows(now)
 
     def _dequeue(self, sequence: Sequence) -> None:
         self._order.drop(sequence)
-        self._queued_requests -= 1
-        self._queued_tokens -= sequence.queued_tokens
+        self._waiting.leave(sequence)
         self.shares.services[sequence.request.service].waiting -= 1
 
     def _start(self, sequence: Sequence, now: float) -> bool:
@@ -356,6 +361,7 @@ class Scheduler:
         if not self._budgeter.may_answer(sequence, self._answers) or not self._residents.start(sequence):
             return False
         self._dequeue(sequence)
+        self.shares.services[sequence.request.service].queue_moves(now)
         if sequence.epoch == 0:
             self.stats.queued(sequence.request.service, now - sequence.request.arrival_seconds)
         return True
@@ -364,11 +370,11 @@ class Scheduler:
         if sequence.state_slot is None:
             self._dequeue(sequence)
         self._residents.stop(sequence)
-        self._admission.discount(sequence)
+        self._prospects.discount(sequence)
         sequence.ended = True
         self._deadlines.forget(sequence)
         assert sequence.tenant is not None
-        sequence.tenant.requests -= 1
+        sequence.tenant.service.leave(sequence.tenant)
         del self._sequences[sequence.request.request_id]
 
     def _fail(self, sequence: Sequence, refusal: Refusal) -> None:
