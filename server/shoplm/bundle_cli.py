@@ -48,7 +48,7 @@ def verify(folder: Folder, base: BaseOption = None) -> None:
         raise _failed(str(error)) from error
     rows = (("ok" if each.good else "FAIL", each.what, each.found) for each in findings)
     Console().print(table(str(folder), ("", "what", "found"), rows))
-    if base is None:
+    if base is None and not (folder / BASE_FOLDER).is_dir():
         Console(stderr=True).print("the base was not compared: give --base", style="dim")
     if not all(each.good for each in findings):
         raise typer.Exit(1)

@@ -73,6 +73,7 @@ def test_the_base_lies_in_the_bundle_and_is_known_by_its_content(bundle: Path, t
     assert manifest.base.fingerprint == base.fingerprint
     served = load_served(base, bundle)
     assert served.model_version.base_model == "scratch"
+    assert "trained on this log alone" in (bundle / "card.md").read_text()
     rows = load_file(bundle / "weights.safetensors")["input_rows"]
     assert len(rows) == served.shop.vocabulary.shop_size if served.shop else False
     assert rows.float().std() > 0

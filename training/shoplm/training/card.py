@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 from shoplm.bundle import HeadSpec, PromptSchema
 from shoplm.model.base import Base
+from shoplm.model.origin import Origin
 from shoplm.training.card_tables import chat, limits, predictions, ranking
 from shoplm.training.report import Report
 from shoplm.training.scoring import Weights
@@ -46,7 +47,7 @@ def render_card(
         *predictions(report, targets),
         chat(report),
         _privacy(),
-        limits(report, adapted=schema.chat_reads_item_tokens),
+        limits(report, _origin(base, schema)),
         "## Reproduce",
         "`shoplm evaluate --bundle <this folder>` with the files that it was trained on computes every number above "
         f"again (seed {report.seed}, {report.customers:,} customers).",
@@ -95,12 +96,19 @@ def _splits(shop: Shop) -> str:
 
 def _model(base: Base, schema: PromptSchema, weights: Weights, hidden_scales: dict[str, float], examples: int) -> str:
     kept = [f"{name.replace('_', ' ')} {'yes' if scale else 'no'}" for name, scale in hidden_scales.items()]
-    # Only an adapted base can talk behind item tokens.
-    state = "adapted to the shop (LoRA, merged)" if schema.chat_reads_item_tokens else "frozen"
+    origin = _origin(base, schema)
+    if origin is Origin.SCRATCH:
+        config = base.config
+        state = (
+            f"a decoder of {config.num_layers} layers and width {config.hidden_size}, trained on this log alone; it "
+            "lies in the bundle. Input rows: trained with it"
+        )
+    else:
+        tuned = "adapted to the shop" + (" (LoRA, merged)" if base.origin is Origin.TEXT else "")
+        state = f"{tuned if origin is Origin.ADAPTED else 'frozen'}. Input rows: mean embedding of each item's words"
     lines = [
         "## Model",
-        f"Base {base.name}, {state}. Input rows: mean embedding of each item's words. Output rows: "
-        f"fitted on {examples:,} "
+        f"Base {base.name}, {state}. Output rows: fitted on {examples:,} "
         f"next baskets. History: the newest {schema.history_budget_tokens} tokens, dropped in blocks of "
         f"{schema.history_block_tokens}.",
         f"score = log p(item) + {weights.repeat:g} log(1 + own count, decay {weights.decay_days:g} d) "
@@ -113,6 +121,11 @@ def _model(base: Base, schema: PromptSchema, weights: Weights, hidden_scales: di
             f"how strongly a head reads the hidden state; it does: {', '.join(kept)}."
         )
     return "\n\n".join(lines)
+
+
+def _origin(base: Base, schema: PromptSchema) -> Origin:
+    """Of what is served: a published base that was adapted is one. Only an adapted one can talk behind item tokens."""
+    return Origin.ADAPTED if schema.chat_reads_item_tokens else base.origin
 
 
 def _privacy() -> str:

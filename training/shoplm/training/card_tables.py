@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from shoplm.bundle import HeadSpec
+from shoplm.model.origin import Origin
 from shoplm.training.report import (
     OURS,
     POPULARITY,
@@ -167,6 +168,13 @@ _ADAPTED = (
 )
 
 
+_SCRATCH = (
+    "- The base has read nothing but this log: it cannot chat, and what it knows of items is who bought them.\n"
+    "- Most of what ranks items is counting."
+)
+LIMITS = {Origin.TEXT: _FROZEN, Origin.ADAPTED: _ADAPTED, Origin.SCRATCH: _SCRATCH}
+
+
 def chat(report: Report) -> str:
     """What the adapter left of ordinary talk; nothing where there is none."""
     kept = report.chat
@@ -184,11 +192,11 @@ def chat(report: Report) -> str:
     )
 
 
-def limits(report: Report, *, adapted: bool) -> str:
+def limits(report: Report, origin: Origin) -> str:
     """What is known not to work, and each comparison that is not won."""
     lines = [
         "## Known limits",
-        f"{_ADAPTED if adapted else _FROZEN}\n"
+        f"{LIMITS[origin]}\n"
         "- One year or less says nothing about the same season a year later.\n"
         "- New items have no token until the next training; they cannot be recommended.",
     ]

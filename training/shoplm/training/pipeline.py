@@ -104,9 +104,24 @@ def hidden_states(
 def compute_states(
     states: HiddenStates, customers: int, minutes: float | None, progress: Progress
 ) -> tuple[HiddenTable, int]:
-    """As many customers' states as fit into the time, and how many that is."""
-    deadline = None if minutes is None else time.monotonic() + HIDDEN_SHARE * 60.0 * minutes
-    return states.compute(customers, deadline, progress)
+    """As many customers' states as fit into the time, and how many that is. `progress` gets as many customers for the
+    whole as are likely to fit."""
+    begun = time.monotonic()
+    deadline = None if minutes is None else begun + HIDDEN_SHARE * 60.0 * minutes
+    found = 0  # from an earlier run
+
+    def likely(done: int, total: int, tokens: int) -> None:
+        nonlocal found
+        if deadline is not None and done < total:
+            now = time.monotonic()
+            if not tokens:
+                found = done
+            elif now > begun:
+                pace = (done - found) / (now - begun)
+                total = min(total, done + int(pace * max(deadline - now, 0.0)))
+        progress(done, total, tokens)
+
+    return states.compute(customers, deadline, likely)
 
 
 def fit(
