@@ -265,7 +265,6 @@ class ReadyOutput(msgspec.Struct, frozen=True, tag=True):
     backend: str
     load_seconds: float
     tries: dict[str, int]  # name -> items
-    can_explain: bool = True  # it answers Explain
 
 
 EngineOutput = TokensOutput | FinishedOutput | FailedOutput | StatsOutput | ReadyOutput

@@ -34,7 +34,6 @@ class Engine:
             max_context_tokens=info.max_context_tokens,
             trie_depths=info.trie_depths,
             lanes=backend.lanes,
-            can_explain=info.can_explain,
         )
         self._clock = clock
         self._in_flight: deque[tuple[Plan, Handle]] = deque()

@@ -46,7 +46,6 @@ def run(connection: socket.socket, spec: EngineSpec, load: Callable[[EngineSpec]
             info.name,
             time.monotonic() - started,
             info.trie_items,
-            can_explain=info.can_explain,
         )
         gc.collect()
         gc.freeze()

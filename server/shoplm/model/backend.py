@@ -23,7 +23,6 @@ class BackendInfo:
     trie_items: dict[str, int]  # trie name -> items
     pipeline_depth: int = 1  # steps that may be submitted before the first one's result is asked for
     feature_count: int = 0  # dense features that Predict carries
-    can_explain: bool = True  # it computes forks
 
 
 class Handle(Protocol):

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from shoplm.engine.batch import Batch, EmbedReadout, PredictReadout, Row, RowOutput, SampleReadout, SelectReadout
+from shoplm.engine.batch import (
+    Batch,
+    EmbedReadout,
+    ForkReadout,
+    PredictReadout,
+    Row,
+    RowOutput,
+    SampleReadout,
+    SelectReadout,
+)
 from shoplm.errors import BundleError
 from shoplm.model.device_io import Readback, upload
 from shoplm.model.device_select import DeviceSelector
@@ -20,6 +29,7 @@ from shoplm.model.device_state import DeviceState
 from shoplm.model.readouts import Readouts
 from shoplm.model.triton_step import lane_room
 from shoplm.readout.select import SelectJob
+from shoplm.request import ItemScores
 from torch import Tensor
 
 Answer = Callable[[NDArray[np.int32]], RowOutput]
@@ -78,6 +88,9 @@ class DeviceReadouts:
                     predictions.append((index, first))
                 case EmbedReadout():
                     answers[index] = _numbers(readback.add(hidden[first].float()))
+                case ForkReadout() as readout:
+                    values = self._forks(readout, hidden[first : first + row.output_count])
+                    answers[index] = _numbers(readback.add(values))
             first += row.output_count
         if predictions:
             self._predict(batch.rows, predictions, hidden, readback, answers)
@@ -112,6 +125,17 @@ class DeviceReadouts:
         start = readback.add(heads.values(hidden[index], dense)).start
         for at, (row_index, _) in enumerate(chosen):
             answers[row_index] = _numbers(slice(start + at * heads.outputs, start + (at + 1) * heads.outputs))
+
+    def _forks(self, readout: ForkReadout, hidden: Tensor) -> Tensor:
+        """What each of the forks [F, H] reads: fp32 [F, columns]."""
+        reads = readout.reads
+        if isinstance(reads, ItemScores):
+            return self._selector(reads.trie).log_p(hidden, reads.items)
+        if self._heads is None:
+            raise BundleError("a prediction was to be explained, but the bundle has no heads")
+        self._heads.check(reads.features)
+        [dense] = upload([np.array(reads.features, np.float32)], self._device)
+        return self._heads.values(hidden, dense)
 
     def _selector(self, trie: str) -> DeviceSelector:
         selector = self.selectors.get(trie)

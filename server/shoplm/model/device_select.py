@@ -83,6 +83,17 @@ class DeviceSelector:
         self._popularity = torch.tensor(table.popularity_terms).to(device)
         self._searches: dict[int, _Search] = {}
 
+    def log_p(self, hidden: Tensor, items: Sequence[int]) -> Tensor:
+        """As `Selector.log_p`, on the device."""
+        trie = self.table.trie
+        if trie.depth > 1:
+            raise ValueError(f"items have codes of {trie.depth} tokens: one state does not tell their probability")
+        check_items(tuple(items), trie.items)
+        codes = trie.levels[0].child_code.astype(np.int64)
+        existing, wanted = upload([codes, np.asarray(items, np.int64)], self._device)
+        logits = product(hidden, self._rows[0]) + self._bias[0]
+        return torch.log_softmax(logits[:, existing], dim=-1)[:, wanted].contiguous()
+
     def launch(self, hidden: Tensor, jobs: Sequence[SelectJob], readback: Readback) -> list[Finish]:
         """Queue one level of selections that are all at it. `hidden` [rows, H] is what the jobs' rows index.
 

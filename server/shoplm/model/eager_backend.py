@@ -27,7 +27,6 @@ class LocalBackend(ABC):
         max_context_tokens: int,
         vocab_size: int,
         pipeline_depth: int = 1,
-        can_explain: bool = True,
     ) -> None:
         self._readouts = readouts
         self._info = BackendInfo(
@@ -41,7 +40,6 @@ class LocalBackend(ABC):
             trie_items=readouts.trie_items,
             pipeline_depth=pipeline_depth,
             feature_count=readouts.feature_count,
-            can_explain=can_explain,
         )
 
     @property

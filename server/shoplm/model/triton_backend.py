@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from shoplm.engine.batch import Batch
@@ -22,7 +23,7 @@ from shoplm.model.shop_weights import NamedTrie, ShopWeights
 from shoplm.model.step_graphs import GraphLimits, StepGraphs, graph_buckets
 from shoplm.model.triton_decoder import TritonDecoder
 from shoplm.model.triton_program import StepProgram
-from shoplm.model.triton_step import KernelStep, StepBounds, plan_step
+from shoplm.model.triton_step import KernelStep, StepBounds, fork_rows, plan_step
 from shoplm.model.weights import DecoderWeights
 
 
@@ -106,7 +107,6 @@ class TritonBackend(LocalBackend):
             max_context_tokens=positions,
             vocab_size=decoder.vocab_size,
             pipeline_depth=2,
-            can_explain=False,
         )
         state = self._device_readouts.state
         self._program = StepProgram(decoder, self._pool, state, most_samples=state_slots)
@@ -138,10 +138,12 @@ class TritonBackend(LocalBackend):
         need = StepBounds.of(batch)
         if need.lane_tokens > self._max_beam_tokens:
             raise ValueError(f"the step has {need.lane_tokens} lanes, but max_beam_tokens is {self._max_beam_tokens}")
-        outputs = self._graphs.run(batch, need)
+        forks = fork_rows(batch, self.info.page_size, self._device)
+        outputs = None if forks else self._graphs.run(batch, need)
         if outputs is None:
             state = self._device_readouts.state
-            outputs = self._program(KernelStep.upload(plan_step(batch, need, state), need, self._device))
+            step = KernelStep.upload(plan_step(batch, need, state), need, self._device)
+            outputs = self._program(replace(step, forks=forks))
         answers = self._device_readouts.read(batch, outputs.hidden, outputs.tokens)
         clock.stop()
         return Queued(answers, clock)

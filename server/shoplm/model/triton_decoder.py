@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from shoplm.kernels.attention import beam_attention, paged_attention
+from shoplm.kernels.forks import fork_attention
 from shoplm.kernels.inputs import BeamGroups, PagedKv, RaggedRows
 from shoplm.kernels.kv_write import kv_write
 from shoplm.kernels.norm import add_rms_norm, rms_norm
@@ -150,4 +151,6 @@ class TritonDecoder:
         if beams is not None:
             part = slice(step.bounds.row_tokens, None)
             beam_attention(q[part], kv, beams, out=out[part], workspace=self._workspace, window=window)
+        for fork in step.forks:
+            fork_attention(q, kv, fork, out=out, window=window)
         return out.flatten(1)

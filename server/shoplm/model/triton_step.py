@@ -7,7 +7,7 @@ Beams are moved behind all other tokens, so that each attention kernel meets one
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from operator import attrgetter, ge
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from shoplm.engine.batch import Batch, Row, SampleReadout, SelectReadout, beam_of
+from shoplm.kernels.forks import ForkRow
 from shoplm.kernels.inputs import BeamGroups, RaggedRows
 from shoplm.model.device_io import upload
 from shoplm.model.device_state import DeviceState
@@ -142,6 +143,8 @@ class KernelStep:
     top_p: Tensor
     seed: Tensor
     sample_index: Tensor
+    # Prompts with forks: rows like others, whose attention is computed once more. In no captured graph.
+    forks: tuple[ForkRow, ...] = field(default=(), kw_only=True)
 
     @staticmethod
     def upload(arrays: StepArrays, bounds: StepBounds, device: torch.device, into: Tensor | None = None) -> KernelStep:
@@ -180,6 +183,24 @@ class KernelStep:
             parents=parents.contiguous(),
             max_prompt_len=bounds.kv_len,
         )
+
+
+def fork_rows(batch: Batch, page_size: int, device: torch.device) -> tuple[ForkRow, ...]:
+    """The prompts of a step that have forks. Steps with one are in no captured graph."""
+    found = []
+    start = 0
+    for row in batch.rows:
+        if row.beam is not None:  # beams come behind all rows
+            continue
+        if row.hidden is not None:
+            at = np.arange(row.kv_len)
+            slots = row.pages[at // page_size].astype(np.int64) * page_size + at % page_size
+            kept_at = np.arange(row.kv_len - row.query_len, row.kv_len)
+            visible = (at <= kept_at[:, None]) & ~row.hidden
+            positions = batch.positions[row.query_start : row.query_end].astype(np.int64)
+            found.append(ForkRow(start, start + row.query_len, *upload([slots, visible, positions], device)))
+        start += row.query_len
+    return tuple(found)
 
 
 def host_arrays(arrays: StepArrays) -> list[NDArray[np.generic]]:

@@ -38,7 +38,6 @@ class Limits(NamedTuple):
     max_context_tokens: int
     trie_depths: dict[str, int]
     lanes: Callable[[Select], int]
-    can_explain: bool = True
 
 
 class Admission:
@@ -111,8 +110,7 @@ class Admission:
         return Refusal(FailureKind.INVALID, reason, message) if reason else None
 
     def _can_explain(self, task: Explain) -> bool:
-        reads, limits = task.reads, self._limits
-        return limits.can_explain and (not isinstance(reads, ItemScores) or limits.trie_depths.get(reads.trie) == 1)
+        return not isinstance(task.reads, ItemScores) or self._limits.trie_depths.get(task.reads.trie) == 1
 
     def _full(self, load: Load, *, by_tenants: bool) -> Refusal:
         if by_tenants:

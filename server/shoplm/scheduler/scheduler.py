@@ -62,14 +62,13 @@ class Scheduler:
         max_context_tokens: int,
         trie_depths: dict[str, int],
         lanes: Callable[[Select], int],
-        can_explain: bool = True,
     ) -> None:
         self.config = config
         self.memory = SequenceMemory(pages, page_size)
         self.stats = SchedulerStats()
         self.cost = CostModel()
         self.shares = Shares(config.policy.service_weights, config.policy.tenant_weights)
-        self._limits = Limits(max_context_tokens, trie_depths, lanes, can_explain)
+        self._limits = Limits(max_context_tokens, trie_depths, lanes)
         self._forecast = Forecast(config, self.cost)
         self._budgeter = Budgeter(config, self.cost, self._forecast)
         self._prospects = Prospects(config, self._forecast, self._budgeter, self.shares)
