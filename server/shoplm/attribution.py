@@ -21,6 +21,7 @@ from shoplm.request import Explain, HeadValues, ItemScores
 Floats = NDArray[np.float64]
 Suffix = Callable[[Prefix, History], tuple[int, ...]]  # PromptBuilder.recommend or .predict
 
+_SAME_ITEM, _SAME_CATEGORY = 1000.0, 4.0  # how much more likely such a part is to matter than any other
 _LATELY_DAYS = 60.0  # the age at which a mention weighs 1 / e of one of today
 
 
@@ -64,6 +65,30 @@ def likeliest(
         return float(np.exp(-age / _LATELY_DAYS).sum()) * weight(part.events[-1])
 
     return sorted(parts, key=lambda part: (-total(part), part.spans))[:most]
+
+
+def parts_for(
+    rows: Sequence[int],
+    history: History,
+    visits: Sequence[Visit],
+    categories: Sequence[str],
+    *,
+    items: int,
+    lately: int,
+) -> list[Part]:
+    """What may have moved the scores of these items: at most so many items of the history, themselves and their
+    categories' first, and so many of the latest visits. `categories` are all items'."""
+    wanted = set(rows)
+    near = {categories[row] for row in rows}
+
+    def weight(event: int) -> float:
+        if not history.has_item[event]:
+            return 1.0
+        row = int(history.item[event])
+        return _SAME_ITEM if row in wanted else _SAME_CATEGORY if categories[row] in near else 1.0
+
+    found = likeliest(item_parts(history, visits), history, items, weight)
+    return found + likeliest(visit_parts(visits), history, lately)
 
 
 def gone_with(history: History, parts: Iterable[Part]) -> NDArray[np.bool_]:

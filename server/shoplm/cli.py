@@ -16,6 +16,7 @@ _COMMANDS = {
     "score": ("shoplm.training.score.cli", "score", "train"),
     "bench": ("shoplm.bench.cli", "bench", "server"),
     "simulate": ("shoplm.simulate.cli", "simulate", "server"),
+    "explain": ("shoplm.explain.cli", "explain", "server"),
     "bundle": ("shoplm.bundle_cli", "bundle", "server"),
 }
 _HELP = """One language model for a shop's recommendations, chat and predictions.

@@ -115,6 +115,10 @@ def test_an_explanation_is_dropped_first_with_the_callers_leave(serve_scripted: 
     predicted = predict(scripted.server, allow_degraded=True)
     assert list(predicted.degradations) == [shop_pb2.DEGRADATION_NO_EXPLANATION]
     assert predicted.predictions and not predicted.predictions[0].influences
+    registry = scripted.server.server.metrics.registry
+    for service in ("recommendation", "prediction"):
+        labels = {"service": service, "degradation": "no_explanation"}
+        assert registry.get_sample_value("shoplm_degraded_total", labels) == 1.0
     with pytest.raises(grpc.RpcError) as refused:
         recommend(scripted.server)
     assert refused.value.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED)

@@ -13,23 +13,21 @@ from datetime import UTC, datetime
 import msgspec
 import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
-from numpy.typing import NDArray
 from shoplm.api.core import Context, Core
 from shoplm.api.warnings import Warnings
-from shoplm.attribution import Floats, Forks, Part, item_parts, likeliest, visit_parts
+from shoplm.attribution import Floats, Forks, Part, likeliest, parts_for, visit_parts
 from shoplm.bundle import HeadSpec
 from shoplm.errors import ExpiredError, OverloadedError
 from shoplm.features import dense_features, feature_groups
 from shoplm.history import History
 from shoplm.prompt import Prefix
 from shoplm.readout.answers import score_of
-from shoplm.readout.ranking import OwnItems
+from shoplm.readout.ranking import repeat_terms
 from shoplm.request import Degradation, HeadValues, ItemScores, Request, Service
 from shoplm.v1 import shop_pb2
 
 MOST_INFLUENCES = 5  # of one item or prediction
 LEAST_EFFECT = 0.01  # nats; smaller ones are within what bf16 rounds off
-_SAME_ITEM, _SAME_CATEGORY = 1000.0, 4.0  # how much more likely such a part is to matter than any other
 _LEAST_RESERVE, _RESERVED = 0.005, 0.1  # seconds, and share of the time that is left, that an answer keeps for its way
 
 Influence = shop_pb2.Influence
@@ -51,7 +49,6 @@ class Asked:
     service: Service
     history: History
     prefix: Prefix
-    prompt: tuple[int, ...]
     context: Context = field(repr=False)
     allow_degraded: bool
 
@@ -67,33 +64,32 @@ class Explainer:
         core = self._core
         if not len(history):
             return False
-        served = core.config.explanation_forks > 0 and core.ready().can_explain
-        if not served or (items and core.shop().manifest.depth > 1):
+        if not core.config.explanation_forks or (items and core.shop().manifest.depth > 1):
             warnings.add("NOT_EXPLAINED")
             return False
         return True
 
+    def dropped(self, service: Service, columns: int) -> Explanation:
+        """None, where the answer would not be in time with it; also counted in the metrics."""
+        degradation = Degradation.NO_EXPLANATION
+        self._core.metrics.degraded.labels(service.value, degradation.value).inc()
+        return Explanation([()] * columns, degraded=(degradation,))
+
     async def items(self, asked: Asked, rows: Sequence[int]) -> Explanation:
         """What moved the score of each of these items."""
-        history, catalog = asked.history, self._core.shop().catalog
-        prompts, most = self._core.served.prompts, self._core.config.explanation_forks
-        wanted = set(rows)
-        categories = {catalog.categories[row] for row in rows}
-
-        def weight(event: int) -> float:
-            if not history.has_item[event]:
-                return 1.0
-            row = int(history.item[event])
-            return _SAME_ITEM if row in wanted else _SAME_CATEGORY if catalog.categories[row] in categories else 1.0
-
-        visits = prompts.visits(history, asked.prefix)
-        recent = likeliest(visit_parts(visits), history, most // 4)
-        parts = likeliest(item_parts(history, visits), history, most - len(recent), weight) + recent
+        history, prompts = asked.history, self._core.served.prompts
+        most = self._core.config.explanation_forks
+        parts = parts_for(
+            *(rows, history, prompts.visits(history, asked.prefix), self._core.shop().catalog.categories),
+            items=most - most // 4,
+            lately=most // 4,
+        )
         forks = Forks.of(history, asked.prefix, parts, prompts.recommend)
         read, tokens = await self._read(asked, forks, ItemScores(tuple(rows)))
         if read is None:
-            return _dropped(len(rows))
-        other = np.array([self._repeat_terms(each, rows) for each in forks.histories])
+            return self.dropped(asked.service, len(rows))
+        score = self._core.shop().manifest.score
+        other = np.array([repeat_terms(each, rows, score.decay_days, score.repeat_weight) for each in forks.histories])
         model = read[0] - read[1:]
         effects = model + other[0] - other[1:]
         names = [self._named(part, history) for part in forks.parts]
@@ -117,18 +113,12 @@ class Explainer:
             features[at] = tuple(usual.tolist())
         read, tokens = await self._read(asked, forks, HeadValues(tuple(features)))
         if read is None:
-            return _dropped(len(specs))
+            return self.dropped(asked.service, len(specs))
         names = [self._named(part, history) for part in forks.parts[: -len(groups)]]
         names += [Influence(kind=Influence.KIND_HABIT, title=group) for group in groups]
         scores = np.array([[score_of(spec, row) for spec in specs] for row in read.tolist()])
         effects = scores[0] - scores[1:]
         return Explanation([_strongest(names, column) for column in effects.T], tokens)
-
-    def _repeat_terms(self, history: History, rows: Sequence[int]) -> NDArray[np.float32]:
-        """What the score of each item has beside the model's term that depends on the history."""
-        score = self._core.shop().manifest.score
-        own = OwnItems.counted(*history.own_counts(score.decay_days), score.repeat_weight)
-        return own.terms_of(np.asarray(rows, np.int64))
 
     async def _read(self, asked: Asked, forks: Forks, reads: ItemScores | HeadValues) -> tuple[Floats | None, int]:
         """What each fork read, and tokens; None where the caller is better off without."""
@@ -192,10 +182,6 @@ def _text(influence: shop_pb2.Influence, effect: float) -> str:
     last = _day(influence.time.ToSeconds())
     when = f"on {last}" if influence.visits == 1 else f"in {influence.visits} visits, last on {last}"
     return f"{influence.title}, {when}, {change}"
-
-
-def _dropped(columns: int) -> Explanation:
-    return Explanation([[]] * columns, degraded=(Degradation.NO_EXPLANATION,))
 
 
 def _in_reserve(request: Request) -> Request:

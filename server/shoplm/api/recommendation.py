@@ -11,7 +11,7 @@ from shoplm.api.shop import Shop
 from shoplm.api.validation import Violations
 from shoplm.api.warnings import Warnings
 from shoplm.history import History
-from shoplm.request import Degradation, FinishedOutput, Request, Select, SelectOutput, Service
+from shoplm.request import FinishedOutput, Request, Select, SelectOutput, Service
 from shoplm.v1 import recommendation_pb2 as pb
 from shoplm.v1.recommendation_pb2_grpc import RecommendationServiceServicer
 from shoplm.v1.shop_pb2 import Usage
@@ -111,8 +111,8 @@ class RecommendationService(RecommendationServiceServicer):
         if not (wanted and selected.items and self._explainer.can_explain(history, warnings, items=True)):
             return Explanation([()] * len(selected.items))
         if finished.degraded:  # there was no time for the answer itself
-            return Explanation([()] * len(selected.items), degraded=(Degradation.NO_EXPLANATION,))
-        asked = Asked(_SERVICE, history, self._core.prefix(history), work.tokens, context, work.allow_degraded)
+            return self._explainer.dropped(_SERVICE, len(selected.items))
+        asked = Asked(_SERVICE, history, self._core.prefix(history), context, work.allow_degraded)
         return await self._explainer.items(asked, selected.items)
 
     async def _select(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,15 +19,16 @@ from shoplm.model.gpu import KV_FORMATS, check_device, kv_page_bytes
 from shoplm.model.gpu_warmup import warm_up
 from shoplm.model.shop_weights import ShopWeights, load_shop_weights, random_trie
 from shoplm.model.tokenizer import Tokenizer
-from shoplm.model.weights import load_weights
+from shoplm.model.weights import DecoderWeights, load_weights
 from shoplm.vocabulary import SPECIAL_TEXTS, ShopVocabulary
 
 BACKENDS = ("torch", "triton")
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def load_backend(spec: EngineSpec) -> Backend:
-    """The backend of a spec, weights loaded. Raises ConfigurationError saying what cannot be used."""
+def load_backend(spec: EngineSpec, change: Callable[[DecoderWeights], DecoderWeights] | None = None) -> Backend:
+    """The backend of a spec, weights loaded, and changed where that is asked for. Raises ConfigurationError saying what
+    cannot be used."""
     if spec.backend not in BACKENDS:
         raise ConfigurationError(f"backend {spec.backend!r} is not one of: {', '.join(BACKENDS)}")
     on_gpu = spec.backend == "triton"
@@ -38,18 +40,16 @@ def load_backend(spec: EngineSpec) -> Backend:
         raise ConfigurationError(f"kv_format {spec.kv_format} needs backend triton: the torch backend keeps the dtype")
     if spec.threads:
         torch.set_num_threads(spec.threads)
-    folder = Path(spec.base_folder)
-    config = ModelConfig.from_folder(folder)
-    dtype = _DTYPES[spec.dtype]
-    pages = 0 if on_gpu and not spec.kv_cache_bytes else _pages(spec, config, dtype)
-    weights = load_weights(folder, config, dtype, adapter=_adapter(spec))
+    config = ModelConfig.from_folder(Path(spec.base_folder))
+    pages = 0 if on_gpu and not spec.kv_cache_bytes else _pages(spec, config, _DTYPES[spec.dtype])
+    weights, shop = load_tensors(spec, config)
+    weights = weights if change is None else change(weights)
     tries = [
         random_trie(
             each.name, items=each.items, level_sizes=each.level_sizes, hidden_size=config.hidden_size, seed=each.seed
         )
         for each in spec.synthetic_tries
     ]
-    shop = None if spec.bundle_folder is None else _shop(Path(spec.bundle_folder), folder, weights.embedding)
     context = spec.max_context_tokens or None
     if on_gpu:
         from shoplm.model.triton_backend import TritonBackend  # Triton exists on Linux only
@@ -71,6 +71,14 @@ def load_backend(spec: EngineSpec) -> Backend:
         warm_up(backend, spec.max_step_tokens)
         return backend
     return cpu_backend(spec, config, weights, shop, tries, pages)
+
+
+def load_tensors(spec: EngineSpec, config: ModelConfig) -> tuple[DecoderWeights, ShopWeights | None]:
+    """The base's weights, merged with the adapter, and the bundle's."""
+    folder = Path(spec.base_folder)
+    weights = load_weights(folder, config, _DTYPES[spec.dtype], adapter=_adapter(spec))
+    shop = None if spec.bundle_folder is None else _shop(Path(spec.bundle_folder), folder, weights.embedding)
+    return weights, shop
 
 
 def _pages(spec: EngineSpec, config: ModelConfig, dtype: torch.dtype) -> int:

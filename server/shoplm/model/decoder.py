@@ -131,8 +131,12 @@ class Decoder:
         queries, keys = turned[:, :heads], turned[:, heads:].contiguous()
         if self._query_scale is not None:
             queries = queries * self._query_scale
+        self._saw(index, queries, keys)
         pool.write(index, inputs.write_rows, keys.view(-1, config.head_dim), values.view(-1, config.head_dim))
         return attend(inputs.plans[config.sliding_windows[index]], pool, index, queries, keys, values)
+
+    def _saw(self, layer: int, queries: Tensor, keys: Tensor) -> None:
+        """A place to look in, for `attention_mass`: a layer's queries, scaled, and the step's keys."""
 
     def _norm(self, states: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm over the last dimension, in fp32 up to the weight; a few plain passes beat torch's own on a CPU."""

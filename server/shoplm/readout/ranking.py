@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from shoplm.history import History
 from shoplm.request import Select, SelectOutput
 
 Floats = NDArray[np.float32]
@@ -39,6 +41,11 @@ class OwnItems:
             bought = self.items[at] == items
             terms[bought] = self.terms[at[bought]]
         return terms
+
+
+def repeat_terms(history: History, rows: Sequence[int], decay_days: float, repeat_weight: float) -> Floats:
+    """The repeat term of each of these items for a customer with this history."""
+    return OwnItems.counted(*history.own_counts(decay_days), repeat_weight).terms_of(np.asarray(rows, np.int64))
 
 
 def best(scores: Floats, count: int) -> Integers:

@@ -1,0 +1,1 @@
+"""`shoplm explain`: one customer's answers, their reasons, and where the model looked, as an HTML page."""
