@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 
 FILES = ("--items", "items.parquet"), ("--customers", "customers.parquet"), ("--campaigns", "campaigns.parquet")
 Invoke = Callable[..., str]
+EXPLAINED = 4
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,20 @@ def shell(tiny_base: Base) -> Invoke:
 
 
 def quick(out: Path) -> list[object]:
-    return ["--out", out, "--history-tokens", 64, "--history-block", 32, "--epochs", 2, "--minutes", 0]
+    return [
+        "--out",
+        out,
+        "--history-tokens",
+        64,
+        "--history-block",
+        32,
+        "--epochs",
+        2,
+        "--minutes",
+        0,
+        "--explained",
+        0,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +68,7 @@ def trained(shell: Invoke, tiny_files: Path, tmp_path_factory: pytest.TempPathFa
     (tiny_files / "knowledge").mkdir()
     (tiny_files / "knowledge" / "returns.md").write_text("# Returns\nWithin 30 days.\n")
     paths = [part for flag, name in FILES for part in (flag, tiny_files / name)]
-    knowledge = ["--knowledge", tiny_files / "knowledge", "--demo-customers", 4]
+    knowledge = ["--knowledge", tiny_files / "knowledge", "--demo-customers", 4, "--explained", EXPLAINED]
     shell("train", "--events", tiny_files / "events.parquet", *paths, *quick(out), *knowledge)
     return out
 
@@ -117,12 +131,28 @@ def test_the_card_says_what_was_measured(trained: Path) -> None:
     assert all(f"| {row.target} | {row.customers:,} |" in card for row in (*report.probabilities, *report.amounts))
 
 
+def test_the_card_says_how_true_explanations_are(trained: Path) -> None:
+    report = msgspec.json.decode((trained / "metrics.json").read_bytes(), type=Report)
+    result = report.explanations
+    assert result is not None and result.customers == EXPLAINED
+    assert result.score is not None and -1 <= result.score <= 1
+    assert set(result.predictions) == {"purchase 30 d", "churn 30 d", "purchase count 30 d", "spend 30 d"}
+    assert result.cited_in_history == 1.0
+    assert result.deletion.cited > 0
+    card = (trained / "card.md").read_text()
+    assert card.count("## Explanations") == 1
+    assert f"| effects on the score of a recommendation | {result.score:.2f} |" in card
+    assert card.index("## Explanations") < card.index("## Privacy")
+
+
 def test_evaluate_reproduces_the_card(trained: Path, shell: Invoke, tiny_files: Path, tmp_path: Path) -> None:
     """From the bundle's files and freshly computed hidden states alone."""
     paths = [part for flag, name in FILES for part in (flag, tiny_files / name)]
     out, work = tmp_path / "again.json", tmp_path / "work"
     shell(
         "evaluate",
+        "--explained",
+        EXPLAINED,
         "--bundle",
         trained,
         "--events",

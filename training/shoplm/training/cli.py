@@ -29,6 +29,9 @@ BaseOption = Annotated[
 ]
 WorkOption = Annotated[Path | None, typer.Option(help="where hidden states are kept; default: beside the bundle")]
 
+ExplainedOption = Annotated[
+    int, typer.Option(min=0, help="customers whose explanations are compared with leave-one-out; 0: none")
+]
 LogsOption = Annotated[Path | None, typer.Option(help="folder for TensorBoard: losses and validation NDCG")]
 
 
@@ -56,6 +59,7 @@ def train(
     demo_customers: Annotated[int, typer.Option(min=0, help="customers whose true events go into the bundle")] = 10,
     epochs: Annotated[int, typer.Option(min=1, help="most passes over the baskets")] = 6,
     seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
+    explained: ExplainedOption = 100,
     work: WorkOption = None,
     resume: Annotated[bool, typer.Option(help="go on from what a stopped run computed")] = True,
     logs: LogsOption = None,
@@ -92,6 +96,7 @@ def train(
         epochs=epochs,
         seed=seed,
         work=folder,
+        explained=explained,
     )
     with errors(console):
         log = _read(console, events, items, customers, campaigns, timezone)
@@ -148,11 +153,14 @@ def evaluate(
     base: BaseOption = None,
     timezone: TimezoneOption = "UTC",
     max_customers: Annotated[int, typer.Option(min=0, help="of the card's random order; 0: as many as the card")] = 0,
+    explained: ExplainedOption = 100,
+    write: Annotated[bool, typer.Option("--write", help="put the numbers of explanations into the card")] = False,
     work: WorkOption = None,
     json: Annotated[Path | None, typer.Option(help="also write the numbers to this file")] = None,
 ) -> None:
     """Measure a bundle again, on the files that it was trained on: the numbers of its card."""
     import msgspec
+    from shoplm.training.card_explanations import record
     from shoplm.training.run import evaluate_bundle
 
     console = Console(stderr=True)
@@ -166,8 +174,11 @@ def evaluate(
                 base=base,
                 work=folder,
                 max_customers=max_customers or None,
+                explained=explained,
                 watch=watch,
             )
+        if write and report.explanations is not None:
+            record(bundle, report.explanations)
     print_report(Console(), report)
     if json is not None:
         json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")

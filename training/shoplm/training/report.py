@@ -146,6 +146,34 @@ class ChatKept(msgspec.Struct, frozen=True):
         return self.adapted / self.base - 1.0
 
 
+class Deletion(msgspec.Struct, frozen=True):
+    """How far the score of the first recommendation moves when three items are taken out of the history; means over
+    customers of the absolute change, everything computed again."""
+
+    cited: float  # those of the largest effects
+    matched: float  # others, drawn to be as recent and as often bought
+
+    @property
+    def ratio(self) -> float | None:
+        return self.cited / self.matched if self.matched > 0 else None
+
+
+class ExplanationResult(msgspec.Struct, frozen=True):
+    """Effects that an explanation names against leave-one-out: the part taken out and everything computed again.
+
+    Spearman's correlation over the parts of one explanation, means over answers."""
+
+    customers: int
+    parts: int  # of an explanation, at most
+    score: float | None  # effects on the score
+    model: float | None  # on the model's term alone, which only its reading approximates
+    predictions: dict[str, float | None]  # by target: effects on the log-odds, or on the logarithm of an amount
+    randomised: float | None  # on the term of a model of shuffled weights, against the true model's leave-one-out
+    deletion: Deletion
+    model_deletion: Deletion  # of the model's term, by the model's share
+    cited_in_history: float  # share of the cited items
+
+
 class Sample(msgspec.Struct, frozen=True):
     """The part of a report that measuring again needs."""
 
@@ -163,6 +191,7 @@ class Report(Sample, frozen=True):
     count_weights: dict[str, float]  # of the tuned count baseline
     tifu_settings: dict[str, float]  # of the tuned TIFU-KNN
     chat: ChatKept | None = None  # None: no adapter
+    explanations: ExplanationResult | None = None  # None: not measured
 
 
 def known(value: float) -> float | None:

@@ -11,26 +11,32 @@ import msgspec
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from shoplm.api.shop import load_served
 from shoplm.bundle import ShopManifest, read_manifest
 from shoplm.catalog.items import read_catalog
+from shoplm.engine.load import load_backend
+from shoplm.engine.spec import EngineSpec
 from shoplm.errors import BundleError, ConfigurationError
 from shoplm.features import FEATURE_VERSION
 from shoplm.model.base import Base, bundle_base, resolve_base
+from shoplm.model.linear import packing_supported
 from shoplm.model.origin import Origin
 from shoplm.training import pipeline
 from shoplm.training.adapt.kept import measure_adapter
 from shoplm.training.bundle_writer import Identity, choose_demo_customers, moment_text, write_bundle
 from shoplm.training.card import render_card
+from shoplm.training.card_explanations import record
 from shoplm.training.catalogue import ShopItems, choose_items
 from shoplm.training.determinism import deterministic
 from shoplm.training.evaluation import Model, measure
+from shoplm.training.explanations import measure_explanations, shuffled
 from shoplm.training.heads import Head, Standard
 from shoplm.training.hidden import HiddenStates
 from shoplm.training.histories import Histories
 from shoplm.training.log import ShopLog
 from shoplm.training.predictions import Predictor
 from shoplm.training.ranker import OutputRows, RankerSettings
-from shoplm.training.report import Report, Sample
+from shoplm.training.report import ExplanationResult, Report, Sample
 from shoplm.training.scoring import Weights
 from shoplm.training.scratch import MINUTES_SHARE, ScratchRun, scratch_size
 from shoplm.training.shop import Shop
@@ -39,6 +45,7 @@ from shoplm.training.watch import Watch
 from shoplm.vocabulary import SPECIAL_TEXTS
 
 _SPEED_CUSTOMERS = 3
+_KV_BYTES = 256 << 20  # of the engine that explanations are measured with
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,7 @@ class TrainRequest:
     epochs: int
     seed: int
     work: Path
+    explained: int = 0  # customers whose explanations are measured
     remarks: tuple[str, ...] = ()
 
 
@@ -218,6 +226,10 @@ class Run:
             knowledge=request.knowledge,
             demo_customers=choose_demo_customers(shop, request.demo_customers, request.seed),
         )
+        if request.explained:
+            found = explain_bundle(request.out, shop, base, customers=request.explained, seed=request.seed, watch=watch)
+            record(request.out, found)
+            report = msgspec.structs.replace(report, explanations=found)
         return report
 
 
@@ -228,9 +240,11 @@ def evaluate_bundle(
     base: str | None,
     work: Path,
     max_customers: int | None,
+    explained: int,
     watch: Watch,
 ) -> Report:
-    """Measure a bundle with the log that it was trained on. Raises BundleError where they do not belong together."""
+    """Measure a bundle with the log that it was trained on; explanations of so many customers. Raises BundleError
+    where they do not belong together."""
     manifest = read_manifest(folder)
     resolved = bundle_base(folder, base)
     _check_base(manifest, resolved, folder)
@@ -245,9 +259,37 @@ def evaluate_bundle(
         wanted, None, lambda done, total, tokens: watch.advance("hidden states", done, total, tokens)
     )
     report = measure(shop, table, read, read_model(folder, manifest), card.seed, watch.say)
-    if adapter is None:
+    if adapter is not None:
+        chat = measure_adapter(*common, adapter, work, card.seed, watch)
+        report = msgspec.structs.replace(report, chat=chat)
+    if not explained:
         return report
-    return msgspec.structs.replace(report, chat=measure_adapter(*common, adapter, work, card.seed, watch))
+    found = explain_bundle(folder, shop, resolved, customers=explained, seed=card.seed, watch=watch)
+    return msgspec.structs.replace(report, explanations=found)
+
+
+def explain_bundle(
+    folder: Path, shop: Shop, base: Base, *, customers: int, seed: int, watch: Watch
+) -> ExplanationResult:
+    """How true the explanations of a bundle are, as it is served."""
+    served = load_served(base, folder, verify=False)
+    assert served.shop is not None
+    spec = EngineSpec(str(base.folder), str(folder), dtype=_served_dtype(), kv_cache_bytes=_KV_BYTES)
+    return measure_explanations(
+        shop,
+        served.shop.manifest,
+        served.shop.catalog,
+        served.prompts,
+        load_backend(spec),
+        load_backend(spec, lambda weights: shuffled(weights, seed)),
+        customers=customers,
+        seed=seed,
+        advance=lambda done, total: watch.advance("explanations", done, total, 0),
+    )
+
+
+def _served_dtype() -> str:
+    return "bfloat16" if packing_supported() else "float32"
 
 
 def stored_input_rows(folder: Path) -> torch.Tensor | None:

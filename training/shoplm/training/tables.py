@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.table import Table
 from shoplm.bundle_cli import table
 from shoplm.training.card_tables import estimate, ranking_rows
 from shoplm.training.problems import Problem
-from shoplm.training.report import ProbabilityRow, RankingResult, Report, shown
+from shoplm.training.report import ExplanationResult, ProbabilityRow, RankingResult, Report, shown
 
 
 def print_report(console: Console, report: Report) -> None:
@@ -26,6 +27,8 @@ def print_report(console: Console, report: Report) -> None:
             for covers, observed in [(f"{row.coverage:.1%}", f"{row.observed:.2f}") if error is row.ours else ("", "")]
         ]
         console.print(table("amounts", ("target", "by", "MAE", "RMSE", "90 % covers", "observed"), rows))
+    if report.explanations is not None:
+        console.print(_explanation_table(report.explanations))
 
 
 def _print_ranking(console: Console, result: RankingResult) -> None:
@@ -58,3 +61,15 @@ def print_problems(console: Console, problems: Sequence[Problem]) -> None:
     if problems:
         rows = [(p.table, p.column, f"{p.rows:,}", p.found, p.done) for p in problems]
         console.print(table("the log's problems", ("file", "column", "rows", "found", "done"), rows))
+
+
+def _explanation_table(result: ExplanationResult) -> Table:
+    """How well named effects follow leave-one-out."""
+    rows = [
+        ("score", shown(result.score, ".2f"), shown(result.deletion.ratio, ".1f")),
+        ("model's term", shown(result.model, ".2f"), shown(result.model_deletion.ratio, ".1f")),
+        *((target, shown(value, ".2f"), "") for target, value in result.predictions.items()),
+        ("term of a model of shuffled weights", shown(result.randomised, ".2f"), ""),
+    ]
+    title = f"explanations of {result.customers} customers"
+    return table(title, ("effects on", "Spearman with leave-one-out", "top three against matched"), rows)
