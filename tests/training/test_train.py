@@ -153,6 +153,7 @@ def test_evaluate_reproduces_the_card(trained: Path, shell: Invoke, tiny_files: 
         "evaluate",
         "--explained",
         EXPLAINED,
+        "--write",
         "--bundle",
         trained,
         "--events",
@@ -165,6 +166,8 @@ def test_evaluate_reproduces_the_card(trained: Path, shell: Invoke, tiny_files: 
     )
     assert list(work.glob("hidden-*/*.safetensors"))
     assert out.read_bytes() == (trained / "metrics.json").read_bytes()
+    assert (trained / "card.md").read_text().count("## Explanations") == 1
+    read_manifest(trained)  # what was written has its hash
 
 
 def test_the_model_is_not_below_counting_on_a_shop_that_repeats(trained: Path) -> None:

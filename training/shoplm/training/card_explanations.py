@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+from shoplm.bundle import file_hash, read_manifest, write_manifest
 from shoplm.training.report import Deletion, ExplanationResult, Report, shown
 
 HEADING = "## Explanations"
@@ -36,11 +37,15 @@ def explanations(result: ExplanationResult) -> str:
 
 
 def record(folder: Path, result: ExplanationResult) -> None:
-    """Put the numbers into metrics.json and card.md of a bundle, in place of older ones."""
+    """Put the numbers into metrics.json and card.md of a bundle, in place of older ones, and the former's new hash into
+    its manifest."""
     metrics = folder / "metrics.json"
     report = msgspec.json.decode(metrics.read_bytes(), type=Report)
     report = msgspec.structs.replace(report, explanations=result)
     metrics.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+    manifest = read_manifest(folder, verify=False)
+    hashes = {**manifest.hashes, metrics.name: file_hash(metrics)}
+    write_manifest(folder, msgspec.structs.replace(manifest, hashes=hashes))
     card = folder / "card.md"
     card.write_text(with_section(card.read_text("utf-8"), explanations(result)), "utf-8")
 
