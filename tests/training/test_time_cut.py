@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from shoplm.errors import ConfigurationError
 from shoplm.model.base import Base
 from shoplm.training import pipeline
+from shoplm.training.adapt.scratch_model import ScratchSize
 from shoplm.training.evaluation import TUNE_EXAMPLES, tuning_window
 from shoplm.training.examples import ranking_examples
 from shoplm.training.labels import next_basket
 from shoplm.training.log import ShopLog
 from shoplm.training.ranker import RankerSettings
 from shoplm.training.samples import HiddenTable, Task, Use, samples_of
+from shoplm.training.scratch import ScratchRun
 from shoplm.training.shop import Shop
 from shoplm.training.timeline import HORIZONS, make_timeline
 from shoplm.training.watch import Watch
@@ -111,6 +113,22 @@ def test_another_past_changes_what_is_fitted(shop: Shop) -> None:
     assert not torch.equal(one.model.rows.rows, two.model.rows.rows)
     assert one.model.predictor is not None and two.model.predictor is not None
     assert one.model.predictor.specs != two.model.predictor.specs
+
+
+def test_another_future_leaves_a_base_from_nothing_as_it_is(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its training draws baskets and behaviour at moments of its own; so does an adapter's, which is the same code."""
+    monkeypatch.setattr("shoplm.training.scratch.EPOCHS", 1)
+    monkeypatch.setattr("shoplm.training.scratch.FEWEST_STEPS", 4)
+    made = []
+    for name, each in (("one", shop), ("two", with_another_future(shop))):
+        schema = pipeline.prompt_schema(each, "A shop.", 48, 16, adapted=False)
+        catalog = pipeline.write_items(each.items, tmp_path / name / "items")
+        run = ScratchRun(ScratchSize(1, 1, 1, 64), each, catalog, schema, tmp_path / name, seed=0)
+        made.append(run.train(None, Watch()))
+    assert torch.equal(made[0].input_rows, made[1].input_rows)
+    assert made[0].base.fingerprint == made[1].base.fingerprint
 
 
 def test_labels_of_every_use_end_before_the_next_begins(shop: Shop) -> None:
