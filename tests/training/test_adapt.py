@@ -53,7 +53,7 @@ def bundle(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _quick() -> list[object]:
-    return ["--history-tokens", 64, "--history-block", 32, "--epochs", 1, "--minutes", 0]
+    return ["--history-tokens", 64, "--history-block", 32, "--epochs", 1, "--minutes", 0, "--explained", 0]
 
 
 def _model(base: Base) -> AdaptedModel:
@@ -124,7 +124,8 @@ def _holds(passage: Passage, answer: str) -> bool:
 def test_a_stopped_run_ends_where_an_uninterrupted_one_does(
     shell: Shell, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shoplm.training.adapt.run.TALK_PROMPTS", 6)
+    for module in ("run", "kept"):
+        monkeypatch.setattr(f"shoplm.training.adapt.{module}.TALK_PROMPTS", 6)
     monkeypatch.setattr("shoplm.training.adapt.kept.HELD_OUT_PROMPTS", 4)
     monkeypatch.setattr(trainer, "CHECKPOINT_STEPS", 2)
     shell("adapt", "--bundle", bundle, "--out", tmp_path / "whole", "--steps", 3, "--rank", 2)
@@ -160,7 +161,7 @@ def _trains_and_measures(shell: Shell, bundle: Path, tmp_path: Path) -> None:
     assert manifest.has_adapter and manifest.prompt.chat_reads_item_tokens
     assert not plain.has_adapter and not plain.prompt.chat_reads_item_tokens
     assert manifest.version != plain.version
-    shell("evaluate", "--bundle", out, "--json", tmp_path / "again.json")
+    shell("evaluate", "--bundle", out, "--explained", 0, "--json", tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (out / "metrics.json").read_bytes()
     report = msgspec.json.decode((out / "metrics.json").read_bytes(), type=Report)
     assert report.chat is not None and report.chat.answers == 4 and report.chat.adapted != report.chat.base

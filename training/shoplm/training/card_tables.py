@@ -176,9 +176,9 @@ LIMITS = {Origin.TEXT: _FROZEN, Origin.ADAPTED: _ADAPTED, Origin.SCRATCH: _SCRAT
 
 
 def chat(report: Report) -> str:
-    """What the adapter left of ordinary talk; nothing where there is none."""
+    """What the adapter left of ordinary talk; nothing without one, or where no prompt is left to ask."""
     kept = report.chat
-    if kept is None:
+    if kept is None or not kept.answers:
         return ""
     rows = [
         ("the base, which wrote the answers", f"{kept.base:.2f}", f"{kept.base_behind_history:.1f}"),
