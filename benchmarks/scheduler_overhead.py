@@ -1,10 +1,11 @@
 """What the scheduler itself takes of a step: `plan` + `commit`, with many requests running and queued.
 
-    python benchmarks/scheduler_overhead.py --running 1000 --queued 10000
+    python benchmarks/scheduler_overhead.py --out benchmarks/results/scheduler-overhead.json
 
 Two loads. `few`: steps as a CPU makes them, where the token target bounds how many answers fit into a step. `all`:
 every running answer has its token in every step, as on a GPU; the step's own work is then per row. The steps take
-simulated time; what is measured is the scheduler alone, without batch and backend. Prints microseconds.
+simulated time; what is measured is the processor time of the scheduler alone, without batch and backend, so that other
+work on the machine does not count as waiting. Prints microseconds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import gc
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
+from shoplm.bench.report import machine, write_json_of
 from shoplm.request import Generate, Predict, Request, Select, Service, Task
 from shoplm.scheduler.config import SchedulerConfig, SchedulingPolicy
 from shoplm.scheduler.cost import Coefficients
@@ -81,14 +84,14 @@ class Bench:
 
     def step(self) -> tuple[float, float, int]:
         """Plan and commit one step; returns the seconds of both, and its rows."""
-        begin = time.perf_counter()
+        begin = time.thread_time()
         plan = self.scheduler.plan(self.now)
-        planned = time.perf_counter() - begin
+        planned = time.thread_time() - begin
         self.now += self.curve.seconds(plan.load)
         outputs = [self._output(plan, index) for index in range(len(plan.rows))]
-        begin = time.perf_counter()
+        begin = time.thread_time()
         self.scheduler.commit(plan, outputs, self.now)
-        committed = time.perf_counter() - begin
+        committed = time.thread_time() - begin
         self.scheduler.drain_outputs()
         self.scheduler.stats.clear()
         return planned, committed, len(plan.rows)
@@ -132,7 +135,10 @@ def main() -> None:
     parser.add_argument("--running", type=int, default=1_000)
     parser.add_argument("--queued", type=int, default=10_000)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--out", type=Path, help="JSON with machine and versions.")
     arguments = parser.parse_args()
+    results: dict[str, object] = {"running": arguments.running, "queued": arguments.queued, "steps": arguments.steps}
+    machine_before = machine()
     print(f"{arguments.running} running, {arguments.queued} queued, microseconds, median (95th percentile)")
     for load in CURVES:
         times = measure(load, arguments.running, arguments.queued, arguments.steps)
@@ -143,6 +149,13 @@ def main() -> None:
             f" ({ordered[int(0.95 * len(ordered))]:.0f})  plan {1e6 * statistics.median(times.plan):7.0f}"
             f"  commit {1e6 * statistics.median(times.commit):7.0f}"
         )
+        results[load] = {
+            "rows_of_a_step": statistics.median(times.rows),
+            "plan_and_commit_processor_seconds_p50": statistics.median(both) / 1e6,
+            "plan_and_commit_processor_seconds_p95": ordered[int(0.95 * len(ordered))] / 1e6,
+        }
+    if arguments.out is not None:
+        write_json_of(results, machine_before, arguments.out)
 
 
 if __name__ == "__main__":

@@ -285,7 +285,8 @@ class Scheduler:
             if sequence.ended:
                 continue
             if sequence.epoch == row.epoch:
-                if not row.is_beam:
+                # Behind the shared pages there is nothing that others could read.
+                if not row.is_beam and row.start < len(sequence.nodes) * self.memory.page_size:
                     self.memory.fill(sequence, row.start + row.count)
                 if sequence.started_seconds is None:
                     sequence.started_seconds = now

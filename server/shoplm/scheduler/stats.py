@@ -32,11 +32,15 @@ class SchedulerStats:
 
     def step(self, plan: Plan) -> None:
         """A step was computed."""
+        tokens: dict[str, int] = {}
+        rows: dict[str, int] = {}
         for row in plan.rows:
             service = row.sequence.request.service
-            self.tokens[service] += row.count
-            self.rows[service] += 1
-        self.mixed_steps += len({row.sequence.request.service for row in plan.rows}) > 1
+            tokens[service] = tokens.get(service, 0) + row.count
+            rows[service] = rows.get(service, 0) + 1
+        self.tokens.update(tokens)
+        self.rows.update(rows)
+        self.mixed_steps += len(rows) > 1
 
     def queued(self, service: Service, seconds: float) -> None:
         """A request left the queue for the first time."""
