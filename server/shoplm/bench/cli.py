@@ -94,7 +94,7 @@ def bench(
             raise ValueError("--policies needs --rates or --find-knee")
         shapes = (offline.PROMPTS, offline.OUTPUTS) if throughput else ()
         work = Work(settings if mixed else None, shapes, throughput_runs, bundle, token, traced)
-        with server(console, address, metrics_url, serve_arguments(base, bundle)) as running:
+        with server(console, address, metrics_url, serve_arguments(base, bundle, settings.targets)) as running:
             measured = asyncio.run(measure(console, running, work))
     path = output or RESULTS / f"{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
     report.write_json(measured, machine, path)

@@ -16,7 +16,7 @@ from shoplm.bench.calls import bearer, open_channel
 from shoplm.bench.launch import RunningServer, own_server
 from shoplm.bench.load import run_load
 from shoplm.bench.observe import ServerWatch, listening_process
-from shoplm.bench.plan import LoadSettings, drawn_arrivals, replayed_arrivals
+from shoplm.bench.plan import LoadSettings, Targets, drawn_arrivals, replayed_arrivals
 from shoplm.bench.summary import distribution, judge, summarise
 from shoplm.bench.sweep import Sweep, find_knee, measure_rates, plot_page, print_sweeps
 from shoplm.bench.workload import Shop, get_model, make_customers, read_shop, request_for
@@ -64,7 +64,9 @@ def sweep_rates(
     sweeps: list[Sweep] = []
     machine_before = report.machine()
     for policy in policies or [""]:
-        arguments = serve_arguments(target.base, target.bundle) + (["--scheduling-policy", policy] if policy else [])
+        arguments = serve_arguments(target.base, target.bundle, settings.targets) + (
+            ["--scheduling-policy", policy] if policy else []
+        )
         with server(console, target.address, target.metrics_url, arguments) as running:
             points = asyncio.run(_sweep(console, running, target, settings, trace, rates, policy))
         rates = [point.settings.rate for point in points]
@@ -158,9 +160,16 @@ async def measure_load(
     )
 
 
-def serve_arguments(base: str | None, bundle: Path | None) -> list[str]:
-    """Flags of `shoplm serve`."""
-    arguments = [] if base is None else ["--base", base]
+def serve_arguments(base: str | None, bundle: Path | None, targets: Targets) -> list[str]:
+    """Flags of `shoplm serve`, which orders its work by the same targets as the load is judged by."""
+    arguments = [
+        f"--recommendation-target-seconds={targets.recommendation_seconds}",
+        f"--prediction-target-seconds={targets.prediction_seconds}",
+        f"--chat-first-target-seconds={targets.chat_first_seconds}",
+        f"--chat-token-target-seconds={targets.chat_token_seconds}",
+    ]
+    if base is not None:
+        arguments += ["--base", base]
     return arguments if bundle is None else [*arguments, "--bundle", str(bundle)]
 
 
