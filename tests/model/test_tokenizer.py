@@ -56,6 +56,7 @@ def test_encodes_and_decodes_like_transformers(tiny_model: Callable[[str], Path]
     ours, theirs = Tokenizer.from_folder(folder), _reference(folder)
     ids = theirs.encode(text, add_special_tokens=False)
     assert ours.encode(text) == ours.encode_template(text) == ids
+    assert ours.encode_all(["before it", text]) == [ours.encode("before it"), ids]
     # A literal U+2581 is a space to a sentencepiece-style vocabulary, there as here.
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert family == "mistral" or ours.decode(ids) == text

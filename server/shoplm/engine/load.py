@@ -128,5 +128,6 @@ def _token_texts(base: Path, manifest: ShopManifest, catalog: Catalog) -> list[l
     tokenizer = Tokenizer.from_folder(base)
     texts = [*SPECIAL_TEXTS.values(), *(catalog.text(row) for row in range(len(catalog))), *catalog.type_texts]
     # Many items share their words: each text is encoded once.
-    encoded = {text: tokenizer.encode(text) for text in set(texts)}
+    distinct = list(dict.fromkeys(texts))
+    encoded = dict(zip(distinct, tokenizer.encode_all(distinct), strict=True))
     return [encoded[text] for text in texts]
