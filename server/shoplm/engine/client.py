@@ -228,20 +228,17 @@ class EngineClient(ABC):
             self._transport.write(b"".join(unsent))
 
     def _take(self, output: EngineOutput) -> None:
-        match output:
-            case TokensOutput() | FinishedOutput() | FailedOutput():
-                call = self._calls.get(output.request_id)
-                if call is not None:
-                    call.put(output)
-                elif isinstance(output, FailedOutput) and not output.request_id:
-                    self._load_failed(output.message)
-            case StatsOutput(stats=stats):
-                for callback in self._stats_callbacks:
-                    callback(stats)
-            case ReadyOutput():
-                self.ready = output
-                if self._loaded is not None and not self._loaded.done():
-                    self._loaded.set_result(None)
+        if isinstance(output, StatsOutput):
+            for callback in self._stats_callbacks:
+                callback(output.stats)
+        elif isinstance(output, ReadyOutput):
+            self.ready = output
+            if self._loaded is not None and not self._loaded.done():
+                self._loaded.set_result(None)
+        elif (call := self._calls.get(output.request_id)) is not None:
+            call.put(output)
+        elif isinstance(output, FailedOutput) and not output.request_id:
+            self._load_failed(output.message)
 
     def _load_failed(self, message: str) -> None:
         if self._loaded is not None and not self._loaded.done():

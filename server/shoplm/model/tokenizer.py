@@ -193,6 +193,8 @@ class StopStrings:
 
     def push(self, text: str) -> str:
         """The text that may be shown now. Nothing after a stop string is ever returned."""
+        if not self._stops:
+            return text
         if self.stopped is not None:
             return ""
         text = self._held + text
