@@ -1,0 +1,15 @@
+"""A sequence's own bookkeeping."""
+
+from __future__ import annotations
+
+from shoplm.request import Explain, ItemScores, Request, Service
+from shoplm.scheduler.sequence import Sequence
+
+
+def test_a_preempted_explanation_forgets_what_its_forks_have_read() -> None:
+    task = Explain(2, ((), ((0, 3),)), ItemScores((1,)))
+    sequence = Sequence(Request("r", Service.RECOMMENDATION, tuple(range(24)), task, 0.0), 0.0, list(range(24)))
+    assert sequence.shareable == 20  # the history, and no fork
+    sequence.computed, sequence.parts = 22, (-1.5,)
+    sequence.restart()
+    assert (sequence.computed, sequence.parts, sequence.epoch) == (0, (), 1)
