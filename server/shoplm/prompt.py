@@ -20,6 +20,7 @@ from shoplm.vocabulary import ShopVocabulary
 _MARKS = {EventKind.CART: "<cart>", EventKind.VIEW: "<view>", EventKind.RETURN: "<return>"}
 _SYSTEM = "system"
 _MAX_OPENINGS = 1024
+SUFFIX_TOKENS = 2  # of a task behind a history: the gap since the last visit, and what is asked
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import grpc
+import msgspec
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from served_shop import Scripted, Serve
@@ -103,6 +104,20 @@ def test_a_server_without_forks_says_so(serve_scripted: Serve) -> None:
     assert [warning.code for warning in response.warnings] == ["NOT_EXPLAINED"]
     assert response.items[0].reasons and not response.items[0].influences
     assert [warning.code for warning in predict(scripted.server).warnings] == ["NOT_EXPLAINED"]
+
+
+def test_forks_are_as_many_as_fit_into_the_context(serve_scripted: Serve) -> None:
+    scripted = serve_scripted("--explanation-forks", "256")
+    ready = scripted.engine.ready
+    assert ready is not None
+    prompt = recommend(scripted.server, explain=False).usage.history_tokens
+    room = prompt + 2 * (1 + len(feature_groups()) + 3)  # for three parts
+    for context, parts in ((room, 3), (room + 1, 3), (room + 2, 4)):
+        scripted.engine.ready = msgspec.structs.replace(ready, max_context_tokens=context)
+        recommend(scripted.server)
+        assert len(explanation(scripted).hidden) == 1 + parts
+    scripted.engine.ready = msgspec.structs.replace(ready, max_context_tokens=room - 6)
+    assert [warning.code for warning in recommend(scripted.server).warnings] == ["NOT_EXPLAINED"]
 
 
 @pytest.mark.parametrize("error", [OverloadedError("full", reason="QUEUE_FULL"), ExpiredError("too late")])

@@ -18,9 +18,9 @@ from shoplm.api.warnings import Warnings
 from shoplm.attribution import Floats, Forks, Part, likeliest, parts_for, visit_parts
 from shoplm.bundle import HeadSpec
 from shoplm.errors import ExpiredError, OverloadedError
-from shoplm.features import dense_features, feature_groups
+from shoplm.features import FEATURE_GROUPS, dense_features, feature_groups
 from shoplm.history import History
-from shoplm.prompt import Prefix
+from shoplm.prompt import SUFFIX_TOKENS, Prefix
 from shoplm.readout.answers import score_of
 from shoplm.readout.ranking import repeat_terms
 from shoplm.request import Degradation, HeadValues, ItemScores, Request, Service
@@ -59,15 +59,22 @@ class Explainer:
     def __init__(self, core: Core) -> None:
         self._core = core
 
-    def can_explain(self, history: History, warnings: Warnings, *, items: bool) -> bool:
+    def can_explain(self, history: History, prefix: Prefix, warnings: Warnings, *, items: bool) -> bool:
         """Whether there is something to read; a warning says where it cannot be."""
         core = self._core
         if not len(history):
             return False
-        if not core.config.explanation_forks or (items and core.shop().manifest.depth > 1):
+        if self._room(prefix) < 1 or (items and core.shop().manifest.depth > 1):
             warnings.add("NOT_EXPLAINED")
             return False
         return True
+
+    def _room(self, prefix: Prefix) -> int:
+        """Parts that may be tried: as many as are allowed, and fit into the context behind the whole answer's fork and
+        those without a habit."""
+        core = self._core
+        forks = (core.ready().max_context_tokens - len(prefix.tokens)) // SUFFIX_TOKENS
+        return min(core.config.explanation_forks, forks - 1 - len(FEATURE_GROUPS))
 
     def dropped(self, service: Service, columns: int) -> Explanation:
         """None, where the answer would not be in time with it; also counted in the metrics."""
@@ -78,7 +85,7 @@ class Explainer:
     async def items(self, asked: Asked, rows: Sequence[int]) -> Explanation:
         """What moved the score of each of these items."""
         history, prompts = asked.history, self._core.served.prompts
-        most = self._core.config.explanation_forks
+        most = self._room(asked.prefix)
         parts = parts_for(
             *(rows, history, prompts.visits(history, asked.prefix), self._core.shop().catalog.categories),
             items=most - most // 4,
@@ -102,7 +109,7 @@ class Explainer:
         """What moved each prediction."""
         core, history = self._core, asked.history
         shop, prompts = core.shop(), core.served.prompts
-        visits = likeliest(visit_parts(prompts.visits(history, asked.prefix)), history, core.config.explanation_forks)
+        visits = likeliest(visit_parts(prompts.visits(history, asked.prefix)), history, self._room(asked.prefix))
         groups = feature_groups()
         # A fork that hides nothing, with other features, is one without a habit.
         forks = Forks.of(history, asked.prefix, visits, prompts.predict).repeated(len(groups))

@@ -77,7 +77,7 @@ class PredictionService(PredictionServiceServicer):
         since_purchase = seconds_since_purchase(history)
         predictions = [target.prediction(finished.values, since_purchase) for target in targets]
         why = Explanation(())
-        if request.explain and targets and self._explainer.can_explain(history, warnings, items=False):
+        if request.explain and targets and self._explainer.can_explain(history, prefix, warnings, items=False):
             asked = Asked(_SERVICE, history, prefix, context, request.allow_degraded)
             why = await self._explainer.targets(asked, [target.spec for target in targets])
             for message, influences in zip(predictions, why.influences, strict=True):

@@ -108,7 +108,11 @@ class RecommendationService(RecommendationServiceServicer):
         warnings: Warnings,
     ) -> Explanation:
         """What moved the model's terms of the selected items."""
-        if not (wanted and selected.items and self._explainer.can_explain(history, warnings, items=True)):
+        if not (
+            wanted
+            and selected.items
+            and self._explainer.can_explain(history, self._core.prefix(history), warnings, items=True)
+        ):
             return Explanation([()] * len(selected.items))
         if finished.degraded:  # there was no time for the answer itself
             return self._explainer.dropped(_SERVICE, len(selected.items))

@@ -10,8 +10,8 @@ TEXTS = {
     "FUTURE_EVENT": "events after as_of were ignored",
     "EVENTS_TRUNCATED": "the oldest events were left out: there are more than max_events",
     "HISTORY_TRUNCATED": "the oldest baskets are not in the prompt: they do not fit max_history_tokens",
-    "NOT_EXPLAINED": "this server says no more than the terms of the score: items have codes of several tokens, or "
-    "explanation_forks is 0",
+    "NOT_EXPLAINED": "this server says no more than the terms of the score: items have codes of several tokens, "
+    "the context is full, or explanation_forks is 0",
     "EMPTY_HISTORY": "the customer has no history that counts: the answer is what is usual in this shop",
 }
 
