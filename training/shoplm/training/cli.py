@@ -59,7 +59,7 @@ def train(
     demo_customers: Annotated[int, typer.Option(min=0, help="customers whose true events go into the bundle")] = 10,
     epochs: Annotated[int, typer.Option(min=1, help="most passes over the baskets")] = 6,
     seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
-    explained: ExplainedOption = 100,
+    explained: ExplainedOption = 20,
     work: WorkOption = None,
     resume: Annotated[bool, typer.Option(help="go on from what a stopped run computed")] = True,
     logs: LogsOption = None,
