@@ -14,7 +14,8 @@ import typer
 from safetensors.torch import load_file
 from shoplm.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_manifest
 from shoplm.catalog.items import Catalog
-from shoplm.model.base import Base
+from shoplm.model.base import Base, resolve_base
+from shoplm.model.origin import Origin
 from shoplm.retrieval import DECLINED, Passage
 from shoplm.training.adapt import trainer
 from shoplm.training.adapt.conversations import FactWriter, talk_prompts
@@ -149,6 +150,19 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(
         assert torch.equal(tensor, parts[name]), name
     assert any(bool(tensor.any()) for name, tensor in whole.items() if "lora_B" in name)
     _trains_and_measures(shell, bundle, tmp_path)
+
+
+def test_all_layers_are_trained_to_a_base_of_its_own(
+    shell: Shell, bundle: Path, tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("run", "kept"):
+        monkeypatch.setattr(f"shoplm.training.adapt.{module}.TALK_PROMPTS", 6)
+    monkeypatch.setattr("shoplm.training.adapt.kept.HELD_OUT_PROMPTS", 4)
+    arguments = ["--out", tmp_path / "out", "--steps", 1, "--full", "--gradient-checkpointing"]
+    assert "shoplm train --base" in " ".join(shell("adapt", "--bundle", bundle, *arguments).split())
+    base = resolve_base(str(tmp_path / "out" / "base"))
+    assert base.origin is Origin.ADAPTED and base.config == tiny_base.config
+    assert base.fingerprint != tiny_base.fingerprint
 
 
 def _trains_and_measures(shell: Shell, bundle: Path, tmp_path: Path) -> None:

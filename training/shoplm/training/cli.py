@@ -122,9 +122,7 @@ def adapt(
     steps: Annotated[int, typer.Option(min=1, help="steps of four customers each")] = 340,
     rank: Annotated[int, typer.Option(min=1, max=256, help="of the low-rank matrices")] = 16,
     full: Annotated[bool, typer.Option("--full", help="train all layers, for machines with room")] = False,
-    checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="less memory, a third more time")
-    ] = False,
+    checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="less memory, more time")] = False,
     seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
     logs: LogsOption = None,
 ) -> None:

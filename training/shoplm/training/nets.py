@@ -18,7 +18,7 @@ from shoplm.training.heads import Head, HeadData, Loss, fit_states
 from torch import Tensor
 
 FEWEST_ROWS = 5000  # with fewer, a linear head is fitted
-MEMBERS, UNITS = 3, 16
+MEMBERS, UNITS = 6, 32
 _EPOCHS, _BATCH = 8, 512
 _LEARNING_RATE, _DECAY = 1e-2, 1e-2
 

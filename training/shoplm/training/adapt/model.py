@@ -201,8 +201,8 @@ class TunedModel(TalkingModel):
 
 
 def load_causal(folder: Path, *, checkpointing: bool) -> Any:
-    """The base in bf16. With `checkpointing`, activations are computed again in the backward pass: less memory, a
-    third more time."""
+    """The base in bf16. With `checkpointing`, activations are computed again in the backward pass: less memory, more
+    time."""
     causal: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
     if checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
