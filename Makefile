@@ -49,7 +49,7 @@ doctor: ## What this machine has, and what each part is for
 	@$(PYTHON) server/shoplm/doctor.py
 
 budget: $(INSTALLED) ## Compile every kernel for every card and write the table
-	$(BIN)/python benchmarks/kernel_budget.py --full --write
+	$(BIN)/python benchmarks/kernel_budget.py --full --write --keep .kernel-budget.jsonl $(ARGS)
 
 clean: ## Remove what was built (not the cache of base models)
 	rm -rf $(VENV) protos/gen .pytest_cache .mypy_cache .ruff_cache

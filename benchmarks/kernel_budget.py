@@ -2,7 +2,11 @@
 
     python benchmarks/kernel_budget.py                 about 60 representative cells: rules, and growth past the table
     python benchmarks/kernel_budget.py --write         the table's cells (about 190), and write the table anew
-    python benchmarks/kernel_budget.py --full --write  the whole matrix against the rules as well (`make budget`)
+    python benchmarks/kernel_budget.py --full --write  the whole matrix against the rules as well (`make budget`), and a
+                                                       summary of it
+
+`--keep FILE` adds each measured cell to a file and compiles no cell again that the file has, of the same kernel source
+and the same compiler: a run of the whole matrix that was stopped goes on, and one after a change compiles what changed.
 
 A cell is one kernel specialisation exactly as its launcher would ask for it (`shoplm.kernels.aot`). Its numbers come
 from Triton's own ptxas run: registers a thread, spilled bytes, shared memory, and instruction counts in the PTX.
@@ -19,18 +23,18 @@ import functools
 import importlib
 import io
 import itertools
-import json
 import multiprocessing
 import os
 import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import triton
+from budget_matrix import MATRIX_PATH, KeptRows, Measured, write_matrix
+from budget_table import TABLE_PATH, BudgetRow, BudgetTable
 from shoplm.kernels.aot import AotCell
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas_version
@@ -50,102 +54,9 @@ OPS = (
     "sample",
 )
 ARCHES = (80, 89, 90, 100)
-# Opt-in limit of a thread block, CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
-SHARED_LIMIT_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-PIPELINED_KERNELS = ("_prefill_kernel", "_split_kernel", "_beam_prompt_kernel", "_span_mass_kernel")
-
-REGISTER_SLACK = 8  # ptxas allocates in steps of 8
-SHARED_SLACK_BYTES = 1024
-INSTRUCTION_SLACK = 1.10
-
-TABLE_PATH = Path(__file__).parent / "results" / "kernel_budget.json"
 WORKERS = 2
 
 Scope = Literal["representative", "table", "full"]
-
-
-@dataclass(frozen=True)
-class BudgetRow:
-    """What one cell compiled to."""
-
-    name: str
-    num_warps: int
-    num_stages: int
-    registers: int  # per thread
-    spill_bytes: int  # stores plus loads, per thread
-    shared_bytes: int  # per thread block
-    instructions: int  # in the PTX, all kinds
-    wgmma: int  # asynchronous warp-group products (sm_90)
-    mma: int  # synchronous tensor-core products, and tcgen05 ones (sm_100)
-    cp_async: int  # asynchronous copies to shared memory
-    wgmma_serialised: bool
-
-    def broken_rules(self, cell: AotCell) -> list[str]:
-        """Hard rules that this cell breaks, in words."""
-        broken = []
-        if self.spill_bytes:
-            broken.append(f"spills {self.spill_bytes} bytes")
-        if self.shared_bytes > SHARED_LIMIT_BYTES[cell.arch]:
-            broken.append(f"needs {self.shared_bytes} bytes of shared memory, sm_{cell.arch} has at most "
-                          f"{SHARED_LIMIT_BYTES[cell.arch]}")  # fmt: skip
-        if cell.expect_wgmma and not self.wgmma:
-            broken.append("has no wgmma")
-        if self.wgmma_serialised:
-            broken.append("serialises its wgmma")
-        if cell.kernel.__name__ in PIPELINED_KERNELS and not self.cp_async:
-            broken.append("has no cp.async: its loads are not pipelined")
-        return broken
-
-    def regressions(self, committed: BudgetRow) -> list[str]:
-        """Growth past the committed row by more than the slack, in words."""
-        limits = (
-            ("registers", self.registers, committed.registers + REGISTER_SLACK),
-            ("shared_bytes", self.shared_bytes, committed.shared_bytes + SHARED_SLACK_BYTES),
-            ("instructions", self.instructions, int(committed.instructions * INSTRUCTION_SLACK)),
-        )
-        return [f"{field} grew to {value}, budget {limit}" for field, value, limit in limits if value > limit]
-
-
-@dataclass(frozen=True)
-class BudgetTable:
-    """The committed table and the compiler that it is of."""
-
-    triton_version: str
-    ptxas_version: str
-    rows: dict[str, BudgetRow]
-
-    @staticmethod
-    def read(path: Path = TABLE_PATH) -> BudgetTable:
-        """The table at `path`; FileNotFoundError where there is none yet."""
-        data = json.loads(path.read_text())
-        rows = [BudgetRow(**row) for row in data["rows"]]
-        return BudgetTable(data["triton_version"], data["ptxas_version"], {row.name: row for row in rows})
-
-    def write(self, path: Path = TABLE_PATH) -> None:
-        """Write the JSON and, beside it, the same table in Markdown."""
-        rows = [asdict(self.rows[name]) for name in sorted(self.rows)]
-        head = {"triton_version": self.triton_version, "ptxas_version": self.ptxas_version}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n  ".join(json.dumps(row) for row in rows)
-        path.write_text(json.dumps(head)[:-1] + f', "rows": [\n  {lines}\n]}}\n')
-        path.with_suffix(".md").write_text(self._markdown())
-
-    def _markdown(self) -> str:
-        columns = ("warps", "stages", "registers", "spilled B", "shared B", "instructions", "wgmma", "mma", "cp.async")
-        lines = [
-            "# Kernel budget",
-            "",
-            f"Written by `make budget`; Triton {self.triton_version}, ptxas {self.ptxas_version}.",
-            "",
-            "| kernel | " + " | ".join(columns) + " |",
-            "|---|" + "--:|" * len(columns),
-        ]
-        for name in sorted(self.rows):
-            row = self.rows[name]
-            values = (row.num_warps, row.num_stages, row.registers, row.spill_bytes, row.shared_bytes)
-            counts = (row.instructions, row.wgmma, row.mma, row.cp_async)
-            lines.append(f"| {name} | " + " | ".join(str(value) for value in values + counts) + " |")
-        return "\n".join(lines) + "\n"
 
 
 def cells_in(scope: Scope) -> list[AotCell]:
@@ -211,14 +122,22 @@ def _measure_at(position: int, scope: Scope) -> BudgetRow | str:
         return f"does not compile: {type(error).__name__}: {str(error)[:500]}"
 
 
-def measure_all(scope: Scope, workers: int = WORKERS) -> list[tuple[AotCell, BudgetRow | str]]:
-    """Every (cell, row or the reason why it has none) of a scope, compiled in `workers` processes."""
+def measure_all(scope: Scope, workers: int = WORKERS, keep: Path | None = None) -> list[Measured]:
+    """Every (cell, row or the reason why it has none) of a scope, compiled in `workers` processes.
+
+    `keep`: a file that has cells measured before, and gets each new one.
+    """
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise RuntimeError("TRITON_INTERPRET is set: there is nothing to compile under the interpreter; unset it")
     cells = cells_in(scope)
+    kept = KeptRows(keep, compiler_versions())
+    rows = [kept.find(cell) for cell in cells]
+    missing = [position for position, row in enumerate(rows) if row is None]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        rows = list(pool.map(_measure_at, range(len(cells)), itertools.repeat(scope)))
-    return list(zip(cells, rows, strict=True))
+        for position, row in zip(missing, pool.map(_measure_at, missing, itertools.repeat(scope)), strict=True):
+            rows[position] = row
+            kept.add(cells[position], row)
+    return [(cell, row) for cell, row in zip(cells, rows, strict=True) if row is not None]
 
 
 def compiler_versions() -> tuple[str, str]:
@@ -227,7 +146,7 @@ def compiler_versions() -> tuple[str, str]:
     return triton.__version__, match.group(1) if match else "unknown"
 
 
-def problems(measured: Sequence[tuple[AotCell, BudgetRow | str]], table: BudgetTable | None) -> list[str]:
+def problems(measured: Sequence[Measured], table: BudgetTable | None) -> list[str]:
     """Every broken rule and, against a table of the same compiler, every cell that it lacks and every regression."""
     found = []
     for cell, row in measured:
@@ -247,8 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="the whole matrix instead of the representative cells")
     parser.add_argument("--write", action="store_true", help="write the table")
+    parser.add_argument("--keep", type=Path, help="file of cells measured before; each new one is added")
+    parser.add_argument("--workers", type=int, default=WORKERS, help="processes that compile")
     options = parser.parse_args(arguments)
-    measured = measure_all("full" if options.full else "table" if options.write else "representative")
+    scope: Scope = "full" if options.full else "table" if options.write else "representative"
+    measured = measure_all(scope, options.workers, options.keep)
     for cell, row in measured:
         detail = row if isinstance(row, str) else f"{row.registers} registers, {row.shared_bytes} B shared"
         print(f"{cell.name:90s} {detail}")
@@ -260,6 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif not options.full and TABLE_PATH.exists() and (read := BudgetTable.read()).triton_version == triton.__version__:
         table = read
     found = problems(measured, table)
+    if options.full and options.write:
+        write_matrix(measured, found, compiler_versions(), MATRIX_PATH)
     for text in found:
         print(f"PROBLEM {text}")
     compared = "the committed table" if table else "the rules only"

@@ -161,7 +161,7 @@ def searches(stage: Stage) -> None:
     backend = TritonBackend(
         config, weights, tries=[trie], pages=stage.size(3200, 60), state_slots=groups,
         max_context_tokens=min(config.max_positions, 8192), max_beam_tokens=groups * width, device=stage.device,
-        graph_seconds=0.0 if stage.smoke else 60.0,
+        graph_seconds=0.0 if stage.smoke else 30.0,
     )  # fmt: skip
     shapes = [(33, 1)] if stage.smoke else list(ANCHORS)
     for length, count in shapes:

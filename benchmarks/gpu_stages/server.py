@@ -30,7 +30,7 @@ def throughput(stage: Stage) -> None:
     save_base(folder, config, random_weights(config, torch.bfloat16, torch.device("cpu")))
     backend = ["--backend", "torch"] if stage.smoke else ["--backend", "triton", "--graph-seconds", "10"]
     arguments = ["--base", str(folder), *backend, "--max-step-tokens", "8192"]
-    with own_server(arguments, stage.path.parent / "server.log", start_seconds=100.0) as server:
+    with own_server(arguments, stage.path.parent / "server.log", start_seconds=70.0) as server:
         wide = stage.size(128, 2)
         for shape in (PROMPTS, OUTPUTS):
             runs = stage.size(3, 1)

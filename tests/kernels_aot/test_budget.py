@@ -15,7 +15,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_budget import BudgetRow, BudgetTable
+from budget_matrix import KeptRows, write_matrix
+from budget_table import BudgetRow, BudgetTable
 from shoplm.kernels.aot import AotCell, make_cell
 
 Measured = list[tuple[AotCell, BudgetRow | str]]
@@ -116,3 +117,30 @@ def test_the_table_survives_a_round_trip(tmp_path: Path) -> None:
     written.write(path)
     assert BudgetTable.read(path) == written
     assert "| cell | 4 | 3 | 100 | 0 | 65536 | 1000 | 8 | 0 | 6 |" in path.with_suffix(".md").read_text()
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    """A cell is kept with its compiler and all that it was compiled with; a line that was cut off is no cell."""
+    path, versions = tmp_path / "kept.jsonl", ("3.7.1", "12.8.93")
+    first, second, third = kernel_budget.cells_in("table")[:3]
+    kept = KeptRows(path, versions)
+    assert kept.find(first) is None
+    kept.add(first, row())
+    kept.add(second, "does not compile: because")
+    path.write_text(path.read_text() + '{"key": "half')
+    again = KeptRows(path, versions)
+    assert again.find(first) == row()
+    assert again.find(second) == "does not compile: because"
+    assert again.find(third) is None
+    assert again.find(dataclasses.replace(first, num_stages=first.num_stages + 1)) is None
+    assert KeptRows(path, ("3.6.0", versions[1])).find(first) is None
+
+
+def test_the_matrix_shows_the_worst_of_a_kernels_cells(tmp_path: Path) -> None:
+    cell = kernel_budget.cells_in("table")[0]
+    reason = f"{cell.name} does not compile: because"
+    path = tmp_path / "matrix.md"
+    write_matrix([(cell, row()), (cell, row(registers=200)), (cell, reason)], [reason], ("3.7.1", "12.8.93"), path)
+    text = path.read_text()
+    assert f"| {cell.op}/{cell.kernel.__name__}/sm{cell.arch} | 3 | 200 | 0 | 65536 | 1000 |" in text
+    assert text.endswith(f"## Problems\n\n- {reason}\n")

@@ -55,9 +55,10 @@ class Fp8Linear:
             product = (values.float() * scale) @ (self._values.float() * self._scale).t()
             result = product.to(states.dtype)
         else:
+            # bf16 is the one result with row scales that torch has on every card.
             result = torch._scaled_mm(
-                values, self._values.t(), scale_a=scale, scale_b=self._scale.t(), out_dtype=states.dtype
-            )
+                values, self._values.t(), scale_a=scale, scale_b=self._scale.t(), out_dtype=torch.bfloat16
+            ).to(states.dtype)
         return result if self._bias is None else result + self._bias
 
 
