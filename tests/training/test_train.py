@@ -170,6 +170,15 @@ def test_evaluate_reproduces_the_card(trained: Path, shell: Invoke, tiny_files: 
     read_manifest(trained)  # what was written has its hash
 
 
+def test_evaluate_weighs_what_a_weight_format_costs(trained: Path, shell: Invoke, tiny_files: Path) -> None:
+    """As it is and rounded, on hidden states of their own; a format that the base does not suit is refused."""
+    paths = [part for flag, name in FILES for part in (flag, tiny_files / name)]
+    arguments = ["evaluate", "--bundle", trained, "--events", tiny_files / "events.parquet", *paths, "--weight-format"]
+    said = shell(*arguments, "fp8")
+    assert "what fp8 costs" in said and "NDCG@10" in said and "BROKEN" not in said
+    assert "32 inputs, expected a multiple of 64" in " ".join(shell(*arguments, "int8", code=2).split())
+
+
 def test_the_model_is_not_below_counting_on_a_shop_that_repeats(trained: Path) -> None:
     report = msgspec.json.decode((trained / "metrics.json").read_bytes(), type=Report)
     for result in report.rankings:

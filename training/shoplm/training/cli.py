@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from shoplm.bundle_cli import table
-from shoplm.training.tables import print_problems, print_report
+from shoplm.training.tables import print_losses, print_problems, print_report
 from shoplm.training.terminal import errors, fail, watching
 
 if TYPE_CHECKING:
@@ -155,10 +155,19 @@ def evaluate(
     write: Annotated[bool, typer.Option("--write", help="put the numbers of explanations into the card")] = False,
     work: WorkOption = None,
     json: Annotated[Path | None, typer.Option(help="also write the numbers to this file")] = None,
+    weight_format: Annotated[
+        str, typer.Option(help="round the base like this format of the GPU backend: int8, int4 or fp8")
+    ] = "model",
 ) -> None:
-    """Measure a bundle again, on the files that it was trained on: the numbers of its card."""
+    """Measure a bundle again, on the files that it was trained on: the numbers of its card.
+
+    With --weight-format, measures it as it is and rounded, without explanations; exits with 1 if the format costs more
+    than it may.
+    """
     import msgspec
     from shoplm.training.card_explanations import record
+    from shoplm.training.format_gate import losses
+    from shoplm.training.report import Report
     from shoplm.training.run import evaluate_bundle
 
     console = Console(stderr=True)
@@ -166,20 +175,30 @@ def evaluate(
     with errors(console):
         log = _read(console, events, items, customers, campaigns, timezone)
         with watching(console) as watch:
-            report = evaluate_bundle(
-                bundle,
-                log,
-                base=base,
-                work=folder,
-                max_customers=max_customers or None,
-                explained=explained,
-                watch=watch,
-            )
+
+            def measured(weight_format: str) -> Report:
+                return evaluate_bundle(
+                    bundle,
+                    log,
+                    base=base,
+                    work=folder,
+                    max_customers=max_customers or None,
+                    explained=0 if gated else explained,
+                    watch=watch,
+                    weight_format=weight_format,
+                )
+
+            gated = weight_format != "model"
+            report = measured(weight_format)
+            costs = losses(measured("model"), report) if gated else []
         if write and report.explanations is not None:
             record(bundle, report.explanations)
     print_report(Console(), report)
+    print_losses(Console(), weight_format, costs)
     if json is not None:
         json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+    if not all(cost.holds for cost in costs):
+        raise typer.Exit(1)
 
 
 def _read(

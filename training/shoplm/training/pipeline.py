@@ -84,11 +84,12 @@ def hidden_states(
     seed: int,
     adapter: Path | None,
     input_rows: torch.Tensor | None = None,
+    weight_format: str = "model",
 ) -> tuple[HiddenStates, Reader]:
     """Loads the base and opens the folder of shards that belongs to exactly this log, base, adapter and prompt."""
     dtype = torch.bfloat16 if packing_supported() else torch.float32
     vocabulary = shop.items.vocabulary(base.config.vocab_size)
-    reader = make_reader(base, catalog, vocabulary, schema, dtype, adapter, input_rows)
+    reader = make_reader(base, catalog, vocabulary, schema, dtype, adapter, input_rows, weight_format)
     identity: dict[str, object] = {
         "base": base.fingerprint,
         "dtype": str(dtype),
@@ -96,6 +97,8 @@ def hidden_states(
         "shop": shop.fingerprint,
         "schema": [schema.preamble, *schema.attributes, schema.history_budget_tokens, schema.history_block_tokens],
     }
+    if weight_format != "model":
+        identity["weight_format"] = weight_format
     if adapter is not None:
         identity["adapter"] = file_hash(adapter / ADAPTER_WEIGHTS)
     return HiddenStates(work, reader, shop.histories, shop.timeline, identity, seed), reader

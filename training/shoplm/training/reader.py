@@ -58,11 +58,16 @@ def make_reader(
     dtype: torch.dtype,
     adapter: Path | None = None,
     input_rows: torch.Tensor | None = None,
+    weight_format: str = "model",
 ) -> Reader:
     """Loads the base, merged with the adapter in that folder. `input_rows` [shop tokens, H], if they are not the mean
-    embeddings of the tokens' texts."""
+    embeddings of the tokens' texts. `weight_format` of the GPU backend: its rounding."""
     tokenizer = Tokenizer.from_folder(base.folder)
     weights = load_weights(base.folder, base.config, dtype, adapter=None if adapter is None else read_adapter(adapter))
+    if weight_format != "model":
+        from shoplm.model.rounded import rounded  # needs Triton
+
+        weights = rounded(weights, weight_format)
     if input_rows is None:
         rows = mean_embeddings(weights.embedding, [tokenizer.encode(text) for text in token_texts(catalog)])
     else:

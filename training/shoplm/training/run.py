@@ -242,9 +242,13 @@ def evaluate_bundle(
     max_customers: int | None,
     explained: int,
     watch: Watch,
+    weight_format: str = "model",
 ) -> Report:
     """Measure a bundle with the log that it was trained on; explanations of so many customers. Raises BundleError
-    where they do not belong together."""
+    where they do not belong together.
+
+    `weight_format`: rankings and predictions with the base rounded as that format of the GPU backend rounds it.
+    """
     manifest = read_manifest(folder)
     resolved = bundle_base(folder, base)
     _check_base(manifest, resolved, folder)
@@ -253,7 +257,7 @@ def evaluate_bundle(
     watch.say(f"loading {resolved.name}")
     adapter, catalog = folder if manifest.has_adapter else None, read_catalog(folder)
     common = (shop, catalog, resolved, manifest.prompt)
-    states, _ = pipeline.hidden_states(*common, work, card.seed, adapter, stored_input_rows(folder))
+    states, _ = pipeline.hidden_states(*common, work, card.seed, adapter, stored_input_rows(folder), weight_format)
     wanted = min(max_customers or card.customers, card.customers)
     table, read = states.compute(
         wanted, None, lambda done, total, tokens: watch.advance("hidden states", done, total, tokens)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from shoplm.bundle_cli import table
 from shoplm.training.card_tables import estimate, ranking_rows
+from shoplm.training.format_gate import Loss
 from shoplm.training.problems import Problem
 from shoplm.training.report import ExplanationResult, ProbabilityRow, RankingResult, Report, shown
 
@@ -29,6 +30,18 @@ def print_report(console: Console, report: Report) -> None:
         console.print(table("amounts", ("target", "by", "MAE", "RMSE", "90 % covers", "observed"), rows))
     if report.explanations is not None:
         console.print(_explanation_table(report.explanations))
+
+
+def print_losses(console: Console, weight_format: str, losses: Sequence[Loss]) -> None:
+    """What a weight format costs, and whether it may."""
+    if losses:
+        rows = [
+            (loss.metric, f"{loss.reference:.4f}", f"{loss.found:.4f}", f"{loss.loss:+.4f}", f"{loss.limit:g}",
+             "holds" if loss.holds else "BROKEN")
+            for loss in losses
+        ]  # fmt: skip
+        header = ("metric", "as it is", weight_format, "loss", "limit", "")
+        console.print(table(f"what {weight_format} costs", header, rows))
 
 
 def _print_ranking(console: Console, result: RankingResult) -> None:

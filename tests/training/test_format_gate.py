@@ -1,0 +1,43 @@
+"""What a weight format may cost a bundle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from shoplm.training.format_gate import losses
+from shoplm.training.report import OURS, Difference, Estimate, ProbabilityRow, RankingResult, RankingRow, Report
+
+UNKNOWN, NO_ESTIMATE = Difference(None, None, None), Estimate(None, None, None)
+
+
+def report(ndcg: float, brier: float, **changes: Any) -> Report:
+    rows = (RankingRow("popularity", 0.1, 0.9, None, None), RankingRow(OURS, 0.1, ndcg, None, None))
+    ranking = RankingResult("by time", 10, rows, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, None, (), ())
+    chance = ProbabilityRow(
+        "buys", 10, 0.5, 0.8, brier, 0.0, NO_ESTIMATE, NO_ESTIMATE, None, None, 0.0, 0.0, None, ()
+    )  # fmt: skip
+    fields: dict[str, Any] = {"seed": 0, "customers": 10, "customers_in_log": 20} | changes
+    return Report(
+        **fields, rankings=(ranking,), probabilities=(chance,), amounts=(), count_weights={}, tifu_settings={}
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ndcg", "brier", "holds"),
+    [
+        (0.1981, 0.1019, [True, True]),
+        (0.1979, 0.1, [False, True]),
+        (0.2, 0.1021, [True, False]),
+        (0.3, 0.05, [True, True]),
+    ],
+)
+def test_a_share_of_ndcg_and_a_rise_of_brier_are_allowed(ndcg: float, brier: float, holds: list[bool]) -> None:
+    found = losses(report(0.2, 0.1), report(ndcg, brier))
+    assert [loss.metric for loss in found] == ["NDCG@10, by time", "Brier, buys"]
+    assert [loss.holds for loss in found] == holds
+
+
+def test_other_customers_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="of 10 and 11 customers"):
+        losses(report(0.2, 0.1), report(0.2, 0.1, customers=11))
