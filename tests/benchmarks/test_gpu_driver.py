@@ -76,8 +76,11 @@ def test_wheels_are_unpacked_and_come_behind_the_sources(tmp_path: Path) -> None
     (tmp_path / "wheels").mkdir()
     with zipfile.ZipFile(tmp_path / "wheels" / "carried-1-py3-none-any.whl", "w") as archive:
         archive.writestr("carried/__init__.py", "value = 1")
+    with zipfile.ZipFile(tmp_path / "wheels" / "numpy-9-py3-none-any.whl", "w") as archive:
+        archive.writestr("numpy/__init__.py", "value = 1")
     environment = gpu.stage_environment(tmp_path, tmp_path / "wheels", smoke=False)
     folders = environment["PYTHONPATH"].split(os.pathsep)
     carried = [at for at, folder in enumerate(folders) if (Path(folder) / "carried" / "__init__.py").exists()]
     assert carried and carried[0] > folders.index(str(gpu.REPOSITORY / "server"))
+    assert not any((Path(folder) / "numpy").exists() for folder in folders)
     assert "TRITON_INTERPRET" not in environment
