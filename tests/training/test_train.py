@@ -176,7 +176,7 @@ def test_evaluate_weighs_what_a_weight_format_costs(trained: Path, shell: Invoke
     arguments = ["evaluate", "--bundle", trained, "--events", tiny_files / "events.parquet", *paths, "--weight-format"]
     said = shell(*arguments, "fp8")
     assert "what fp8 costs" in said and "NDCG@10" in said and "BROKEN" not in said
-    assert "32 inputs, expected a multiple of 64" in " ".join(shell(*arguments, "int8", code=2).split())
+    assert "48 inputs, expected a multiple of 64" in " ".join(shell(*arguments, "int8", code=2).split())
 
 
 def test_the_model_is_not_below_counting_on_a_shop_that_repeats(trained: Path) -> None:
