@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from shoplm.model.amx.backend import AmxBackend, amx_refusal
+from shoplm.model.amx.linear import WeightFormat
 from shoplm.model.backend import Backend
 from shoplm.model.config import ModelConfig, RopeConfig
 from shoplm.model.direct import DirectRunner
@@ -28,6 +29,7 @@ from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import DecoderWeights, LayerWeights
 from shoplm.request import Generate, Select, Task
 
+AMX = {"amx": WeightFormat.BF16, "amx-int8": WeightFormat.INT8, "amx-int4": WeightFormat.INT4}
 LAYERS = 30
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -104,7 +106,7 @@ def make(contestant: str, dtype: torch.dtype) -> Backend:
     refusal = amx_refusal(CONFIG, dtype, 16)
     if refusal is not None:
         raise SystemExit(f"{contestant} cannot run here: {refusal}")
-    return AmxBackend(CONFIG, weights, tries=tries, pages=1200, state_slots=32, int8=contestant == "amx-int8")
+    return AmxBackend(CONFIG, weights, tries=tries, pages=1200, state_slots=32, format=AMX[contestant])
 
 
 def measure(backends: Mapping[str, Backend], repeats: int) -> dict[str, dict[str, float]]:
@@ -142,7 +144,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--contestants", nargs="+", choices=("torch", "amx", "amx-int8"), default=["torch"])
+    parser.add_argument("--contestants", nargs="+", choices=("torch", *AMX), default=["torch"])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     backends = {name: make(name, getattr(torch, arguments.dtype)) for name in arguments.contestants}

@@ -15,7 +15,7 @@ from shoplm.errors import ConfigurationError
 from shoplm.model.amx import library
 from shoplm.model.amx.backend import AmxBackend, amx_refusal
 from shoplm.model.amx.decoder import unsupported
-from shoplm.model.amx.linear import PackedLinear
+from shoplm.model.amx.linear import GROUP, PackedLinear, WeightFormat
 from shoplm.model.config import ModelConfig, RopeConfig
 from shoplm.model.direct import DirectRunner, Output
 from shoplm.model.shop_weights import NamedTrie, ShopWeights, random_trie
@@ -88,10 +88,10 @@ def tries() -> list[NamedTrie]:
     return [random_trie("shop", items=300, level_sizes=(9, 11, 7), hidden_size=CONFIG.hidden_size, seed=3)]
 
 
-def make_amx(*, page_size: int = 16, int8: bool = False, head_dim: int = 64) -> AmxBackend:
+def make_amx(*, page_size: int = 16, format: WeightFormat = WeightFormat.BF16, head_dim: int = 64) -> AmxBackend:
     config = dataclasses.replace(CONFIG, head_dim=head_dim)
     backend = AmxBackend(
-        config, random_weights(head_dim), tries=tries(), pages=2048 // page_size, page_size=page_size, int8=int8
+        config, random_weights(head_dim), tries=tries(), pages=2048 // page_size, page_size=page_size, format=format
     )
     backend.pool.keys.fill_(torch.nan)  # whatever is read without having been written shows
     backend.pool.values.fill_(torch.nan)
@@ -134,16 +134,17 @@ def test_states_follow_fp32_at_other_head_sizes(head_dim: int) -> None:
 
 
 @needs_amx
-def test_int8_states_follow_fp32() -> None:
-    states = DirectRunner(make_amx(int8=True)).run([(prompt, Embed()) for prompt in prompts()])
+@pytest.mark.parametrize(("format", "most"), [(WeightFormat.INT8, 0.05), (WeightFormat.INT4, 0.4)])
+def test_integer_states_follow_fp32(format: WeightFormat, most: float) -> None:
+    states = DirectRunner(make_amx(format=format)).run([(prompt, Embed()) for prompt in prompts()])
     errors = relative_errors(states, reference_states())
-    assert 0.002 < errors.max() < 0.06
+    assert 0.002 < errors.max() < most
 
 
 @needs_amx
-@pytest.mark.parametrize("int8", [False, True])
-def test_a_result_does_not_depend_on_the_batch(int8: bool) -> None:
-    backend = make_amx(int8=int8)
+@pytest.mark.parametrize("format", WeightFormat)
+def test_a_result_does_not_depend_on_the_batch(format: WeightFormat) -> None:
+    backend = make_amx(format=format)
     select = Select(count=5, beam_width=6, trie="shop", own_items=(4, 250), own_counts=(2.0, 0.5))
     sampled = Generate(6, Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=11))
     tasks: list[Task] = [Embed(), select, Generate(8), sampled, Embed(), select, Generate(3), Embed()]
@@ -196,14 +197,38 @@ def test_beams_follow_fp32() -> None:
 
 
 @needs_amx
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 32, 64), (17, 70, 128), (300, 33, 192)])
-def test_a_product_equals_torch(rows: int, outputs: int, inputs: int, int8: bool) -> None:
-    weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
-    states = torch.randn(rows, inputs).bfloat16()
+@pytest.mark.parametrize(
+    ("format", "error"), [(WeightFormat.BF16, 0.004), (WeightFormat.INT8, 0.015), (WeightFormat.INT4, 0.12)]
+)
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 32, 64), (17, 70, 128), (300, 33, 192), (40, 64, 1152)])
+def test_a_product_equals_torch(rows: int, outputs: int, inputs: int, format: WeightFormat, error: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator)
+    states = torch.randn(rows, inputs, generator=generator).bfloat16()
     expected = states.float() @ weight.bfloat16().float().T + bias
-    result = PackedLinear(weight, bias, int8=int8)(states).float()
-    assert ((result - expected).norm() / expected.norm()).item() < (0.015 if int8 else 0.004)
+    result = PackedLinear(weight, bias, format=format)(states).float()
+    assert ((result - expected).norm() / expected.norm()).item() < error
+
+
+@needs_amx
+@pytest.mark.parametrize("format", [WeightFormat.INT8, WeightFormat.INT4])
+def test_weights_and_states_on_the_grid_are_exact(format: WeightFormat) -> None:
+    """Groups whose scales differ, integers that reach both ends of their range: only the bf16 of the result rounds."""
+    generator = torch.Generator().manual_seed(2)
+    low, high = (-127, 127) if format is WeightFormat.INT8 else (0, 15)
+    group = GROUP[format]
+
+    def grid(rows: int, low: int, high: int) -> torch.Tensor:
+        values = torch.randint(low, high + 1, (rows, 384 // group, group), generator=generator).float()
+        values[..., 0], values[..., 1] = low, high
+        return values
+
+    scales = 2.0 ** -(8 + torch.arange(384 // group) % 4)[:, None]
+    weight = grid(64, low, high) * scales + (0.0 if format is WeightFormat.INT8 else 0.25)
+    states = grid(20, -127, 127) / 64
+    expected = states.flatten(1).double() @ weight.flatten(1).double().T
+    result = PackedLinear(weight.flatten(1), format=format)(states.flatten(1).bfloat16()).double()
+    torch.testing.assert_close(result, expected, rtol=2**-8, atol=1e-4)
 
 
 def test_sizes_that_do_not_fill_tiles_are_named() -> None:

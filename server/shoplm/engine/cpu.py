@@ -9,11 +9,14 @@ from functools import partial
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import ConfigurationError
 from shoplm.model.amx.backend import AmxBackend, amx_refusal
+from shoplm.model.amx.linear import WeightFormat
 from shoplm.model.config import ModelConfig
 from shoplm.model.eager_backend import EagerBackend
 from shoplm.model.shop_weights import NamedTrie, ShopWeights
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import DecoderWeights
+
+FORMATS = {"model": WeightFormat.BF16, "int8": WeightFormat.INT8, "int4": WeightFormat.INT4}  # by name in the spec
 
 log = logging.getLogger("shoplm.engine")
 
@@ -27,15 +30,16 @@ def cpu_backend(
     pages: int,
 ) -> EagerBackend:
     """The CPU backend of a spec. Raises ConfigurationError for formats that this machine cannot compute."""
-    if spec.weight_format not in ("model", "int8"):
-        raise ConfigurationError(f"weight_format {spec.weight_format} needs backend triton; a CPU takes model or int8")
+    if spec.weight_format not in FORMATS:
+        raise ConfigurationError(
+            f"weight_format {spec.weight_format} needs backend triton; a CPU takes {', '.join(FORMATS)}"
+        )
     refusal = amx_refusal(config, weights.embedding.dtype, spec.page_size)
-    int8 = spec.weight_format == "int8"
     make: Callable[..., EagerBackend]
     if refusal is None:
-        make = partial(AmxBackend, int8=int8)
-    elif int8:
-        raise ConfigurationError(f"weight_format int8 needs AMX: {refusal}")
+        make = partial(AmxBackend, format=FORMATS[spec.weight_format])
+    elif spec.weight_format != "model":
+        raise ConfigurationError(f"weight_format {spec.weight_format} needs AMX: {refusal}")
     else:
         log.info("torch operations instead of the C++ decoder: %s", refusal)
         make = TorchBackend

@@ -8,7 +8,7 @@ import torch
 from shoplm.engine.batch import Batch, RowOutput
 from shoplm.model.amx.decoder import AmxDecoder, unsupported
 from shoplm.model.amx.library import AmxUnavailableError, amx_library
-from shoplm.model.amx.linear import PackedLinear
+from shoplm.model.amx.linear import PackedLinear, WeightFormat
 from shoplm.model.amx.pool import AmxPool
 from shoplm.model.config import ModelConfig
 from shoplm.model.eager_backend import EagerBackend
@@ -30,7 +30,7 @@ def amx_refusal(config: ModelConfig, dtype: torch.dtype, page_size: int) -> str 
 
 
 class AmxBackend(EagerBackend):
-    """Runs each step at once, in the thread that submits it. bf16 or int8 weights, bf16 keys and values."""
+    """Runs each step at once, in the thread that submits it. Keys and values are bf16."""
 
     def __init__(
         self,
@@ -43,9 +43,9 @@ class AmxBackend(EagerBackend):
         page_size: int = 16,
         state_slots: int = 256,
         max_context_tokens: int | None = None,
-        int8: bool = False,
+        format: WeightFormat = WeightFormat.BF16,
     ) -> None:
-        """As `TorchBackend`; `int8` multiplies in 8-bit integers, but for the down projections and the head.
+        """As `TorchBackend`; `format` is of all products' weights; the head's are int8 where they are int4.
         Needs `amx_refusal` to be None."""
         readouts = Readouts(
             shop, tries, text_tokens=len(weights.embedding), hidden_size=config.hidden_size, state_slots=state_slots
@@ -60,10 +60,10 @@ class AmxBackend(EagerBackend):
         )
         with torch.no_grad():
             shop_rows = readouts.take_input_rows(torch.bfloat16)
-            self._decoder = AmxDecoder(config, weights, shop_rows, positions, pool, int8=int8)
-            self._head = PackedLinear(weights.lm_head, int8=False)
+            self._decoder = AmxDecoder(config, weights, shop_rows, positions, pool, format=format)
+            self._head = PackedLinear(weights.lm_head, format=min(format, WeightFormat.INT8))
         super().__init__(
-            "amx-int8" if int8 else "amx",
+            "amx" if format is WeightFormat.BF16 else f"amx-{format.name.lower()}",
             readouts,
             pages=pages,
             page_size=page_size,

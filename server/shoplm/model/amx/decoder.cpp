@@ -40,43 +40,43 @@ struct Step {
     int64_t token_count, row_count, output_count, threads;
 };
 
-template <class T>
-class Buffer {  // grows, never shrinks; 64-byte aligned; rows are padded to PANEL for the tiles
-  public:
-    T* take(int64_t rows, int64_t columns) {
-        const size_t bytes = static_cast<size_t>((rows + PANEL - 1) / PANEL * PANEL * columns) * sizeof(T) + 64;
-        if (bytes > memory_.size()) memory_ = std::vector<uint8_t>(bytes);
-        return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t{63});
-    }
-
-  private:
-    std::vector<uint8_t> memory_;
-};
-
 struct Scratch {
-    Buffer<float> residual, projected, scales, product;
+    Buffer<float> residual, projected, product;
+    Buffer<GroupScale> scales;
     Buffer<bf16> queries, attended;
     Buffer<uint8_t> rows;
 };
 
-// One row in the format that the next product takes.
-inline void put_row(const float* from, float factor, const float* weight, int64_t size, bool int8, uint8_t* to, float* scale) {
+inline int64_t padded(int64_t rows) { return (rows + PANEL - 1) / PANEL * PANEL; }  // what products read
+
+// One row in the format that the next product takes. `weight` null: ones.
+inline void put_bf16(const float* from, float factor, const float* weight, int64_t size, bf16* to) {
+    const __m512 by = _mm512_set1_ps(factor);
+    for (int64_t i = 0; i < size; i += TILE) {
+        const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(from + i), by);
+        store_bf16(to + i, weight ? _mm512_mul_ps(value, _mm512_loadu_ps(weight + i)) : value);
+    }
+}
+
+inline void put_int8(const float* from, float factor, const float* weight, int64_t size, int64_t group, uint8_t* to, GroupScale* scales) {
     const __m512 by = _mm512_set1_ps(factor);
     auto at = [&](int64_t i) {
-        __m512 value = _mm512_mul_ps(_mm512_loadu_ps(from + i), by);
+        const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(from + i), by);
         return weight ? _mm512_mul_ps(value, _mm512_loadu_ps(weight + i)) : value;
     };
-    if (!int8) {
-        for (int64_t i = 0; i < size; i += TILE) store_bf16(reinterpret_cast<bf16*>(to) + i, at(i));
-        return;
+    for (int64_t begin = 0; begin < size; begin += group, ++scales) {
+        __m512 most = _mm512_setzero_ps();
+        for (int64_t i = begin; i < begin + group; i += TILE) most = _mm512_max_ps(most, _mm512_abs_ps(at(i)));
+        const float largest = std::max(_mm512_reduce_max_ps(most), 1e-20f);
+        const __m512 inverse = _mm512_set1_ps(127.f / largest);
+        __m512i sum = _mm512_setzero_si512();
+        for (int64_t i = begin; i < begin + group; i += TILE) {
+            const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(at(i), inverse));
+            sum = _mm512_add_epi32(sum, rounded);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtsepi32_epi8(rounded));
+        }
+        *scales = {largest / 127.f, static_cast<float>(_mm512_reduce_add_epi32(sum))};
     }
-    __m512 most = _mm512_setzero_ps();
-    for (int64_t i = 0; i < size; i += TILE) most = _mm512_max_ps(most, _mm512_abs_ps(at(i)));
-    const float largest = std::max(_mm512_reduce_max_ps(most), 1e-20f);
-    const __m512 inverse = _mm512_set1_ps(127.f / largest);
-    *scale = largest / 127.f;
-    for (int64_t i = 0; i < size; i += TILE)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(at(i), inverse))));
 }
 
 inline float inverse_rms(const float* from, int64_t size, float epsilon) {
@@ -89,13 +89,14 @@ inline float inverse_rms(const float* from, int64_t size, float epsilon) {
 }
 
 // RMSNorm of rows [m, size], as rows for `next`. `weight` null: no norm.
-inline Rows norm_rows(const float* from, int64_t m, int64_t size, const float* weight, float epsilon, const Linear& next, uint8_t* to, float* scales) {
-    const bool int8 = next.scales != nullptr;
+inline Rows norm_rows(const float* from, int64_t m, int64_t size, const float* weight, float epsilon, const Linear& next, uint8_t* to, GroupScale* scales) {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < m; ++row) {
         const float* at = from + row * size;
         const float factor = weight ? inverse_rms(at, size, epsilon) : 1.f;
-        put_row(at, factor, weight, size, int8, to + row * size * (int8 ? 1 : 2), scales + row);
+        uint8_t* target = to + row * next.row_bytes();
+        if (next.format == BF16) put_bf16(at, factor, weight, size, reinterpret_cast<bf16*>(target));
+        else put_int8(at, factor, weight, size, next.group, target, scales + row * next.groups());
     }
     return {to, scales, m};
 }
@@ -190,11 +191,11 @@ void run(const Model& model, const Step& step) {
     const int64_t attended_size = model.heads * model.head_dim;
     float* residual = scratch.residual.take(tokens, hidden);
     float* projected = scratch.projected.take(tokens, model.layers[0].qkv.n);
-    float* scales = scratch.scales.take(tokens, 1);
+    GroupScale* scales = scratch.scales.take(tokens, widest / INT4_GROUP);
     float* product = scratch.product.take(tokens, std::max(middle, attended_size));
     bf16* queries = scratch.queries.take(tokens, attended_size);
-    bf16* attended = scratch.attended.take(tokens, attended_size);
-    uint8_t* rows = scratch.rows.take(tokens, widest * 2);
+    bf16* attended = scratch.attended.take(padded(tokens), attended_size);
+    uint8_t* rows = scratch.rows.take(padded(tokens), widest * 2);
     const std::vector<Work> work = attention_work(model, step);
 #pragma omp parallel num_threads(static_cast<int>(step.threads))
     {
@@ -223,7 +224,7 @@ void run(const Model& model, const Step& step) {
                 }
             }
             x = {reinterpret_cast<const uint8_t*>(attended), nullptr, m};
-            if (layer.output.scales) {
+            if (layer.output.format != BF16) {
 #pragma omp for schedule(static)
                 for (int64_t i = 0; i < m * attended_size; i += TILE) _mm512_storeu_ps(product + i, load_bf16(attended + i));
                 x = norm_rows(product, m, attended_size, nullptr, 0.f, layer.output, rows, scales);
@@ -238,17 +239,17 @@ void run(const Model& model, const Step& step) {
         }
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < step.output_count; ++row)
-            put_row(residual + row * hidden, inverse_rms(residual + row * hidden, hidden, model.epsilon), model.final_norm, hidden, false,
-                    reinterpret_cast<uint8_t*>(step.result + row * hidden), nullptr);
+            put_bf16(residual + row * hidden, inverse_rms(residual + row * hidden, hidden, model.epsilon), model.final_norm, hidden, step.result + row * hidden);
     }
 }
 
 void run_linear(const Linear& w, const bf16* x, int64_t m, int64_t columns, bf16* result, int64_t threads) {
-    static Buffer<float> wide, scales;
+    static Buffer<float> wide;
+    static Buffer<GroupScale> scales;
     static Buffer<uint8_t> rows;
     float* widened = wide.take(m, w.k);
-    float* row_scales = scales.take(m, 1);
-    uint8_t* to = rows.take(m, w.k * 2);
+    GroupScale* row_scales = scales.take(m, w.groups());
+    uint8_t* to = rows.take(padded(m), w.row_bytes());
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
 #pragma omp for schedule(static)

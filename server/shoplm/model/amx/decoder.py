@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from shoplm.engine.batch import Batch, Row
 from shoplm.model.amx.library import LayerRef, ModelRef, StepRef, amx_library, pointer
-from shoplm.model.amx.linear import PackedLinear
+from shoplm.model.amx.linear import PackedLinear, WeightFormat
 from shoplm.model.amx.pool import AmxPool
 from shoplm.model.attention_plan import own_slots
 from shoplm.model.config import ModelConfig
@@ -42,16 +42,15 @@ def unsupported(config: ModelConfig, page_size: int) -> str | None:
 class _Layer:
     """Keeps the memory alive that `ref` points to."""
 
-    def __init__(self, weights: LayerWeights, window: int | None, uses_rope: bool, int8: bool) -> None:
+    def __init__(self, weights: LayerWeights, window: int | None, uses_rope: bool, format: WeightFormat) -> None:
         gate, up = weights.gate_up.chunk(2)
         # 16 columns of gate, then the 16 of up: one panel holds both factors of its products.
         columns = torch.stack((gate.view(-1, 16, gate.shape[1]), up.view(-1, 16, up.shape[1])), dim=1)
         self._linears = (
-            PackedLinear(weights.qkv, weights.qkv_bias, int8=int8),
-            PackedLinear(weights.output, weights.output_bias, int8=int8),
-            PackedLinear(columns.view(-1, gate.shape[1]), int8=int8),
-            # Its inputs have outliers, which a scale per row cannot serve: in int8 it and the head cost 2 % perplexity.
-            PackedLinear(weights.down, int8=False),
+            PackedLinear(weights.qkv, weights.qkv_bias, format=format),
+            PackedLinear(weights.output, weights.output_bias, format=format),
+            PackedLinear(columns.view(-1, gate.shape[1]), format=format),
+            PackedLinear(weights.down, format=format),
         )
         norms = (weights.input_norm, weights.mlp_norm, weights.query_norm, weights.key_norm)
         self._norms = tuple(None if norm is None else norm.float().contiguous() for norm in norms)
@@ -71,7 +70,7 @@ class AmxDecoder:
         max_positions: int,
         pool: AmxPool,
         *,
-        int8: bool,
+        format: WeightFormat = WeightFormat.BF16,
     ) -> None:
         """`shop_rows` [shop tokens, H] are the input embeddings behind the text vocabulary."""
         self.config = config
@@ -80,7 +79,7 @@ class AmxDecoder:
         self._embedding = table if shop_rows is None else torch.cat((table, shop_rows.to(torch.bfloat16)))
         self._final_norm = weights.final_norm.float()
         per_layer = zip(weights.layers, config.sliding_windows, config.uses_rope, strict=True)
-        self._layers = [_Layer(layer, window, rope, int8) for layer, window, rope in per_layer]
+        self._layers = [_Layer(layer, window, rope, format) for layer, window, rope in per_layer]
         self._refs = (LayerRef * len(self._layers))(*(layer.ref for layer in self._layers))
         cosine, sine = rope_tables(config.rope, config.head_dim, max_positions)
         self._cosine, self._sine = cosine.contiguous(), sine.contiguous()

@@ -37,6 +37,8 @@ class LinearRef(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("format", ctypes.c_int64),
     )
 
 

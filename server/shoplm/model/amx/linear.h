@@ -1,9 +1,11 @@
-// y = x W^T on AMX tiles, bf16 or 8-bit integers, with an epilogue on the fp32 sums. Called by all threads of a
-// parallel region; returns when all of them are done.
+// y = x W^T on AMX tiles, with an epilogue on the fp32 sums. Called by all threads of a parallel region; returns when
+// all of them are done.
 //
 // W is packed as [n / 32][k / depth][2][16][16][depth / 16]: 32 output columns are a panel that streams from memory
-// once, depth being 32 (bf16) or 64 (int8) inputs a tile. Every row is summed over k in the same order whatever else
-// is in the batch.
+// once, depth being 32 (bf16) or 64 (integers) inputs a tile. Of 4-bit integers, the two tiles of a step share their
+// bytes: the first has the low halves. Integers have a scale for each group of inputs, of W for each column and of x
+// for each row; 4-bit ones have the value of 0, too. A group's products are exact, and every row is summed over k in
+// the same order whatever else is in the batch.
 #pragma once
 
 #include "tiles.h"
@@ -12,84 +14,165 @@ namespace shoplm {
 
 constexpr int64_t PANEL = 32;      // columns of W, and rows of x, that are multiplied together
 constexpr int64_t ROW_BLOCK = 256; // rows of x that one thread takes: they stay in its second-level cache
+constexpr int64_t STEP_BYTES = 2048;  // of a panel: one step's two tiles
+constexpr int64_t INT4_GROUP = 32;  // the smallest
+constexpr int64_t AHEAD = 8192;       // bytes that are fetched before they are needed
+
+enum Format : int64_t { BF16 = 0, INT8 = 1, INT4 = 2 };
 
 struct Linear {
     const uint8_t* packed;
-    const float* scales;  // [n] of an int8 weight; null: the weight is bf16
-    const float* bias;    // [n]; null: none
-    int64_t n;            // output columns, padded to PANEL
-    int64_t k;            // inputs, a multiple of a tile's depth
+    const uint16_t* scales;  // integers: fp16 [n / 32][k / group][32]; 4 bits: [n / 32][k / group][2][32], scale and low
+    const float* bias;       // [n]; null: none
+    int64_t n;               // output columns, padded to PANEL
+    int64_t k;               // inputs, a multiple of a tile's depth
+    int64_t group;           // inputs that share a scale; k for bf16
+    int64_t format;
+
+    int64_t groups() const { return k / group; }
+    int64_t row_bytes() const { return format == BF16 ? k * 2 : k; }  // of x
+    int64_t panel_bytes() const { return row_bytes() / 64 * (format == INT4 ? STEP_BYTES / 2 : STEP_BYTES); }
 };
+
+// A group of a row of int8: value = scale * integer.
+struct GroupScale { float scale, sum; };  // sum of the integers
 
 // Rows of x in the weight's format. Reads go on to a multiple of PANEL rows.
 struct Rows {
-    const uint8_t* data;  // [m, k] bf16 or int8
-    const float* scales;  // [m] of int8 rows
+    const uint8_t* data;       // [m, k] bf16 or int8
+    const GroupScale* scales;  // [m, k / group] of int8 rows
     int64_t m;
 };
 
-template <bool INT8>
-inline void multiply_panel(const uint8_t* x, int64_t row_bytes, bool second, const uint8_t* w, int64_t steps,
-                           bool prefetch, float* sums) {
+inline void fetch(const uint8_t* from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD + at, _MM_HINT_T0);
+}
+
+// A macro: the tiles' numbers must be constants.
+#define SHOPLM_MULTIPLY(sum, x, w)                                         \
+    if constexpr (FORMAT == BF16) _tile_dpbf16ps(sum, x, w);               \
+    else if constexpr (FORMAT == INT8) _tile_dpbssd(sum, x, w);            \
+    else _tile_dpbsud(sum, x, w)
+
+// Tiles for up to PANEL rows of x (no more rows than there are are multiplied and stored) and `depth` bytes of inputs.
+inline void use_product_tiles(int64_t rows, int depth) {
+    TileConfig config;
+    const int first = static_cast<int>(rows < TILE ? rows : TILE), rest = static_cast<int>(rows > PANEL ? TILE : rows - first);
+    for (int tile : {0, 1}) config.set(tile, first, 64);
+    for (int tile : {2, 3}) config.set(tile, rest ? rest : TILE, 64);
+    for (int tile : {4, 5}) config.set(tile, depth / 4, 64);
+    config.set(6, first, depth);
+    config.set(7, rest ? rest : TILE, depth);
+    _tile_loadconfig(&config);
+}
+
+// The sums [32, 32] of `steps` steps; `second`: rows 16 to 31, too.
+template <Format FORMAT>
+inline void multiply_steps(const uint8_t* x, int64_t row_bytes, bool second, const uint8_t* w, int64_t steps, bool prefetch, void* sums) {
+    char* to = static_cast<char*>(sums);
+    constexpr int64_t stride = PANEL * 4, half = TILE * 4;
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    for (int64_t step = 0; step < steps; ++step, w += 2048, x += 64) {
-        if (prefetch)
-            for (int line = 0; line < 2048; line += 64) _mm_prefetch(reinterpret_cast<const char*>(w) + 8192 + line, _MM_HINT_T0);
+    for (int64_t step = 0; step < steps; ++step, w += STEP_BYTES, x += 64) {
+        if (prefetch) fetch(w, STEP_BYTES);
         _tile_loadd(4, w, 64);
-        _tile_loadd(5, w + 1024, 64);
+        _tile_loadd(5, w + STEP_BYTES / 2, 64);
         _tile_loadd(6, x, row_bytes);
-        if constexpr (INT8) { _tile_dpbssd(0, 6, 4); _tile_dpbssd(1, 6, 5); }
-        else { _tile_dpbf16ps(0, 6, 4); _tile_dpbf16ps(1, 6, 5); }
+        SHOPLM_MULTIPLY(0, 6, 4);
+        SHOPLM_MULTIPLY(1, 6, 5);
         if (!second) continue;
         _tile_loadd(7, x + TILE * row_bytes, row_bytes);
-        if constexpr (INT8) { _tile_dpbssd(2, 7, 4); _tile_dpbssd(3, 7, 5); }
-        else { _tile_dpbf16ps(2, 7, 4); _tile_dpbf16ps(3, 7, 5); }
+        SHOPLM_MULTIPLY(2, 7, 4);
+        SHOPLM_MULTIPLY(3, 7, 5);
     }
-    _tile_stored(0, sums, PANEL * 4);
-    _tile_stored(1, sums + TILE, PANEL * 4);
+    _tile_stored(0, to, stride);
+    _tile_stored(1, to + half, stride);
     if (!second) return;
-    _tile_stored(2, sums + TILE * PANEL, PANEL * 4);
-    _tile_stored(3, sums + TILE * PANEL + TILE, PANEL * 4);
+    _tile_stored(2, to + TILE * stride, stride);
+    _tile_stored(3, to + TILE * stride + half, stride);
+}
+#undef SHOPLM_MULTIPLY
+
+// Two tiles of bytes 0 to 15 a step.
+inline void unpack_panel(const uint8_t* from, int64_t steps, uint8_t* to) {
+    const __m512i low = _mm512_set1_epi8(15);
+    for (int64_t step = 0; step < steps; ++step, from += STEP_BYTES / 2, to += STEP_BYTES) {
+        fetch(from, STEP_BYTES / 2);
+        for (int64_t at = 0; at < STEP_BYTES / 2; at += 64) {
+            const __m512i both = _mm512_load_si512(from + at);
+            _mm512_store_si512(to + at, _mm512_and_si512(both, low));
+            _mm512_store_si512(to + STEP_BYTES / 2 + at, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
+        }
+    }
+}
+
+// sums [32, 32] fp32 of integer products, group by group. `rows` of them are wanted, `scales` is of the first.
+template <Format FORMAT>
+inline void multiply_groups(const uint8_t* x, const GroupScale* row_scales, int64_t rows, const Linear& w, const uint8_t* tiles, const uint16_t* scales, bool prefetch, float* sums) {
+    constexpr int64_t tables = FORMAT == INT4 ? 2 : 1;
+    const int64_t groups = w.groups(), steps = FORMAT == INT4 ? 1 : w.group / 64;
+    alignas(64) int32_t products[PANEL * PANEL];
+    for (int64_t group = 0; group < groups; ++group, scales += tables * PANEL) {
+        // A group of 4-bit integers is one half of a step: the upper or the lower rows of its tiles.
+        const int64_t at = FORMAT == INT4 ? group / 2 * STEP_BYTES + group % 2 * (STEP_BYTES / 4) : group * steps * STEP_BYTES;
+        multiply_steps<FORMAT>(x + group * w.group, w.k, rows > TILE, tiles + at, steps, prefetch, products);
+        for (int64_t half = 0; half < PANEL; half += TILE) {
+            const __m512 scale = load_fp16(scales + half);
+            for (int64_t row = 0; row < rows; ++row) {
+                const GroupScale by = row_scales[row * groups + group];
+                __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(products + row * PANEL + half)), scale);
+                if constexpr (FORMAT == INT4) value = _mm512_fmadd_ps(load_fp16(scales + PANEL + half), _mm512_set1_ps(by.sum), value);
+                float* at = sums + row * PANEL + half;
+                const __m512 before = group ? _mm512_load_ps(at) : _mm512_setzero_ps();
+                _mm512_store_ps(at, _mm512_fmadd_ps(value, _mm512_set1_ps(by.scale), before));
+            }
+        }
+    }
 }
 
 // `epilogue(row, column, low, high)` gets the columns `column` .. `column` + 31 of one row.
-template <class Epilogue>
-void linear(const Rows& x, const Linear& w, const Epilogue& epilogue) {
-    const bool is_int8 = w.scales != nullptr;
-    const int64_t row_bytes = w.k * (is_int8 ? 1 : 2), steps = row_bytes / 64;
+template <Format FORMAT, class Epilogue>
+void linear_as(const Rows& x, const Linear& w, const Epilogue& epilogue) {
+    if (!x.m) return;
+    static thread_local Buffer<uint8_t> unpacked;
+    const int64_t row_bytes = w.row_bytes(), steps = row_bytes / 64;
     const int64_t panels = w.n / PANEL, blocks = (x.m + ROW_BLOCK - 1) / ROW_BLOCK;
-    use_full_tiles();
+    const int64_t scales_of_panel = w.groups() * PANEL * (FORMAT == INT4 ? 2 : 1);
+    use_product_tiles(x.m, FORMAT == INT4 ? INT4_GROUP : 64);
     alignas(64) float sums[PANEL * PANEL];
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < panels * blocks; ++item) {
         const int64_t panel = item % panels, begin = item / panels * ROW_BLOCK;
         const int64_t end = begin + ROW_BLOCK < x.m ? begin + ROW_BLOCK : x.m;
-        const uint8_t* weights = w.packed + panel * steps * 2048;
+        const uint8_t* tiles = w.packed + panel * w.panel_bytes();
+        if constexpr (FORMAT == INT4) {
+            uint8_t* to = unpacked.take(steps, STEP_BYTES);
+            unpack_panel(tiles, steps, to);
+            tiles = to;
+        }
         const int64_t column = panel * PANEL;
+        const __m512 bias[2] = {w.bias ? _mm512_loadu_ps(w.bias + column) : _mm512_setzero_ps(),
+                                w.bias ? _mm512_loadu_ps(w.bias + column + TILE) : _mm512_setzero_ps()};
         for (int64_t row = begin; row < end; row += PANEL) {
             const uint8_t* from = x.data + row * row_bytes;
-            const bool second = row + TILE < end;
-            if (is_int8) multiply_panel<true>(from, row_bytes, second, weights, steps, row == begin, sums);
-            else multiply_panel<false>(from, row_bytes, second, weights, steps, row == begin, sums);
             const int64_t rows = end - row < PANEL ? end - row : PANEL;
-            for (int64_t r = 0; r < rows; ++r) {
-                __m512 part[2];
-                for (int half = 0; half < 2; ++half) {
-                    const float* at = sums + r * PANEL + half * TILE;
-                    const int64_t c = column + half * TILE;
-                    if (is_int8) {
-                        const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(x.scales[row + r]), _mm512_loadu_ps(w.scales + c));
-                        part[half] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(at)), scale);
-                    } else {
-                        part[half] = _mm512_load_ps(at);
-                    }
-                    if (w.bias) part[half] = _mm512_add_ps(part[half], _mm512_loadu_ps(w.bias + c));
-                }
-                epilogue(row + r, column, part[0], part[1]);
-            }
+            const bool prefetch = FORMAT != INT4 && row == begin;
+            if constexpr (FORMAT == BF16) multiply_steps<BF16>(from, row_bytes, rows > TILE, tiles, steps, prefetch, sums);
+            else multiply_groups<FORMAT>(from, x.scales + row * w.groups(), rows, w, tiles, w.scales + panel * scales_of_panel, prefetch, sums);
+            for (int64_t r = 0; r < rows; ++r)
+                epilogue(row + r, column, _mm512_add_ps(_mm512_load_ps(sums + r * PANEL), bias[0]),
+                         _mm512_add_ps(_mm512_load_ps(sums + r * PANEL + TILE), bias[1]));
         }
     }
     _tile_release();
+}
+
+template <class Epilogue>
+void linear(const Rows& x, const Linear& w, const Epilogue& epilogue) {
+    switch (w.format) {
+        case INT8: return linear_as<INT8>(x, w, epilogue);
+        case INT4: return linear_as<INT4>(x, w, epilogue);
+        default: return linear_as<BF16>(x, w, epilogue);
+    }
 }
 
 }  // namespace shoplm

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace shoplm {
 
@@ -22,12 +23,6 @@ struct alignas(64) TileConfig {
     }
 };
 
-inline void use_full_tiles() {
-    TileConfig config;
-    for (int tile = 0; tile < 8; ++tile) config.set(tile, TILE, 64);
-    _tile_loadconfig(&config);
-}
-
 inline float to_float(bf16 value) {
     uint32_t bits = static_cast<uint32_t>(value) << 16;
     float result;
@@ -38,6 +33,10 @@ inline float to_float(bf16 value) {
 inline __m512 load_bf16(const bf16* from) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+inline __m512 load_fp16(const uint16_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
 inline __m256i round_bf16(__m512 values) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)); }
@@ -60,5 +59,18 @@ inline __m512 exp_ps(__m512 x) {
     y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.f));
     return _mm512_scalef_ps(y, whole);
 }
+
+template <class T>
+class Buffer {  // grows, never shrinks; 64-byte aligned
+  public:
+    T* take(int64_t rows, int64_t columns) {
+        const size_t bytes = static_cast<size_t>(rows * columns) * sizeof(T) + 64;
+        if (bytes > memory_.size()) memory_ = std::vector<uint8_t>(bytes);
+        return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t{63});
+    }
+
+  private:
+    std::vector<uint8_t> memory_;
+};
 
 }  // namespace shoplm
