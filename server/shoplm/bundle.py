@@ -4,7 +4,7 @@ shop.toml            everything in `ShopManifest`
 items.parquet        one row per known item: item_id, title, category, product_type, price, in_stock, row, type_index
                      `row` is the catalogue row (null: too rare for a token of its own; `type_index` stands for it)
 types.parquet        one row per product type: title, description (in order of type_index)
-weights.safetensors  output rows, popularity, heads (see `shoplm.model.shop_weights`)
+weights.safetensors  output rows, popularity, habits, heads (see `shoplm.model.shop_weights`)
 customers.parquet    demo customers' events: customer_id, item_id, type, time, quantity, price, basket_id
 card.md              data, splits, metrics beside baselines, limits
 report.html          the card's numbers as charts, where the bundle was written by a version that makes it
@@ -24,7 +24,8 @@ from typing import Any
 import msgspec
 from shoplm.errors import BundleError
 
-FORMAT = 1
+FORMAT = 2  # written; 2 has habits beside the count: `loyalty_weight`, `goes_with_weight` and their tables
+_READ = (1, 2)
 REQUIRED_FILES = ("items.parquet", "types.parquet", "weights.safetensors")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -41,11 +42,23 @@ class BaseReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ScoreWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """score = log p_model + repeat_weight * log(1 + decayed own count) + popularity_weight * log popularity."""
+    """score = log p_model + popularity_weight * log popularity + the terms of `shoplm.readout.habits`."""
 
     repeat_weight: float
     popularity_weight: float
     decay_days: float
+    loyalty_weight: float = 0.0
+    goes_with_weight: float = 0.0
+
+    @property
+    def formula(self) -> str:
+        """The score for people. Terms that are left out are not named."""
+        terms = [f"log p(item) + {self.repeat_weight:g} log(1 + own count, decay {self.decay_days:g} d)"]
+        if self.loyalty_weight:
+            terms.append(f"{self.loyalty_weight:g} loyalty of own items")
+        if self.goes_with_weight:
+            terms.append(f"{self.goes_with_weight:g} strength of neighbours among own items")
+        return " + ".join([*terms, f"{self.popularity_weight:g} log popularity"])
 
 
 class PromptSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -128,8 +141,9 @@ def read_manifest(folder: Path, *, verify: bool = True) -> ShopManifest:
     try:
         data = tomllib.loads(path.read_text("utf-8"))
         # First of all: a later format may have fields that this code does not know.
-        if data.get("format", FORMAT) != FORMAT:
-            raise BundleError(f"{path}: bundle format {data['format']}, this server reads {FORMAT}; train it again")
+        if data.get("format", FORMAT) not in _READ:
+            known = " and ".join(map(str, _READ))
+            raise BundleError(f"{path}: bundle format {data['format']}, this server reads {known}; train it again")
         manifest = msgspec.convert(data, ShopManifest)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise BundleError(f"{path}: {error}") from error

@@ -65,11 +65,7 @@ def _facts(folder: Path, manifest: ShopManifest) -> list[tuple[str, str]]:
         ("base", f"{manifest.base.name} ({manifest.base.fingerprint[:12]})"),
         ("adapter", "yes, merged when the base is loaded" if manifest.has_adapter else "none"),
         ("items, product types", f"{items}, {manifest.type_count:,}"),
-        (
-            "score",
-            f"log p(item) + {score.repeat_weight:g} log(1 + own count, decay {score.decay_days:g} d) "
-            f"+ {score.popularity_weight:g} log popularity",
-        ),
+        ("score", score.formula),
         ("history", f"{prompt.history_budget_tokens} tokens, dropped in blocks of {prompt.history_block_tokens}"),
         ("profile attributes", ", ".join(prompt.attributes) or "none"),
         ("chat reads", "item tokens" if prompt.chat_reads_item_tokens else "the customer's habits in words"),

@@ -163,13 +163,15 @@ class FinishReason(StrEnum):
 
 
 class SelectOutput(msgspec.Struct, frozen=True):
-    """Items with the exact terms of their scores: score = model + repeat + popularity, in nats; best first."""
+    """Items with the exact terms of their scores: score = model + repeat + popularity + goes_with, in nats; best
+    first."""
 
     items: tuple[int, ...]  # item rows
     scores: tuple[float, ...]
     model: tuple[float, ...]
     repeat: tuple[float, ...]
     popularity: tuple[float, ...]
+    goes_with: tuple[float, ...]
 
 
 class Timings(msgspec.Struct, frozen=True):

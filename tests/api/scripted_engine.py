@@ -39,6 +39,7 @@ class ScriptedEngine:
         self.explaining: Exception | None = None  # what explanations fail with
         self.holds = False  # True: a request gets its first output and then waits until it is cancelled or released
         self.head_outputs = 64
+        self.goes_with: dict[int, float] = {}  # terms of item rows
         self.degraded: tuple[Degradation, ...] = ()
         self.started = asyncio.Event()
         self.released = asyncio.Event()
@@ -103,8 +104,9 @@ class ScriptedEngine:
             own = dict(zip(task.own_items, task.own_counts, strict=True))
             repeat = tuple(own.get(row, 0.0) for row in chosen)
             popularity = tuple(-0.25 for _ in chosen)
-            scores = tuple(map(sum, zip(model, repeat, popularity, strict=True)))
-            selected = SelectOutput(tuple(chosen), scores, model, repeat, popularity)
+            near = tuple(self.goes_with.get(row, 0.0) for row in chosen)
+            scores = tuple(map(sum, zip(model, repeat, popularity, near, strict=True)))
+            selected = SelectOutput(tuple(chosen), scores, model, repeat, popularity, near)
         elif isinstance(task, Predict):
             values = tuple(0.1 * index for index in range(self.head_outputs))
         elif isinstance(task, Explain):

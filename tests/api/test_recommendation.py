@@ -196,3 +196,16 @@ def test_a_history_does_not_depend_on_the_order_in_which_it_is_sent(serve_script
     first, second = scripted.engine.requests
     assert first.tokens == second.tokens
     assert first.task == second.task
+
+
+def test_a_reason_names_the_own_items_that_an_item_goes_with(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    scripted.engine.goes_with = {5: 1.5, 6: 2.5}  # in the tiny shop, an item goes with the one before it, twice as much
+    request = pb.RecommendRequest(customer=customer(bought(4, 0), bought(3, 1)), count=8, explain=True)
+    items = {item.item_id: item for item in scripted.server.recommendation.Recommend(request).items}
+    five, six, seven = (items[item_id(row)] for row in (5, 6, 7))
+    assert five.reasons[-1].kind == six.reasons[-1].kind == pb.Reason.KIND_GOES_WITH
+    assert five.reasons[-1].text == "goes with Item 4 and Item 3, bought before"
+    assert six.reasons[-1].text == "goes with Item 4, bought before"
+    assert sum(reason.contribution for reason in six.reasons) == pytest.approx(six.score)
+    assert [reason.kind for reason in seven.reasons][-1] == pb.Reason.KIND_POPULARITY

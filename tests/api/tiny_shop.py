@@ -101,6 +101,11 @@ def write_bundle(folder: Path, base: Base, *, budget_tokens: int = 256) -> ShopM
             "output_rows.0": random.normal(0, 0.3, (ITEMS, HIDDEN)).astype(np.float16),
             "output_bias.0": random.normal(0, 0.1, ITEMS).astype(np.float32),
             "popularity": np.log(np.linspace(1.0, 0.05, ITEMS)).astype(np.float32),
+            "loyalty": np.linspace(-1, 1, ITEMS, dtype=np.float32),
+            # Each item goes with the next, and with the one behind that half as well.
+            "neighbours.starts": np.arange(0, 2 * ITEMS + 1, 2, dtype=np.int32),
+            "neighbours.items": ((np.arange(ITEMS)[:, None] + np.array([1, 2])) % ITEMS).ravel().astype(np.int32),
+            "neighbours.strengths": np.tile(np.array([1.0, 0.5], np.float16), ITEMS),
             "head.input_mean": np.zeros(features, np.float32),
             "head.input_scale": np.ones(features, np.float32),
             "head.weight": random.normal(0, 0.05, (outputs, HIDDEN + features)).astype(np.float32),
@@ -118,7 +123,7 @@ def write_bundle(folder: Path, base: Base, *, budget_tokens: int = 256) -> ShopM
         notice="Made for tests.",
         trained_until=DEMO_AS_OF.isoformat(),
         base=BaseReference(base.name, base.fingerprint, HIDDEN, VOCABULARY),
-        score=ScoreWeights(repeat_weight=6.0, popularity_weight=0.5, decay_days=30.0),
+        score=ScoreWeights(6.0, 0.5, 30.0, loyalty_weight=0.5, goes_with_weight=2.0),
         prompt=PromptSchema(
             preamble="You help customers of a shop.",
             attributes=("age", "household"),

@@ -18,6 +18,7 @@ from shoplm.model.shop_weights import NamedTrie, ShopWeights, random_trie
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.triton_backend import TritonBackend
 from shoplm.model.weights import DecoderWeights, LayerWeights
+from shoplm.readout.habits import HabitTable, Neighbours
 from shoplm.readout.heads import Heads
 from shoplm.readout.table import SelectTable
 from shoplm.request import Embed, Generate, ItemFilter, Predict, Sampling, Select, SelectOutput, Task
@@ -84,6 +85,13 @@ def toy_weights(config: ModelConfig) -> DecoderWeights:
     )
 
 
+def toy_neighbours() -> Neighbours:
+    """Each item goes with the three behind it."""
+    near = (np.arange(ITEMS)[:, None] + np.arange(1, 4)) % ITEMS
+    strengths = np.linspace(0.1, 1.0, 3 * ITEMS).astype(np.float32)
+    return Neighbours(np.arange(0, 3 * ITEMS + 1, 3), near.ravel().astype(np.int32), strengths)
+
+
 def toy_shop() -> ShopWeights:
     """Items of one token each, with every term of the score, columns to filter by, and two heads."""
     generator = np.random.default_rng(3)
@@ -98,7 +106,7 @@ def toy_shop() -> ShopWeights:
         output_bias=(torch.randn(ITEMS),),
         token_starts=(VOCABULARY,),
         popularity=generator.normal(-8, 1, ITEMS).astype(np.float32),
-        repeat_weight=1.3,
+        habits=HabitTable(1.3, 0.5, 9.0, generator.normal(0, 1, ITEMS).astype(np.float32), toy_neighbours()),
         popularity_weight=0.7,
         filters=ItemFilters(ITEMS, columns),
     )

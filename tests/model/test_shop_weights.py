@@ -64,7 +64,7 @@ def test_codes_of_one_token_need_no_codes(tmp_path: Path) -> None:
     shop = load(tmp_path, tensors_of((8,), 8), (8,))
     assert shop.table.trie.codes[:, 0].tolist() == list(range(8))
     assert shop.table.token_starts == (TEXT + len(SPECIAL_TEXTS),)
-    assert (shop.table.repeat_weight, shop.table.popularity_weight) == (1.25, 0.5)
+    assert (shop.table.habits.repeat_weight, shop.table.popularity_weight) == (1.25, 0.5)
     assert shop.table.output_rows[0].dtype == torch.float32
     assert shop.heads is not None and (shop.heads.features, shop.heads.outputs) == (3, 2)
     texts = texts_of(ShopVocabulary(TEXT, (8,), 2))

@@ -17,6 +17,7 @@ from shoplm.model.direct import DirectRunner
 from shoplm.model.shop_weights import NamedTrie, ShopWeights, random_trie
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import load_weights
+from shoplm.readout.habits import HabitTable, Neighbours
 from shoplm.readout.table import SelectTable
 from shoplm.request import Generate, ItemFilter, Select, SelectOutput
 from transformers import AutoModelForCausalLM
@@ -30,6 +31,17 @@ Floats = NDArray[np.float64]
 @lru_cache
 def catalogue(hidden_size: int) -> NamedTrie:
     return random_trie("", items=ITEMS, level_sizes=SIZES, hidden_size=hidden_size, seed=9)
+
+
+@lru_cache
+def habits() -> HabitTable:
+    generator = np.random.default_rng(12)
+    neighbours = Neighbours(
+        np.arange(0, 3 * ITEMS + 1, 3),
+        generator.integers(0, ITEMS, 3 * ITEMS).astype(np.int32),
+        generator.uniform(0, 1, 3 * ITEMS).astype(np.float32),
+    )
+    return HabitTable(1.3, 0.2, 30.0, generator.normal(0, 1, ITEMS).astype(np.float32), neighbours)
 
 
 def shop_of(config: ModelConfig) -> ShopWeights:
@@ -47,7 +59,7 @@ def shop_of(config: ModelConfig) -> ShopWeights:
         output_bias=tuple(torch.randn(40, generator=torch.Generator().manual_seed(level)) for level in range(3)),
         token_starts=(VOCABULARY, VOCABULARY + 40, VOCABULARY + 80),
         popularity=generator.normal(-8, 1, ITEMS).astype(np.float32),
-        repeat_weight=1.3,
+        habits=habits(),
         popularity_weight=0.7,
         filters=ItemFilters(ITEMS, columns),
         own_lanes=4,
@@ -95,10 +107,11 @@ class Reference:
     def rank(self, select: Select, log_p: dict[int, float]) -> list[tuple[int, float]]:
         """The best of the items whose log p is given, by the whole score."""
         table = self.shop.table
-        counts = dict(zip(select.own_items, select.own_counts, strict=True))
+        terms = table.habits_of(select)
         mask = table.filters.allowed(select.item_filter, select.exclude_items).mask
+        beside = dict(zip(*(part.tolist() for part in terms.flat), strict=True))
         scores = {
-            item: value + 1.3 * np.log1p(counts.get(item, 0.0)) + 0.7 * float(table.popularity[item])
+            item: value + beside.get(item, 0.0) + 0.7 * float(table.popularity[item])
             for item, value in log_p.items()
             if mask[item]
         }
@@ -223,11 +236,17 @@ def test_every_family_searches_like_its_reference(tiny_model: TinyModel, family:
     check(output, Reference(folder, PROMPT[:30]).beam_search(select))
 
 
-def test_an_owned_item_is_found_that_no_beam_reaches(backend: TorchBackend, reference: Reference) -> None:
+def test_owned_items_and_what_goes_with_them_are_found_that_no_beam_reaches(
+    backend: TorchBackend, reference: Reference
+) -> None:
     worst = int(np.argmin(reference.all_log_p()))
-    (without,) = DirectRunner(backend).run([(PROMPT, Select(count=3, beam_width=1))])
-    bought = Select(count=3, beam_width=1, own_items=(worst,), own_counts=(1e12,))
+    (without,) = DirectRunner(backend).run([(PROMPT, Select(count=4, beam_width=1))])
+    bought = Select(count=4, beam_width=1, own_items=(worst,), own_counts=(1e12,))
     (output,) = DirectRunner(backend).run([(PROMPT, bought)])
     assert isinstance(without, SelectOutput) and isinstance(output, SelectOutput)
-    assert output.items == (worst, *without.items[:2])
-    assert output.repeat[0] == pytest.approx(1.3 * np.log1p(1e12))
+    table, near = habits(), habits().of((worst,), (1e12,))
+    assert table.loyalty is not None
+    assert output.items[0] == worst and not set(near.near_items.tolist()) & set(without.items)
+    assert output.repeat[0] == pytest.approx(1.3 * np.log1p(1e12) + 0.2 * float(table.loyalty[worst]))
+    assert set(near.strongest_near(3).tolist()) & set(output.items)
+    check(output, reference.beam_search(bought))

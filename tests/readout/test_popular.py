@@ -7,6 +7,7 @@ import pytest
 import torch
 from shoplm.catalog.filters import ItemColumns, ItemFilters
 from shoplm.catalog.trie import Trie
+from shoplm.readout.habits import HabitTable
 from shoplm.readout.select import SelectJob, Selector
 from shoplm.readout.table import SelectTable
 from shoplm.request import ItemFilter, Select, SelectOutput
@@ -26,7 +27,7 @@ def selector(depth: int) -> Selector:
         output_bias=tuple(torch.zeros(size) for size in sizes),
         token_starts=tuple(100 * level for level in range(depth)),
         popularity=POPULARITY,
-        repeat_weight=2.0,
+        habits=HabitTable(2.0),
         popularity_weight=0.5,
         filters=ItemFilters(ITEMS, columns),
     )

@@ -7,12 +7,26 @@ import pytest
 import torch
 from shoplm.catalog.filters import ItemColumns, ItemFilters
 from shoplm.catalog.trie import Trie
-from shoplm.readout.ranking import OwnItems, best
+from shoplm.readout.habits import HabitTable, Neighbours
+from shoplm.readout.ranking import best
 from shoplm.readout.select import SelectJob, Selector
 from shoplm.readout.table import SelectTable
 from shoplm.request import ItemFilter, Select, SelectOutput
 
 ITEMS, HIDDEN = 400, 24
+_ENTRIES = 6  # neighbours of each item
+HABITS = HabitTable(
+    1.5,
+    0.8,
+    20.0,
+    np.random.default_rng(5).normal(0, 1, ITEMS).astype(np.float32),
+    Neighbours(
+        np.arange(0, ITEMS * _ENTRIES + 1, _ENTRIES),
+        np.random.default_rng(6).integers(0, ITEMS, ITEMS * _ENTRIES).astype(np.int32),
+        np.random.default_rng(7).uniform(0, 1, ITEMS * _ENTRIES).astype(np.float32),
+    ),
+)
+HABIT_ROWS = tuple(sorted({int(row) for row in HABITS.neighbours.items[3 * _ENTRIES : 4 * _ENTRIES]}))  # type: ignore[union-attr]
 
 
 def make_table(depth: int = 1, *, flat: bool = False) -> SelectTable:
@@ -37,7 +51,7 @@ def make_table(depth: int = 1, *, flat: bool = False) -> SelectTable:
         output_bias=tuple(torch.randn(size, generator=seed) * (not flat) for size in sizes),
         token_starts=tuple(500 + 100 * level for level in range(depth)),
         popularity=(generator.normal(-3, 1, ITEMS) * (not flat)).astype(np.float32),
-        repeat_weight=1.5,
+        habits=HabitTable(1.5) if flat else HABITS,
         popularity_weight=0.4,
         filters=ItemFilters(ITEMS, columns),
     )
@@ -60,6 +74,8 @@ SELECTS = [
     Select(count=500, beam_width=1, item_filter=ItemFilter(include_categories=("fruit",), max_price=5.0)),
     Select(count=5, beam_width=1, exclude_items=tuple(range(0, 400, 3)), own_items=(3, 4), own_counts=(90.0, 90.0)),
     Select(count=9, beam_width=1, candidates=(9, 8, 200, 8, 301), own_items=(200,), own_counts=(1.0,)),
+    # What goes with 3 is among them, by filter and by name.
+    Select(count=4, beam_width=1, candidates=(9, *HABIT_ROWS), own_items=(3,), own_counts=(2.0,)),
     Select(count=2, beam_width=1, candidates=(9, 8, 200), item_filter=ItemFilter(exclude_categories=("fruit",))),
     Select(count=3, beam_width=1, item_filter=ItemFilter(min_price=99.0)),
 ]
@@ -73,10 +89,23 @@ def expected_scores(
     mask = table.filters.allowed(select.item_filter, select.exclude_items).mask
     items = range(ITEMS) if select.candidates is None else set(select.candidates)
     return {
-        item: log_p[item] + 1.5 * np.log1p(counts.get(item, 0.0)) + 0.4 * float(table.popularity[item])
+        item: log_p[item] + sum(expected_habits(item, counts)) + 0.4 * float(table.popularity[item])
         for item in items
         if mask[item]
     }
+
+
+def expected_habits(item: int, counts: dict[int, float]) -> tuple[float, float]:
+    """The repeat and the goes-with term, by plain arithmetic."""
+    loyalty, neighbours = HABITS.loyalty, HABITS.neighbours
+    assert loyalty is not None and neighbours is not None
+    if item in counts:
+        return 1.5 * np.log1p(counts[item]) + 0.8 * float(loyalty[item]), 0.0
+    parts = 0.0
+    for own, count in counts.items():
+        for at in range(own * _ENTRIES, (own + 1) * _ENTRIES):
+            parts += np.log1p(count) * float(neighbours.strengths[at]) * (neighbours.items[at] == item)
+    return 0.0, 20.0 * parts / max(sum(map(np.log1p, counts.values())), 1e-9)
 
 
 def test_items_and_terms_are_those_of_a_plain_ranking() -> None:
@@ -88,7 +117,11 @@ def test_items_and_terms_are_those_of_a_plain_ranking() -> None:
         assert list(output.items) == order
         np.testing.assert_allclose(output.scores, [scores[item] for item in order], atol=1e-4)
         np.testing.assert_allclose(output.model, row[order], atol=1e-4)
-        parts = np.array([output.model, output.repeat, output.popularity])
+        counts = dict(zip(select.own_items, select.own_counts, strict=True))
+        terms = np.array([expected_habits(item, counts) for item in order]).reshape(-1, 2)
+        np.testing.assert_allclose(output.repeat, terms[:, 0], rtol=1e-5)
+        np.testing.assert_allclose(output.goes_with, terms[:, 1], rtol=1e-5)
+        parts = np.array([output.model, output.repeat, output.popularity, output.goes_with])
         np.testing.assert_array_equal(output.scores, parts.sum(axis=0) if len(order) else [])
 
 
@@ -118,18 +151,18 @@ def test_best_takes_the_first_of_equal_scores_at_the_cut() -> None:
     assert best(np.full(3, -np.inf, np.float32), 2).tolist() == []
 
 
-def test_counts_of_an_item_that_is_listed_twice_are_added() -> None:
-    own = OwnItems.of(Select(1, 1, own_items=(5, 2, 5), own_counts=(1.0, 3.0, 2.0)), 2.0)
-    np.testing.assert_allclose(own.terms_of(np.array([2, 3, 5, 900])), [2 * np.log(4), 0, 2 * np.log(4), 0], rtol=1e-6)
-
-
 def test_lanes_are_beams_and_forced_items() -> None:
     flat, deep = Selector(make_table()), Selector(make_table(3))
     own = Select(5, 8, own_items=tuple(range(20)), own_counts=tuple(float(n) for n in range(20)))
-    assert (flat.lanes(own), deep.lanes(own)) == (0, 8 + 16)
-    assert deep.lanes(Select(5, 8, own_items=(1, 2), own_counts=(1.0, 1.0))) == 10
+    assert (flat.lanes(own), deep.lanes(own)) == (0, 8 + 16 + 16)
+    few = HABITS.of((1, 2), (1.0, 1.0)).near_items
+    assert deep.lanes(Select(5, 8, own_items=(1, 2), own_counts=(1.0, 1.0))) == 10 + len(few)
     assert deep.lanes(Select(5, 8, candidates=(4, 4, 9), own_items=(1,), own_counts=(1.0,))) == 2
-    assert deep.table.forced_items(own).tolist() == list(range(4, 20))  # those of the largest counts
+    forced = deep.table.forced_items(own).tolist()
+    assert forced == sorted(forced) and set(range(4, 20)) <= set(forced)  # those of the largest counts
+    habits = HABITS.of(own.own_items, own.own_counts)
+    weakest = min(habits.near_of(np.array([row for row in forced if row >= 20])))
+    assert np.sort(habits.near)[-16] == weakest  # and of the largest goes-with terms
 
 
 def test_a_search_cannot_start_in_the_middle() -> None:

@@ -81,7 +81,8 @@ def _paths_after(prompt: int, paths: Sequence[int], level: int, lanes: int) -> l
 def _selected(task: Select, prompt: int, paths: Sequence[int]) -> SelectOutput:
     scores = [float(path % 1009) for path in (paths or [prompt])[: task.count]]
     items = tuple(range(len(scores)))
-    return SelectOutput(items, tuple(scores), tuple(scores), (0.0,) * len(items), (0.0,) * len(items))
+    nothing = (0.0,) * len(items)
+    return SelectOutput(items, tuple(scores), tuple(scores), nothing, nothing, nothing)
 
 
 def expected_answer(request: Request) -> tuple[int, ...] | SelectOutput | tuple[float, ...]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from shoplm.readout.habits import HabitTable
 from shoplm.training import pipeline
 from shoplm.training.baselines import frequency_ranking, popularity_ranking, tuned_count_weights
 from shoplm.training.evaluation import tuning_window
+from shoplm.training.habits import ShopHabits, neighbours, shop_habits
 from shoplm.training.log import ShopLog
-from shoplm.training.scoring import TOP, Weights, Window, tune
+from shoplm.training.scoring import TOP, Weights, Window, tune, tune_goes_with
 from shoplm.training.shop import Shop
 
 COUNT = Weights(0.0, 1.0, 0.05, 120.0)
@@ -36,6 +38,39 @@ def test_a_ranking_is_the_sum_of_its_terms(shop: Shop, window: Window) -> None:
         scores = 0.5 * logits[index].numpy() + 0.3 * shop.popularity()
         scores[rows] += 2.0 * np.log1p(counts)
         assert ranked[index].tolist() == np.argsort(-scores, kind="stable")[:TOP].tolist()
+
+
+def test_habits_rank_as_they_are_served(shop: Shop, window: Window) -> None:
+    logits = torch.randn(len(window.examples), len(shop.items.row_item), generator=torch.Generator().manual_seed(0))
+    habits = shop_habits(shop, shop.timeline.tuned_at, 0)
+    weights = Weights(0.5, 2.0, 0.3, 30.0, 0.7, 50.0)
+    known = Window(window.examples, shop.histories, window.popularity, habits)
+    ranked, new = known.rank(weights, logits), known.rank(weights, logits, new_only=True)
+    assert (ranked != known.rank(Weights(0.5, 2.0, 0.3, 30.0), logits)).any()
+    table = HabitTable(2.0, 0.7, 50.0, habits.loyalty, habits.neighbours)
+    for index in (0, 5, len(window.examples) - 1):
+        history = shop.histories[int(window.examples.customer[index])].before(float(window.examples.moment[index]))
+        found = table.of(*history.own_counts(30.0))
+        scores = (0.5 * logits[index].numpy() + 0.3 * shop.popularity()).astype(np.float32)
+        found.add_to(scores)
+        assert ranked[index].tolist() == np.argsort(-scores, kind="stable")[:TOP].tolist()
+        scores[found.items] = -np.inf
+        assert new[index].tolist() == np.argsort(-scores, kind="stable")[:TOP].tolist()
+
+
+def test_neighbours_are_weighed_by_what_they_find_among_new_items(shop: Shop, window: Window) -> None:
+    """Neighbours that know the baskets: they are listened to, as far as the whole list allows."""
+    examples, items = window.examples, len(shop.items.row_item)
+    together = [np.union1d(examples.owned.row(index), examples.baskets.row(index)) for index in range(len(examples))]
+    who = np.repeat(np.arange(len(examples)), [len(each) for each in together])
+    near = neighbours(who, np.concatenate(together), items, 0)
+    known = Window(examples, shop.histories, window.popularity, ShopHabits(np.zeros(items, np.float32), near))
+    start = Weights(0.0, 20.0, 1.0, 120.0)
+    found = tune_goes_with(known, None, start)
+    assert found.goes_with > 0
+    assert known.ndcg(found, None) >= 0.998 * known.ndcg(start, None)
+    recall = [known.quality(known.rank(each, None, new_only=True)).means()["explore_recall"] for each in (found, start)]
+    assert recall[0] > recall[1]
 
 
 def test_ties_go_to_the_lower_row(shop: Shop, window: Window) -> None:

@@ -21,6 +21,7 @@ from shoplm.training import pipeline
 from shoplm.training.adapt.scratch_model import ScratchSize
 from shoplm.training.evaluation import TUNE_EXAMPLES, tuning_window
 from shoplm.training.examples import ranking_examples
+from shoplm.training.habits import shop_habits
 from shoplm.training.labels import next_basket
 from shoplm.training.log import ShopLog
 from shoplm.training.ranker import RankerSettings
@@ -95,6 +96,9 @@ def test_another_future_leaves_everything_that_is_fitted_as_it_is(shop: Shop) ->
     assert torch.equal(one.model.rows.rows, two.model.rows.rows)
     assert torch.equal(one.model.rows.bias, two.model.rows.bias)
     assert torch.equal(one.model.popularity, two.model.popularity)
+    assert len(one.model.habits.neighbours.items) > 0
+    for name, tensor in one.model.habits.tensors().items():
+        assert torch.equal(tensor, two.model.habits.tensors()[name]), name
     assert one.model.predictor is not None and two.model.predictor is not None
     assert len(one.model.predictor.specs) >= 8
     assert one.model.predictor.specs == two.model.predictor.specs
@@ -111,6 +115,8 @@ def test_another_past_changes_what_is_fitted(shop: Shop) -> None:
     other = dataclasses.replace(log, events=events)
     one, two = fitted(shop), fitted(pipeline.prepare(other))
     assert not torch.equal(one.model.rows.rows, two.model.rows.rows)
+    for name in ("loyalty", "neighbours.strengths"):
+        assert not np.array_equal(one.model.habits.tensors()[name], two.model.habits.tensors()[name])
     assert one.model.predictor is not None and two.model.predictor is not None
     assert one.model.predictor.specs != two.model.predictor.specs
 
@@ -163,6 +169,18 @@ def test_labels_of_every_use_end_before_the_next_begins(shop: Shop) -> None:
     parts = {name: set(shop.campaign_rows(table, name).campaign.tolist()) for name in ("train", "tune", "test")}
     assert all(parts.values())
     assert not parts["train"] & parts["tune"] and not (parts["train"] | parts["tune"]) & parts["test"]
+
+
+def test_habits_are_those_before_their_moment(shop: Shop) -> None:
+    """What the score's weights are tuned with knows nothing of the window that they are tuned on."""
+    until = shop.timeline.tuned_at
+    past = dataclasses.replace(shop.log, events=shop.log.events.filter(pl.col("time") < until))
+    known = dataclasses.replace(shop, log=past)
+    one, two = (shop_habits(each, until, 0).tensors() for each in (shop, known))
+    later = shop_habits(shop, shop.timeline.test_at, 0).tensors()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name])
+    assert not torch.equal(one["loyalty"], later["loyalty"])
 
 
 def test_a_visit_across_a_cut_is_seen_only_up_to_it(tiny_shop_log: ShopLog) -> None:

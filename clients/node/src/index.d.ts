@@ -119,7 +119,7 @@ interface Answer {
 }
 
 export interface Reason {
-  kind: 'model' | 'repeat' | 'popularity' | 'unspecified';
+  kind: 'model' | 'repeat' | 'popularity' | 'goes_with' | 'unspecified';
   /** In nats; the reasons of an item add up to its score. */
   contribution: number;
   text: string;

@@ -22,7 +22,6 @@ from shoplm.features import FEATURE_GROUPS, dense_features, feature_groups
 from shoplm.history import History
 from shoplm.prompt import SUFFIX_TOKENS, Prefix
 from shoplm.readout.answers import score_of
-from shoplm.readout.ranking import repeat_terms
 from shoplm.request import Degradation, HeadValues, ItemScores, Request, Service
 from shoplm.v1 import shop_pb2
 
@@ -95,8 +94,7 @@ class Explainer:
         read, tokens = await self._read(asked, forks, ItemScores(tuple(rows)))
         if read is None:
             return self.dropped(asked.service, len(rows))
-        score = self._core.shop().manifest.score
-        other = np.array([repeat_terms(each, rows, score.decay_days, score.repeat_weight) for each in forks.histories])
+        other = np.array([self._habit_terms(each, rows) for each in forks.histories])
         model = read[0] - read[1:]
         effects = model + other[0] - other[1:]
         names = [self._named(part, history) for part in forks.parts]
@@ -126,6 +124,11 @@ class Explainer:
         scores = np.array([[score_of(spec, row) for spec in specs] for row in read.tolist()])
         effects = scores[0] - scores[1:]
         return Explanation([_strongest(names, column) for column in effects.T], tokens)
+
+    def _habit_terms(self, history: History, rows: Sequence[int]) -> Floats:
+        """What the score of each item has beside the model's term that depends on the history."""
+        shop = self._core.shop()
+        return shop.habits.beside(history, rows, shop.manifest.score.decay_days).astype(np.float64)
 
     async def _read(self, asked: Asked, forks: Forks, reads: ItemScores | HeadValues) -> tuple[Floats | None, int]:
         """What each fork read, and tokens; None where the caller is better off without."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import numpy as np
@@ -13,13 +14,19 @@ from shoplm.v1 import recommendation_pb2
 Reason = recommendation_pb2.Reason
 
 
-def reasons(selected: SelectOutput, index: int, history: History) -> list[recommendation_pb2.Reason]:
-    """The terms of the item at `index` of the selection; they add up to its score."""
+def reasons(
+    selected: SelectOutput, index: int, history: History, sources: Sequence[str]
+) -> list[recommendation_pb2.Reason]:
+    """The terms of the item at `index` of the selection; they add up to its score. `sources` are the titles of the own
+    items that it goes with, the strongest first; a term that is 0 for want of any is not listed."""
     model, repeat, popularity = selected.model[index], selected.repeat[index], selected.popularity[index]
+    near = selected.goes_with[index]
+    listed = [Reason(kind=Reason.KIND_GOES_WITH, contribution=near, text=_near_text(sources))] if near else []
     return [
         Reason(kind=Reason.KIND_MODEL, contribution=model, text=_model_text(model, history)),
         Reason(kind=Reason.KIND_REPEAT, contribution=repeat, text=repeat_text(selected.items[index], history)),
         Reason(kind=Reason.KIND_POPULARITY, contribution=popularity, text=_popularity_text(popularity)),
+        *listed,
     ]
 
 
@@ -37,6 +44,12 @@ def repeat_text(row: int, history: History) -> str:
     visits = len(np.unique(history.basket[bought]))
     last = datetime.fromtimestamp(float(history.time[bought].max()), UTC).date().isoformat()
     return f"bought once, on {last}" if visits == 1 else f"bought {visits} times, last on {last}"
+
+
+def _near_text(sources: Sequence[str]) -> str:
+    *others, last = sources or ["the customer's purchases"]
+    named = f"{', '.join(others)} and {last}" if others else last
+    return f"goes with {named}" + (", bought before" if sources else "")
 
 
 def _popularity_text(contribution: float) -> str:

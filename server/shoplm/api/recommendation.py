@@ -17,6 +17,7 @@ from shoplm.v1.recommendation_pb2_grpc import RecommendationServiceServicer
 from shoplm.v1.shop_pb2 import Usage
 
 DEFAULT_COUNT = 10
+NAMED_SOURCES = 3  # own items that a reason names
 _SERVICE = Service.RECOMMENDATION
 
 
@@ -54,7 +55,7 @@ class RecommendationService(RecommendationServiceServicer):
         why = await self._explain(request.explain, work, finished, selected, history, context, warnings)
         degradations = (*why.degraded, *finished.degraded)
         return pb.RecommendResponse(
-            items=_items(shop, selected, history, request.explain, why),
+            items=_items(shop, select, selected, history, request.explain, why),
             model=self._core.served.model_version,
             usage=self._core.usage(work, finished.cached_tokens, finished.completion_tokens, why.tokens),
             degraded=bool(degradations),
@@ -91,7 +92,7 @@ class RecommendationService(RecommendationServiceServicer):
         work, finished, selected = await self._select(select, history, context, warnings)
         why = await self._explain(request.explain, work, finished, selected, history, context, warnings)
         return pb.RankResponse(
-            items=_items(shop, selected, history, request.explain, why),
+            items=_items(shop, select, selected, history, request.explain, why),
             model=self._core.served.model_version,
             usage=self._core.usage(work, finished.cached_tokens, finished.completion_tokens, why.tokens),
             warnings=self._core.warned(_SERVICE, warnings),
@@ -146,7 +147,7 @@ class RecommendationService(RecommendationServiceServicer):
 
 
 def _items(
-    shop: Shop, selected: SelectOutput, history: History, explain: bool, why: Explanation
+    shop: Shop, select: Select, selected: SelectOutput, history: History, explain: bool, why: Explanation
 ) -> list[pb.RecommendedItem]:
     catalog = shop.catalog
     items = []
@@ -158,7 +159,8 @@ def _items(
         if price == price:  # NaN: unknown
             item.price = price
         if explain:
-            item.reasons.extend(reasons(selected, index, history))
+            near = shop.habits.sources(row, select.own_items, select.own_counts, NAMED_SOURCES)
+            item.reasons.extend(reasons(selected, index, history, [catalog.titles[each] for each in near]))
             item.influences.extend(why.influences[index])
         items.append(item)
     return items

@@ -21,6 +21,7 @@ from shoplm.model.base import Base
 from shoplm.model.chat_template import ChatTemplate
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.prompt import PromptBuilder
+from shoplm.readout.habits import HabitTable, load_habits
 from shoplm.readout.targets import check_spec
 from shoplm.retrieval import Knowledge, read_knowledge
 from shoplm.v1 import shop_pb2
@@ -38,6 +39,7 @@ class Shop:
     knowledge: Knowledge
     grounding: Grounding
     feature_means: NDArray[np.float32]  # [F]: the dense features of an average customer; empty without heads
+    habits: HabitTable
 
     @property
     def targets(self) -> tuple[HeadSpec, ...]:
@@ -100,6 +102,7 @@ def load_served(base: Base, bundle: Path | None, *, verify: bool = True) -> Serv
         knowledge,
         Grounding(knowledge, catalog, manifest.currency, manifest.score.decay_days),
         _read_weights(bundle, "head.input_mean") if manifest.targets else np.zeros(0, np.float32),
+        load_habits(bundle, manifest),
     )
     return Served(base, tokenizer, PromptBuilder(tokenizer, template, manifest.prompt, vocabulary, codes), shop)
 

@@ -1,7 +1,7 @@
 """Selections on the GPU: the search of `readout.beam_search`, with its lanes in device memory.
 
 A level is queued without waiting: the next step's tokens, ancestors and scores are read from device memory, where this
-level's kernels put them. What crosses to the host is a finished selection's items, model scores and own items' scores;
+level's kernels put them. What crosses to the host is a finished selection's items and their model scores;
 the terms beside the model's are added there again in double precision, so that a score is exactly their sum.
 
 The cut of the last level is by the whole score: each request has a row of its items' other terms (`bonus`).
@@ -21,8 +21,9 @@ from shoplm.kernels.beam_step_types import MAX_SELECT, BeamSelection, TrieTables
 from shoplm.model.device_filters import DeviceFilters, check_items
 from shoplm.model.device_io import Readback, upload
 from shoplm.model.device_state import DeviceState
+from shoplm.readout.habits import Habits
 from shoplm.readout.popular import popular
-from shoplm.readout.ranking import OwnItems, best, output_of
+from shoplm.readout.ranking import best, output_of
 from shoplm.readout.select import SelectJob
 from shoplm.readout.table import SelectTable
 from shoplm.request import Select, SelectOutput
@@ -42,7 +43,7 @@ class _Search:
     select: Select
     forced: Integers  # item rows, each in a lane behind the beams
     width: int  # beams; at depth 1, where there are none, whether items are searched
-    own: OwnItems
+    habits: Habits
     allowed: Tensor | None  # prefix sums on the device
 
     @property
@@ -143,8 +144,8 @@ class DeviceSelector:
             width, forced = 1, forced[:0]  # every item is scored: none has to ride along
         if max(width, select.count) > MAX_SELECT and width:
             raise ValueError(f"{width} beams and {select.count} items: at most {MAX_SELECT} of each can be selected")
-        own = OwnItems.of(select, table.repeat_weight)
-        return _Search(select, forced, width, own, self._filters.prefix(select) if width else None)
+        habits = table.habits_of(select)
+        return _Search(select, forced, width, habits, self._filters.prefix(select) if width else None)
 
     def _search(self, job: SelectJob) -> _Search:
         search = self._searches.get(job.state_slot)
@@ -219,13 +220,13 @@ class DeviceSelector:
             state.parents[:, level, :places].index_copy_(0, slots, selection.parents[:, :places])
 
     def _bonus(self, searches: Sequence[_Search]) -> Tensor:
-        """fp32 [1 + customers with items of their own, items]: popularity terms, and the repeat terms of each."""
-        owners = [search.own for search in searches if len(search.own.items)]
+        """fp32 [1 + customers with items of their own, items]: popularity terms, and those of each one's habits."""
+        owners = [search.habits.flat for search in searches if len(search.habits.items)]
         bonus = self._popularity.expand(1 + len(owners), -1).contiguous()
         if owners:
             items = self.table.trie.items
-            flat = np.concatenate([(1 + at) * items + own.items for at, own in enumerate(owners)])
-            index, terms = upload([flat, np.concatenate([own.terms for own in owners])], self._device)
+            flat = np.concatenate([(1 + at) * items + own for at, (own, _) in enumerate(owners)])
+            index, terms = upload([flat, np.concatenate([terms for _, terms in owners])], self._device)
             bonus.view(-1).index_add_(0, index, terms)  # an item is listed once: no two additions meet
         return bonus
 
@@ -314,9 +315,10 @@ class DeviceSelector:
         passes &= ~np.isin(search.forced, np.asarray(select.exclude_items, np.int64))
         items, index = np.unique(np.concatenate((found, search.forced[passes])), return_index=True)
         model = np.concatenate((found_model, forced_model[passes]))[index]
-        repeat, popularity = search.own.terms_of(items), table.popularity_terms[items]
-        chosen = best(model + repeat + popularity, select.count)
-        return output_of(items[chosen], model[chosen], repeat[chosen], popularity[chosen])
+        repeat, near = search.habits.repeat_of(items), search.habits.near_of(items)
+        popularity = table.popularity_terms[items]
+        chosen = best(model + repeat + popularity + near, select.count)
+        return output_of(items[chosen], model[chosen], repeat[chosen], popularity[chosen], near[chosen])
 
 
 def product(hidden: Tensor, rows: Tensor) -> Tensor:
@@ -344,7 +346,7 @@ def _row(part: slice, row: int, columns: int) -> slice:
 
 def _bonus_rows(searches: Sequence[_Search]) -> NDArray[np.int32]:
     """Row 0 is popularity alone; each customer with items of their own has the next."""
-    owns = np.array([len(search.own.items) > 0 for search in searches])
+    owns = np.array([len(search.habits.items) > 0 for search in searches])
     return np.where(owns, np.cumsum(owns), 0).astype(np.int32)
 
 

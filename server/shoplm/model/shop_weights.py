@@ -5,6 +5,8 @@ weights.safetensors holds (n items, H hidden size, K codes of a level, F dense f
 - `input_rows` [shop tokens, H], optional: absent, each row is the mean of the base's embeddings of a token's text;
 - `output_rows.{level}` [K, H] and `output_bias.{level}` [K], for every level of the code;
 - `popularity` [n]: natural logs;
+- `loyalty` [n], optional, and `neighbours.starts` [n + 1], `neighbours.items` [E], `neighbours.strengths` [E], all or
+  none of them: see `shoplm.readout.habits`;
 - `head.input_mean` [F], `head.input_scale` [F], `head.weight` [P, H + F + M], `head.bias` [P], all or none of them, and
   where the heads have hidden units on the features, `head.unit_weight` [M, F] and `head.unit_bias` [M];
 - `codes` [n, depth], only for codes of more than one token: sorted, item row = position.
@@ -15,15 +17,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from shoplm.bundle import ShopManifest
 from shoplm.catalog.filters import ItemColumns, ItemFilters
 from shoplm.catalog.trie import Trie
 from shoplm.errors import BundleError
+from shoplm.readout.habits import HabitTable, habit_table
 from shoplm.readout.heads import Heads
 from shoplm.readout.table import SelectTable
 from shoplm.vocabulary import ShopVocabulary
@@ -61,7 +66,7 @@ class NamedTrie:
             output_bias=tuple(torch.zeros(size) for size in sizes),
             token_starts=tuple(int(first_token + sum(sizes[:level])) for level in range(len(sizes))),
             popularity=np.zeros(self.trie.items, np.float32),
-            repeat_weight=1.0,
+            habits=HabitTable(1.0),
             popularity_weight=0.0,
             filters=ItemFilters(self.trie.items),
         )
@@ -122,12 +127,25 @@ def load_shop_weights(
         output_bias=tuple(reader.take(f"output_bias.{n}", (size,)).float() for n, size in enumerate(sizes)),
         token_starts=vocabulary.level_starts,
         popularity=popularity,
-        repeat_weight=manifest.score.repeat_weight,
+        habits=_habits(reader, manifest, len(popularity)),
         popularity_weight=manifest.score.popularity_weight,
         filters=ItemFilters(trie.items, columns),
         own_lanes=own_lanes,
     )
     return ShopWeights(input_rows, table, _heads(reader, hidden))
+
+
+def _habits(reader: _Reader, manifest: ShopManifest, items: int) -> HabitTable:
+    def read(key: str) -> NDArray[Any] | None:
+        tensor = reader.tensors.get(key)
+        return None if tensor is None else tensor.numpy()
+
+    try:
+        table = habit_table(manifest.score, read)
+        table.check(items)
+    except ValueError as error:
+        raise BundleError(f"{reader.path}: {error}") from error
+    return table
 
 
 def mean_embeddings(embedding: Tensor, texts: Sequence[Sequence[int]]) -> Tensor:

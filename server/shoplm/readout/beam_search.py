@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from shoplm.catalog.filters import AllowedItems
 from shoplm.catalog.trie import Candidates
-from shoplm.readout.ranking import OwnItems, best, output_of
+from shoplm.readout.habits import Habits
+from shoplm.readout.ranking import best, output_of
 from shoplm.readout.table import SelectTable
 from shoplm.request import Select, SelectOutput
 
@@ -35,6 +36,7 @@ class Search:
 
     select: Select
     allowed: AllowedItems
+    habits: Habits
     forced: Integers  # item rows
     width: int
     nodes: Integers  # [lanes], of the level chosen last; one entry, the root, before the first
@@ -48,6 +50,7 @@ class Search:
         return Search(
             select=select,
             allowed=table.filters.allowed(select.item_filter, select.exclude_items),
+            habits=table.habits_of(select),
             forced=table.forced_items(select),
             width=table.width(select),
             nodes=np.zeros(1, np.int64),
@@ -97,6 +100,7 @@ def extend(table: SelectTable, search: Search, children: Children) -> Search:
     return Search(
         select=search.select,
         allowed=search.allowed,
+        habits=search.habits,
         forced=search.forced,
         width=search.width,
         nodes=np.concatenate((nodes[chosen], np.zeros(dead, np.int64), forced_nodes)),
@@ -114,11 +118,11 @@ def finish(table: SelectTable, search: Search, children: Children) -> SelectOutp
     _, forced_scores = _follow(table, search, children)
     items, index = np.unique(np.concatenate((children.child[reach], search.forced)), return_index=True)
     model = np.concatenate((children.score[reach], forced_scores))[index]
-    repeat = OwnItems.of(search.select, table.repeat_weight).terms_of(items)
+    repeat, near = search.habits.repeat_of(items), search.habits.near_of(items)
     popularity = table.popularity_terms[items]
-    scores = np.where(search.allowed.mask[items], model + repeat + popularity, np.float32(-np.inf))
+    scores = np.where(search.allowed.mask[items], model + repeat + popularity + near, np.float32(-np.inf))
     chosen = best(scores, search.select.count)
-    return output_of(items[chosen], model[chosen], repeat[chosen], popularity[chosen])
+    return output_of(items[chosen], model[chosen], repeat[chosen], popularity[chosen], near[chosen])
 
 
 def _follow(table: SelectTable, search: Search, children: Children) -> tuple[Integers, Floats]:

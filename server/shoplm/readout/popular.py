@@ -11,7 +11,7 @@ from shoplm.request import Select, SelectOutput
 def popular(table: SelectTable, select: Select) -> SelectOutput:
     """The items of the largest popularity terms that pass the filter; of given candidates, those alone.
 
-    The model's and the repeat term are 0. Ties: lower item row first.
+    The other terms are 0. Ties: lower item row first.
     """
     terms = table.popularity_terms
     allowed = table.filters.allowed(select.item_filter, select.exclude_items).mask
@@ -21,4 +21,4 @@ def popular(table: SelectTable, select: Select) -> SelectOutput:
         rows = given[allowed[given]]
     items = rows[best(terms[rows], select.count)]
     nothing = np.zeros(len(items), np.float32)
-    return output_of(items, nothing, nothing, terms[items])
+    return output_of(items, nothing, nothing, terms[items], nothing)

@@ -1,12 +1,14 @@
 """Selecting items: the best of a trie, or the scores of given ones.
 
-score = log p_model + repeat_weight * log(1 + decayed own count) + popularity_weight * log popularity, natural logs.
-log p_model is a sum over the trie's levels of log-softmax over the children that exist; filters come after it, so a
-score does not depend on the filter. Equal scores are ordered by item row.
+score = log p_model + popularity_weight * log popularity + what the customer's own purchases say (`readout.habits`:
+bought again, or goes with what was bought), natural logs. log p_model is a sum over the trie's levels of log-softmax
+over the children that exist; filters come after it, so a score does not depend on the filter. Equal scores are ordered
+by item row.
 
 With codes of one token, the last hidden state of the prompt scores all items at once. With longer codes it is a beam
-search; the items that the customer owns most of ride along in lanes of their own, so that the search cannot lose them
-before their counts are added, and given candidates are such lanes alone. The last level is cut by the whole score.
+search; the items that the customer owns most of, and those that go best with them, ride along in lanes of their own, so
+that the search cannot lose them before their terms are added, and given candidates are such lanes alone. The last level
+is cut by the whole score.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from shoplm.readout.beam_search import Children, Search, extend, finish, log_softmax
 from shoplm.readout.popular import popular
-from shoplm.readout.ranking import OwnItems, best, output_of
+from shoplm.readout.ranking import best, output_of
 from shoplm.readout.table import SelectTable
 from shoplm.request import Select, SelectOutput
 from torch import Tensor
@@ -107,8 +109,8 @@ class Selector:
         outputs = []
         for job, job_model, job_scores in zip(jobs, model, scores, strict=True):
             select = job.select
-            own = OwnItems.of(select, table.repeat_weight)
-            job_scores[own.items] += own.terms
+            habits = table.habits_of(select)
+            habits.add_to(job_scores)
             allowed = table.filters.allowed(select.item_filter, select.exclude_items).mask
             if select.candidates is not None:
                 given = np.unique(np.asarray(select.candidates, np.int64))
@@ -117,7 +119,8 @@ class Selector:
             else:
                 job_scores[~allowed] = -np.inf
                 items = best(job_scores, select.count)
-            outputs.append(output_of(items, job_model[items], own.terms_of(items), table.popularity_terms[items]))
+            repeat, near = habits.repeat_of(items), habits.near_of(items)
+            outputs.append(output_of(items, job_model[items], repeat, table.popularity_terms[items], near))
         return outputs
 
     def _advance(self, logits: NDArray[np.float32], level: int, jobs: Sequence[SelectJob]) -> list[SelectOutput | None]:

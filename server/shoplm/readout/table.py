@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from shoplm.catalog.filters import ItemFilters
 from shoplm.catalog.trie import Trie
+from shoplm.readout.habits import Habits, HabitTable
 from shoplm.request import Select
 from torch import Tensor
 
@@ -22,10 +23,11 @@ class SelectTable:
     output_bias: tuple[Tensor, ...]  # per level, fp32 [codes]
     token_starts: tuple[int, ...]  # per level: token id of code 0
     popularity: NDArray[np.float32]  # [items], natural log
-    repeat_weight: float
+    habits: HabitTable
     popularity_weight: float
     filters: ItemFilters
     own_lanes: int = 16  # owned items that ride along in a beam search: those of the largest counts
+    near_lanes: int = 16  # items that go with the owned ones and ride along: those of the largest terms
 
     def __post_init__(self) -> None:
         if not len(self.output_rows) == len(self.output_bias) == len(self.token_starts) == self.trie.depth:
@@ -36,11 +38,16 @@ class SelectTable:
                 raise ValueError(f"level {level}: {len(rows)} output rows and {len(bias)} biases for {size} codes")
         if self.popularity.shape != (self.trie.items,):
             raise ValueError(f"popularity has shape {self.popularity.shape}, expected ({self.trie.items},)")
+        self.habits.check(self.trie.items)
 
     @cached_property
     def popularity_terms(self) -> NDArray[np.float32]:
         """[items]: popularity_weight * log popularity."""
         return (self.popularity * self.popularity_weight).astype(np.float32)
+
+    def habits_of(self, select: Select) -> Habits:
+        """The terms that come from what the customer bought."""
+        return self.habits.of(select.own_items, select.own_counts)
 
     def width(self, select: Select) -> int:
         """Beams of a search; candidates need none."""
@@ -52,4 +59,6 @@ class SelectTable:
             return np.unique(np.asarray(select.candidates, np.int64))
         items, index = np.unique(np.asarray(select.own_items, np.int64), return_inverse=True)
         counts = np.bincount(index, weights=np.asarray(select.own_counts, np.float64), minlength=len(items))
-        return np.sort(items[np.argsort(-counts, kind="stable")[: self.own_lanes]])
+        own = items[np.argsort(-counts, kind="stable")[: self.own_lanes]]
+        # Neither a repeat nor a neighbour may be lost before its term is added. The two have no item in common.
+        return np.sort(np.concatenate((own, self.habits_of(select).strongest_near(self.near_lanes))))

@@ -103,6 +103,6 @@ class SimulatedBackend:
                 return STOP_TOKEN if index >= sampling.seed else _TEXT_TOKEN
             case SelectReadout(_, level):
                 last = level == self._info.trie_depths[""] - 1
-                return SelectOutput((0,), (0.0,), (0.0,), (0.0,), (0.0,)) if last else None
+                return SelectOutput((0,), (0.0,), (0.0,), (0.0,), (0.0,), (0.0,)) if last else None
             case _:
                 return (0.0,)

@@ -30,8 +30,8 @@ from shoplm.features import FEATURE_VERSION
 from shoplm.history import EventKind
 from shoplm.model.base import Base
 from shoplm.model.origin import Origin
-from shoplm.training.evaluation import Model
 from shoplm.training.html_report import render_report
+from shoplm.training.model import Model
 from shoplm.training.pipeline import write_items
 from shoplm.training.report import Report
 from shoplm.training.shop import Shop
@@ -202,6 +202,7 @@ def _write_weights(path: Path, model: Model, input_rows: torch.Tensor | None) ->
         "output_bias.0": model.rows.bias.float().contiguous(),
         "popularity": model.popularity.float().contiguous(),
     }
+    tensors |= model.habits.tensors()
     if input_rows is not None:
         tensors["input_rows"] = input_rows.contiguous()
     if model.predictor is not None:

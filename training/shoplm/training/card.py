@@ -111,8 +111,8 @@ def _model(base: Base, schema: PromptSchema, weights: Weights, hidden_scales: di
         f"Base {base.name}, {state}. Output rows: fitted on {examples:,} "
         f"next baskets. History: the newest {schema.history_budget_tokens} tokens, dropped in blocks of "
         f"{schema.history_block_tokens}.",
-        f"score = log p(item) + {weights.repeat:g} log(1 + own count, decay {weights.decay_days:g} d) "
-        f"+ {weights.popularity:g} log popularity.",
+        f"score = {weights.score().formula}. Loyalty is the log-odds that a purchase of the item comes again; "
+        "neighbours are items of the same customers (ridge regression) and score what the customer has not bought yet.",
     ]
     if kept:
         lines.append(

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from shoplm.training.examples import Examples, ranking_examples
+from shoplm.training.habits import ShopHabits
+from shoplm.training.model import Model
 from shoplm.training.prediction_results import measure_predictions
-from shoplm.training.predictions import Predictor
-from shoplm.training.ranker import OutputRows
 from shoplm.training.ranking_results import measure_ranking, tuned_rivals
 from shoplm.training.report import AmountRow, ProbabilityRow, Report
 from shoplm.training.samples import HiddenTable, Task, Use
-from shoplm.training.scoring import Weights, Window
+from shoplm.training.scoring import Window
 from shoplm.training.shop import Shop
 
 TUNE_EXAMPLES = 2000  # of the validation window, at random: enough for weights that come from a coarse grid
@@ -23,23 +23,15 @@ SPLITS = {"global time split": Use.ITEM_TEST_TIME, "last basket": Use.ITEM_TEST_
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Model:
-    """What is measured: the tensors of a bundle, and its weights of counting and popularity."""
-
-    rows: OutputRows
-    popularity: torch.Tensor  # [items] natural logs
-    weights: Weights  # model = 1: the rows are what is stored
-    predictor: Predictor | None
-
-
-def tuning_window(shop: Shop, table: HiddenTable, popularity: torch.Tensor, seed: int) -> Window:
-    """Validation examples: next baskets between `tuned_at` and `test_at`."""
+def tuning_window(
+    shop: Shop, table: HiddenTable, popularity: torch.Tensor, seed: int, habits: ShopHabits | None = None
+) -> Window:
+    """Validation examples: next baskets between `tuned_at` and `test_at`. `habits` are those before `tuned_at`."""
     chosen = table.where(Task.RECOMMEND, Use.ITEM_TUNE)
     if len(chosen) > TUNE_EXAMPLES:
         chosen = np.sort(np.random.default_rng(seed).choice(chosen, TUNE_EXAMPLES, replace=False))
     examples = _examples(shop, table, chosen, shop.timeline.test_at)
-    return Window(examples, shop.histories, popularity)
+    return Window(examples, shop.histories, popularity, habits)
 
 
 def measure(shop: Shop, table: HiddenTable, read: int, model: Model, seed: int, say: Say) -> Report:
@@ -52,9 +44,7 @@ def measure(shop: Shop, table: HiddenTable, read: int, model: Model, seed: int, 
         say(f"ranking: {name}")
         examples = _examples(shop, table, table.where(Task.RECOMMEND, use), float("inf"))
         if len(examples):
-            rankings.append(
-                measure_ranking(name, shop, table, examples, model.rows, model.weights, model.popularity, rivals, seed)
-            )
+            rankings.append(measure_ranking(name, shop, table, examples, model, rivals, seed))
     chances: list[ProbabilityRow] = []
     amounts: list[AmountRow] = []
     if model.predictor is not None:

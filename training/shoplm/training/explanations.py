@@ -24,7 +24,7 @@ from shoplm.model.backend import Backend
 from shoplm.model.weights import DecoderWeights
 from shoplm.prompt import Prefix, PromptBuilder
 from shoplm.readout.answers import score_of
-from shoplm.readout.ranking import repeat_terms
+from shoplm.readout.habits import HabitTable
 from shoplm.request import (
     Explain,
     FailedOutput,
@@ -97,11 +97,11 @@ class Measured:
     builder: PromptBuilder
     catalog: Catalog
     manifest: ShopManifest
+    habits: HabitTable
 
     def other(self, history: History, rows: Sequence[int]) -> Floats:
         """What a score has beside the model's term that depends on the history."""
-        score = self.manifest.score
-        return repeat_terms(history, rows, score.decay_days, score.repeat_weight).astype(np.float64)
+        return self.habits.beside(history, rows, self.manifest.score.decay_days).astype(np.float64)
 
     def features(self, history: History) -> tuple[float, ...]:
         return tuple(dense_features(history, self.catalog.prices).tolist())
@@ -146,6 +146,7 @@ class _Found:
 def measure_explanations(
     shop: Shop,
     manifest: ShopManifest,
+    habits: HabitTable,
     catalog: Catalog,
     builder: PromptBuilder,
     backend: Backend,
@@ -157,7 +158,7 @@ def measure_explanations(
 ) -> ExplanationResult:
     """Of customers drawn at random, seen from the moment when the test begins. `backend` serves the bundle, and
     `randomised` the same with weights that `shuffled` gave it."""
-    measured = Measured(Asker(backend), Asker(randomised), builder, catalog, manifest)
+    measured = Measured(Asker(backend), Asker(randomised), builder, catalog, manifest, habits)
     generator = np.random.default_rng(seed)
     found, done = _Found(predictions={spec.label: [] for spec in _targets(manifest)}), 0
     for history in _histories(shop, generator):

@@ -17,17 +17,19 @@ from shoplm.model.base import Base
 from shoplm.model.linear import packing_supported
 from shoplm.training.campaigns import fit_campaigns
 from shoplm.training.catalogue import ShopItems, choose_items
-from shoplm.training.evaluation import Model, tuning_window
+from shoplm.training.evaluation import tuning_window
 from shoplm.training.examples import ranking_examples
+from shoplm.training.habits import shop_habits
 from shoplm.training.heads import Standard, joined
 from shoplm.training.hidden import HiddenStates, Progress
 from shoplm.training.histories import Histories
 from shoplm.training.log import ShopLog
+from shoplm.training.model import Model
 from shoplm.training.predictions import Predictor, Windows, at_moments, fit_behaviour, observe, shifted, weekly_rows
 from shoplm.training.ranker import OutputRows, RankerSettings, fit_ranker
 from shoplm.training.reader import Reader, make_reader
 from shoplm.training.samples import HiddenTable, Task, Use
-from shoplm.training.scoring import Weights, tune
+from shoplm.training.scoring import Weights, tune, tune_goes_with
 from shoplm.training.shop import Shop
 from shoplm.training.timeline import make_timeline
 from shoplm.training.watch import LOSS, NDCG, Watch
@@ -139,7 +141,8 @@ def fit(
     """Output rows on labels before `tuned_at`; weights and calibration on labels before `test_at`. `embeddings`
     [rows, H] are the input embeddings of the catalogue's items."""
     popularity = torch.from_numpy(shop.popularity())
-    window = tuning_window(shop, table, popularity, seed)
+    watch.say("finding what is bought again and together")
+    window = tuning_window(shop, table, popularity, seed, shop_habits(shop, shop.timeline.tuned_at, seed))
     watch.say("tuning the weights of counting and popularity")
     count = tune(window, None, Weights(model=0.0, repeat=1.0, popularity=0.05, decay_days=120.0))
     examples = ranking_examples(
@@ -183,12 +186,14 @@ def fit(
     watch.say("tuning the score's weights")
     logits = rows.logits(states)
     starts = [Weights(1.0, repeat, 0.0, count.decay_days), replace(count, model=0.0)]
-    best = max((tune(window, logits, start) for start in starts), key=lambda found: window.ndcg(found, logits))
+    tuned = (tune(window, logits, start, habits=True) for start in starts)
+    best = tune_goes_with(window, logits, max(tuned, key=lambda found: window.ndcg(found, logits)))
     centre = hidden.mean(0) if len(hidden) else torch.zeros(hidden.shape[1])
     stored = rows.scaled(best.model).rounded(centre)
     watch.say("fitting prediction heads")
     predictor = fit_predictor(shop, table, seed)
-    model = Model(stored, popularity, replace(best, model=1.0), predictor)
+    habits = shop_habits(shop, shop.timeline.test_at, seed)
+    model = Model(stored, popularity, replace(best, model=1.0), habits, predictor)
     return Fitted(model, len(examples), predictor.hidden_scales if predictor is not None else {})
 
 

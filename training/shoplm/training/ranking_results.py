@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from shoplm.training import baselines
 from shoplm.training.examples import Examples
 from shoplm.training.metrics import BasketQuality, bootstrap_difference
-from shoplm.training.ranker import OutputRows
+from shoplm.training.model import Model
 from shoplm.training.report import (
     BASKETS,
     COUNT,
@@ -58,15 +58,14 @@ def measure_ranking(
     shop: Shop,
     table: HiddenTable,
     examples: Examples,
-    rows: OutputRows,
-    weights: Weights,
-    popularity: torch.Tensor,
+    model: Model,
     rivals: Rivals,
     seed: int,
 ) -> RankingResult:
     """One split; `examples` index `table`."""
-    window = Window(examples, shop.histories, popularity)
-    logits = rows.logits(torch.from_numpy(table.hidden[examples.sample]))
+    popularity, weights = model.popularity, model.weights
+    window = Window(examples, shop.histories, popularity, model.habits)
+    logits = model.rows.logits(torch.from_numpy(table.hidden[examples.sample]))
     ranked = {
         POPULARITY: baselines.popularity_ranking(window),
         "group, then personal frequency": baselines.frequency_ranking(examples, shop.histories, popularity),

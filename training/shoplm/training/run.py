@@ -28,12 +28,14 @@ from shoplm.training.card import render_card
 from shoplm.training.card_explanations import record
 from shoplm.training.catalogue import ShopItems, choose_items
 from shoplm.training.determinism import deterministic
-from shoplm.training.evaluation import Model, measure
+from shoplm.training.evaluation import measure
 from shoplm.training.explanations import measure_explanations, shuffled
+from shoplm.training.habits import read_habits
 from shoplm.training.heads import Head, Standard
 from shoplm.training.hidden import HiddenStates
 from shoplm.training.histories import Histories
 from shoplm.training.log import ShopLog
+from shoplm.training.model import Model
 from shoplm.training.predictions import Predictor
 from shoplm.training.ranker import OutputRows, RankerSettings
 from shoplm.training.report import ExplanationResult, Report, Sample
@@ -282,6 +284,7 @@ def explain_bundle(
     return measure_explanations(
         shop,
         served.shop.manifest,
+        served.shop.habits,
         served.shop.catalog,
         served.prompts,
         load_backend(spec),
@@ -316,8 +319,15 @@ def read_model(folder: Path, manifest: ShopManifest) -> Model:
         )
         predictor = Predictor(standard, head, manifest.targets, {})
     score = manifest.score
-    weights = Weights(1.0, score.repeat_weight, score.popularity_weight, score.decay_days)
-    return Model(rows, tensors["popularity"].float(), weights, predictor)
+    weights = Weights(
+        1.0,
+        score.repeat_weight,
+        score.popularity_weight,
+        score.decay_days,
+        score.loyalty_weight,
+        score.goes_with_weight,
+    )
+    return Model(rows, tensors["popularity"].float(), weights, read_habits(score, tensors), predictor)
 
 
 def _check_base(manifest: ShopManifest, base: Base, folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from shoplm.bundle import ScoreWeights
 from shoplm.training.examples import Examples, Sparse
+from shoplm.training.habits import ShopHabits
 from shoplm.training.histories import Histories
 from shoplm.training.metrics import BasketQuality, basket_quality
 from torch import Tensor
@@ -19,31 +20,40 @@ DECAYS = (15.0, 30.0, 60.0, 120.0, 240.0, 480.0)  # days
 REPEAT_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 13.0, 16.0)
 POPULARITY_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 MODEL_WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)
+LOYALTY_WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0)  # in units of the weight of counting
+GOES_WITH_WEIGHTS = (0.0, 25.0, 50.0, 100.0, 200.0, 400.0, 800.0, 1600.0, 3200.0)
+_LEAST_KEPT = 0.998  # of the NDCG, when the weight of neighbours is chosen by what is found among new items
 _CHUNK = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Of the three terms. `model` is multiplied into the output rows when the bundle is written."""
+    """Of the terms. `model` is multiplied into the output rows when the bundle is written."""
 
     model: float
     repeat: float
     popularity: float
     decay_days: float
+    loyalty: float = 0.0
+    goes_with: float = 0.0
 
     def score(self) -> ScoreWeights:
-        return ScoreWeights(self.repeat, self.popularity, self.decay_days)
+        return ScoreWeights(self.repeat, self.popularity, self.decay_days, self.loyalty, self.goes_with)
 
 
 class Window:
     """Examples of one window, with own counts at every decay, ready to be ranked with any weights."""
 
-    def __init__(self, examples: Examples, histories: Histories, popularity: Tensor) -> None:
-        """`popularity` [items]: natural logs."""
+    def __init__(
+        self, examples: Examples, histories: Histories, popularity: Tensor, habits: ShopHabits | None = None
+    ) -> None:
+        """`popularity` [items]: natural logs. Without `habits`, their weights must be 0."""
         self.examples = examples
         self.popularity = popularity
         self._histories = histories
+        self._habits = habits
         self._owned: dict[float, Sparse] = {}
+        self._near: tuple[float, Sparse] | None = None
         self._baskets = examples.basket_list()
         self._known = examples.owned_list()
 
@@ -57,6 +67,22 @@ class Window:
                 values.append(np.log1p(counts))
             self._owned[decay_days] = Sparse.of(rows, values)
         return self._owned[decay_days]
+
+    def near(self, decay_days: float) -> Sparse:
+        """What goes with own items, at the decay asked for last."""
+        if self._habits is None:
+            raise ValueError("neighbours have a weight, but the window has no habits")
+        if self._near is None or self._near[0] != decay_days:
+            owned, rows, values = self.owned(decay_days), [], []
+            for index in range(len(self.examples)):
+                part = slice(owned.starts[index], owned.starts[index + 1])
+                found, strengths = self._habits.neighbours.near(
+                    owned.columns[part].astype(np.int64), owned.values[part].astype(np.float64)
+                )
+                rows.append(found.astype(np.int32))
+                values.append(strengths)
+            self._near = decay_days, Sparse.of(rows, values)
+        return self._near[1]
 
     def rank(self, weights: Weights, logits: Tensor | None, *, new_only: bool = False) -> NDArray[np.int64]:
         """[N, k] best rows; ties go to the lower row, as in serving. `logits` [N, items] are the model's. `new_only`
@@ -72,10 +98,20 @@ class Window:
             scores += weights.popularity * self.popularity
             at, column, value = owned.select(chunk)
             scores[at, column] += weights.repeat * value
+            if weights.loyalty:
+                if self._habits is None:
+                    raise ValueError("loyalty has a weight, but the window has no habits")
+                scores[at, column] += weights.loyalty * torch.from_numpy(self._habits.loyalty)[column]
+            if weights.goes_with:
+                self._add_near(scores, weights, chunk)
             if new_only:
                 scores[at, column] = -torch.inf
             ranked[chunk] = top(scores, ranked.shape[1])
         return ranked
+
+    def _add_near(self, scores: Tensor, weights: Weights, chunk: NDArray[np.intp]) -> None:
+        at, column, value = self.near(weights.decay_days).select(chunk)
+        scores[at, column] += weights.goes_with * value
 
     def quality(self, ranked: NDArray[np.integer]) -> BasketQuality:
         return basket_quality(ranked, self._baskets, self._known)
@@ -105,15 +141,16 @@ def chunks(count: int, size: int) -> Iterator[NDArray[np.intp]]:
         yield np.arange(start, min(start + size, count))
 
 
-def tune(window: Window, logits: Tensor | None, start: Weights) -> Weights:
+def tune(window: Window, logits: Tensor | None, start: Weights, *, habits: bool = False) -> Weights:
     """Weights that maximise NDCG on the window, by coordinate ascent over the grids from `start`.
 
-    With `logits` None only counting and popularity are tuned. Never worse on the window than `start`.
+    With `logits` None only counting and popularity are tuned, with `habits` loyalty, too. Never worse on the window
+    than `start`.
     """
     best, best_quality = start, window.ndcg(start, logits)
     while len(window.examples):
         before = best
-        for name, grid in _grids(best, logits is not None):
+        for name, grid in _grids(best, logits is not None, habits):
             for value in grid:
                 candidate = replace(best, **{name: value})
                 quality = window.ndcg(candidate, logits)
@@ -124,8 +161,32 @@ def tune(window: Window, logits: Tensor | None, start: Weights) -> Weights:
     return best
 
 
-def _grids(weights: Weights, with_model: bool) -> Sequence[tuple[str, Sequence[float]]]:
+def tune_goes_with(window: Window, logits: Tensor | None, found: Weights) -> Weights:
+    """`found` with the weight of neighbours that finds most among new items and keeps what is found among all.
+
+    What the customer has not bought yet takes few of ten places: the whole list hardly tells which weight suits it.
+    """
+    least = _LEAST_KEPT * window.ndcg(found, logits)
+
+    def explored(weights: Weights) -> float:
+        if not len(window.examples):
+            return 0.0
+        recall = window.quality(window.rank(weights, logits, new_only=True)).explore_recall
+        return float(np.nanmean(recall)) if np.isfinite(recall).any() else 0.0
+
+    best, best_recall = found, explored(found)
+    for value in GOES_WITH_WEIGHTS:
+        candidate = replace(found, goes_with=value)
+        recall = explored(candidate)
+        if recall > best_recall + 1e-9 and window.ndcg(candidate, logits) >= least:
+            best, best_recall = candidate, recall
+    return best
+
+
+def _grids(weights: Weights, with_model: bool, with_habits: bool) -> Sequence[tuple[str, Sequence[float]]]:
     grids: list[tuple[str, Sequence[float]]] = [("decay_days", DECAYS)]
+    if with_habits:
+        grids.append(("loyalty", [weights.repeat * value for value in LOYALTY_WEIGHTS]))
     if with_model:
         return [("repeat", REPEAT_WEIGHTS), ("popularity", POPULARITY_WEIGHTS), ("model", MODEL_WEIGHTS), *grids]
     # Only the ratio matters without a model: the weight of counting stays.

@@ -40,6 +40,7 @@ class ReasonKind(StrEnum):
     MODEL = "model"
     REPEAT = "repeat"
     POPULARITY = "popularity"
+    GOES_WITH = "goes_with"
 
 
 class InfluenceKind(StrEnum):

@@ -1,0 +1,220 @@
+"""What a customer's own purchases say about each item: bought again, or goes with what was bought.
+
+Both are sums over the customer's own items j with decayed counts c_j, so they are exact reasons of a score:
+
+    repeat(i)    = repeat_weight * log(1 + c_i) + loyalty_weight * loyalty_i             for own items, else 0
+    goes_with(i) = goes_with_weight * sum_j s_ji log(1 + c_j) / sum_j log(1 + c_j)       for other items, else 0
+
+`loyalty_i` says how readily the shop's customers buy the item again, and `s_ji` how much of an item's customers the
+neighbour i draws (`Neighbours`). What the customer buys already is scored by its own count alone. numpy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from shoplm.bundle import ScoreWeights, ShopManifest
+from shoplm.errors import BundleError
+from shoplm.history import History
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+Rows = Sequence[int] | NDArray[np.integer]
+Counts = Sequence[float] | NDArray[np.floating]
+
+_DENSE_SHARE = 16  # items of the shop per neighbour to add, up to which sums over all items are made
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Each item's neighbours and how strong they are, as compressed rows."""
+
+    starts: Integers  # [items + 1]
+    items: NDArray[np.int32]  # [E] item rows
+    strengths: Floats  # [E], finite, not negative
+
+    def __post_init__(self) -> None:
+        count = len(self.starts) - 1
+        if count < 0 or self.starts[0] != 0 or self.starts[-1] != len(self.items) or (np.diff(self.starts) < 0).any():
+            raise ValueError(f"neighbours: starts do not divide {len(self.items)} entries into rows")
+        if self.items.shape != self.strengths.shape:
+            raise ValueError(f"neighbours: {len(self.items)} items but {len(self.strengths)} strengths")
+        if len(self.items) and not 0 <= int(self.items.min()) <= int(self.items.max()) < count:
+            raise ValueError(f"neighbours: items run from {self.items.min()} to {self.items.max()}, there are {count}")
+
+    @classmethod
+    def none(cls, items: int) -> Neighbours:
+        """No item has a neighbour."""
+        return cls(np.zeros(items + 1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def entries(self, rows: Integers) -> tuple[Integers, Integers]:
+        """(position in `rows`, index into `items`) of all entries of these rows."""
+        lengths = self.starts[rows + 1] - self.starts[rows]
+        position = np.repeat(np.arange(len(rows)), lengths)
+        offset = np.arange(len(position)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return position, np.repeat(self.starts[rows], lengths) + offset
+
+    def near(self, own: Integers, amounts: NDArray[np.floating]) -> tuple[Integers, Floats]:
+        """Items that go with `own` (ascending, each once) weighted by `amounts`, ascending and without `own`, and the
+        weighted means of the strengths."""
+        total = float(amounts.sum())
+        if total <= 0.0 or not len(self.items):
+            return np.zeros(0, np.int64), np.zeros(0, np.float32)
+        position, at = self.entries(own)
+        weights = self.strengths[at] * (amounts / total)[position]
+        if len(self) <= _DENSE_SHARE * len(at):  # adding up in place beats sorting
+            sums = np.bincount(self.items[at], weights=weights, minlength=len(self))
+            items = np.flatnonzero(sums)
+            sums = sums[items]
+        else:
+            items, index = np.unique(self.items[at], return_inverse=True)
+            sums = np.bincount(index, weights=weights, minlength=len(items))
+        new = ~np.isin(items, own, assume_unique=True)
+        return items[new].astype(np.int64), sums[new].astype(np.float32)
+
+    def sources(self, item: int, own: Integers, amounts: NDArray[np.floating], count: int) -> Integers:
+        """At most `count` of the `own` items that `item` goes with, those that add most to its term first."""
+        position, at = self.entries(own)
+        hit = self.items[at] == item
+        found, parts = position[hit], (self.strengths[at] * amounts[position])[hit]
+        order = np.lexsort((found, -parts))[:count]
+        result: Integers = own[found[order][parts[order] > 0]]
+        return result
+
+
+@dataclass(frozen=True)
+class Habits:
+    """One customer's terms. Item rows are ascending and each once; no item is in both."""
+
+    items: Integers  # own items
+    repeat: Floats  # aligned with `items`
+    near_items: Integers  # items that go with them
+    near: Floats  # aligned with `near_items`
+
+    def repeat_of(self, items: Integers) -> Floats:
+        """The repeat term of each of `items`, 0 for those never bought."""
+        return _looked_up(items, self.items, self.repeat)
+
+    def near_of(self, items: Integers) -> Floats:
+        """The goes-with term of each of `items`, 0 where nothing that was bought goes with it."""
+        return _looked_up(items, self.near_items, self.near)
+
+    def add_to(self, scores: Floats) -> None:
+        """Add both terms to `scores` [items] in place."""
+        scores[self.items] += self.repeat
+        scores[self.near_items] += self.near
+
+    @property
+    def flat(self) -> tuple[Integers, Floats]:
+        """All items with a term, each once, and the terms."""
+        return np.concatenate((self.items, self.near_items)), np.concatenate((self.repeat, self.near))
+
+    def strongest_near(self, count: int) -> Integers:
+        """At most `count` items of the largest goes-with terms."""
+        return self.near_items[np.argsort(-self.near, kind="stable")[:count]]
+
+
+def _looked_up(wanted: Integers, items: Integers, values: Floats) -> Floats:
+    terms = np.zeros(len(wanted), np.float32)
+    if len(items):
+        at = np.minimum(np.searchsorted(items, wanted), len(items) - 1)
+        hit = items[at] == wanted
+        terms[hit] = values[at[hit]]
+    return terms
+
+
+@dataclass(frozen=True)
+class HabitTable:
+    """What a shop's habits are scored with. A weight of 0 leaves its term out."""
+
+    repeat_weight: float
+    loyalty_weight: float = 0.0
+    goes_with_weight: float = 0.0
+    loyalty: Floats | None = None  # [items], natural log
+    neighbours: Neighbours | None = None
+
+    def __post_init__(self) -> None:
+        if self.loyalty is None and self.loyalty_weight:
+            raise ValueError(f"loyalty_weight is {self.loyalty_weight}, but no loyalty is there")
+        if self.neighbours is None and self.goes_with_weight:
+            raise ValueError(f"goes_with_weight is {self.goes_with_weight}, but no neighbours are there")
+
+    def check(self, items: int) -> None:
+        """Raises ValueError where a table is not of so many items."""
+        if self.loyalty is not None and self.loyalty.shape != (items,):
+            raise ValueError(f"loyalty has shape {self.loyalty.shape}, expected ({items},)")
+        if self.neighbours is not None and len(self.neighbours) != items:
+            raise ValueError(f"neighbours are of {len(self.neighbours)} items, expected {items}")
+
+    def of(self, items: Rows, counts: Counts) -> Habits:
+        """The terms of a customer who owns `items`, by their decayed `counts`; those of an item that is listed twice
+        are added."""
+        own, amounts = _amounts(items, counts)
+        repeat = self.repeat_weight * amounts
+        if self.loyalty is not None:
+            repeat = repeat + self.loyalty_weight * self.loyalty[own]
+        near_items, near = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        if self.neighbours is not None and self.goes_with_weight:
+            near_items, near = self.neighbours.near(own, amounts)
+            near = (self.goes_with_weight * near).astype(np.float32)
+        return Habits(own, repeat.astype(np.float32), near_items, near)
+
+    def beside(self, history: History, rows: Sequence[int], decay_days: float) -> Floats:
+        """Both terms of each of these items for a customer with this history, added."""
+        habits, wanted = self.of(*history.own_counts(decay_days)), np.asarray(rows, np.int64)
+        return habits.repeat_of(wanted) + habits.near_of(wanted)
+
+    def sources(self, item: int, items: Rows, counts: Counts, count: int) -> list[int]:
+        """At most `count` of the owned `items` that add most to the goes-with term of `item`, the strongest first."""
+        if self.neighbours is None or not self.goes_with_weight:
+            return []
+        found: list[int] = self.neighbours.sources(item, *_amounts(items, counts), count).tolist()
+        return found
+
+
+def habit_table(score: ScoreWeights, read: Callable[[str], NDArray[Any] | None]) -> HabitTable:
+    """From a bundle: `read` gives a tensor of weights.safetensors, None where it is not there. Raises ValueError where
+    the tensors do not fit together or with the weights."""
+    loyalty = read("loyalty")
+    parts = [read(f"neighbours.{name}") for name in ("starts", "items", "strengths")]
+    starts, items, strengths = parts
+    neighbours = None
+    if starts is not None and items is not None and strengths is not None:
+        neighbours = Neighbours(starts.astype(np.int64), items.astype(np.int32), strengths.astype(np.float32))
+    elif any(part is not None for part in parts):
+        raise ValueError("neighbours.starts, neighbours.items and neighbours.strengths are not all there")
+    return HabitTable(
+        score.repeat_weight,
+        score.loyalty_weight,
+        score.goes_with_weight,
+        None if loyalty is None else loyalty.astype(np.float32),
+        neighbours,
+    )
+
+
+def load_habits(bundle: Path, manifest: ShopManifest) -> HabitTable:
+    """Of a bundle's folder. Raises BundleError."""
+    path = bundle / "weights.safetensors"
+    try:
+        with safe_open(path, framework="numpy") as weights:
+            known = set(weights.keys())
+            table = habit_table(manifest.score, lambda name: weights.get_tensor(name) if name in known else None)
+            table.check(*weights.get_slice("popularity").get_shape())
+    except (OSError, SafetensorError, ValueError) as error:
+        raise BundleError(f"{path}: {error}") from error
+    return table
+
+
+def _amounts(items: Rows, counts: Counts) -> tuple[Integers, NDArray[np.float64]]:
+    """Own items, ascending and each once, and log(1 + count) of each."""
+    own, index = np.unique(np.asarray(items, np.int64), return_inverse=True)
+    return own, np.log1p(np.bincount(index, weights=np.asarray(counts, np.float64), minlength=len(own)))
