@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from shoplm.training.metrics import auc, basket_quality, bootstrap_difference, brier, calibration_error, reliability
+from shoplm.training.metrics import Baskets, auc, bootstrap_difference, brier, calibration_error, reliability
 from sklearn.metrics import brier_score_loss, ndcg_score, roc_auc_score
 
 
@@ -14,7 +14,7 @@ def rows(*values: int) -> np.ndarray:
 
 def test_recall_and_ndcg_by_hand() -> None:
     ranked = np.array([[4, 1, 7], [0, 1, 2]])
-    quality = basket_quality(ranked, [rows(1, 9), rows(5)], [rows(1), rows()])
+    quality = Baskets([rows(1, 9), rows(5)], [rows(1), rows()]).quality(ranked)
     np.testing.assert_allclose(quality.recall, [0.5, 0.0])
     ideal = 1 + 1 / np.log2(3)
     np.testing.assert_allclose(quality.ndcg, [(1 / np.log2(3)) / ideal, 0.0])
@@ -30,12 +30,12 @@ def test_ndcg_equals_scikit_learn() -> None:
         basket = random.choice(30, random.integers(1, 15), replace=False).astype(np.int32)
         relevance = np.isin(np.arange(30), basket).astype(float)
         ranked = np.argsort(-scores)[None, :10]
-        found = basket_quality(ranked, [basket], [rows()]).ndcg[0]
+        found = Baskets([basket], [rows()]).quality(ranked).ndcg[0]
         assert found == pytest.approx(ndcg_score(relevance[None], scores[None], k=10))
 
 
 def test_a_customer_with_nothing_to_find_does_not_count() -> None:
-    quality = basket_quality(np.array([[1], [1]]), [rows(), rows(1)], [rows(), rows(1)])
+    quality = Baskets([rows(), rows(1)], [rows(), rows(1)]).quality(np.array([[1], [1]]))
     assert np.isnan(quality.recall[0])
     assert quality.means() == {
         "recall": 1.0,

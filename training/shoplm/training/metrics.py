@@ -13,6 +13,7 @@ CALIBRATION_BINS = 10
 _NORMAL_975 = 1.959963984540054
 _NEWTON_STEPS = 50
 _LARGEST_CONDITION = 1e12
+_ROW_BITS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,28 +36,43 @@ class BasketQuality:
         return {name: float(np.nanmean(v)) if np.isfinite(v).any() else float("nan") for name, v in named.items()}
 
 
-def basket_quality(
-    ranked: NDArray[np.integer], baskets: list[NDArray[np.int32]], owned: list[NDArray[np.int32]]
-) -> BasketQuality:
-    """`ranked` [N, k] rows, best first; `baskets` what was bought; `owned` what the customer had bought before."""
-    count, k = ranked.shape
-    discounts = 1.0 / np.log2(np.arange(2, k + 2))
-    ideal = np.concatenate([[0.0], np.cumsum(discounts)])
-    values = np.full((4, count), np.nan)
-    for index in range(count):
-        basket = baskets[index]
-        if not len(basket):
-            continue
-        hit = np.isin(ranked[index], basket)
-        again = np.isin(basket, owned[index])
-        found = np.isin(basket, ranked[index])
-        values[0, index] = hit.sum() / len(basket)
-        values[1, index] = (hit * discounts).sum() / ideal[min(k, len(basket))]
-        if again.any():
-            values[2, index] = found[again].mean()
-        if not again.all():
-            values[3, index] = found[~again].mean()
-    return BasketQuality(*values)
+class Baskets:
+    """What N customers bought, and had bought before: rankings are measured against them again and again."""
+
+    def __init__(self, baskets: list[NDArray[np.int32]], owned: list[NDArray[np.int32]]) -> None:
+        """`baskets` what was bought; `owned` what the customer had bought before: catalogue rows."""
+        self._keys = _keys(baskets)
+        self._again = np.isin(self._keys, _keys(owned))
+        self._customer = self._keys >> _ROW_BITS
+        self._sizes = self._per_customer(np.ones(len(self._keys), bool), len(baskets))
+        self._repeated = self._per_customer(self._again, len(baskets))
+
+    def quality(self, ranked: NDArray[np.integer]) -> BasketQuality:
+        """`ranked` [N, k] rows, best first."""
+        count, k = ranked.shape
+        discounts = 1.0 / np.log2(np.arange(2, k + 2))
+        ideal = np.concatenate([[0.0], np.cumsum(discounts)])
+        chosen = _keys(list(ranked))
+        hit = np.isin(chosen, self._keys).reshape(count, k)
+        found = np.isin(self._keys, chosen)
+        again = self._per_customer(found & self._again, count)
+        others = self._per_customer(found & ~self._again, count)
+        with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: nothing to find
+            return BasketQuality(
+                recall=hit.sum(axis=1) / self._sizes,
+                ndcg=(hit * discounts).sum(axis=1) / ideal[np.minimum(k, self._sizes)],
+                repeat_recall=again / self._repeated,
+                explore_recall=others / (self._sizes - self._repeated),
+            )
+
+    def _per_customer(self, counted: NDArray[np.bool_], customers: int) -> NDArray[np.intp]:
+        return np.bincount(self._customer[counted], minlength=customers)
+
+
+def _keys(rows: list[NDArray[np.integer]]) -> NDArray[np.int64]:
+    """Rows of all customers in one axis, each with its customer's index above the row's bits."""
+    customer = np.repeat(np.arange(len(rows)), [len(each) for each in rows])
+    return (customer << _ROW_BITS) | np.concatenate([np.zeros(0, np.int64), *rows]).astype(np.int64)
 
 
 def bootstrap_difference(ours: Floats, theirs: Floats, *, seed: int, rounds: int = 2000) -> tuple[float, float, float]:

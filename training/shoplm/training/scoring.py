@@ -12,7 +12,7 @@ from shoplm.bundle import ScoreWeights
 from shoplm.training.examples import Examples, Sparse
 from shoplm.training.habits import ShopHabits
 from shoplm.training.histories import Histories
-from shoplm.training.metrics import BasketQuality, basket_quality
+from shoplm.training.metrics import BasketQuality, Baskets
 from torch import Tensor
 
 TOP = 10
@@ -54,8 +54,7 @@ class Window:
         self._habits = habits
         self._owned: dict[float, Sparse] = {}
         self._near: tuple[float, Sparse] | None = None
-        self._baskets = examples.basket_list()
-        self._known = examples.owned_list()
+        self._baskets = Baskets(examples.basket_list(), examples.owned_list())
 
     def owned(self, decay_days: float) -> Sparse:
         """log(1 + decayed count) of own items at a decay."""
@@ -114,7 +113,7 @@ class Window:
         scores[at, column] += weights.goes_with * value
 
     def quality(self, ranked: NDArray[np.integer]) -> BasketQuality:
-        return basket_quality(ranked, self._baskets, self._known)
+        return self._baskets.quality(ranked)
 
     def ndcg(self, weights: Weights, logits: Tensor | None) -> float:
         """Mean NDCG over the examples; 0 where there are none."""
