@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from shoplm.model.base import Base, resolve_base
+from shoplm.training import heads
 from shoplm.training.log import ShopLog, read_log
 from tiny_log import NOW, write_log
 
@@ -39,3 +41,12 @@ def tiny_base(tiny_model: object) -> Base:
     """Two random layers, heads tied: enough for every path of training."""
     folder: Path = tiny_model("smollm2")  # type: ignore[operator]
     return resolve_base(str(folder))
+
+
+@pytest.fixture(scope="module")
+def quick_heads() -> Iterator[None]:
+    """Two strengths of a head instead of a grid: for tests of what a whole run does, not of how heads are chosen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shoplm.training.heads.PENALTIES", heads.PENALTIES[1:2])
+        patch.setattr("shoplm.training.heads.HIDDEN_SCALES", heads.HIDDEN_SCALES[:2])
+        yield

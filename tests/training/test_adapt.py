@@ -26,6 +26,7 @@ from shoplm.training.ranker import OutputRows
 from shoplm.training.report import Report
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.usefixtures("quick_heads")
 Shell = Callable[..., str]
 _KNOWLEDGE = (Passage("a.md", "Returns", "You can return goods within 30 days. Bring the receipt."),)
 

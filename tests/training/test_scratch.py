@@ -24,6 +24,7 @@ from shoplm.training.scratch import Scratch, ScratchRun, scratch_size
 from shoplm.training.watch import Watch
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.usefixtures("quick_heads")
 Shell = Callable[..., str]
 
 

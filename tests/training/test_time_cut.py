@@ -31,6 +31,7 @@ from shoplm.training.shop import Shop
 from shoplm.training.timeline import HORIZONS, make_timeline
 from shoplm.training.watch import Watch
 
+pytestmark = pytest.mark.usefixtures("quick_heads")
 DAY = 86_400.0
 HIDDEN = 12
 

@@ -25,6 +25,7 @@ from shoplm.vocabulary import ShopVocabulary
 from tiny_log import START, events, items
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.usefixtures("quick_heads")
 FILES = ("--items", "items.parquet"), ("--customers", "customers.parquet"), ("--campaigns", "campaigns.parquet")
 Invoke = Callable[..., str]
 EXPLAINED = 4

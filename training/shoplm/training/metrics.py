@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +70,7 @@ class Baskets:
         return np.bincount(self._customer[counted], minlength=customers)
 
 
-def _keys(rows: list[NDArray[np.integer]]) -> NDArray[np.int64]:
+def _keys(rows: Sequence[NDArray[np.integer]]) -> NDArray[np.int64]:
     """Rows of all customers in one axis, each with its customer's index above the row's bits."""
     customer = np.repeat(np.arange(len(rows)), [len(each) for each in rows])
     return (customer << _ROW_BITS) | np.concatenate([np.zeros(0, np.int64), *rows]).astype(np.int64)
