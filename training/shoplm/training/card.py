@@ -132,8 +132,8 @@ def _privacy() -> str:
     return (
         "## Privacy\n\n"
         "Not trained with differential privacy. The weights hold item rows, a popularity and a loyalty per item, its "
-        "neighbours and heads, all fitted on customers' baskets without noise; no formal bound on what they reveal about "
-        "one customer "
+        "neighbours and heads, all fitted on customers' baskets without noise; no formal bound on what they reveal "
+        "about one customer "
         "is claimed. The demo customers' events are in the bundle as they are: leave them out (`--demo-customers 0`) "
         "for a shop whose customers have not agreed to that."
     )
