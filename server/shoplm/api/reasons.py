@@ -20,6 +20,7 @@ def reasons(
     """The terms of the item at `index` of the selection; they add up to its score. `sources` are the titles of the own
     items that it goes with, the strongest first; a term that is 0 for want of any is not listed."""
     model, repeat, popularity = selected.model[index], selected.repeat[index], selected.popularity[index]
+    popularity += 0.0  # a weight of 0 gives -0.0, which would be read as a loss
     near = selected.goes_with[index]
     listed = [Reason(kind=Reason.KIND_GOES_WITH, contribution=near, text=_near_text(sources))] if near else []
     return [
