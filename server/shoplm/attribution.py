@@ -94,7 +94,7 @@ def parts_for(
 def gone_with(history: History, parts: Iterable[Part]) -> NDArray[np.bool_]:
     """[E]: all events of these parts, those too that the prompt is too short to name."""
     gone = np.zeros(len(history), np.bool_)
-    keys = 2 * history.item.astype(np.int64) + history.has_item
+    keys = history.item_keys
     for part in parts:
         events = list(part.events)
         of = history.basket if part.is_visit else keys
@@ -104,10 +104,10 @@ def gone_with(history: History, parts: Iterable[Part]) -> NDArray[np.bool_]:
 
 def leave_out(history: History, gone: NDArray[np.bool_]) -> History:
     """The history as if the events [E] had not happened."""
-    names = ("item", "has_item", "kind", "time", "quantity", "price")
-    columns = {name: getattr(history, name)[~gone] for name in names}
-    _, basket = np.unique(history.basket[~gone], return_inverse=True)
-    return History(**columns, basket=basket.astype(np.int32), as_of=history.as_of, attributes=history.attributes)
+    columns = history.columns(~gone)
+    _, basket = np.unique(columns["basket"], return_inverse=True)
+    columns["basket"] = basket.astype(np.int32)
+    return History(**columns, as_of=history.as_of, attributes=history.attributes)
 
 
 def prefix_without(builder: PromptBuilder, history: History, prefix: Prefix, gone: NDArray[np.bool_]) -> Prefix:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 SECONDS_PER_DAY = 86_400.0
+
+
+def utc_day(seconds: float) -> str:
+    """The ISO 8601 date of a moment in Unix seconds."""
+    return datetime.fromtimestamp(seconds, UTC).date().isoformat()
 
 
 class EventKind(IntEnum):
@@ -49,12 +56,17 @@ class History:
 
     def before(self, moment: float) -> History:
         """The history as it was at `moment` (Unix seconds): events strictly earlier, `as_of` = moment."""
-        keep = self.time < moment
-        columns = {
-            name: getattr(self, name)[keep]
-            for name in ("item", "has_item", "kind", "time", "quantity", "price", "basket")
-        }
-        return History(**columns, as_of=moment, attributes=self.attributes)
+        return History(**self.columns(self.time < moment), as_of=moment, attributes=self.attributes)
+
+    def columns(self, keep: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
+        """Every array, by name, at the events where `keep` [E] is set; basket numbers as they are."""
+        names = ("item", "has_item", "kind", "time", "quantity", "price", "basket")
+        return {name: getattr(self, name)[keep] for name in names}
+
+    @property
+    def item_keys(self) -> NDArray[np.int64]:
+        """[E]: equal where events are of the same item, or of the same product type."""
+        return 2 * self.item.astype(np.int64) + self.has_item
 
     def own_counts(self, decay_days: float) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Distinct purchased item rows and their decayed counts, sum over purchases of exp(-age / decay_days).

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 import msgspec
 import numpy as np
@@ -19,7 +18,7 @@ from shoplm.attribution import Floats, Forks, Part, likeliest, parts_for, visit_
 from shoplm.bundle import HeadSpec
 from shoplm.errors import ExpiredError, OverloadedError
 from shoplm.features import FEATURE_GROUPS, dense_features, feature_groups
-from shoplm.history import History
+from shoplm.history import History, utc_day
 from shoplm.prompt import SUFFIX_TOKENS, Prefix
 from shoplm.readout.answers import score_of
 from shoplm.request import Degradation, HeadValues, ItemScores, Request, Service
@@ -155,13 +154,13 @@ class Explainer:
         newest = float(history.time[events].max())
         visits = len(np.unique(history.basket[events]))
         if part.is_visit:
-            title = f"the visit of {_day(newest)} ({len(events)} item{'s' if len(events) > 1 else ''})"
+            title = f"the visit of {utc_day(newest)} ({len(events)} item{'s' if len(events) > 1 else ''})"
             return Influence(kind=Influence.KIND_VISIT, title=title, time=_timestamp(newest), visits=visits)
         row, known = int(history.item[events[0]]), bool(history.has_item[events[0]])
         return Influence(
             kind=Influence.KIND_ITEM,
             item_id=catalog.item_ids[row] if known else "",
-            title=catalog.titles[row] if known else catalog.type_texts[row].strip(),
+            title=catalog.event_title(row, known),
             time=_timestamp(newest),
             visits=visits,
         )
@@ -189,7 +188,7 @@ def _text(influence: shop_pb2.Influence, effect: float) -> str:
     change = f"{'raises' if effect > 0 else 'lowers'} it by {abs(effect):.2f}"
     if influence.kind != Influence.KIND_ITEM:
         return f"{influence.title} {change}"
-    last = _day(influence.time.ToSeconds())
+    last = utc_day(influence.time.ToSeconds())
     when = f"on {last}" if influence.visits == 1 else f"in {influence.visits} visits, last on {last}"
     return f"{influence.title}, {when}, {change}"
 
@@ -205,7 +204,3 @@ def _in_reserve(request: Request) -> Request:
 
 def _timestamp(seconds: float) -> Timestamp:
     return Timestamp(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))
-
-
-def _day(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).date().isoformat()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from datetime import UTC, datetime
 
 import numpy as np
-from shoplm.history import EventKind, History
+from shoplm.history import EventKind, History, utc_day
 from shoplm.request import SelectOutput
 from shoplm.v1 import recommendation_pb2
 
@@ -43,7 +42,7 @@ def repeat_text(row: int, history: History) -> str:
     if not bought.any():
         return "not bought before"
     visits = len(np.unique(history.basket[bought]))
-    last = datetime.fromtimestamp(float(history.time[bought].max()), UTC).date().isoformat()
+    last = utc_day(float(history.time[bought].max()))
     return f"bought once, on {last}" if visits == 1 else f"bought {visits} times, last on {last}"
 
 

@@ -48,6 +48,10 @@ class Catalog:
         """Distinct categories, sorted."""
         return sorted(set(self.categories))
 
+    def event_title(self, item: int, has_item: bool) -> str:
+        """What an event of a history was about: a row's title, or in words the type that `item` then indexes."""
+        return self.titles[item] if has_item else self.type_texts[item].strip()
+
     def text(self, row: int) -> str:
         """The words that the item's input embedding is made from."""
         return f" {self.titles[row]}, {self.categories[row]}"

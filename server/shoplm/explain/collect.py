@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import grpc.aio
 import numpy as np
@@ -16,7 +15,7 @@ from shoplm.api.warnings import Warnings
 from shoplm.config import ServerConfig
 from shoplm.engine.load import load_tensors
 from shoplm.errors import ConfigurationError
-from shoplm.history import EventKind, History
+from shoplm.history import EventKind, History, utc_day
 from shoplm.model.config import ModelConfig
 from shoplm.prompt import Prefix, Visit
 from shoplm.server import EngineFactory, Server, engine_process
@@ -82,7 +81,7 @@ async def explain(
     visits = served.prompts.visits(history, prefix)
     return Explained(
         customer_id=customer.customer_id,
-        as_of=_day(history.as_of),
+        as_of=utc_day(history.as_of),
         recommended=recommended,
         predicted=predicted,
         baskets=_baskets(history, visits, served.shop),
@@ -108,12 +107,13 @@ def _baskets(history: History, visits: tuple[Visit, ...], shop: Shop) -> tuple[B
         items = []
         for event in np.flatnonzero(history.basket == number).tolist():
             row = int(history.item[event])
-            title = catalog.titles[row] if history.has_item[event] else catalog.type_texts[row].strip()
+            known = bool(history.has_item[event])
+            title = catalog.event_title(row, known)
             kind = EventKind(int(history.kind[event]))
             what = title if kind is EventKind.PURCHASE else f"{title} ({kind.name.lower()})"
-            items.append((catalog.item_ids[row] if history.has_item[event] else "", what))
+            items.append((catalog.item_ids[row] if known else "", what))
         when = float(history.time[history.basket == number][0])
-        found.append(Basket(_day(when), tuple(dict.fromkeys(items)), number in read))
+        found.append(Basket(utc_day(when), tuple(dict.fromkeys(items)), number in read))
     return tuple(found)
 
 
@@ -127,9 +127,5 @@ def _attention(
     weights, shop = load_tensors(spec, model)
     tokens = served.prompts.recommend(prefix, history)
     spans = [(0, visits[0].start), *((visit.start, visit.end) for visit in visits), (visits[-1].end, len(tokens))]
-    days = [_day(float(history.time[history.basket == visit.basket][0])) for visit in visits]
+    days = [utc_day(float(history.time[history.basket == visit.basket][0])) for visit in visits]
     return Attention((BEFORE, *days, TASK), attention_mass(model, weights, shop, tokens, spans))
-
-
-def _day(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).date().isoformat()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 
 from shoplm.bundle import HeadSpec, PromptSchema
+from shoplm.history import utc_day
 from shoplm.model.base import Base
 from shoplm.model.origin import Origin
 from shoplm.training.card_tables import chat, limits, predictions, ranking
@@ -60,7 +60,7 @@ def _data(shop: Shop, report: Report) -> str:
     lines = [
         "## Data",
         f"{len(log.events):,} events of {len(log.customer_ids):,} customers and {len(log.item_ids):,} known items, "
-        f"{_day(shop.timeline.start)} to {_day(shop.timeline.end)}.",
+        f"{utc_day(shop.timeline.start)} to {utc_day(shop.timeline.end)}.",
         f"{len(items.row_item):,} items have a token of their own: those with at least {items.minimum_count} "
         f"{items.label_kind.name.lower()} events before the test, {items.covered_share:.1%} of "
         "these events. The others "
@@ -81,15 +81,15 @@ def _data(shop: Shop, report: Report) -> str:
 
 def _splits(shop: Shop) -> str:
     timeline = shop.timeline
-    cuts = ", ".join(_day(moment) for moment in timeline.train_at)
+    cuts = ", ".join(utc_day(moment) for moment in timeline.train_at)
     return (
         "## Splits\n\n"
-        f"Item rows and heads: labels before {_day(timeline.tuned_at)} (head cut-offs {cuts}). Score weights and "
-        f"calibration: labels from {_day(timeline.tuned_at)} to {_day(timeline.test_at)}. Tests: labels from "
-        f"{_day(timeline.test_at)} on. The *global time split* asks at {_day(timeline.test_at)} for "
+        f"Item rows and heads: labels before {utc_day(timeline.tuned_at)} (head cut-offs {cuts}). Score weights and "
+        f"calibration: labels from {utc_day(timeline.tuned_at)} to {utc_day(timeline.test_at)}. Tests: labels from "
+        f"{utc_day(timeline.test_at)} on. The *global time split* asks at {utc_day(timeline.test_at)} for "
         "the next basket; the "
         "*last basket* split asks at the moment of each customer's last visit, where that lies after "
-        f"{_day(timeline.test_at)}. **The served bundle is the measured one**: it was not fitted "
+        f"{utc_day(timeline.test_at)}. **The served bundle is the measured one**: it was not fitted "
         "again on the test period."
     )
 
@@ -133,11 +133,6 @@ def _privacy() -> str:
         "## Privacy\n\n"
         "Not trained with differential privacy. The weights hold item rows, a popularity and a loyalty per item, its "
         "neighbours and heads, all fitted on customers' baskets without noise; no formal bound on what they reveal "
-        "about one customer "
-        "is claimed. The demo customers' events are in the bundle as they are: leave them out (`--demo-customers 0`) "
-        "for a shop whose customers have not agreed to that."
+        "about one customer is claimed. The demo customers' events are in the bundle as they are: leave them out "
+        "(`--demo-customers 0`) for a shop whose customers have not agreed to that."
     )
-
-
-def _day(moment: float) -> str:
-    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d")

@@ -263,8 +263,7 @@ def _measure_predictions(
 
 def _matches(history: History, cited: Sequence[Part], generator: np.random.Generator) -> NDArray[np.bool_]:
     """[E]: the events of as many other items, each drawn among those most like a cited one in count and recency."""
-    keys = 2 * history.item.astype(np.int64) + history.has_item
-    names, inverse = np.unique(keys, return_inverse=True)
+    names, inverse = np.unique(history.item_keys, return_inverse=True)
     last = np.zeros(len(names))
     np.maximum.at(last, inverse, history.time)
     age = np.log1p((history.as_of - last) / SECONDS_PER_DAY)
