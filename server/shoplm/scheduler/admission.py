@@ -195,4 +195,4 @@ class Admission:
         if promised is None:
             return False
         predicted = self._prospects.first_result_seconds(sequence, load)
-        return predicted <= promised and not self._prospects.costs_others_more(sequence, predicted, now)
+        return predicted <= promised and not self._prospects.costs_others_more(sequence, predicted, promised, now)

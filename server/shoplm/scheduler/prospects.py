@@ -105,16 +105,14 @@ class Prospects:
         wait = max(busy / rate, alone, self._queue_seconds(sequence) + alone)
         return load.starts_seconds + wait + (sequence.depth - 1) * step
 
-    def costs_others_more(self, sequence: Sequence, predicted: float, now: float) -> bool:
-        """Whether a request that could be in time is so dear that others would not be, for its sake.
+    def costs_others_more(self, sequence: Sequence, predicted: float, promised: float, now: float) -> bool:
+        """Whether a request that could be in time, `predicted` before it is `promised`, is so dear that others would
+        not be, for its sake.
 
         The more work it is beside its service's typical request, the less of its time others may be ahead of it. By the
         square root of that ratio: in proportion, dear requests are refused in each short burst that they would survive,
         and without it a queue that is always full refuses cheap and dear ones alike.
         """
-        promised = self._forecast.promised_seconds(sequence)
-        if promised is None:
-            return False
         alone = self._forecast.alone_seconds(sequence)
         typical = max(self._typical[sequence.request.service], 1e-9)
         dearness = math.sqrt(max(1.0, self._forecast.whole_seconds(sequence) / typical))
