@@ -107,6 +107,7 @@ def stage_environment(out: Path, wheels: Path | None, smoke: bool) -> dict[str, 
     path = os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("TRITON_INTERPRET", None)
+    environment.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)  # some images set it: fp32 references would be off
     if smoke:
         environment |= {"TRITON_INTERPRET": "1"}
     return environment

@@ -18,7 +18,7 @@ STAGES: dict[str, tuple[str, str, dict[str, int]]] = {
     "correct-attention-1": ("correctness", "attention", {"part": 0, "parts": 3}),
     "correct-attention-2": ("correctness", "attention", {"part": 1, "parts": 3}),
     "correct-attention-3": ("correctness", "attention", {"part": 2, "parts": 3}),
-    "correct-ops": ("correctness", "ops", {}),
+    "correct-ops": ("correctness_ops", "ops", {}),
     "correct-backend": ("backend", "equality", {}),
     "prefill": ("kernels", "prefill", {}),
     "decode": ("kernels", "decode", {}),

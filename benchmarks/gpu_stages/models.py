@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+from typing import Any
+
 import torch
 from shoplm.model.config import ModelConfig, RopeConfig
 from shoplm.model.weights import DecoderWeights, LayerWeights
@@ -26,7 +29,7 @@ CONFIGS = {
     "1.7B": _config(2048, 6144, 28, 16, 8, 151_936, qkv_bias=False, qk_norm=True, tied=True),
     "7B": _config(3584, 18_944, 28, 28, 4, 152_064, qkv_bias=True, qk_norm=False, tied=False),
 }
-TINY = _config(64, 96, 2, 2, 1, 200, qkv_bias=True, qk_norm=True, tied=False, head_dim=64, positions=256)
+TINY = _config(64, 128, 2, 2, 1, 200, qkv_bias=True, qk_norm=True, tied=False, head_dim=64, positions=256)
 
 
 def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
@@ -59,3 +62,18 @@ def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device
     embedding = matrix(config.vocab_size, hidden)
     head = embedding if config.tied_head else matrix(config.vocab_size, hidden)
     return DecoderWeights(embedding, layers, ones(hidden), head)
+
+
+def in_fp32(weights: DecoderWeights) -> DecoderWeights:
+    """The same numbers in fp32."""
+
+    def wide(layer: LayerWeights) -> LayerWeights:
+        parts: dict[str, Any] = {field.name: getattr(layer, field.name) for field in fields(layer)}
+        return replace(layer, **{name: part.float() for name, part in parts.items() if part is not None})
+
+    embedding = weights.embedding.float()
+    head = embedding if weights.lm_head is weights.embedding else weights.lm_head.float()
+    return replace(
+        weights, embedding=embedding, layers=tuple(map(wide, weights.layers)), final_norm=weights.final_norm.float(),
+        lm_head=head,
+    )  # fmt: skip

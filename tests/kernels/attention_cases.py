@@ -169,6 +169,32 @@ def same_dtype_attention(case: Case, window: int | None) -> torch.Tensor:
     return out
 
 
+def same_dtype_beams(case: BeamCase, window: int | None) -> torch.Tensor:
+    """As `same_dtype_attention`, beam by beam over its prompt and its own path; NaN for tokens of no beam."""
+    out = poisoned(case.q)
+    beams, page_size = case.beams, case.kv.page_size
+    starts, widths = beams.query_start.tolist(), beams.width.tolist()
+    for group, (prompt_len, step) in enumerate(zip(beams.prompt_len.tolist(), beams.step.tolist(), strict=True)):
+        prompt = reference.row_slots(beams.page_table[group], prompt_len, page_size)
+        for beam in range(widths[group]):
+            slots = torch.cat((prompt, torch.tensor(reference.beam_path(beams, group, beam, step))))
+            k, v = (x.to(case.q.dtype) for x in reference.gather_slots(case.kv, slots[-window if window else 0 :]))
+            token = starts[group] + beam
+            out[token] = torch.nn.functional.scaled_dot_product_attention(
+                case.q[token][:, None], k.transpose(0, 1), v.transpose(0, 1), enable_gqa=True
+            )[:, 0]
+    return out
+
+
+def check_beams(case: BeamCase, window: int | None = None) -> None:
+    """Compare `case.out` with the reference on the beams' tokens; no other may have been written."""
+    expected = reference.beam_attention(case.q, case.kv, case.beams, window=window)
+    owned = case.owned
+    assert torch.equal(~expected[..., 0, 0].isnan(), owned)
+    assert_close(case.out[owned], expected[owned], same_dtype_beams(case, window)[owned])
+    assert case.out[~owned].isnan().all(), "a token of no beam was written"
+
+
 def assert_close(
     actual: torch.Tensor, expected: torch.Tensor, same_dtype: torch.Tensor, *, floor: float = 2e-6
 ) -> None:

@@ -6,10 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from attention_cases import BeamCase, Shape, assert_close, make_beam_case, poisoned
+from attention_cases import BeamCase, Shape, check_beams, make_beam_case, poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shoplm.kernels import reference
 from shoplm.kernels.attention import beam_attention, score_scale_of
 from shoplm.kernels.beam import beam_rows
 from shoplm.kernels.tile_config import SHORT_ROWS, tile_config
@@ -27,15 +26,6 @@ def run_beam(case: BeamCase, *, window: int | None = None, keys_per_split: int |
         tile=tile_config(90, shape.head_dim, shape.dtype, rows, case.kv.quantised), keys_per_split=keys_per_split,
         score_scale=score_scale_of(None, shape.head_dim), window=window,
     )  # fmt: skip
-
-
-def check_beams(case: BeamCase, window: int | None = None) -> None:
-    expected = reference.beam_attention(case.q, case.kv, case.beams, window=window)
-    # torch's error in the same dtype: the reference's result from inputs of that dtype, rounded once.
-    owned = case.owned
-    assert torch.equal(~expected[..., 0, 0].isnan(), owned)
-    assert_close(case.out[owned], expected[owned], expected[owned].to(case.q.dtype))
-    assert case.out[~owned].isnan().all(), "a token of no beam was written"
 
 
 @pytest.mark.parametrize(

@@ -168,14 +168,18 @@ def run(backend: Backend, chunk_tokens: int, jobs: Sequence[tuple[list[int], Tas
 
 
 def backends(*, traits: bool, layers: int = 2, **options: Any) -> tuple[TorchBackend, TritonBackend]:
-    """Both on the same weights; slots that nothing was written to read as NaN. `options` are the Triton backend's.
+    """Both on the same weights and with the same `kv_format`; slots that nothing was written to read as NaN. `options`
+    are the Triton backend's.
 
     Interpreting takes as long as there are layers: one does where a test is not about the layers.
     """
     torch.manual_seed(20240607)
     config = toy_config(traits=traits, layers=layers)
     weights, shop, tries = toy_weights(config), toy_shop(), [toy_trie()]
-    reference = TorchBackend(config, weights, shop, tries, pages=PAGES, page_size=PAGE_SIZE, state_slots=STATE_SLOTS)
+    reference = TorchBackend(
+        config, weights, shop, tries, pages=PAGES, page_size=PAGE_SIZE, state_slots=STATE_SLOTS,
+        kv_format=options.get("kv_format", "model"),
+    )  # fmt: skip
     backend = TritonBackend(
         config, weights, shop, tries, pages=PAGES, page_size=PAGE_SIZE, state_slots=STATE_SLOTS, max_beam_tokens=32,
         **{"device": "cpu", **options},

@@ -15,8 +15,9 @@ from shoplm.errors import BundleError, ConfigurationError
 from shoplm.model.adapter import Adapter, read_adapter
 from shoplm.model.backend import Backend
 from shoplm.model.config import ModelConfig
-from shoplm.model.gpu import KV_FORMATS, check_device, kv_page_bytes
+from shoplm.model.gpu import check_device, kv_page_bytes
 from shoplm.model.gpu_warmup import warm_up
+from shoplm.model.kv_pool import KV_FORMATS
 from shoplm.model.shop_weights import ShopWeights, load_shop_weights, random_trie
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.model.weights import DecoderWeights, load_weights

@@ -132,6 +132,7 @@ class Decoder:
         if self._query_scale is not None:
             queries = queries * self._query_scale
         self._saw(index, queries, keys)
+        keys, values = pool.rounded(keys), pool.rounded(values)
         pool.write(index, inputs.write_rows, keys.view(-1, config.head_dim), values.view(-1, config.head_dim))
         return attend(inputs.plans[config.sliding_windows[index]], pool, index, queries, keys, values)
 

@@ -7,11 +7,11 @@ import os
 import torch
 from shoplm.errors import ConfigurationError
 from shoplm.model.config import ModelConfig
+from shoplm.model.kv_pool import KV_FORMATS
 
 OLDEST_CAPABILITY = (8, 0)
 LEAST_MARGIN_BYTES = 1 << 30
 FP8_CAPABILITY = (8, 9)
-KV_FORMATS: dict[str, torch.dtype | None] = {"model": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 MARGIN_SHARE = 0.05  # of the whole memory: a step's activations, cuBLAS, the compiled kernels
 
 

@@ -34,8 +34,10 @@ class TorchBackend(EagerBackend):
         page_size: int = 16,
         state_slots: int = 256,
         max_context_tokens: int | None = None,
+        kv_format: str = "model",
     ) -> None:
         """The dtype is that of the weights, bf16 or fp32. `tries` are more catalogues: their tokens follow the shop's.
+        `kv_format`: keys and values rounded as the GPU backend rounds them, which here saves nothing.
 
         Packs the weights for this CPU; the caller may drop `weights` afterwards. Raises ConfigurationError.
         """
@@ -60,6 +62,7 @@ class TorchBackend(EagerBackend):
             page_size=page_size,
             head_dim=config.head_dim,
             dtype=dtype,
+            kv_format=kv_format,
         )
         super().__init__(
             "torch",
