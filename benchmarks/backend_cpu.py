@@ -1,6 +1,6 @@
 """Throughput of the CPU backends alone, without engine and gRPC: SmolLM2-135M's shape, random weights and token ids.
 
-    python benchmarks/backend_cpu.py --threads 2 --repeats 3 --contestants torch amx amx-int8
+    python benchmarks/backend_cpu.py --threads 2 --repeats 3 --contestants torch native native-int8
 
 Prints one JSON object: machine, versions, and for each contestant and row the median of the repeats. Contestants take
 turns row by row, so that a slow spell of the machine hits all of them.
@@ -19,17 +19,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from shoplm.model.amx.backend import AmxBackend, amx_refusal
-from shoplm.model.amx.linear import WeightFormat
 from shoplm.model.backend import Backend
 from shoplm.model.config import ModelConfig, RopeConfig
 from shoplm.model.direct import DirectRunner
+from shoplm.model.native.backend import NativeBackend, native_refusal
+from shoplm.model.native.linear import WeightFormat
 from shoplm.model.shop_weights import random_trie
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import DecoderWeights, LayerWeights
 from shoplm.request import Generate, Select, Task
 
-AMX = {"amx": WeightFormat.BF16, "amx-int8": WeightFormat.INT8, "amx-int4": WeightFormat.INT4}
+NATIVE = {"native": WeightFormat.BF16, "native-int8": WeightFormat.INT8, "native-int4": WeightFormat.INT4}
 LAYERS = 30
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -103,10 +103,10 @@ def make(contestant: str, dtype: torch.dtype) -> Backend:
     tries = [random_trie("catalogue", items=100_000, level_sizes=(256,) * 3, hidden_size=576, seed=0)]
     if contestant == "torch":
         return TorchBackend(CONFIG, weights, tries=tries, pages=1200, state_slots=32)
-    refusal = amx_refusal(CONFIG, dtype, 16)
+    refusal = native_refusal(CONFIG, dtype, 16)
     if refusal is not None:
         raise SystemExit(f"{contestant} cannot run here: {refusal}")
-    return AmxBackend(CONFIG, weights, tries=tries, pages=1200, state_slots=32, format=AMX[contestant])
+    return NativeBackend(CONFIG, weights, tries=tries, pages=1200, state_slots=32, format=NATIVE[contestant])
 
 
 def measure(backends: Mapping[str, Backend], repeats: int) -> dict[str, dict[str, float]]:
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--contestants", nargs="+", choices=("torch", *AMX), default=["torch"])
+    parser.add_argument("--contestants", nargs="+", choices=("torch", *NATIVE), default=["torch"])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     backends = {name: make(name, getattr(torch, arguments.dtype)) for name in arguments.contestants}

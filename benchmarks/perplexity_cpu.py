@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from shoplm.bench.report import machine, versions
 from shoplm.engine.batch import Batch, Row
-from shoplm.model.amx.backend import AmxBackend, amx_refusal
-from shoplm.model.amx.decoder import AmxDecoder
-from shoplm.model.amx.linear import PackedLinear, WeightFormat
-from shoplm.model.amx.pool import AmxPool
 from shoplm.model.base import resolve_base
 from shoplm.model.config import ModelConfig
 from shoplm.model.direct import DirectRunner, Output
+from shoplm.model.native.backend import NativeBackend, native_refusal
+from shoplm.model.native.decoder import NativeDecoder
+from shoplm.model.native.library import best_library
+from shoplm.model.native.linear import PackedLinear, WeightFormat
+from shoplm.model.native.pool import NativePool
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.model.weights import DecoderWeights, load_weights
 from shoplm.request import Generate, Sampling
@@ -44,15 +45,17 @@ class Scorer:
     """Negative log-likelihoods under one format."""
 
     def __init__(self, config: ModelConfig, weights: DecoderWeights, format: WeightFormat) -> None:
-        pool = AmxPool(
+        library = best_library()
+        pool = NativePool(
+            library.instructions,
             layers=config.num_layers,
             pages=CHUNK // PAGE_SIZE,
             kv_heads=config.num_kv_heads,
             page_size=PAGE_SIZE,
             head_dim=config.head_dim,
         )
-        self._decoder = AmxDecoder(config, weights, None, CHUNK, pool, format=format)
-        self._head = PackedLinear(weights.lm_head, format=min(format, WeightFormat.INT8))
+        self._decoder = NativeDecoder(library, config, weights, None, CHUNK, pool, format=format)
+        self._head = PackedLinear(library, weights.lm_head, format=min(format, WeightFormat.INT8))
 
     def nats(self, tokens: Sequence[int]) -> float:
         """The mean over all tokens but the first of each chunk."""
@@ -78,7 +81,7 @@ def documentation(tokenizer: Tokenizer) -> list[int]:
 
 def own_text(config: ModelConfig, weights: DecoderWeights, tokenizer: Tokenizer) -> list[int]:
     """What the model writes behind the openings in bf16, one after the other."""
-    backend = AmxBackend(config, weights, pages=1024, state_slots=16)
+    backend = NativeBackend(config, weights, pages=1024, state_slots=16)
     openings = [tokenizer.encode(text) for text in OPENINGS]
     tasks = [Generate(CHUNK - len(opening), Sampling(temperature=1.0, seed=i)) for i, opening in enumerate(openings)]
     answers = DirectRunner(backend).run(list(zip(openings, tasks, strict=True)))
@@ -98,7 +101,7 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = resolve_base(arguments.base).folder
     config = ModelConfig.from_folder(folder)
-    refusal = amx_refusal(config, torch.bfloat16, PAGE_SIZE)
+    refusal = native_refusal(config, torch.bfloat16, PAGE_SIZE)
     if refusal is not None:
         sys.exit(f"the C++ decoder cannot run here: {refusal}")
     weights, tokenizer = load_weights(folder, config, torch.bfloat16), Tokenizer.from_folder(folder)

@@ -178,16 +178,16 @@ def _save_tiny_model(family: str, folder: Path) -> None:
     config_class = {
         "llama": transformers.LlamaConfig,
         "smollm2": transformers.LlamaConfig,
-        "tiled": transformers.LlamaConfig,
+        "native": transformers.LlamaConfig,
         "qwen2": transformers.Qwen2Config,
         "qwen3": transformers.Qwen3Config,
         "mistral": transformers.MistralConfig,
         "smollm3": transformers.SmolLM3Config,
     }[family]
-    traits = TILED if family == "tiled" else FAMILIES[family]
+    traits = TILED if family == "native" else FAMILIES[family]
     config = config_class(**{**COMMON, **traits})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    generator = torch.Generator().manual_seed(20180101 + [*FAMILIES, "tiled"].index(family))
+    generator = torch.Generator().manual_seed(20180101 + [*FAMILIES, "native"].index(family))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)

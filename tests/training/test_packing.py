@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from shoplm.bundle import PromptSchema
-from shoplm.model.amx.backend import AmxBackend, amx_refusal
 from shoplm.model.base import resolve_base
 from shoplm.model.direct import DirectRunner
+from shoplm.model.native.backend import NativeBackend, native_refusal
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.request import Embed
 from shoplm.training import pipeline
@@ -27,21 +27,21 @@ def shop(tiny_shop_log: ShopLog) -> Shop:
     return pipeline.prepare(tiny_shop_log)
 
 
-@pytest.fixture(scope="module", params=["smollm2", "qwen2", "tiled"])
+@pytest.fixture(scope="module", params=["smollm2", "qwen2", "native"])
 def reader(
     request: pytest.FixtureRequest, shop: Shop, tiny_model: object, tmp_path_factory: pytest.TempPathFactory
 ) -> Reader:
     """Torch in fp32, two architectures: Qwen2's upper layers see a sliding window, so a suffix has to know its own
     position. And the C++ decoder, where there is one."""
     base = resolve_base(str(tiny_model(request.param)))  # type: ignore[operator]
-    dtype = torch.bfloat16 if request.param == "tiled" else torch.float32
-    refusal = amx_refusal(base.config, dtype, 16)
-    if request.param == "tiled" and refusal is not None:
+    dtype = torch.bfloat16 if request.param == "native" else torch.float32
+    refusal = native_refusal(base.config, dtype, 16)
+    if request.param == "native" and refusal is not None:
         pytest.skip(f"no C++ decoder here: {refusal}")
     catalog = pipeline.write_items(shop.items, tmp_path_factory.mktemp("items"))
     schema = PromptSchema(preamble="Hi.", attributes=("age",), history_budget_tokens=BUDGET, history_block_tokens=BLOCK)
     reader = make_reader(base, catalog, shop.items.vocabulary(base.config.vocab_size), schema, dtype)
-    assert isinstance(reader.backend, TorchBackend if refusal is not None else AmxBackend)
+    assert isinstance(reader.backend, TorchBackend if refusal is not None else NativeBackend)
     return reader
 
 
@@ -52,7 +52,7 @@ def packs_of(reader: Reader, shop: Shop, customer: int) -> list[Pack]:
 
 def fill_with_nan(reader: Reader) -> None:
     """Whatever is read without having been written shows."""
-    assert isinstance(reader.backend, TorchBackend | AmxBackend)
+    assert isinstance(reader.backend, TorchBackend | NativeBackend)
     reader.backend.pool.keys.fill_(torch.nan)
     reader.backend.pool.values.fill_(torch.nan)
 
@@ -73,7 +73,7 @@ def test_packed_states_equal_those_of_the_plain_prompts(reader: Reader, shop: Sh
     found = reader.read([pack for _, pack in chosen])
     prompts = [plain_prompt(reader, shop, customer, sample) for customer, pack in chosen for sample in pack.samples]
     plain = torch.tensor(DirectRunner(reader.backend).run([(prompt, Embed()) for prompt in prompts]))
-    exact = isinstance(reader.backend, AmxBackend)
+    exact = isinstance(reader.backend, NativeBackend)
     torch.testing.assert_close(found, plain, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-4)
 
 

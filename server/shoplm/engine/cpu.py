@@ -1,4 +1,4 @@
-"""Which of the two CPU backends serves: C++ on AMX tiles where the machine has them, else torch operations."""
+"""Which of the two CPU backends serves: the C++ decoder where the machine can run it, else torch operations."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import ConfigurationError
-from shoplm.model.amx.backend import AmxBackend, amx_refusal
-from shoplm.model.amx.linear import WeightFormat
 from shoplm.model.config import ModelConfig
 from shoplm.model.eager_backend import EagerBackend
+from shoplm.model.linear import packing_supported
+from shoplm.model.native.backend import NativeBackend, native_refusal
+from shoplm.model.native.linear import WeightFormat
 from shoplm.model.shop_weights import NamedTrie, ShopWeights
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import DecoderWeights
@@ -34,15 +36,18 @@ def cpu_backend(
         raise ConfigurationError(
             f"weight_format {spec.weight_format} needs backend triton; a CPU takes {', '.join(FORMATS)}"
         )
-    refusal = amx_refusal(config, weights.embedding.dtype, spec.page_size)
+    refusal = native_refusal(config, weights.embedding.dtype, spec.page_size)
     make: Callable[..., EagerBackend]
     if refusal is None:
-        make = partial(AmxBackend, format=FORMATS[spec.weight_format])
+        make = partial(NativeBackend, format=FORMATS[spec.weight_format])
     elif spec.weight_format != "model":
-        raise ConfigurationError(f"weight_format {spec.weight_format} needs AMX: {refusal}")
+        raise ConfigurationError(f"weight_format {spec.weight_format} needs the C++ decoder: {refusal}")
     else:
         log.info("torch operations instead of the C++ decoder: %s", refusal)
         make = TorchBackend
+        if weights.embedding.dtype == torch.bfloat16 and not packing_supported():
+            log.info("float32 instead of bfloat16, which this CPU has no products of")
+            weights, pages = weights.float(), max(2, pages // 2)  # the cache keeps its size in bytes
     return make(
         config,
         weights,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,20 @@ class DecoderWeights:
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor  # [H]
     lm_head: torch.Tensor  # [vocab_size, H]; the same tensor as `embedding` where the head is tied
+
+    def float(self) -> DecoderWeights:
+        """The same values in fp32."""
+        embedding = self.embedding.float()
+        layers = tuple(
+            LayerWeights(*(None if each is None else each.float() for each in _tensors(layer)))  # type: ignore[arg-type]
+            for layer in self.layers
+        )
+        head = embedding if self.lm_head is self.embedding else self.lm_head.float()
+        return DecoderWeights(embedding, layers, self.final_norm.float(), head)
+
+
+def _tensors(layer: LayerWeights) -> list[torch.Tensor | None]:
+    return [getattr(layer, field.name) for field in fields(layer)]
 
 
 def load_weights(

@@ -14,7 +14,6 @@ from shoplm.bundle import ADAPTER_WEIGHTS, PromptSchema, file_hash
 from shoplm.catalog.items import Catalog, read_catalog
 from shoplm.features import FEATURE_NAMES
 from shoplm.model.base import Base
-from shoplm.model.linear import packing_supported
 from shoplm.training.campaigns import fit_campaigns
 from shoplm.training.catalogue import ShopItems, choose_items
 from shoplm.training.evaluation import tuning_window
@@ -89,7 +88,7 @@ def hidden_states(
     weight_format: str = "model",
 ) -> tuple[HiddenStates, Reader]:
     """Loads the base and opens the folder of shards that belongs to exactly this log, base, adapter and prompt."""
-    dtype = torch.bfloat16 if packing_supported() else torch.float32
+    dtype = torch.bfloat16  # as the server's default; where that is slow, the backend widens it
     vocabulary = shop.items.vocabulary(base.config.vocab_size)
     reader = make_reader(base, catalog, vocabulary, schema, dtype, adapter, input_rows, weight_format)
     identity: dict[str, object] = {

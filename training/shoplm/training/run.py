@@ -19,7 +19,6 @@ from shoplm.engine.spec import EngineSpec
 from shoplm.errors import BundleError, ConfigurationError
 from shoplm.features import FEATURE_VERSION
 from shoplm.model.base import Base, bundle_base, resolve_base
-from shoplm.model.linear import packing_supported
 from shoplm.model.origin import Origin
 from shoplm.training import pipeline
 from shoplm.training.adapt.kept import measure_adapter
@@ -280,7 +279,7 @@ def explain_bundle(
     """How true the explanations of a bundle are, as it is served."""
     served = load_served(base, folder, verify=False)
     assert served.shop is not None
-    spec = EngineSpec(str(base.folder), str(folder), dtype=_served_dtype(), kv_cache_bytes=_KV_BYTES)
+    spec = EngineSpec(str(base.folder), str(folder), kv_cache_bytes=_KV_BYTES)
     return measure_explanations(
         shop,
         served.shop.manifest,
@@ -293,10 +292,6 @@ def explain_bundle(
         seed=seed,
         advance=lambda done, total: watch.advance("explanations", done, total, 0),
     )
-
-
-def _served_dtype() -> str:
-    return "bfloat16" if packing_supported() else "float32"
 
 
 def stored_input_rows(folder: Path) -> torch.Tensor | None:

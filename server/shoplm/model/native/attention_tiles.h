@@ -1,66 +1,32 @@
-// Attention over pages, in place: no copies, no padding. Formula: softmax(q K^T) V per head, queries scaled beforehand.
-//
-// Keys lie as [page][kv_head][page_size][head_dim], values as [page][kv_head][page_size / 16][head_dim][16], so that a
-// tile is read from either without reordering. Sixteen queries of one key-value head are the columns of
-// K q^T [keys, 16] and of V^T p [head_dim, 16]; all keys of the queries are scored before the softmax, so a query's
-// result depends on nothing else in the batch.
+// Attention on AMX tiles. Keys lie by token, values in blocks, so that a tile is read from either without reordering.
+// Sixteen queries of one key-value head are the columns of K q^T [keys, 16] and of V^T p [head_dim, 16].
 #pragma once
 
-#include <algorithm>
-#include <limits>
-#include <vector>
-
+#include "attention.h"
 #include "tiles.h"
 
 namespace shoplm {
 
-struct Pool {
-    bf16* keys;    // of one layer
-    bf16* values;  // of one layer
-    int64_t kv_heads, page_size, head_dim;
+inline void put_key(const Pool& pool, const float* from, int64_t page, int64_t head, int64_t offset) {
+    put_token(from, pool.head_dim, pool.keys + pool.token_at(page, head, offset));
+}
 
-    int64_t head_elements() const { return page_size * head_dim; }
-    const bf16* key_block(int64_t page, int64_t head, int64_t offset) const {
-        return keys + (page * kv_heads + head) * head_elements() + offset * head_dim;
-    }
-    const bf16* value_block(int64_t page, int64_t head, int64_t offset) const {
-        return values + (page * kv_heads + head) * head_elements() + offset / TILE * TILE * head_dim;
-    }
-};
+inline void put_value(const Pool& pool, const float* from, int64_t page, int64_t head, int64_t offset) {
+    put_column(from, pool.head_dim, offset, pool.values + pool.block_at(page, head, offset));
+}
 
-// One row of the batch. All int64: Python fills an array of them.
-struct Row {
-    int64_t query_start, query_len;
-    int64_t kv_len;        // keys that lie in the pages
-    int64_t past;          // position of the first query; the same for all lanes
-    int64_t lanes;         // 1: queries are lanes, each seeing all keys in the pages and its own
-    int64_t pages;         // index of the first page in the page list
-    int64_t own, own_steps;  // lanes: index in the list of own slots [query_len, own_steps]
-    int64_t masked, mask;    // 1: index in the list of masks [blocks of 16 queries, kv_len], a bit per query: do not read
-};
-
-struct Attention {
-    Pool pool;
-    const Row* row;
-    const int64_t* pages;
-    const int64_t* own_slots;
-    const uint16_t* masks;
-    const int64_t* positions;  // of the tokens; a masked row's are not where its keys are kept
-    const bf16* queries;  // [tokens, heads, head_dim]
-    bf16* output;         // the same shape
-    int64_t heads;
-    int64_t window;       // keys that a query sees at most; 0: all before it
-
+struct Attention : AttentionOf<bf16> {
+    // Queries `first` .. `first` + 15 of a key-value head, counted token by token and within it head by head.
     void block(int64_t head, int64_t first, std::vector<float>& scratch) const;
 
   private:
     bf16 own_value(int64_t slot, int64_t head, int64_t d) const {
         const int64_t offset = slot % pool.page_size;
-        return pool.value_block(slot / pool.page_size, head, offset)[d * TILE + offset % TILE];
+        return pool.values[pool.block_at(slot / pool.page_size, head, offset) + d * TILE + offset % TILE];
     }
 };
 
-inline void use_attention_tiles() {
+inline void use_attention() {
     TileConfig config;
     for (int tile = 0; tile < 6; ++tile) config.set(tile, TILE, 64);
     config.set(6, TILE, 32);    // 16 dimensions of V^T, 16 keys
@@ -68,7 +34,8 @@ inline void use_attention_tiles() {
     _tile_loadconfig(&config);
 }
 
-// Queries `first` .. `first` + 15 of a key-value head, counted token by token and within it head by head.
+inline void leave_attention() { _tile_release(); }
+
 inline void Attention::block(int64_t head, int64_t first, std::vector<float>& scratch) const {
     const int64_t d = pool.head_dim, group = heads / pool.kv_heads;
     const int count = static_cast<int>(std::min<int64_t>(TILE, row->query_len * group - first));
@@ -101,7 +68,7 @@ inline void Attention::block(int64_t head, int64_t first, std::vector<float>& sc
     __m512 most = lowest;
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t key = begin + block * TILE;
-        const bf16* from = pool.key_block(pages[row->pages + key / pool.page_size], head, key % pool.page_size);
+        const bf16* from = pool.keys + pool.token_at(pages[row->pages + key / pool.page_size], head, key % pool.page_size);
         _tile_zero(0);
         for (int64_t i = 0; i < d; i += 32) {
             _tile_loadd(4, from + i, d * 2);
@@ -129,7 +96,7 @@ inline void Attention::block(int64_t head, int64_t first, std::vector<float>& sc
         alignas(64) float dots[TILE] = {};
         for (int lane = 0; lane < count; ++lane) {
             const int64_t slot = own_slots[row->own + token[lane] * own + step];
-            const bf16* key = pool.key_block(slot / pool.page_size, head, slot % pool.page_size);
+            const bf16* key = pool.keys + pool.token_at(slot / pool.page_size, head, slot % pool.page_size);
             __m512 sum = _mm512_setzero_ps();
             for (int64_t i = 0; i < d; i += TILE) sum = _mm512_fmadd_ps(load_bf16(key + i), load_bf16(queries + at[lane] + i), sum);
             dots[lane] = _mm512_reduce_add_ps(sum);
@@ -141,8 +108,8 @@ inline void Attention::block(int64_t head, int64_t first, std::vector<float>& sc
     // A query that sees no key of the pages (lanes behind a short window) has its own.
     __m512 total = _mm512_setzero_ps();
     for (int64_t key = 0; key < keys; key += 2) {
-        const __m512 even = exp_ps(_mm512_sub_ps(_mm512_load_ps(scores + key * TILE), most));
-        const __m512 odd = exp_ps(_mm512_sub_ps(_mm512_load_ps(scores + (key + 1) * TILE), most));
+        const __m512 even = exponential(_mm512_sub_ps(_mm512_load_ps(scores + key * TILE), most));
+        const __m512 odd = exponential(_mm512_sub_ps(_mm512_load_ps(scores + (key + 1) * TILE), most));
         const __mmask16 even_seen = _mm512_cmp_ps_mask(_mm512_load_ps(scores + key * TILE), lowest, _CMP_NEQ_OQ);
         const __mmask16 odd_seen = _mm512_cmp_ps_mask(_mm512_load_ps(scores + (key + 1) * TILE), lowest, _CMP_NEQ_OQ);
         const __m512 a = _mm512_maskz_mov_ps(even_seen, even), b = _mm512_maskz_mov_ps(odd_seen, odd);
@@ -152,7 +119,7 @@ inline void Attention::block(int64_t head, int64_t first, std::vector<float>& sc
     }
     for (int64_t step = 0; step < own; ++step) {
         float* score = scores + (keys + step) * TILE;
-        const __m512 share = exp_ps(_mm512_sub_ps(_mm512_load_ps(score), most));
+        const __m512 share = exponential(_mm512_sub_ps(_mm512_load_ps(score), most));
         _mm512_store_ps(score, share);
         total = _mm512_add_ps(total, share);
     }
@@ -161,7 +128,7 @@ inline void Attention::block(int64_t head, int64_t first, std::vector<float>& sc
         _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
         for (int64_t block = 0; block < blocks; ++block) {
             const int64_t key = begin + block * TILE;
-            const bf16* from = pool.value_block(pages[row->pages + key / pool.page_size], head, key % pool.page_size) + i * TILE;
+            const bf16* from = pool.values + pool.block_at(pages[row->pages + key / pool.page_size], head, key % pool.page_size) + i * TILE;
             if (key + TILE > last) {  // what unused slots hold may be NaN: 0 * NaN would spoil the sum
                 const __mmask16 used = static_cast<__mmask16>((1u << (last - key)) - 1);
                 for (int64_t r = 0; r < std::min<int64_t>(4 * TILE, d - i); ++r)

@@ -10,21 +10,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from shoplm.engine.batch import Batch, Row
-from shoplm.model.amx.library import LayerRef, ModelRef, StepRef, amx_library, pointer
-from shoplm.model.amx.linear import PackedLinear, WeightFormat
-from shoplm.model.amx.pool import AmxPool
 from shoplm.model.attention_plan import own_slots
 from shoplm.model.config import ModelConfig
+from shoplm.model.native.library import LayerRef, ModelRef, NativeLibrary, StepRef, pointer
+from shoplm.model.native.linear import PackedLinear, WeightFormat
+from shoplm.model.native.pool import NativePool
 from shoplm.model.rope import rope_tables
 from shoplm.model.weights import DecoderWeights, LayerWeights
 from torch import Tensor
 
-_INPUTS = 64  # a product's inputs fill whole int8 tiles
+_INPUTS = 64  # a product's inputs fill whole int8 tiles and groups
 _HEAD_DIMS = range(32, 257, 32)
 
 
 def unsupported(config: ModelConfig, page_size: int) -> str | None:
-    """Why this model's sizes do not fit the tiles; None: they do."""
+    """Why this model's sizes do not fit the C++ decoder; None: they do."""
     for name, size in (
         ("hidden size", config.hidden_size),
         ("intermediate size", config.intermediate_size),
@@ -42,15 +42,22 @@ def unsupported(config: ModelConfig, page_size: int) -> str | None:
 class _Layer:
     """Keeps the memory alive that `ref` points to."""
 
-    def __init__(self, weights: LayerWeights, window: int | None, uses_rope: bool, format: WeightFormat) -> None:
+    def __init__(
+        self,
+        library: NativeLibrary,
+        weights: LayerWeights,
+        window: int | None,
+        uses_rope: bool,
+        format: WeightFormat,
+    ) -> None:
         gate, up = weights.gate_up.chunk(2)
         # 16 columns of gate, then the 16 of up: one panel holds both factors of its products.
         columns = torch.stack((gate.view(-1, 16, gate.shape[1]), up.view(-1, 16, up.shape[1])), dim=1)
         self._linears = (
-            PackedLinear(weights.qkv, weights.qkv_bias, format=format),
-            PackedLinear(weights.output, weights.output_bias, format=format),
-            PackedLinear(columns.view(-1, gate.shape[1]), format=format),
-            PackedLinear(weights.down, format=format),
+            PackedLinear(library, weights.qkv, weights.qkv_bias, format=format),
+            PackedLinear(library, weights.output, weights.output_bias, format=format),
+            PackedLinear(library, columns.view(-1, gate.shape[1]), format=format),
+            PackedLinear(library, weights.down, format=format),
         )
         norms = (weights.input_norm, weights.mlp_norm, weights.query_norm, weights.key_norm)
         self._norms = tuple(None if norm is None else norm.float().contiguous() for norm in norms)
@@ -59,27 +66,29 @@ class _Layer:
         )
 
 
-class AmxDecoder:
+class NativeDecoder:
     """Weights and position tables of one model, and its keys and values."""
 
     def __init__(
         self,
+        library: NativeLibrary,
         config: ModelConfig,
         weights: DecoderWeights,
         shop_rows: Tensor | None,
         max_positions: int,
-        pool: AmxPool,
+        pool: NativePool,
         *,
         format: WeightFormat = WeightFormat.BF16,
     ) -> None:
         """`shop_rows` [shop tokens, H] are the input embeddings behind the text vocabulary."""
         self.config = config
         self.pool = pool
+        self._library = library
         table = weights.embedding.to(torch.bfloat16)
         self._embedding = table if shop_rows is None else torch.cat((table, shop_rows.to(torch.bfloat16)))
         self._final_norm = weights.final_norm.float()
         per_layer = zip(weights.layers, config.sliding_windows, config.uses_rope, strict=True)
-        self._layers = [_Layer(layer, window, rope, format) for layer, window, rope in per_layer]
+        self._layers = [_Layer(library, layer, window, rope, format) for layer, window, rope in per_layer]
         self._refs = (LayerRef * len(self._layers))(*(layer.ref for layer in self._layers))
         cosine, sine = rope_tables(config.rope, config.head_dim, max_positions)
         self._cosine, self._sine = cosine.contiguous(), sine.contiguous()
@@ -131,7 +140,7 @@ class AmxDecoder:
             len(outputs),
             torch.get_num_threads(),
         )
-        amx_library().shoplm_step(ctypes.byref(self._model), ctypes.byref(step))
+        self._library.functions.shoplm_step(ctypes.byref(self._model), ctypes.byref(step))
         return result
 
 

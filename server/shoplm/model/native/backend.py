@@ -1,4 +1,4 @@
-"""The backend for CPUs with AMX: the step in C++, readouts in torch."""
+"""The backend for CPUs with AMX or AVX2: the step in C++, readouts in torch."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from collections.abc import Sequence
 
 import torch
 from shoplm.engine.batch import Batch, RowOutput
-from shoplm.model.amx.decoder import AmxDecoder, unsupported
-from shoplm.model.amx.library import AmxUnavailableError, amx_library
-from shoplm.model.amx.linear import PackedLinear, WeightFormat
-from shoplm.model.amx.pool import AmxPool
 from shoplm.model.config import ModelConfig
 from shoplm.model.eager_backend import EagerBackend
+from shoplm.model.native.decoder import NativeDecoder, unsupported
+from shoplm.model.native.library import NativeLibrary, NativeUnavailableError, best_library
+from shoplm.model.native.linear import PackedLinear, WeightFormat
+from shoplm.model.native.pool import NativePool
 from shoplm.model.readouts import Readouts, output_tokens
 from shoplm.model.shop_weights import NamedTrie, ShopWeights
 from shoplm.model.weights import DecoderWeights
 from torch import Tensor
 
 
-def amx_refusal(config: ModelConfig, dtype: torch.dtype, page_size: int) -> str | None:
+def native_refusal(config: ModelConfig, dtype: torch.dtype, page_size: int) -> str | None:
     """Why this backend cannot serve; None: it can. Builds the library the first time."""
     if dtype != torch.bfloat16:
         return f"dtype is {dtype}, not bfloat16"
     try:
-        amx_library()
-    except AmxUnavailableError as error:
+        best_library()
+    except NativeUnavailableError as error:
         return str(error)
     return unsupported(config, page_size)
 
 
-class AmxBackend(EagerBackend):
+class NativeBackend(EagerBackend):
     """Runs each step at once, in the thread that submits it. Keys and values are bf16."""
 
     def __init__(
@@ -44,14 +44,17 @@ class AmxBackend(EagerBackend):
         state_slots: int = 256,
         max_context_tokens: int | None = None,
         format: WeightFormat = WeightFormat.BF16,
+        library: NativeLibrary | None = None,
     ) -> None:
-        """As `TorchBackend`; `format` is of all products' weights; the head's are int8 where they are int4.
-        Needs `amx_refusal` to be None."""
+        """As `TorchBackend`; `format` is of all products' weights; the head's are int8 where they are int4. `library`:
+        the best of this machine. Needs `native_refusal` to be None."""
+        library = library or best_library()
         readouts = Readouts(
             shop, tries, text_tokens=len(weights.embedding), hidden_size=config.hidden_size, state_slots=state_slots
         )
         positions = min(max_context_tokens or config.max_positions, config.max_positions)
-        pool = AmxPool(
+        pool = NativePool(
+            library.instructions,
             layers=config.num_layers,
             pages=pages,
             kv_heads=config.num_kv_heads,
@@ -60,10 +63,10 @@ class AmxBackend(EagerBackend):
         )
         with torch.no_grad():
             shop_rows = readouts.take_input_rows(torch.bfloat16)
-            self._decoder = AmxDecoder(config, weights, shop_rows, positions, pool, format=format)
-            self._head = PackedLinear(weights.lm_head, format=min(format, WeightFormat.INT8))
+            self._decoder = NativeDecoder(library, config, weights, shop_rows, positions, pool, format=format)
+            self._head = PackedLinear(library, weights.lm_head, format=min(format, WeightFormat.INT8))
         super().__init__(
-            "amx" if format is WeightFormat.BF16 else f"amx-{format.name.lower()}",
+            str(library.instructions) + ("" if format is WeightFormat.BF16 else f"-{format.name.lower()}"),
             readouts,
             pages=pages,
             page_size=page_size,
@@ -73,7 +76,7 @@ class AmxBackend(EagerBackend):
         )
 
     @property
-    def pool(self) -> AmxPool:
+    def pool(self) -> NativePool:
         """The keys and values; tests fill unused pages to see that they are never read."""
         return self._decoder.pool
 

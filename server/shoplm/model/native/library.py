@@ -1,6 +1,6 @@
 """Builds the C++ decoder once with the machine's own compiler, keeps it in the cache, and loads it.
 
-A wheel stays pure Python: a machine without a compiler, or without AMX, runs the torch operations instead.
+A wheel stays pure Python: a machine without a compiler, or with an older CPU, runs the torch operations instead.
 """
 
 from __future__ import annotations
@@ -12,20 +12,51 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
+from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from shoplm.model.base_cache import cache_folder
 
-_SOURCES = ("tiles.h", "linear.h", "attention.h", "decoder.cpp")
-_FLAGS = ("-std=c++17", "-O3", "-march=sapphirerapids", "-fopenmp", "-shared", "-fPIC")
-_CPU_FLAGS = {"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16", "avx512vl", "avx512bw"}
+_SOURCES = (
+    *("vectors.h", "tiles.h", "linear.h", "linear_tiles.h", "linear_vectors.h"),
+    *("attention.h", "attention_tiles.h", "attention_vectors.h", "decoder.cpp"),
+)
+_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
 _COMPILERS = ("g++", "c++", "clang++")
 
 
-class AmxUnavailableError(Exception):
+class InstructionSet(StrEnum):
+    """What the decoder is compiled for; the best first."""
+
+    AMX = "amx"
+    AVX2 = "avx2"
+
+    @property
+    def compiler_flags(self) -> tuple[str, ...]:
+        """Beside those of all."""
+        return ("-march=sapphirerapids",) if self is InstructionSet.AMX else ("-mavx2", "-mfma", "-mf16c")
+
+    @property
+    def cpu_flags(self) -> frozenset[str]:
+        """What /proc/cpuinfo must list."""
+        if self is InstructionSet.AMX:
+            return frozenset({"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16", "avx512vl", "avx512bw"})
+        return frozenset({"avx2", "fma", "f16c"})
+
+
+class NativeUnavailableError(Exception):
     """Says why this machine cannot use the C++ decoder."""
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """The loaded decoder."""
+
+    instructions: InstructionSet
+    functions: ctypes.CDLL
 
 
 class LinearRef(ctypes.Structure):
@@ -86,20 +117,31 @@ def pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-@lru_cache(maxsize=1)
-def amx_library() -> ctypes.CDLL:
-    """The loaded library; built if the cache has none for these sources and this compiler.
+def best_library() -> NativeLibrary:
+    """The decoder for the best instructions that this machine has. Raises NativeUnavailableError."""
+    refusals = []
+    for instructions in InstructionSet:
+        try:
+            return native_library(instructions)
+        except NativeUnavailableError as error:
+            refusals.append(f"{instructions}: {error}")
+    raise NativeUnavailableError("; ".join(refusals))
 
-    Raises AmxUnavailableError.
+
+@lru_cache
+def native_library(instructions: InstructionSet) -> NativeLibrary:
+    """The loaded library; built if the cache has none for these sources and instructions.
+
+    Raises NativeUnavailableError.
     """
-    _check_cpu()
-    path = _built()
+    _check_cpu(instructions)
+    path = _built(instructions)
     try:
         library = ctypes.CDLL(str(path))  # torch has loaded OpenMP's runtime already: both share its threads
     except OSError as error:
-        raise AmxUnavailableError(f"{path} cannot be loaded: {error}") from error
-    if library.shoplm_allow_tiles():
-        raise AmxUnavailableError("the system does not let this process use AMX tiles")
+        raise NativeUnavailableError(f"{path} cannot be loaded: {error}") from error
+    if library.shoplm_allow():
+        raise NativeUnavailableError("the system does not let this process use them")
     library.shoplm_step.argtypes = (ctypes.POINTER(ModelRef), ctypes.POINTER(StepRef))
     library.shoplm_step.restype = None
     library.shoplm_linear.argtypes = (
@@ -111,43 +153,44 @@ def amx_library() -> ctypes.CDLL:
         ctypes.c_int64,
     )
     library.shoplm_linear.restype = None
-    return library
+    return NativeLibrary(instructions, library)
 
 
-def _check_cpu() -> None:
+def _check_cpu(instructions: InstructionSet) -> None:
     info = Path("/proc/cpuinfo")
     if platform.system() != "Linux" or not info.exists():
-        raise AmxUnavailableError("AMX is used on Linux only")
+        raise NativeUnavailableError("the C++ decoder is for Linux only")
     flags = next((line.split() for line in info.read_text().splitlines() if line.startswith("flags")), [])
-    missing = _CPU_FLAGS.difference(flags)
+    missing = instructions.cpu_flags.difference(flags)
     if missing:
-        raise AmxUnavailableError(f"this CPU lacks {', '.join(sorted(missing))}")
+        raise NativeUnavailableError(f"this CPU lacks {', '.join(sorted(missing))}")
 
 
-def _built() -> Path:
+def _built(instructions: InstructionSet) -> Path:
     folder = Path(__file__).parent
-    digest = hashlib.sha256(" ".join(_FLAGS).encode())
+    flags = (*_FLAGS, *instructions.compiler_flags)
+    digest = hashlib.sha256(" ".join(flags).encode())
     for name in _SOURCES:
         digest.update((folder / name).read_bytes())
-    built = cache_folder() / "native" / f"decoder-{digest.hexdigest()[:16]}.so"
+    built = cache_folder() / "native" / f"decoder-{instructions}-{digest.hexdigest()[:16]}.so"
     if not built.exists():
-        _compile(folder / _SOURCES[-1], built)
+        _compile(flags, folder / _SOURCES[-1], built)
     return built
 
 
-def _compile(source: Path, target: Path) -> None:
+def _compile(flags: tuple[str, ...], source: Path, target: Path) -> None:
     named = os.environ.get("CXX")
     compiler = next(filter(None, map(shutil.which, (named,) if named else _COMPILERS)), None)
     if compiler is None:
-        raise AmxUnavailableError("there is no C++ compiler (g++ or clang++)")
+        raise NativeUnavailableError("there is no C++ compiler (g++ or clang++)")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
-            command = [compiler, *_FLAGS, str(source), "-o", str(made)]
+            command = [compiler, *flags, str(source), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
             if done.returncode:
-                raise AmxUnavailableError(f"{compiler} failed: {done.stderr.strip()[:300]}")
+                raise NativeUnavailableError(f"{compiler} failed: {done.stderr.strip()[:300]}")
             made.replace(target)  # whole or not at all: two engines may build at once
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise AmxUnavailableError(f"the decoder cannot be built: {error}") from error
+        raise NativeUnavailableError(f"the decoder cannot be built: {error}") from error

@@ -1,4 +1,4 @@
-"""Weights in the order in which AMX tiles read them: bf16, or integers of 8 or 4 bits."""
+"""Weights in the order in which the C++ decoder reads them: bf16, or integers of 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import ctypes
 from enum import IntEnum
 
 import torch
-from shoplm.model.amx.library import LinearRef, amx_library, pointer
+from shoplm.model.native.library import InstructionSet, LinearRef, NativeLibrary, pointer
 from torch import Tensor
 from torch.nn import functional
 
 PANEL = 32  # output columns that are multiplied together
-_DEPTH = {torch.bfloat16: 32, torch.int8: 64}  # inputs of one tile
 _LEAST_SCALE = 2.0**-14  # the smallest that fp16 holds with all its digits
 
 
@@ -38,27 +37,28 @@ class PackedLinear:
 
     def __init__(
         self,
+        library: NativeLibrary,
         weight: Tensor,
         bias: Tensor | None = None,
         *,
         format: WeightFormat = WeightFormat.BF16,
     ) -> None:
-        """`weight` [out, in], `bias` [out]; the caller may drop them. `in` is a multiple of a tile's depth."""
+        """`weight` [out, in], `bias` [out]; the caller may drop them. `in` is a multiple of 64."""
+        self._library = library
         self.outputs, self.inputs = weight.shape
         padding = -self.outputs % PANEL
         if padding:
             weight = functional.pad(weight, (0, 0, 0, padding))
+        pack = _pack_tiles if library.instructions is InstructionSet.AMX else _pack_vectors
         self._scales: Tensor | None = None
         if format is WeightFormat.BF16:
-            group, self._packed = self.inputs, _pack(weight.to(torch.bfloat16))
+            group, self._packed = self.inputs, pack(weight.to(torch.bfloat16), format)
         else:
             group = GROUP[format]
             quantise = _quantise_int8 if format is WeightFormat.INT8 else _quantise_int4
             values, tables = quantise(weight.float().view(len(weight), -1, group))
             self._scales = _by_panel(tables)
-            self._packed = _pack(values.view(weight.shape))
-            if format is WeightFormat.INT4:
-                self._packed = _halve(self._packed)
+            self._packed = pack(values.view(weight.shape), format)
         self._bias = None if bias is None else functional.pad(bias.float(), (0, padding)).contiguous()
         self.ref = LinearRef(
             pointer(self._packed),
@@ -74,7 +74,7 @@ class PackedLinear:
         """`states` bf16 [rows, in] to bf16 [rows, out]."""
         states = states.contiguous()
         result = torch.empty(len(states), self.outputs, dtype=torch.bfloat16)
-        amx_library().shoplm_linear(
+        self._library.functions.shoplm_linear(
             ctypes.byref(self.ref),
             pointer(states),
             len(states),
@@ -107,15 +107,25 @@ def _by_panel(tables: tuple[Tensor, ...]) -> Tensor:
     return table.view(outputs // PANEL, PANEL, groups, count).permute(0, 2, 3, 1).contiguous()
 
 
-def _pack(weight: Tensor) -> Tensor:
-    """[out, in] to [out / 32][in / depth][2][16 groups of inputs][16 outputs][depth / 16 inputs]."""
+def _pack_tiles(weight: Tensor, format: WeightFormat) -> Tensor:
+    """[out, in] to [out / 32][in / depth][2][16 groups of inputs][16 outputs][depth / 16 inputs]; of 4 bits, the first
+    of each two tiles in the low halves of the bytes, the second in the high ones."""
     outputs, inputs = weight.shape
-    depth = _DEPTH[weight.dtype]
-    tiles = weight.view(outputs // PANEL, 2, 16, inputs // depth, 16, depth // 16)
-    return tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
+    depth = 32 if format is WeightFormat.BF16 else 64
+    tiles = weight.view(outputs // PANEL, 2, 16, inputs // depth, 16, depth // 16).permute(0, 3, 1, 4, 2, 5)
+    return _halve(tiles, dim=2) if format is WeightFormat.INT4 else tiles.contiguous()
 
 
-def _halve(packed: Tensor) -> Tensor:
-    """Integers 0 to 15: the first tile of each step in the low halves of the bytes, the second in the high ones."""
-    first, second = packed.view(torch.uint8).unbind(dim=2)
+def _pack_vectors(weight: Tensor, format: WeightFormat) -> Tensor:
+    """[out, in] to [out / 16][in / together][16 outputs][together], as many inputs together as fill 32 bits in bf16 and
+    4 bits; of the latter each two steps share their bytes, the first in the low halves."""
+    outputs, inputs = weight.shape
+    together = {WeightFormat.BF16: 2, WeightFormat.INT8: 1, WeightFormat.INT4: 4}[format]
+    steps = weight.view(outputs // 16, 16, inputs // together, together).transpose(1, 2).contiguous()
+    return _halve(steps.view(outputs // 16, -1, 2, 16, together), dim=2) if format is WeightFormat.INT4 else steps
+
+
+def _halve(values: Tensor, dim: int) -> Tensor:
+    """Integers 0 to 15, two to a byte: the first along `dim` in the low half."""
+    first, second = values.contiguous().view(torch.uint8).unbind(dim)
     return (first | second << 4).contiguous()

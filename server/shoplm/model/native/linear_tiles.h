@@ -1,48 +1,30 @@
 // y = x W^T on AMX tiles, with an epilogue on the fp32 sums. Called by all threads of a parallel region; returns when
 // all of them are done.
 //
-// W is packed as [n / 32][k / depth][2][16][16][depth / 16]: 32 output columns are a panel that streams from memory
-// once, depth being 32 (bf16) or 64 (integers) inputs a tile. Of 4-bit integers, the two tiles of a step share their
-// bytes: the first has the low halves. Integers have a scale for each group of inputs, of W for each column and of x
-// for each row; 4-bit ones have the value of 0, too. A group's products are exact, and every row is summed over k in
-// the same order whatever else is in the batch.
+// W is packed as [n / 32][k / depth][2][16][16][depth / 16], depth being 32 (bf16) or 64 (integers) inputs a tile. Of
+// 4-bit integers, the two tiles of a step share their bytes: the first has the low halves. x is bf16 or 8 bits.
 #pragma once
 
+#include <algorithm>
+
+#include "linear.h"
 #include "tiles.h"
 
 namespace shoplm {
 
-constexpr int64_t PANEL = 32;      // columns of W, and rows of x, that are multiplied together
-constexpr int64_t ROW_BLOCK = 256; // rows of x that one thread takes: they stay in its second-level cache
+using Activation = bf16;            // of attention's queries and results
+constexpr int64_t ROW_BLOCK = 256;  // rows of x that one thread takes: they stay in its second-level cache
 constexpr int64_t STEP_BYTES = 2048;  // of a panel: one step's two tiles
-constexpr int64_t INT4_GROUP = 32;  // the smallest
 constexpr int64_t AHEAD = 8192;       // bytes that are fetched before they are needed
 
-enum Format : int64_t { BF16 = 0, INT8 = 1, INT4 = 2 };
+inline int64_t row_bytes(const Linear& w) { return w.format == BF16 ? w.k * 2 : w.k; }
+inline int64_t padded(int64_t rows) { return (rows + PANEL - 1) / PANEL * PANEL; }  // what is read
 
-struct Linear {
-    const uint8_t* packed;
-    const uint16_t* scales;  // integers: fp16 [n / 32][k / group][32]; 4 bits: [n / 32][k / group][2][32], scale and low
-    const float* bias;       // [n]; null: none
-    int64_t n;               // output columns, padded to PANEL
-    int64_t k;               // inputs, a multiple of a tile's depth
-    int64_t group;           // inputs that share a scale; k for bf16
-    int64_t format;
-
-    int64_t groups() const { return k / group; }
-    int64_t row_bytes() const { return format == BF16 ? k * 2 : k; }  // of x
-    int64_t panel_bytes() const { return row_bytes() / 64 * (format == INT4 ? STEP_BYTES / 2 : STEP_BYTES); }
-};
-
-// A group of a row of int8: value = scale * integer.
-struct GroupScale { float scale, sum; };  // sum of the integers
-
-// Rows of x in the weight's format. Reads go on to a multiple of PANEL rows.
-struct Rows {
-    const uint8_t* data;       // [m, k] bf16 or int8
-    const GroupScale* scales;  // [m, k / group] of int8 rows
-    int64_t m;
-};
+// One row in the form that `next` takes.
+inline void put_row(const float* from, float factor, const float* weight, const Linear& next, uint8_t* to, GroupScale* scales) {
+    if (next.format == BF16) put_floats(from, factor, weight, next.k, reinterpret_cast<bf16*>(to));
+    else put_integers(from, factor, weight, next.k, next.group, reinterpret_cast<int8_t*>(to), scales);
+}
 
 inline void fetch(const uint8_t* from, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD + at, _MM_HINT_T0);
@@ -134,9 +116,8 @@ template <Format FORMAT, class Epilogue>
 void linear_as(const Rows& x, const Linear& w, const Epilogue& epilogue) {
     if (!x.m) return;
     static thread_local Buffer<uint8_t> unpacked;
-    const int64_t row_bytes = w.row_bytes(), steps = row_bytes / 64;
+    const int64_t bytes = row_bytes(w), steps = bytes / 64;
     const int64_t panels = w.n / PANEL, blocks = (x.m + ROW_BLOCK - 1) / ROW_BLOCK;
-    const int64_t scales_of_panel = w.groups() * PANEL * (FORMAT == INT4 ? 2 : 1);
     use_product_tiles(x.m, FORMAT == INT4 ? INT4_GROUP : 64);
     alignas(64) float sums[PANEL * PANEL];
 #pragma omp for schedule(dynamic)
@@ -153,26 +134,17 @@ void linear_as(const Rows& x, const Linear& w, const Epilogue& epilogue) {
         const __m512 bias[2] = {w.bias ? _mm512_loadu_ps(w.bias + column) : _mm512_setzero_ps(),
                                 w.bias ? _mm512_loadu_ps(w.bias + column + TILE) : _mm512_setzero_ps()};
         for (int64_t row = begin; row < end; row += PANEL) {
-            const uint8_t* from = x.data + row * row_bytes;
+            const uint8_t* from = x.data + row * bytes;
             const int64_t rows = end - row < PANEL ? end - row : PANEL;
             const bool prefetch = FORMAT != INT4 && row == begin;
-            if constexpr (FORMAT == BF16) multiply_steps<BF16>(from, row_bytes, rows > TILE, tiles, steps, prefetch, sums);
-            else multiply_groups<FORMAT>(from, x.scales + row * w.groups(), rows, w, tiles, w.scales + panel * scales_of_panel, prefetch, sums);
+            if constexpr (FORMAT == BF16) multiply_steps<BF16>(from, bytes, rows > TILE, tiles, steps, prefetch, sums);
+            else multiply_groups<FORMAT>(from, x.scales + row * w.groups(), rows, w, tiles, w.panel_scales(panel), prefetch, sums);
             for (int64_t r = 0; r < rows; ++r)
                 epilogue(row + r, column, _mm512_add_ps(_mm512_load_ps(sums + r * PANEL), bias[0]),
                          _mm512_add_ps(_mm512_load_ps(sums + r * PANEL + TILE), bias[1]));
         }
     }
     _tile_release();
-}
-
-template <class Epilogue>
-void linear(const Rows& x, const Linear& w, const Epilogue& epilogue) {
-    switch (w.format) {
-        case INT8: return linear_as<INT8>(x, w, epilogue);
-        case INT4: return linear_as<INT4>(x, w, epilogue);
-        default: return linear_as<BF16>(x, w, epilogue);
-    }
 }
 
 }  // namespace shoplm

@@ -1,1 +1,0 @@
-"""The decoder for CPUs with matrix tiles (Intel AMX): one C++ call a step."""

@@ -1,0 +1,260 @@
+// One step of a decoder: all layers in one call, threads kept together over the whole of it.
+//
+// The residual stream is fp32. How products and attention are computed is a matter of the instructions compiled for.
+#include <omp.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cmath>
+
+#ifdef __AMX_TILE__
+#include "attention_tiles.h"
+#include "linear_tiles.h"
+#else
+#include "attention_vectors.h"
+#include "linear_vectors.h"
+#endif
+
+namespace shoplm {
+
+constexpr int64_t MOST_HEAD_DIM = 256;
+
+struct Layer {
+    Linear qkv, output, gate_up, down;  // gate_up: 16 columns of gate, the 16 of up, and so on
+    const float *input_norm, *mlp_norm;
+    const float *query_norm, *key_norm;  // [head_dim] or null
+    int64_t window;                      // 0: none
+    int64_t uses_rope;
+};
+
+struct Model {
+    const Layer* layers;
+    const bf16* embedding;
+    const float* final_norm;
+    const float *cosine, *sine;  // [positions, head_dim / 2]
+    bf16 *keys, *values;         // the pool, all layers
+    int64_t count, hidden, middle, heads, kv_heads, head_dim, page_size, layer_elements;
+    float epsilon, query_scale;
+};
+
+struct Step {
+    const int64_t *tokens, *positions, *slots;
+    const Row* rows;
+    const int64_t *pages, *own_slots;
+    const uint16_t* masks;
+    const int64_t* outputs;  // tokens whose hidden state is wanted
+    bf16* result;            // [output_count, hidden]
+    int64_t token_count, row_count, output_count, threads;
+};
+
+struct Scratch {
+    Buffer<float> residual, projected, product;
+    Buffer<GroupScale> scales;
+    Buffer<Activation> queries, attended;
+    Buffer<uint8_t> rows;
+};
+
+template <class Epilogue>
+void linear(const Rows& x, const Linear& w, const Epilogue& epilogue) {
+    switch (w.format) {
+        case INT8: return linear_as<INT8>(x, w, epilogue);
+        case INT4: return linear_as<INT4>(x, w, epilogue);
+        default: return linear_as<BF16>(x, w, epilogue);
+    }
+}
+
+inline float inverse_rms(const float* from, int64_t size, float epsilon) {
+    Floats squares = zero();
+    for (int64_t i = 0; i < size; i += LANES) {
+        const Floats x = load(from + i);
+        squares = multiply_add(x, x, squares);
+    }
+    return 1.f / std::sqrt(sum(squares) / static_cast<float>(size) + epsilon);
+}
+
+// RMSNorm of rows [m, next.k], as rows for `next`. `weight` null: no norm.
+inline Rows norm_rows(const float* from, int64_t m, const float* weight, float epsilon, const Linear& next, uint8_t* to, GroupScale* scales) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < m; ++row) {
+        const float* at = from + row * next.k;
+        const float factor = weight ? inverse_rms(at, next.k, epsilon) : 1.f;
+        put_row(at, factor, weight, next, to + row * row_bytes(next), scales + row * next.groups());
+    }
+    return {to, scales, m};
+}
+
+// Norms, turns and scales a head.
+inline void turn_head(const Model& model, const float* from, const float* norm, const float* cosine, const float* sine, float scale, float* to) {
+    const int64_t d = model.head_dim, half = d / 2;
+    const Floats factor = splat((norm ? inverse_rms(from, d, model.epsilon) : 1.f) * scale);
+    for (int64_t i = 0; i < half; i += LANES) {
+        Floats a = multiply(load(from + i), factor), b = multiply(load(from + half + i), factor);
+        if (norm) {
+            a = multiply(a, load(norm + i));
+            b = multiply(b, load(norm + half + i));
+        }
+        if (cosine) {
+            const Floats c = load(cosine + i), s = load(sine + i);
+            const Floats turned = multiply_subtract(b, s, multiply(a, c));
+            b = multiply_add(a, s, multiply(b, c));
+            a = turned;
+        }
+        store(to + i, a);
+        store(to + half + i, b);
+    }
+}
+
+// Queries to `queries`, keys and values to the pool.
+inline void place_heads(const Model& model, const Layer& layer, const Step& step, const Pool& pool, const float* projected, Activation* queries) {
+    const int64_t d = model.head_dim, heads = model.heads, kv_heads = model.kv_heads, half = d / 2;
+    const int64_t columns = layer.qkv.n;
+#pragma omp for schedule(static)
+    for (int64_t token = 0; token < step.token_count; ++token) {
+        alignas(64) float turned[MOST_HEAD_DIM];
+        const float* from = projected + token * columns;
+        const float* cosine = layer.uses_rope ? model.cosine + step.positions[token] * half : nullptr;
+        const float* sine = layer.uses_rope ? model.sine + step.positions[token] * half : nullptr;
+        for (int64_t head = 0; head < heads; ++head) {
+            turn_head(model, from + head * d, layer.query_norm, cosine, sine, model.query_scale, turned);
+            for (int64_t i = 0; i < d; i += LANES) store_activations(queries + (token * heads + head) * d + i, load(turned + i));
+        }
+        const int64_t page = step.slots[token] / pool.page_size, offset = step.slots[token] % pool.page_size;
+        for (int64_t head = 0; head < kv_heads; ++head) {
+            turn_head(model, from + (heads + head) * d, layer.key_norm, cosine, sine, 1.f, turned);
+            put_key(pool, turned, page, head, offset);
+            put_value(pool, from + (heads + kv_heads + head) * d, page, head, offset);
+        }
+    }
+}
+
+struct Work { int64_t row, head, first; };
+
+inline void attend(const Model& model, const Layer& layer, const Step& step, const Pool& pool, const std::vector<Work>& work, const Activation* queries, Activation* output) {
+    static thread_local std::vector<float> scratch;
+    Attention attention{{pool, nullptr, step.pages, step.own_slots, step.masks, step.positions, queries, output, model.heads, layer.window}};
+    use_attention();
+#pragma omp for schedule(dynamic, 4)
+    for (size_t index = 0; index < work.size(); ++index) {
+        attention.row = step.rows + work[index].row;
+        attention.block(work[index].head, work[index].first, scratch);
+    }
+    leave_attention();
+}
+
+inline std::vector<Work> attention_work(const Model& model, const Step& step) {
+    std::vector<Work> work;
+    const int64_t group = model.heads / model.kv_heads;
+    for (int64_t row = 0; row < step.row_count; ++row)
+        for (int64_t first = 0; first < step.rows[row].query_len * group; first += LANES)
+            for (int64_t head = 0; head < model.kv_heads; ++head) work.push_back({row, head, first});
+    return work;
+}
+
+// residual += x W^T
+inline void add_product(const Rows& x, const Linear& w, int64_t columns, float* residual) {
+    linear(x, w, [=](int64_t row, int64_t column, Floats low, Floats high) {
+        float* at = residual + row * columns + column;
+        store(at, add(load(at), low));
+        if (column + LANES < columns) store(at + LANES, add(load(at + LANES), high));
+    });
+}
+
+void run(const Model& model, const Step& step) {
+    static Scratch scratch;  // one engine loop per process
+    const int64_t tokens = step.token_count, hidden = model.hidden, middle = model.middle, widest = std::max(hidden, std::max(middle, model.heads * model.head_dim));
+    const int64_t attended_size = model.heads * model.head_dim;
+    float* residual = scratch.residual.take(tokens, hidden);
+    float* projected = scratch.projected.take(tokens, model.layers[0].qkv.n);
+    GroupScale* scales = scratch.scales.take(tokens, widest / INT4_GROUP);
+    float* product = scratch.product.take(tokens, std::max(middle, attended_size));
+    Activation* queries = scratch.queries.take(tokens, attended_size);
+    Activation* attended = scratch.attended.take(padded(tokens), attended_size);
+    uint8_t* rows = scratch.rows.take(padded(tokens), widest * static_cast<int64_t>(sizeof(Activation)));
+    const std::vector<Work> work = attention_work(model, step);
+#pragma omp parallel num_threads(static_cast<int>(step.threads))
+    {
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < tokens; ++token)
+            for (int64_t i = 0; i < hidden; i += LANES)
+                store(residual + token * hidden + i, load_bf16(model.embedding + step.tokens[token] * hidden + i));
+        for (int64_t index = 0; index < model.count; ++index) {
+            const Layer& layer = model.layers[index];
+            const Pool pool{model.keys + index * model.layer_elements, model.values + index * model.layer_elements, model.kv_heads, model.page_size, model.head_dim};
+            Rows x = norm_rows(residual, tokens, layer.input_norm, model.epsilon, layer.qkv, rows, scales);
+            const int64_t columns = layer.qkv.n;
+            linear(x, layer.qkv, [=](int64_t row, int64_t column, Floats low, Floats high) {
+                store(projected + row * columns + column, low);
+                store(projected + row * columns + column + LANES, high);
+            });
+            place_heads(model, layer, step, pool, projected, queries);
+            attend(model, layer, step, pool, work, queries, attended);
+            int64_t m = tokens;
+            if (index + 1 == model.count) {  // nothing behind it is needed of the other tokens
+                m = step.output_count;
+#pragma omp single
+                for (int64_t row = 0; row < m; ++row) {  // ascending: no row is overwritten before it is read
+                    std::memmove(residual + row * hidden, residual + step.outputs[row] * hidden, sizeof(float) * hidden);
+                    std::memmove(attended + row * attended_size, attended + step.outputs[row] * attended_size, sizeof(Activation) * attended_size);
+                }
+            }
+            x = {reinterpret_cast<const uint8_t*>(attended), nullptr, m};
+            if (layer.output.format != BF16) {
+#pragma omp for schedule(static)
+                for (int64_t i = 0; i < m * attended_size; i += LANES) store(product + i, load_activations(attended + i));
+                x = norm_rows(product, m, nullptr, 0.f, layer.output, rows, scales);
+            }
+            add_product(x, layer.output, hidden, residual);
+            x = norm_rows(residual, m, layer.mlp_norm, model.epsilon, layer.gate_up, rows, scales);
+            linear(x, layer.gate_up, [=](int64_t row, int64_t column, Floats gate, Floats up) {
+                store(product + row * middle + column / 2, multiply(silu(gate), up));
+            });
+            x = norm_rows(product, m, nullptr, 0.f, layer.down, rows, scales);
+            add_product(x, layer.down, hidden, residual);
+        }
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < step.output_count; ++row)
+            put_floats(residual + row * hidden, inverse_rms(residual + row * hidden, hidden, model.epsilon), model.final_norm, hidden, step.result + row * hidden);
+    }
+}
+
+void run_linear(const Linear& w, const bf16* x, int64_t m, int64_t columns, bf16* result, int64_t threads) {
+    static Buffer<float> wide;
+    static Buffer<GroupScale> scales;
+    static Buffer<uint8_t> rows;
+    float* widened = wide.take(m, w.k);
+    GroupScale* row_scales = scales.take(m, w.groups());
+    uint8_t* to = rows.take(padded(m), row_bytes(w));
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < m * w.k; i += LANES) store(widened + i, load_bf16(x + i));
+        const Rows from = norm_rows(widened, m, nullptr, 0.f, w, to, row_scales);
+        linear(from, w, [=](int64_t row, int64_t column, Floats low, Floats high) {
+            alignas(64) bf16 rounded[PANEL];
+            store_bf16(rounded, low);
+            store_bf16(rounded + LANES, high);
+            std::memcpy(result + row * columns + column, rounded, sizeof(bf16) * std::min(PANEL, columns - column));
+        });
+    }
+}
+
+}  // namespace shoplm
+
+extern "C" {
+
+// 0 where the system lets this process use what the library was compiled for (tiles ask Linux for a permission:
+// ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+int shoplm_allow() {
+#ifdef __AMX_TILE__
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? 0 : 1;
+#else
+    return 0;
+#endif
+}
+
+void shoplm_step(const shoplm::Model* model, const shoplm::Step* step) { shoplm::run(*model, *step); }
+
+void shoplm_linear(const shoplm::Linear* w, const void* x, int64_t m, int64_t columns, void* result, int64_t threads) {
+    shoplm::run_linear(*w, static_cast<const shoplm::bf16*>(x), m, columns, static_cast<shoplm::bf16*>(result), threads);
+}
+}

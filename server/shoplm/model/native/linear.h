@@ -1,0 +1,71 @@
+// y = x W^T: what both ways to multiply share. W is packed by panels of 32 output columns, which stream from memory
+// once. Integers have a scale for each group of inputs, of W for each column and of x for each row; 4-bit ones have the
+// value of 0, too. A group's products are exact, and every row is summed over k in the same order whatever else is in
+// the batch.
+#pragma once
+
+#include "vectors.h"
+
+namespace shoplm {
+
+constexpr int64_t PANEL = 32;       // columns of W that are multiplied together
+constexpr int64_t INT4_GROUP = 32;  // the smallest
+
+enum Format : int64_t { BF16 = 0, INT8 = 1, INT4 = 2 };
+
+struct Linear {
+    const uint8_t* packed;
+    const uint16_t* scales;  // integers: fp16 [n / 32][k / group][32]; 4 bits: [n / 32][k / group][2][32], scale and low
+    const float* bias;       // [n]; null: none
+    int64_t n;               // output columns, padded to PANEL
+    int64_t k;               // inputs, a multiple of 64
+    int64_t group;           // inputs that share a scale; k for bf16
+    int64_t format;
+
+    int64_t groups() const { return k / group; }
+    int64_t panel_bytes() const { return PANEL * (format == BF16 ? k * 2 : format == INT8 ? k : k / 2); }
+    const uint16_t* panel_scales(int64_t panel) const { return scales + panel * groups() * PANEL * (format == INT4 ? 2 : 1); }
+};
+
+// A group of a row of integers: value = scale * integer.
+struct GroupScale { float scale, sum; };  // sum of the integers
+
+// Rows of x in the form that the weight's format asks for.
+struct Rows {
+    const uint8_t* data;       // [m, k]
+    const GroupScale* scales;  // [m, k / group] of integers
+    int64_t m;
+};
+
+// Rounds a row to integers from -127 to 127, group by group. `weight` null: ones.
+inline void put_integers(const float* from, float factor, const float* weight, int64_t size, int64_t group, int8_t* to, GroupScale* scales) {
+    const Floats by = splat(factor);
+    auto at = [&](int64_t i) {
+        const Floats value = multiply(load(from + i), by);
+        return weight ? multiply(value, load(weight + i)) : value;
+    };
+    for (int64_t begin = 0; begin < size; begin += group, ++scales) {
+        Floats most = zero();
+        for (int64_t i = begin; i < begin + group; i += LANES) most = larger(most, magnitude(at(i)));
+        const float range = std::max(largest(most), 1e-20f);
+        const Floats inverse = splat(127.f / range);
+        Integers total = no_integers();
+        for (int64_t i = begin; i < begin + group; i += LANES) {
+            const Integers rounded = round_integers(multiply(at(i), inverse));
+            total = add_integers(total, rounded);
+            store_integers(to + i, rounded);
+        }
+        *scales = {range / 127.f, static_cast<float>(sum_integers(total))};
+    }
+}
+
+template <class Activation>
+inline void put_floats(const float* from, float factor, const float* weight, int64_t size, Activation* to) {
+    const Floats by = splat(factor);
+    for (int64_t i = 0; i < size; i += LANES) {
+        const Floats value = multiply(load(from + i), by);
+        store_activations(to + i, weight ? multiply(value, load(weight + i)) : value);
+    }
+}
+
+}  // namespace shoplm

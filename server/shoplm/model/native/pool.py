@@ -1,0 +1,36 @@
+"""Keys and values in pages, in the order in which the C++ decoder reads them."""
+
+from __future__ import annotations
+
+import torch
+from shoplm.errors import ConfigurationError
+from shoplm.model.kv_pool import copy_pages
+from shoplm.model.native.library import InstructionSet
+from torch import Tensor
+
+BLOCK = 16  # tokens whose numbers of one dimension lie together
+
+
+class NativePool:
+    """bf16 keys and values. Of both, one lies by token [layers, pages, kv_heads, page_size, head_dim], the other in
+    blocks [layers, pages, kv_heads, page_size / 16, head_dim, 16]: tiles want the values so, vectors the keys. What
+    unused slots hold never matters."""
+
+    def __init__(
+        self, instructions: InstructionSet, *, layers: int, pages: int, kv_heads: int, page_size: int, head_dim: int
+    ) -> None:
+        if pages < 1:
+            raise ValueError(f"pages is {pages}, expected at least 1")
+        if page_size % BLOCK:
+            raise ConfigurationError(f"page_size {page_size} is not a multiple of {BLOCK}")
+        self.page_size = page_size
+        # Not zeroed: memory that no page has used yet is not occupied either.
+        by_token = torch.empty(layers, pages, kv_heads, page_size, head_dim, dtype=torch.bfloat16)
+        in_blocks = torch.empty(layers, pages, kv_heads, page_size // BLOCK, head_dim, BLOCK, dtype=torch.bfloat16)
+        tiles = instructions is InstructionSet.AMX
+        self.keys, self.values = (by_token, in_blocks) if tiles else (in_blocks, by_token)
+
+    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy whole pages, `sources` [C] to `targets` [C]; none is both."""
+        copy_pages(self.keys, sources, targets)
+        copy_pages(self.values, sources, targets)
