@@ -7,6 +7,8 @@ places, and that a step is queued before the host has seen the one before it.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ from shoplm.request import (
     TokensOutput,
 )
 from shoplm.scheduler.config import SchedulerConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy_backend import assert_same, backends, chats, run, work
 
 LIMITS = GraphLimits(rows=256, kv_len=8192, page_size=16, query_group=3, steps=2, lane_tokens=512)
@@ -189,3 +192,41 @@ def test_two_steps_in_flight_give_the_answers_of_one() -> None:
     assert len(expected) == len(work())
     for key, answer in expected.items():
         assert_same(answer, found[key])
+
+
+class NeverWaiting(TorchDispatchMode):
+    """Fails on what makes the host wait for the device: reading a number, or a result whose size is data."""
+
+    WAITS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "repeat_interleave")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
+        assert name not in self.WAITS and not by_mask, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("graph_seconds", [0.0, 600.0], ids=["launches", "padded"])
+def test_no_step_waits_before_its_result_is_asked_for(graph_seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of all services, first meetings of a filter among them. `tolist` reads memory without an operator."""
+    _, backend = backends(traits=False, layers=1, graph_seconds=graph_seconds)
+    submit = backend.submit
+
+    def watched(batch: Batch) -> Handle:
+        with NeverWaiting(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "tolist", _no_list, raising=False)
+            return submit(batch)
+
+    monkeypatch.setattr(backend, "submit", watched)
+    recorder, _ = run(backend, 15, work())
+    assert len(recorder.steps) >= 7
+    with torch.inference_mode(), NeverWaiting():
+        for waits in (lambda: bool(torch.ones(1)), lambda: torch.ones(2)[torch.ones(2) > 0]):
+            with pytest.raises(AssertionError, match="waits for the device"):
+                waits()
+
+
+def _no_list(tensor: torch.Tensor) -> None:
+    raise AssertionError("a list of a tensor's numbers waits for the device")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from shoplm.catalog.filters import ItemFilters
 from shoplm.kernels.beam_step_types import allowed_prefix
+from shoplm.model.device_io import upload
 from shoplm.request import ItemFilter, Select
 from torch import Tensor
 
@@ -30,7 +32,7 @@ class DeviceFilters:
         @lru_cache(capacity)  # not of a method: that would keep this object, and its masks, alive by a cycle
         def take(item_filter: ItemFilter) -> _Kept:
             allowed = filters.allowed(item_filter)
-            return _Kept(torch.tensor(allowed.mask).to(device), torch.tensor(allowed.before).to(device))
+            return _Kept(*upload([allowed.mask, allowed.before], device))
 
         self._take = take
 
@@ -46,7 +48,8 @@ class DeviceFilters:
             return kept.prefix
         check_items(select.exclude_items, self._items)
         mask = kept.mask.clone()
-        mask[torch.tensor(select.exclude_items).to(self._device, non_blocking=True)] = False
+        [excluded] = upload([np.array(select.exclude_items, np.int64)], self._device)
+        mask[excluded] = False
         return allowed_prefix(mask[None])[0]
 
 

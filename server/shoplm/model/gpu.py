@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from shoplm.errors import ConfigurationError
@@ -64,6 +66,16 @@ def free_memory(device: torch.device) -> tuple[int, int]:
     free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free + unused, total
+
+
+@contextmanager
+def memory_for(what: str, remedy: str) -> Iterator[None]:
+    """Turns the GPU's "out of memory" into a ConfigurationError that says for what, and what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(f"the GPU's memory does not suffice for {what}: {remedy} ({reason})") from error
 
 
 def pages_that_fit(free_bytes: int, total_bytes: int, page_bytes: int) -> int:

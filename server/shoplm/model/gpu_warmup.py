@@ -12,6 +12,7 @@ import time
 
 from shoplm.model.backend import Backend
 from shoplm.model.direct import DirectRunner
+from shoplm.model.gpu import memory_for
 from shoplm.request import Generate, Predict, Sampling, Select, Task
 
 LONGEST = 2100  # tokens: more than one split of a short chunk on every card
@@ -23,7 +24,8 @@ log = logging.getLogger("shoplm.warmup")
 def warm_up(backend: Backend, max_lanes: int) -> float:
     """Run the requests on pages that nobody uses yet; returns seconds. What they leave in the pages is never read.
 
-    `max_lanes` bounds the lanes of a step: wider searches are left out.
+    `max_lanes` bounds the lanes of a step: wider searches are left out. Raises ConfigurationError where the GPU's
+    memory does not suffice for a step.
     """
     start = time.perf_counter()
     info = backend.info
@@ -40,9 +42,10 @@ def warm_up(backend: Backend, max_lanes: int) -> float:
                 select = Select(width, width, trie=name, own_items=(0,), own_counts=(1.0,), exclude_items=excluded)
                 if width <= items and backend.lanes(select) <= max_lanes:
                     tasks.append(select)
-    runner.run([(prompt, Generate(1))])
-    for task in tasks:
-        runner.run([(prompt[:5], task)])
+    with memory_for(f"a step of {longest} tokens", "lower kv_cache_mib or max_step_tokens"):
+        runner.run([(prompt, Generate(1))])
+        for task in tasks:
+            runner.run([(prompt[:5], task)])
     seconds = time.perf_counter() - start
     log.info("warmed up with %d requests in %.1f s", len(tasks) + 1, seconds)
     return seconds

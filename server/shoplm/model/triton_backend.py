@@ -16,7 +16,15 @@ from shoplm.model.backend import Handle
 from shoplm.model.config import ModelConfig
 from shoplm.model.device_readouts import DeviceReadouts
 from shoplm.model.eager_backend import LocalBackend
-from shoplm.model.gpu import check_device, check_fp8, free_memory, kv_dtype, kv_page_bytes, pages_that_fit
+from shoplm.model.gpu import (
+    check_device,
+    check_fp8,
+    free_memory,
+    kv_dtype,
+    kv_page_bytes,
+    memory_for,
+    pages_that_fit,
+)
 from shoplm.model.queued import Queued, StepClock
 from shoplm.model.readouts import Readouts
 from shoplm.model.shop_weights import NamedTrie, ShopWeights
@@ -68,36 +76,35 @@ class TritonBackend(LocalBackend):
         readouts = Readouts(
             shop, tries, text_tokens=len(weights.embedding), hidden_size=config.hidden_size, state_slots=state_slots
         )
-        try:
+        with memory_for("scratch memory", "lower max_running_requests, max_context_tokens or max_step_tokens"):
+            workspace = Workspace.allocate(
+                device=self._device,
+                max_rows=state_slots,
+                max_kv_len=positions,
+                max_beam_tokens=max_beam_tokens,
+                q_heads=config.num_heads,
+                kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+            )
+        with memory_for("the weights", "take a smaller base model, or a weight_format of fewer bits"):
             decoder = TritonDecoder(
                 config,
                 weights,
                 readouts.take_input_rows(dtype),
                 max_positions=positions,
-                workspace=Workspace.allocate(
-                    device=self._device,
-                    max_rows=state_slots,
-                    max_kv_len=positions,
-                    max_beam_tokens=max_beam_tokens,
-                    q_heads=config.num_heads,
-                    kv_heads=config.num_kv_heads,
-                    head_dim=config.head_dim,
-                ),
+                workspace=workspace,
                 device=self._device,
                 weight_format=weight_format,
             )
+        with memory_for("the searches' state", "lower max_running_requests or max_step_tokens"):
             self._device_readouts = DeviceReadouts(
                 readouts, state_slots=state_slots, max_lanes=max_beam_tokens, dtype=dtype, device=self._device
             )
-            if pages is None:
-                page_bytes = kv_page_bytes(config, page_size, pool_dtype)
-                pages = pages_that_fit(*free_memory(self._device), page_bytes)
+        if pages is None:
+            page_bytes = kv_page_bytes(config, page_size, pool_dtype)
+            pages = pages_that_fit(*free_memory(self._device), page_bytes)
+        with memory_for(f"{pages} pages of {page_size} tokens", "lower kv_cache_mib, or take kv_format int8"):
             self._pool = _allocate_pool(config, pages, page_size, pool_dtype, self._device)
-        except torch.OutOfMemoryError as error:
-            raise ConfigurationError(
-                f"the GPU's memory does not suffice for the weights, the scratch memory and {pages or 0} pages of "
-                f"{page_size} tokens: lower kv_cache_mib, max_running_requests or max_context_tokens ({error})"
-            ) from error
         super().__init__(
             "triton",
             readouts,
@@ -109,7 +116,8 @@ class TritonBackend(LocalBackend):
             pipeline_depth=2,
         )
         state = self._device_readouts.state
-        self._program = StepProgram(decoder, self._pool, state, most_samples=state_slots)
+        with memory_for("the logits of a step", "lower kv_cache_mib or max_running_requests"):
+            self._program = StepProgram(decoder, self._pool, state, most_samples=state_slots)
         self._graphs = StepGraphs(self._program, state)
         if graph_seconds > 0:
             limits = GraphLimits(
@@ -120,7 +128,7 @@ class TritonBackend(LocalBackend):
                 steps=state.parents.shape[1],
                 lane_tokens=max_beam_tokens,
             )
-            with torch.inference_mode():
+            with torch.inference_mode(), memory_for("steps as CUDA graphs", "lower kv_cache_mib or graph_seconds"):
                 self._graphs.capture(graph_buckets(limits), graph_seconds)
 
     @property
