@@ -23,20 +23,16 @@ constexpr int MOST_QUERIES = 6;  // whose sums of 16 numbers registers hold
 // sums[q] += sum over i of factors[q * stride + i] * rows[i * row_stride] .. + 15.
 template <int QUERIES>
 inline void add_rows(const float* factors, int64_t stride, const bf16* rows, int64_t row_stride, int64_t count, Floats* sums) {
-    __m256 low[QUERIES], high[QUERIES];
+    Floats of[QUERIES];
 #pragma GCC unroll 6
-    for (int q = 0; q < QUERIES; ++q) low[q] = sums[q].low, high[q] = sums[q].high;
+    for (int q = 0; q < QUERIES; ++q) of[q] = sums[q];
     for (int64_t i = 0; i < count; ++i, rows += row_stride) {
         const Floats row = load_bf16(rows);
 #pragma GCC unroll 6
-        for (int q = 0; q < QUERIES; ++q) {
-            const __m256 factor = _mm256_broadcast_ss(factors + q * stride + i);
-            low[q] = _mm256_fmadd_ps(factor, row.low, low[q]);
-            high[q] = _mm256_fmadd_ps(factor, row.high, high[q]);
-        }
+        for (int q = 0; q < QUERIES; ++q) of[q] = multiply_add(splat(factors[q * stride + i]), row, of[q]);
     }
 #pragma GCC unroll 6
-    for (int q = 0; q < QUERIES; ++q) sums[q] = {low[q], high[q]};
+    for (int q = 0; q < QUERIES; ++q) sums[q] = of[q];
 }
 
 inline void add_rows(int queries, const float* factors, int64_t stride, const bf16* rows, int64_t row_stride, int64_t count, Floats* sums) {
@@ -117,7 +113,8 @@ inline void Attention::block(int64_t head, int64_t first, std::vector<float>& sc
         const bf16* block = keys_at(head, begin + key);
         for (int lane = 0; lane < count; lane += MOST_QUERIES) {
             const int some = std::min(count - lane, MOST_QUERIES);
-            Floats sums[MOST_QUERIES] = {};
+            Floats sums[MOST_QUERIES];
+            std::fill(sums, sums + some, zero());
             add_rows(some, packed + lane * d, d, block, LANES, d, sums);
             for (int q = 0; q < some; ++q) store(scores + (lane + q) * keys + key, sums[q]);
         }
@@ -139,7 +136,8 @@ inline void Attention::block(int64_t head, int64_t first, std::vector<float>& sc
     for (int64_t i = 0; i < d; i += LANES)
         for (int lane = 0; lane < count; lane += MOST_QUERIES) {
             const int some = std::min(count - lane, MOST_QUERIES);
-            Floats sums[MOST_QUERIES] = {};
+            Floats sums[MOST_QUERIES];
+            std::fill(sums, sums + some, zero());
             for (int64_t key = begin; key < last; key += LANES)
                 add_rows(some, scores + lane * keys + key - begin, keys, values_at(head, key) + i, d, std::min<int64_t>(LANES, last - key), sums);
             for (int q = 0; q < some; ++q) {

@@ -22,6 +22,7 @@ from shoplm.model.base_cache import cache_folder
 
 _SOURCES = (
     *("vectors.h", "tiles.h", "linear.h", "linear_tiles.h", "linear_vectors.h"),
+    *("products_avx2.h", "products_avx512.h"),
     *("attention.h", "attention_tiles.h", "attention_vectors.h", "decoder.cpp"),
 )
 _FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
@@ -32,19 +33,30 @@ class InstructionSet(StrEnum):
     """What the decoder is compiled for; the best first."""
 
     AMX = "amx"
+    AVX512 = "avx512"  # with products of bf16 and of bytes
     AVX2 = "avx2"
 
     @property
     def compiler_flags(self) -> tuple[str, ...]:
         """Beside those of all."""
-        return ("-march=sapphirerapids",) if self is InstructionSet.AMX else ("-mavx2", "-mfma", "-mf16c")
+        match self:
+            case InstructionSet.AMX:
+                return ("-march=sapphirerapids", "-DSHOPLM_AVX512")
+            case InstructionSet.AVX512:
+                return ("-march=cascadelake", "-mavx512bf16", "-DSHOPLM_AVX512")
+            case InstructionSet.AVX2:
+                return ("-mavx2", "-mfma", "-mf16c")
 
     @property
     def cpu_flags(self) -> frozenset[str]:
         """What /proc/cpuinfo must list."""
-        if self is InstructionSet.AMX:
-            return frozenset({"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16", "avx512vl", "avx512bw"})
-        return frozenset({"avx2", "fma", "f16c"})
+        match self:
+            case InstructionSet.AMX:
+                return frozenset({"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16", "avx512vl", "avx512bw"})
+            case InstructionSet.AVX512:
+                return frozenset({"avx512_bf16", "avx512_vnni", "avx512vl", "avx512bw", "avx512dq", "avx512cd"})
+            case InstructionSet.AVX2:
+                return frozenset({"avx2", "fma", "f16c"})
 
 
 class NativeUnavailableError(Exception):

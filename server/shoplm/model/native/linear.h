@@ -37,6 +37,12 @@ struct Rows {
     int64_t m;
 };
 
+// sums += (scale of W * products + low of W * sum of x) * scale of x, or = for a row's first group.
+inline void add_group(Integers products, Floats scale, Floats lowest, GroupScale by, bool first, float* sums) {
+    const Floats value = multiply_add(lowest, splat(by.sum), multiply(to_floats(products), scale));
+    store(sums, multiply_add(value, splat(by.scale), first ? zero() : load(sums)));
+}
+
 // Rounds a row to integers from -127 to 127, group by group. `weight` null: ones.
 inline void put_integers(const float* from, float factor, const float* weight, int64_t size, int64_t group, int8_t* to, GroupScale* scales) {
     const Floats by = splat(factor);

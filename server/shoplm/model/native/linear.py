@@ -49,16 +49,15 @@ class PackedLinear:
         padding = -self.outputs % PANEL
         if padding:
             weight = functional.pad(weight, (0, 0, 0, padding))
-        pack = _pack_tiles if library.instructions is InstructionSet.AMX else _pack_vectors
         self._scales: Tensor | None = None
         if format is WeightFormat.BF16:
-            group, self._packed = self.inputs, pack(weight.to(torch.bfloat16), format)
+            group, self._packed = self.inputs, _pack(weight.to(torch.bfloat16), format, library.instructions)
         else:
             group = GROUP[format]
             quantise = _quantise_int8 if format is WeightFormat.INT8 else _quantise_int4
             values, tables = quantise(weight.float().view(len(weight), -1, group))
             self._scales = _by_panel(tables)
-            self._packed = pack(values.view(weight.shape), format)
+            self._packed = _pack(values.view(weight.shape), format, library.instructions)
         self._bias = None if bias is None else functional.pad(bias.float(), (0, padding)).contiguous()
         self.ref = LinearRef(
             pointer(self._packed),
@@ -107,6 +106,15 @@ def _by_panel(tables: tuple[Tensor, ...]) -> Tensor:
     return table.view(outputs // PANEL, PANEL, groups, count).permute(0, 2, 3, 1).contiguous()
 
 
+def _pack(weight: Tensor, format: WeightFormat, instructions: InstructionSet) -> Tensor:
+    """In the order of `linear_tiles.h`, `products_avx512.h` or `products_avx2.h`."""
+    if instructions is InstructionSet.AMX:
+        return _pack_tiles(weight, format)
+    if instructions is InstructionSet.AVX512 and format is WeightFormat.INT8:
+        return _pack_vectors((weight.short() + 128).to(torch.uint8), format, 4)
+    return _pack_vectors(weight, format, {WeightFormat.BF16: 2, WeightFormat.INT8: 1, WeightFormat.INT4: 4}[format])
+
+
 def _pack_tiles(weight: Tensor, format: WeightFormat) -> Tensor:
     """[out, in] to [out / 32][in / depth][2][16 groups of inputs][16 outputs][depth / 16 inputs]; of 4 bits, the first
     of each two tiles in the low halves of the bytes, the second in the high ones."""
@@ -116,11 +124,10 @@ def _pack_tiles(weight: Tensor, format: WeightFormat) -> Tensor:
     return _halve(tiles, dim=2) if format is WeightFormat.INT4 else tiles.contiguous()
 
 
-def _pack_vectors(weight: Tensor, format: WeightFormat) -> Tensor:
-    """[out, in] to [out / 16][in / together][16 outputs][together], as many inputs together as fill 32 bits in bf16 and
-    4 bits; of the latter each two steps share their bytes, the first in the low halves."""
+def _pack_vectors(weight: Tensor, format: WeightFormat, together: int) -> Tensor:
+    """[out, in] to [out / 16][in / together][16 outputs][together]; of 4 bits each two steps share their bytes, the
+    first in the low halves."""
     outputs, inputs = weight.shape
-    together = {WeightFormat.BF16: 2, WeightFormat.INT8: 1, WeightFormat.INT4: 4}[format]
     steps = weight.view(outputs // 16, 16, inputs // together, together).transpose(1, 2).contiguous()
     return _halve(steps.view(outputs // 16, -1, 2, 16, together), dim=2) if format is WeightFormat.INT4 else steps
 

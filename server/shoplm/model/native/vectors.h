@@ -12,13 +12,14 @@ namespace shoplm {
 using bf16 = uint16_t;
 constexpr int LANES = 16;
 
-#ifdef __AMX_TILE__  // such CPUs have AVX-512
+#ifdef SHOPLM_AVX512
 
 using Floats = __m512;
 using Integers = __m512i;  // 32 bits each
 
 inline Floats zero() { return _mm512_setzero_ps(); }
 inline Floats splat(float x) { return _mm512_set1_ps(x); }
+inline Floats to_floats(Integers x) { return _mm512_cvtepi32_ps(x); }
 inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
 inline void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
@@ -63,7 +64,11 @@ struct Floats { __m256 low, high; };
 struct Integers { __m256i low, high; };  // 32 bits each
 
 inline Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-inline Floats splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Floats splat(float x) {
+    const __m256 both = _mm256_set1_ps(x);
+    return {both, both};
+}
+inline Floats to_floats(Integers x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
 inline Floats load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
 inline void store(float* to, Floats x) { _mm256_storeu_ps(to, x.low); _mm256_storeu_ps(to + 8, x.high); }
 inline Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
@@ -172,6 +177,18 @@ inline Floats exponential(Floats x) {
 inline Floats silu(Floats x) {
     const Floats one = splat(1.f), e = exponential(subtract(zero(), magnitude(x)));
     return divide(multiply(x, where_positive(x, one, e)), add(one, e));
+}
+
+// Four bytes, or numbers that fill as many, to each of the lanes.
+inline Integers splat_bytes(const void* from) {
+    int32_t four;
+    std::memcpy(&four, from, 4);
+#ifdef SHOPLM_AVX512
+    return _mm512_set1_epi32(four);
+#else
+    const __m256i lanes = _mm256_set1_epi32(four);
+    return {lanes, lanes};
+#endif
 }
 
 template <class T>
