@@ -27,7 +27,7 @@ from shoplm.request import Embed, Sampling, Select
 from toy_backend import Recorder, assert_same, backends, chats, run, work
 
 from gpu_stages.common import Stage, median_us
-from gpu_stages.models import CONFIGS, TINY, in_fp32, random_weights
+from gpu_stages.models import CONFIGS, TINY, random_weights
 
 
 def equality(stage: Stage) -> None:
@@ -80,7 +80,7 @@ def _hidden(stage: Stage, weight_format: str, kv_format: str) -> None:
     exact, in_dtype, found = (
         torch.tensor(DirectRunner(backend, chunk_tokens=stage.size(200, 5)).run([(prompt, Embed())])[0]).double()
         for backend in (
-            TorchBackend(config, rounded(in_fp32(weights), weight_format), **sizes),
+            TorchBackend(config, rounded(weights.float(), weight_format), **sizes),
             TorchBackend(config, rounded(weights, weight_format), **sizes),
             TritonBackend(config, weights, **sizes, **card),
         )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-from typing import Any
-
 import torch
 from shoplm.model.config import ModelConfig, RopeConfig
 from shoplm.model.weights import DecoderWeights, LayerWeights
@@ -62,18 +59,3 @@ def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device
     embedding = matrix(config.vocab_size, hidden)
     head = embedding if config.tied_head else matrix(config.vocab_size, hidden)
     return DecoderWeights(embedding, layers, ones(hidden), head)
-
-
-def in_fp32(weights: DecoderWeights) -> DecoderWeights:
-    """The same numbers in fp32."""
-
-    def wide(layer: LayerWeights) -> LayerWeights:
-        parts: dict[str, Any] = {field.name: getattr(layer, field.name) for field in fields(layer)}
-        return replace(layer, **{name: part.float() for name, part in parts.items() if part is not None})
-
-    embedding = weights.embedding.float()
-    head = embedding if weights.lm_head is weights.embedding else weights.lm_head.float()
-    return replace(
-        weights, embedding=embedding, layers=tuple(map(wide, weights.layers)), final_norm=weights.final_norm.float(),
-        lm_head=head,
-    )  # fmt: skip

@@ -1,12 +1,18 @@
-"""What a weight format may cost a bundle."""
+"""What formats of fewer bits may cost a bundle."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
-from shoplm.training.format_gate import losses
+import torch
+from shoplm.model.base import Base
+from shoplm.training.format_gate import losses, perplexity
+from shoplm.training.formats import UNROUNDED, Formats
 from shoplm.training.report import OURS, Difference, Estimate, ProbabilityRow, RankingResult, RankingRow, Report
+from shoplm.training.watch import Watch
+from transformers import AutoModelForCausalLM
 
 UNKNOWN, NO_ESTIMATE = Difference(None, None, None), Estimate(None, None, None)
 
@@ -41,3 +47,21 @@ def test_a_share_of_ndcg_and_a_rise_of_brier_are_allowed(ndcg: float, brier: flo
 def test_other_customers_are_not_compared() -> None:
     with pytest.raises(ValueError, match="of 10 and 11 customers"):
         losses(report(0.2, 0.1), report(0.2, 0.1, customers=11))
+
+
+def test_perplexity_is_the_models_own_of_the_answers_alone(tiny_base: Base) -> None:
+    talk = [((5, 9, 200, 17), (30, 31, 7)), ((1,), (2, 3, 4, 5, 6))]
+    model = AutoModelForCausalLM.from_pretrained(tiny_base.folder, dtype=torch.float32).eval()
+    nats = 0.0
+    with torch.inference_mode():
+        for prompt, answer in talk:
+            logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+            nats += float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum"))
+    found = {
+        formats: perplexity(tiny_base, None, talk, formats, Watch())
+        for formats in (UNROUNDED, Formats("fp8"), Formats(kv="int8"))
+    }
+    assert found[UNROUNDED] == pytest.approx(math.exp(nats / 8), rel=0.01)  # the files' fp32 is read as bf16
+    assert len(set(found.values())) == 3
+    assert Formats("int4", "int8").perplexity_rise == 0.05
+    assert Formats("int4", "int8").reference == Formats(kv="model")

@@ -10,13 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from shoplm.engine.batch import Batch, EmbedReadout, Row
-from shoplm.model.attention_plan import plan_attention
 from shoplm.model.config import ModelConfig
-from shoplm.model.decoder import Decoder, StepInputs
-from shoplm.model.kv_pool import KVPool
+from shoplm.model.decoder import Decoder
 from shoplm.model.shop_weights import ShopWeights
 from shoplm.model.weights import DecoderWeights
+from shoplm.model.whole_prompt import whole_prompt
 from torch import Tensor
 
 
@@ -31,35 +29,10 @@ def attention_mass(
 
     Spans that do not overlap and cover the prompt add up to 1 in every head.
     """
-    count = len(tokens)
     rows = None if shop is None else shop.input_rows.to(weights.embedding.dtype)
-    pool = KVPool(
-        layers=config.num_layers,
-        pages=count,
-        kv_heads=config.num_kv_heads,
-        page_size=1,
-        head_dim=config.head_dim,
-        dtype=weights.embedding.dtype,
-    )
-    order = np.arange(count)
-    row = Row(0, 0, count, order.astype(np.int32), count, readout=EmbedReadout())
-    batch = Batch(np.asarray(tokens, np.int32), order.astype(np.int32), order, (row,))
     with torch.inference_mode():
-        plans = {
-            window: plan_attention(
-                batch, {}, pool, window=window, group=config.query_group, dtype=weights.embedding.dtype
-            )
-            for window in set(config.sliding_windows)
-        }
-        inputs = StepInputs(
-            tokens=torch.tensor(tokens),
-            positions=torch.arange(count),
-            write_rows=pool.token_major(torch.arange(count)),
-            plans=plans,
-            outputs=torch.tensor([count - 1]),
-        )
-        watched = _Watched(config, weights, rows, count)
-        watched.forward(inputs, pool)
+        watched = _Watched(config, weights, rows, len(tokens))
+        watched.forward(*whole_prompt(config, tokens, [len(tokens) - 1], weights.embedding.dtype))
     shares = torch.stack(watched.shares).float()  # [layers, heads, tokens]
     return np.stack([shares[:, :, start:end].sum(dim=-1).numpy() for start, end in spans], axis=-1)
 

@@ -158,43 +158,39 @@ def evaluate(
     weight_format: Annotated[
         str, typer.Option(help="round the base like this format of the GPU backend: int8, int4 or fp8")
     ] = "model",
+    kv_format: Annotated[
+        str, typer.Option(help="round keys and values like this format of the GPU backend: int8 or fp8")
+    ] = "model",
 ) -> None:
     """Measure a bundle again, on the files that it was trained on: the numbers of its card.
 
-    With --weight-format, measures it as it is and rounded, without explanations; exits with 1 if the format costs more
-    than it may.
+    With --weight-format or --kv-format, measures it as it is and rounded, without explanations, and the perplexity of
+    talk; exits with 1 if the formats cost more than they may.
     """
     import msgspec
     from shoplm.training.card_explanations import record
-    from shoplm.training.format_gate import losses
-    from shoplm.training.report import Report
+    from shoplm.training.format_gate import Loss, weigh
+    from shoplm.training.formats import UNROUNDED, Formats
     from shoplm.training.run import evaluate_bundle
 
     console = Console(stderr=True)
     folder = work or bundle.resolve().with_name(f".{bundle.resolve().name}.train")
+    formats = Formats(weight_format, None if kv_format == "model" else kv_format)
+    costs: list[Loss] = []
     with errors(console):
         log = _read(console, events, items, customers, campaigns, timezone)
+        wanted = max_customers or None
         with watching(console) as watch:
-
-            def measured(weight_format: str) -> Report:
-                return evaluate_bundle(
-                    bundle,
-                    log,
-                    base=base,
-                    work=folder,
-                    max_customers=max_customers or None,
-                    explained=0 if gated else explained,
-                    watch=watch,
-                    weight_format=weight_format,
+            if formats == UNROUNDED:
+                report = evaluate_bundle(
+                    bundle, log, base=base, work=folder, max_customers=wanted, explained=explained, watch=watch
                 )
-
-            gated = weight_format != "model"
-            report = measured(weight_format)
-            costs = losses(measured("model"), report) if gated else []
+            else:
+                report, costs = weigh(bundle, log, formats, base=base, work=folder, max_customers=wanted, watch=watch)
         if write and report.explanations is not None:
             record(bundle, report.explanations)
     print_report(Console(), report)
-    print_losses(Console(), weight_format, costs)
+    print_losses(Console(), formats.name, costs)
     if json is not None:
         json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     if not all(cost.holds for cost in costs):

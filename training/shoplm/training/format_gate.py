@@ -1,10 +1,35 @@
-"""The gate of a weight format: what it may cost a bundle, beside the same bundle in its model's own format."""
+"""The gate of the GPU backend's formats: what they may cost a bundle, beside the same bundle without rounding.
+
+Rankings, probabilities and talk, all measured on a CPU with the rounding that the GPU's kernels do.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from shoplm.training.report import OURS, RankingResult, Report
+import msgspec
+import torch
+from shoplm.bundle import read_manifest
+from shoplm.catalog.items import read_catalog
+from shoplm.model.adapter import read_adapter
+from shoplm.model.base import Base, bundle_base
+from shoplm.model.chat_template import ChatTemplate
+from shoplm.model.decoder import Decoder
+from shoplm.model.tokenizer import Tokenizer
+from shoplm.model.weights import load_weights
+from shoplm.model.whole_prompt import whole_prompt
+from shoplm.prompt import PromptBuilder
+from shoplm.training.adapt.kept import held_out
+from shoplm.training.formats import Formats
+from shoplm.training.log import ShopLog
+from shoplm.training.report import OURS, RankingResult, Report, Sample
+from shoplm.training.run import evaluate_bundle
+from shoplm.training.watch import Watch
+from shoplm.vocabulary import ShopVocabulary
+from torch.nn import functional
 
 NDCG_SHARE = 0.01  # of NDCG@10 that a format may lose
 BRIER_RISE = 0.002  # by which a probability's Brier score may grow
@@ -41,6 +66,72 @@ def losses(reference: Report, found: Report) -> list[Loss]:
     for row, other in zip(reference.probabilities, found.probabilities, strict=True):
         result.append(Loss(f"Brier, {row.target}", row.brier, other.brier, other.brier - row.brier, BRIER_RISE))
     return result
+
+
+def weigh(
+    folder: Path,
+    log: ShopLog,
+    formats: Formats,
+    *,
+    base: str | None,
+    work: Path,
+    max_customers: int | None,
+    watch: Watch,
+) -> tuple[Report, list[Loss]]:
+    """The bundle's report in these formats, and what they cost. Raises as `evaluate_bundle`, and ConfigurationError for
+    an unknown format or one that does not suit the base."""
+
+    def measured(formats: Formats) -> Report:
+        return evaluate_bundle(
+            folder, log, base=base, work=work, max_customers=max_customers, explained=0, watch=watch, formats=formats
+        )
+
+    report = measured(formats)
+    costs = losses(measured(formats.reference), report)
+    resolved = bundle_base(folder, base)
+    talk = _talk(folder, resolved, work, watch)
+    adapter = folder if read_manifest(folder).has_adapter else None
+    before, after = (perplexity(resolved, adapter, talk, each, watch) for each in (formats.reference, formats))
+    costs.append(Loss("perplexity of talk", before, after, after / before - 1.0, formats.perplexity_rise))
+    return report, costs
+
+
+Talk = Sequence[tuple[tuple[int, ...], tuple[int, ...]]]  # prompts and answers, as tokens
+
+
+def _talk(folder: Path, base: Base, work: Path, watch: Watch) -> Talk:
+    """The base's own answers to ordinary prompts, those that a bundle's adapter is judged by too."""
+    manifest, catalog = read_manifest(folder), read_catalog(folder)
+    tokenizer = Tokenizer.from_folder(base.folder)
+    vocabulary = ShopVocabulary(manifest.base.vocab_size, manifest.level_sizes, manifest.type_count)
+    builder = PromptBuilder(tokenizer, ChatTemplate.from_folder(base.folder), manifest.prompt, vocabulary)
+    seed = msgspec.json.decode((folder / "metrics.json").read_bytes(), type=Sample).seed
+    replays = held_out(work / "held-out.json", catalog, base, builder, tokenizer, seed, watch)
+    bare = builder.prefix(None).tokens
+    return [((*bare, *replay.suffix), replay.answer) for replay in replays]
+
+
+@torch.inference_mode()
+def perplexity(base: Base, adapter: Path | None, talk: Talk, formats: Formats, watch: Watch) -> float:
+    """Per token of the answers; products in fp32 with the base rounded, merged with the adapter in that folder."""
+    weights = load_weights(
+        base.folder, base.config, torch.bfloat16, adapter=None if adapter is None else read_adapter(adapter)
+    )
+    if formats.weights != "model":
+        from shoplm.model.rounded import rounded  # needs Triton
+
+        weights = rounded(weights, formats.weights)
+    weights = weights.float()
+    decoder = Decoder(base.config, weights, None, max(len(prompt) + len(answer) for prompt, answer in talk))
+    nats, count = 0.0, 0
+    for done, (prompt, answer) in enumerate(talk):
+        places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)  # each predicts the token behind it
+        step = whole_prompt(base.config, (*prompt, *answer), places, torch.float32, formats.kv or "model")
+        logits = functional.linear(decoder.forward(*step), weights.lm_head)
+        nats += float(functional.cross_entropy(logits, torch.tensor(answer), reduction="sum"))
+        count += len(answer)
+        watch.advance("perplexity", done + 1, len(talk))
+    return math.exp(nats / count)
 
 
 def _ndcg(result: RankingResult) -> float:

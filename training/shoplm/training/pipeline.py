@@ -18,6 +18,7 @@ from shoplm.training.campaigns import fit_campaigns
 from shoplm.training.catalogue import ShopItems, choose_items
 from shoplm.training.evaluation import tuning_window
 from shoplm.training.examples import ranking_examples
+from shoplm.training.formats import UNROUNDED, Formats
 from shoplm.training.habits import shop_habits
 from shoplm.training.heads import Standard, joined
 from shoplm.training.hidden import HiddenStates, Progress
@@ -85,12 +86,12 @@ def hidden_states(
     seed: int,
     adapter: Path | None,
     input_rows: torch.Tensor | None = None,
-    weight_format: str = "model",
+    formats: Formats = UNROUNDED,
 ) -> tuple[HiddenStates, Reader]:
     """Loads the base and opens the folder of shards that belongs to exactly this log, base, adapter and prompt."""
     dtype = torch.bfloat16  # as the server's default; where that is slow, the backend widens it
     vocabulary = shop.items.vocabulary(base.config.vocab_size)
-    reader = make_reader(base, catalog, vocabulary, schema, dtype, adapter, input_rows, weight_format)
+    reader = make_reader(base, catalog, vocabulary, schema, dtype, adapter, input_rows, formats)
     identity: dict[str, object] = {
         "base": base.fingerprint,
         "dtype": str(dtype),
@@ -98,8 +99,10 @@ def hidden_states(
         "shop": shop.fingerprint,
         "schema": [schema.preamble, *schema.attributes, schema.history_budget_tokens, schema.history_block_tokens],
     }
-    if weight_format != "model":
-        identity["weight_format"] = weight_format
+    if formats.weights != "model":
+        identity["weight_format"] = formats.weights
+    if formats.kv is not None:
+        identity["kv_format"] = formats.kv
     if adapter is not None:
         identity["adapter"] = file_hash(adapter / ADAPTER_WEIGHTS)
     return HiddenStates(work, reader, shop.histories, shop.timeline, identity, seed), reader

@@ -16,11 +16,14 @@ from shoplm.model.adapter import read_adapter
 from shoplm.model.base import Base
 from shoplm.model.chat_template import ChatTemplate
 from shoplm.model.eager_backend import EagerBackend
+from shoplm.model.linear import packing_supported
 from shoplm.model.shop_weights import mean_embeddings
 from shoplm.model.tokenizer import Tokenizer
+from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import load_weights
 from shoplm.prompt import PromptBuilder
 from shoplm.training.catalogue import token_texts
+from shoplm.training.formats import UNROUNDED, Formats
 from shoplm.training.packing import Pack
 from shoplm.training.passes import groups, lay_out
 from shoplm.vocabulary import ShopVocabulary
@@ -58,16 +61,16 @@ def make_reader(
     dtype: torch.dtype,
     adapter: Path | None = None,
     input_rows: torch.Tensor | None = None,
-    weight_format: str = "model",
+    formats: Formats = UNROUNDED,
 ) -> Reader:
     """Loads the base, merged with the adapter in that folder. `input_rows` [shop tokens, H], if they are not the mean
-    embeddings of the tokens' texts. `weight_format` of the GPU backend: its rounding."""
+    embeddings of the tokens' texts."""
     tokenizer = Tokenizer.from_folder(base.folder)
     weights = load_weights(base.folder, base.config, dtype, adapter=None if adapter is None else read_adapter(adapter))
-    if weight_format != "model":
+    if formats.weights != "model":
         from shoplm.model.rounded import rounded  # needs Triton
 
-        weights = rounded(weights, weight_format)
+        weights = rounded(weights, formats.weights)
     if input_rows is None:
         rows = mean_embeddings(weights.embedding, [tokenizer.encode(text) for text in token_texts(catalog)])
     else:
@@ -79,5 +82,17 @@ def make_reader(
     longest = len(builder.prefix(None).tokens) + schema.history_budget_tokens + 1024
     spec = EngineSpec(str(base.folder), max_context_tokens=longest, max_running_requests=SUFFIX_PAGES)
     pages = -(-longest // spec.page_size) + SUFFIX_PAGES
-    backend = cpu_backend(spec, base.config, weights, None, (), pages)
+    backend: EagerBackend
+    if formats.kv is None:
+        backend = cpu_backend(spec, base.config, weights, None, (), pages)
+    else:
+        backend = TorchBackend(
+            base.config,
+            weights if packing_supported() else weights.float(),
+            pages=pages,
+            page_size=spec.page_size,
+            state_slots=spec.max_running_requests,
+            max_context_tokens=longest,
+            kv_format=formats.kv,
+        )
     return Reader(builder, backend, base.config.hidden_size, rows)

@@ -29,6 +29,7 @@ from shoplm.training.catalogue import ShopItems, choose_items
 from shoplm.training.determinism import deterministic
 from shoplm.training.evaluation import measure
 from shoplm.training.explanations import measure_explanations, shuffled
+from shoplm.training.formats import UNROUNDED, Formats
 from shoplm.training.habits import read_habits
 from shoplm.training.heads import Head, Standard
 from shoplm.training.hidden import HiddenStates
@@ -243,12 +244,12 @@ def evaluate_bundle(
     max_customers: int | None,
     explained: int,
     watch: Watch,
-    weight_format: str = "model",
+    formats: Formats = UNROUNDED,
 ) -> Report:
     """Measure a bundle with the log that it was trained on; explanations of so many customers. Raises BundleError
     where they do not belong together.
 
-    `weight_format`: rankings and predictions with the base rounded as that format of the GPU backend rounds it.
+    `formats`: rankings and predictions with the base, its keys and values rounded like those of the GPU backend.
     """
     manifest = read_manifest(folder)
     resolved = bundle_base(folder, base)
@@ -258,13 +259,13 @@ def evaluate_bundle(
     watch.say(f"loading {resolved.name}")
     adapter, catalog = folder if manifest.has_adapter else None, read_catalog(folder)
     common = (shop, catalog, resolved, manifest.prompt)
-    states, _ = pipeline.hidden_states(*common, work, card.seed, adapter, stored_input_rows(folder), weight_format)
+    states, _ = pipeline.hidden_states(*common, work, card.seed, adapter, stored_input_rows(folder), formats)
     wanted = min(max_customers or card.customers, card.customers)
     table, read = states.compute(
         wanted, None, lambda done, total, tokens: watch.advance("hidden states", done, total, tokens)
     )
     report = measure(shop, table, read, read_model(folder, manifest), card.seed, watch.say)
-    if adapter is not None:
+    if adapter is not None and formats == UNROUNDED:
         chat = measure_adapter(*common, adapter, work, card.seed, watch)
         report = msgspec.structs.replace(report, chat=chat)
     if not explained:

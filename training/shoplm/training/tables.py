@@ -32,16 +32,16 @@ def print_report(console: Console, report: Report) -> None:
         console.print(_explanation_table(report.explanations))
 
 
-def print_losses(console: Console, weight_format: str, losses: Sequence[Loss]) -> None:
-    """What a weight format costs, and whether it may."""
+def print_losses(console: Console, formats: str, losses: Sequence[Loss]) -> None:
+    """What formats of fewer bits cost, and whether they may."""
     if losses:
         rows = [
             (loss.metric, f"{loss.reference:.4f}", f"{loss.found:.4f}", f"{loss.loss:+.4f}", f"{loss.limit:g}",
              "holds" if loss.holds else "BROKEN")
             for loss in losses
         ]  # fmt: skip
-        header = ("metric", "as it is", weight_format, "loss", "limit", "")
-        console.print(table(f"what {weight_format} costs", header, rows))
+        header = ("metric", "as it is", "rounded", "loss", "limit", "")
+        console.print(table(f"what they cost: {formats}", header, rows))
 
 
 def _print_ranking(console: Console, result: RankingResult) -> None:
