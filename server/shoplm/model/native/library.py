@@ -25,7 +25,7 @@ _SOURCES = (
     *("products_avx2.h", "products_avx512.h"),
     *("attention.h", "attention_tiles.h", "attention_vectors.h", "decoder.cpp"),
 )
-_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-std=c++17", "-O2", "-fopenmp", "-shared", "-fPIC")
 _COMPILERS = ("g++", "c++", "clang++")
 
 
