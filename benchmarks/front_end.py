@@ -39,9 +39,9 @@ from shoplm.bench.report import machine, write_json_of
 from shoplm.config import ServerConfig
 from shoplm.config_sources import load_config
 from shoplm.engine.batch import Batch, PredictReadout, Row, RowOutput, SampleReadout, StepResult
-from shoplm.engine.client import ProcessEngineClient
 from shoplm.engine.process import run as run_engine
 from shoplm.engine.spec import EngineSpec
+from shoplm.engine.supervisor import ProcessEngineClient
 from shoplm.model.backend import BackendInfo, Finished
 from shoplm.model.base import Base
 from shoplm.request import Select

@@ -229,8 +229,9 @@ class Metrics:
         """Fold in what the engine counted since its last message, and set its gauges."""
         for seconds in stats.step_seconds:
             self.step_seconds.observe(seconds)
-        for gap in stats.inter_token_seconds:
-            self.inter_token_seconds.observe(gap)
+        for gap, count in stats.inter_token_seconds:
+            for _ in range(count):
+                self.inter_token_seconds.observe(gap)
         for histogram, by_service in (
             (self.queue_seconds, stats.queue_seconds),
             (self.first_seconds, stats.first_seconds),

@@ -6,6 +6,7 @@ Plain frozen msgspec structs: no torch, no protobuf. Times are seconds of the ma
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 
 import msgspec
@@ -183,11 +184,18 @@ class Timings(msgspec.Struct, frozen=True):
 
 
 class TokensOutput(msgspec.Struct, frozen=True, tag=True):
-    """New tokens of a chat answer."""
+    """New tokens of a chat answer, the first among them unless it was preempted."""
 
     request_id: str
     tokens: tuple[int, ...]
     cached_tokens: int = 0  # of the prompt; known here too, for answers that a stop string ends
+
+
+class StepTokensOutput(msgspec.Struct, frozen=True, tag=True):
+    """The tokens of a step for the answers that go on, one each; none of them is its answer's first."""
+
+    request_ids: list[str]
+    tokens: list[int]  # aligned with request_ids
 
 
 class FinishedOutput(msgspec.Struct, frozen=True, tag=True):
@@ -233,7 +241,7 @@ class StepStats(msgspec.Struct, frozen=True):
     mixed_steps: int = 0  # steps that served more than one service
     queue_seconds: dict[str, tuple[float, ...]] = {}  # by service, one entry per request first computed
     first_seconds: dict[str, tuple[float, ...]] = {}
-    inter_token_seconds: tuple[float, ...] = ()
+    inter_token_seconds: tuple[tuple[float, int], ...] = ()  # and how many tokens had this one
     total_seconds: dict[str, tuple[float, ...]] = {}
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
@@ -269,7 +277,18 @@ class ReadyOutput(msgspec.Struct, frozen=True, tag=True):
     tries: dict[str, int]  # name -> items
 
 
-EngineOutput = TokensOutput | FinishedOutput | FailedOutput | StatsOutput | ReadyOutput
+CallOutput = TokensOutput | FinishedOutput | FailedOutput
+EngineOutput = TokensOutput | StepTokensOutput | FinishedOutput | FailedOutput | StatsOutput | ReadyOutput
+
+
+def by_request(outputs: Iterable[EngineOutput]) -> Iterator[CallOutput]:
+    """What is said of requests, each token as an output of its request."""
+    for output in outputs:
+        if isinstance(output, StepTokensOutput):
+            for request_id, token in zip(output.request_ids, output.tokens, strict=True):
+                yield TokensOutput(request_id, (token,))
+        elif isinstance(output, TokensOutput | FinishedOutput | FailedOutput):
+            yield output
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):

@@ -59,7 +59,7 @@ EngineFactory = Callable[[ServerConfig, Base], ManagedEngine]
 
 def engine_process(config: ServerConfig, base: Base) -> ManagedEngine:
     """The engine in a process of its own."""
-    from shoplm.engine.client import ProcessEngineClient
+    from shoplm.engine.supervisor import ProcessEngineClient
 
     return ProcessEngineClient(config.engine_spec(base.folder))
 

@@ -106,7 +106,7 @@ def test_the_report_counts_what_happened_and_starts_again() -> None:
         "recommendation": 1,
         "prediction": 1,
     }
-    assert report.inter_token_seconds == (0.5, 0.5)
+    assert report.inter_token_seconds == ((0.5, 1), (0.5, 1))
     assert report.pages_used == 0 and report.pages_cached + report.pages_free == 64
     assert set(report.running_requests.values()) == {0}
     again = simulation.engine.report()

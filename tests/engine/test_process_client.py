@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from shoplm.engine.client import ProcessEngineClient
 from shoplm.engine.spec import EngineSpec
+from shoplm.engine.supervisor import ProcessEngineClient
 from shoplm.errors import ConfigurationError, EngineUnavailableError
 from shoplm.request import FinishedOutput, Generate, Request, Service, TokensOutput
 
@@ -114,7 +114,7 @@ async def test_what_cannot_be_loaded_is_said_in_the_engine_s_words(
 
 PARENT = """
 import asyncio, sys, time
-from shoplm.engine.client import ProcessEngineClient
+from shoplm.engine.supervisor import ProcessEngineClient
 from shoplm.engine.spec import EngineSpec
 from shoplm.request import Generate, Request, Service
 

@@ -29,6 +29,7 @@ from shoplm.request import (
     Select,
     Service,
     TokensOutput,
+    by_request,
 )
 from shoplm.scheduler.config import SchedulerConfig
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -171,7 +172,7 @@ def served(backend: Backend) -> dict[str, Output]:
     tokens_of: dict[str, list[int]] = {}
     answers: dict[str, Output] = {}
     while not engine.is_idle:
-        for output in engine.step():
+        for output in by_request(engine.step()):
             assert not isinstance(output, FailedOutput), output
             if isinstance(output, TokensOutput):
                 tokens_of.setdefault(output.request_id, []).extend(output.tokens)

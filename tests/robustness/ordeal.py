@@ -15,7 +15,7 @@ import psutil
 from server_thread import ServerThread
 from shoplm.bench.calls import open_channel
 from shoplm.config import ServerConfig
-from shoplm.engine.client import ProcessEngineClient
+from shoplm.engine.supervisor import ProcessEngineClient
 from shoplm.request import Service
 from shoplm.server import engine_process
 from shoplm.v1 import chat_pb2, recommendation_pb2, shop_pb2

@@ -20,6 +20,7 @@ from shoplm.request import (
     Service,
     Task,
     TokensOutput,
+    by_request,
 )
 from shoplm.scheduler.config import SchedulerConfig
 from simulation import CheckingBackend, Clock, CostCurve, Simulation, expected_answer
@@ -328,7 +329,7 @@ def test_an_id_that_is_in_use_is_refused_and_its_owner_is_not_disturbed() -> Non
     refused, *others = outputs
     assert isinstance(refused, FailedOutput)
     assert (refused.kind, refused.reason) == (FailureKind.INVALID, "DUPLICATE_REQUEST")
-    tokens = [token for output in others if isinstance(output, TokensOutput) for token in output.tokens]
+    tokens = [token for output in by_request(others) if isinstance(output, TokensOutput) for token in output.tokens]
     assert tuple(tokens) == expected_answer(simulation.records["same"].request)
     assert isinstance(others[-1], FinishedOutput)
     # The id is free again.

@@ -26,6 +26,7 @@ from shoplm.engine.batch import (
 from shoplm.engine.engine import Engine
 from shoplm.model.backend import BackendInfo
 from shoplm.request import (
+    CallOutput,
     EngineOutput,
     FailedOutput,
     FinishedOutput,
@@ -35,6 +36,7 @@ from shoplm.request import (
     Select,
     SelectOutput,
     TokensOutput,
+    by_request,
 )
 from shoplm.scheduler.config import SchedulerConfig
 from shoplm.simulate.backend import Clock
@@ -287,7 +289,7 @@ class Simulation:
         outputs = self.engine.step()
         self.steps += 1
         self.engine.scheduler.check()
-        for output in outputs:
+        for output in by_request(outputs):
             self._take(output)
         return outputs
 
@@ -299,8 +301,7 @@ class Simulation:
             self.step()
         raise AssertionError(f"not idle after {most_steps} steps: {self.engine.scheduler.alive()}")
 
-    def _take(self, output: EngineOutput) -> None:
-        assert isinstance(output, TokensOutput | FinishedOutput | FailedOutput)
+    def _take(self, output: CallOutput) -> None:
         record = self.records[output.request_id]
         assert record.end is None, f"{output} after the end {record.end}"
         if isinstance(output, TokensOutput):

@@ -17,16 +17,24 @@ from shoplm.engine.batch import (
 from shoplm.engine.forks import fork_mask, fork_positions, fork_readout
 from shoplm.request import Embed, Explain, Generate, Predict, Select
 from shoplm.scheduler.plan import Plan, PlanRow
+from shoplm.scheduler.sequence import Sequence
 
 
 def build_batch(plan: Plan, page_size: int) -> Batch:
-    """The batch of a plan that has rows."""
+    """The batch of a plan that is not empty, which must be the latest: it tells what tokens are known by now."""
     total = plan.tokens
     tokens = np.zeros(total, np.int32)
     positions = np.empty(total, np.int32)
     slots = np.empty(total, np.int64)
     rows: list[Row] = []
-    start = 0
+    for start, (sequence, position) in enumerate(zip(plan.answers, plan.starts, strict=True)):
+        rows.append(row := _answer_row(sequence, position, start))
+        page, offset = divmod(position, page_size)
+        positions[start] = position
+        slots[start] = int(row.pages[page]) * page_size + offset
+        if not row.token_from_state:
+            tokens[start] = sequence.tokens[position]
+    start = len(plan.answers)
     for planned in plan.rows:
         end = start + planned.count
         task = planned.sequence.request.task
@@ -34,38 +42,44 @@ def build_batch(plan: Plan, page_size: int) -> Batch:
         if row.beam is not None:
             positions[start:end] = planned.start + planned.level - 1
             slots[start:end] = row.beam.own_slots[planned.level - 1]
-        elif planned.count == 1 and not isinstance(task, Explain):
-            # What most rows of a busy engine are: arrays of one number would cost more than all the rest of the row.
-            page, offset = divmod(planned.start, page_size)
-            positions[start] = planned.start
-            slots[start] = int(row.pages[page]) * page_size + offset
-            if not planned.from_state:
-                tokens[start] = planned.sequence.tokens[planned.start]
         else:
             at = np.arange(planned.start, planned.start + planned.count)
             positions[start:end] = at
             if isinstance(task, Explain):
                 positions[start:end] = fork_positions(at, task, planned.sequence.shareable)
             slots[start:end] = row.pages[at // page_size].astype(np.int64) * page_size + at % page_size
-            if not planned.from_state:
-                tokens[start:end] = planned.sequence.tokens[planned.start : planned.start + planned.count]
+            tokens[start:end] = planned.sequence.tokens[planned.start : planned.start + planned.count]
         rows.append(row)
         start = end
     return Batch(tokens, positions, slots, tuple(rows))
 
 
+def _answer_row(sequence: Sequence, position: int, start: int) -> Row:
+    """The row of an answer's token. Numbers, no arrays of one: those would cost more than all the rest of the row."""
+    assert sequence.state_slot is not None
+    task = sequence.request.task
+    assert isinstance(task, Generate)
+    return Row(
+        state_slot=sequence.state_slot,
+        query_start=start,
+        query_len=1,
+        pages=_pages(sequence),
+        kv_len=position + 1,
+        token_from_state=position >= len(sequence.tokens),
+        readout=SampleReadout(task.sampling, position + 1 - sequence.prompt_length),
+    )
+
+
 def _linear_row(planned: PlanRow, start: int) -> Row:
     sequence = planned.sequence
     assert sequence.state_slot is not None
-    pages = [*(node.page for node in sequence.nodes), *sequence.pages]
     task, span = sequence.request.task, (sequence.shareable, planned.start, planned.count)
     return Row(
         state_slot=sequence.state_slot,
         query_start=start,
         query_len=planned.count,
-        pages=np.asarray(pages, np.int32),
+        pages=_pages(sequence),
         kv_len=planned.start + planned.count,
-        token_from_state=planned.from_state,
         readout=_readout(planned) if planned.reads else None,
         hidden=fork_mask(task, *span) if isinstance(task, Explain) else None,
     )
@@ -74,18 +88,21 @@ def _linear_row(planned: PlanRow, start: int) -> Row:
 def _beam_row(planned: PlanRow, start: int, page_size: int) -> Row:
     sequence = planned.sequence
     assert sequence.state_slot is not None
-    pages = [*(node.page for node in sequence.nodes), *sequence.pages]
     own: NDArray[np.int64] = np.asarray(sequence.beam_pages, np.int64)[:, None] * page_size + np.arange(page_size)
     steps = sequence.depth - 1
     return Row(
         state_slot=sequence.state_slot,
         query_start=start,
         query_len=planned.count,
-        pages=np.asarray(pages, np.int32),
+        pages=_pages(sequence),
         kv_len=sequence.prompt_length,
         beam=BeamStep(planned.level, own.reshape(-1)[: steps * sequence.lanes].reshape(steps, sequence.lanes)),
         readout=_readout(planned),
     )
+
+
+def _pages(sequence: Sequence) -> NDArray[np.int32]:
+    return np.asarray([*(node.page for node in sequence.nodes), *sequence.pages], np.int32)
 
 
 def _readout(planned: PlanRow) -> Readout | None:

@@ -1,34 +1,26 @@
-"""The API process's side of the process boundary, and the engine's supervisor.
+"""The API process's side of the process boundary.
 
-`ProcessEngineClient` starts the engine as a process, restarts it when it dies and fails the calls it took with it.
-`ThreadEngineClient` runs the same loop over the same sockets in a thread, for tests and benchmarks.
+`supervisor.ProcessEngineClient` runs the engine as a process; `ThreadEngineClient` runs the same loop over the same
+sockets in a thread, for tests and benchmarks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
-import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
-from typing import TypeAlias
 
-import msgspec
+from shoplm.engine.calls import Call
 from shoplm.engine.channel import Frames, decode_outputs, encode, frame, socket_pair
 from shoplm.engine.process import run
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import (
-    CancelledByCallerError,
     ConfigurationError,
-    EngineFailureError,
     EngineUnavailableError,
-    ExpiredError,
     InvalidRequestError,
-    OverloadedError,
-    ShopLMError,
 )
 from shoplm.model.backend import Backend
 from shoplm.request import (
@@ -42,6 +34,7 @@ from shoplm.request import (
     Request,
     StatsOutput,
     StepStats,
+    StepTokensOutput,
     Submit,
     TokensOutput,
 )
@@ -50,32 +43,6 @@ _STOP_SECONDS = 10.0  # for an engine that was told to drain
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 10.0
 
 log = logging.getLogger("shoplm.engine")
-
-CallOutput: TypeAlias = TokensOutput | FinishedOutput | FailedOutput
-
-
-class _Call:
-    """What came for one request and nobody has taken yet."""
-
-    __slots__ = ("_loop", "_outputs", "_waiting")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._outputs: list[CallOutput] = []
-        self._waiting: asyncio.Future[None] | None = None
-
-    def put(self, output: CallOutput) -> None:
-        self._outputs.append(output)
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
-
-    async def take(self) -> list[CallOutput]:
-        """All that is there, waiting for the first."""
-        if not self._outputs:
-            self._waiting = self._loop.create_future()
-            await self._waiting
-        outputs, self._outputs = self._outputs, []
-        return outputs
 
 
 class _Link(asyncio.Protocol):
@@ -104,7 +71,7 @@ class EngineClient(ABC):
         self._transport: asyncio.WriteTransport | None = None
         self._link: _Link | None = None
         self._unsent: list[bytes] = []  # of this turn of the event loop
-        self._calls: dict[str, _Call] = {}
+        self._calls: dict[str, Call] = {}
         self._stats_callbacks: list[Callable[[StepStats], None]] = []
         self._state_callbacks: list[Callable[[bool], None]] = []
         self._loaded: asyncio.Future[None] | None = None
@@ -119,45 +86,34 @@ class EngineClient(ABC):
         Closing the generator, or cancelling the task that awaits it, cancels the request in the engine.
         """
         call = self._submit(request)
-        ended = False
         try:
-            while not ended:
-                for output in _merged(await call.take()):
-                    ended = not isinstance(output, TokensOutput)
-                    if isinstance(output, FailedOutput):
-                        raise failure(output)
-                    yield output
+            while isinstance(output := await call.take(), TokensOutput):
+                yield output
+            yield output
         finally:
-            self._leave(request.request_id, ended)
+            self._leave(request.request_id, call)
 
     async def run(self, request: Request) -> FinishedOutput:
         """Submit a request and wait for its end."""
         call = self._submit(request)
-        ended = False
         try:
-            while True:
-                for output in await call.take():
-                    ended = not isinstance(output, TokensOutput)
-                    if isinstance(output, FailedOutput):
-                        raise failure(output)
-                    if isinstance(output, FinishedOutput):
-                        return output
+            while isinstance(output := await call.take(), TokensOutput):
+                pass
+            return output
         finally:
-            self._leave(request.request_id, ended)
+            self._leave(request.request_id, call)
 
-    def _submit(self, request: Request) -> _Call:
+    def _submit(self, request: Request) -> Call:
         if not self._serving:
             raise EngineUnavailableError("the engine is not running")
         if request.request_id in self._calls:
             raise InvalidRequestError(("request", f"request id {request.request_id!r} is in use"))
-        call = self._calls[request.request_id] = _Call(asyncio.get_running_loop())
+        call = self._calls[request.request_id] = Call(request.request_id, asyncio.get_running_loop())
         self._send(Submit(request))
         return call
 
-    def _leave(self, request_id: str, ended: bool) -> None:
-        if self._calls.pop(request_id, None) is None:
-            return
-        if not ended:
+    def _leave(self, request_id: str, call: Call) -> None:
+        if self._calls.pop(request_id, None) is not None and not call.has_ended:
             self._send(Cancel(request_id))
 
     @property
@@ -228,7 +184,11 @@ class EngineClient(ABC):
             self._transport.write(b"".join(unsent))
 
     def _take(self, output: EngineOutput) -> None:
-        if isinstance(output, StatsOutput):
+        if isinstance(output, StepTokensOutput):
+            for request_id, token in zip(output.request_ids, output.tokens, strict=True):
+                if (call := self._calls.get(request_id)) is not None:
+                    call.put_token(token)
+        elif isinstance(output, StatsOutput):
             for callback in self._stats_callbacks:
                 callback(output.stats)
         elif isinstance(output, ReadyOutput):
@@ -255,87 +215,6 @@ class EngineClient(ABC):
             callback(serving)
 
 
-class ProcessEngineClient(EngineClient):
-    """The engine in a process of its own, started again with a growing pause when it dies."""
-
-    program = (sys.executable, "-m", "shoplm.engine.process")  # called with descriptor and spec
-
-    def __init__(self, spec: EngineSpec) -> None:
-        super().__init__(spec)
-        self._process: asyncio.subprocess.Process | None = None
-        self._watcher: asyncio.Task[None] | None = None
-        self._closing = False
-
-    @property
-    def process_id(self) -> int | None:
-        """The engine's process id."""
-        return self._process.pid if self._process is not None else None
-
-    async def start(self) -> None:
-        await self._launch()
-        self._watcher = asyncio.create_task(self._watch())
-
-    async def _start_engine(self, connection: socket.socket) -> None:
-        with connection:
-            self._process = await asyncio.create_subprocess_exec(
-                *self.program,
-                str(connection.fileno()),
-                msgspec.json.encode(self.spec).decode(),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(connection.fileno(),),
-                # Threads that spin while they wait take the cores from whoever shares them, the API process first.
-                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
-            )
-        process, link, loaded = self._process, self._link, self._loaded
-        assert link is not None and loaded is not None
-
-        async def died() -> None:
-            code = await process.wait()
-            await link.lost  # what the engine said before it ended comes before that
-            if not loaded.done():
-                loaded.set_exception(ConfigurationError(f"the engine ended with code {code} while it was loading"))
-
-        self._early_death = asyncio.create_task(died())
-
-    async def _watch(self) -> None:
-        pause = _FIRST_BACKOFF_SECONDS
-        while True:
-            assert self._process is not None
-            code = await self._process.wait()
-            if self._closing:
-                return
-            log.error("the engine process ended with code %s", code)
-            self._fail_calls("the engine was lost")
-            self._changed(False)
-            while True:
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, _LAST_BACKOFF_SECONDS)
-                try:
-                    await self._launch()
-                except (ShopLMError, OSError) as error:
-                    log.error("the engine does not start: %s", error)
-                    continue
-                break
-            pause = _FIRST_BACKOFF_SECONDS
-            self._changed(True)
-
-    async def _stop_engine(self) -> None:
-        self._closing = True
-        if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.wait((self._watcher,))
-        if self._process is None:
-            return
-        try:
-            async with asyncio.timeout(_STOP_SECONDS):
-                await self._process.wait()
-        except TimeoutError:
-            log.warning("the engine did not stop in %s s and is killed", _STOP_SECONDS)
-            self._process.kill()
-            await self._process.wait()
-        await self._early_death
-
-
 class ThreadEngineClient(EngineClient):
     """The engine in a thread of this process."""
 
@@ -358,31 +237,3 @@ class ThreadEngineClient(EngineClient):
     async def _stop_engine(self) -> None:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, _STOP_SECONDS)
-
-
-def failure(output: FailedOutput) -> ShopLMError:
-    """The exception for a request that the engine did not serve."""
-    match output.kind:
-        case FailureKind.OVERLOADED:
-            return OverloadedError(output.message, reason=output.reason, retry_seconds=output.retry_seconds)
-        case FailureKind.EXPIRED:
-            return ExpiredError(output.message)
-        case FailureKind.CANCELLED:
-            return CancelledByCallerError(output.message)
-        case FailureKind.INVALID:
-            return InvalidRequestError(("request", output.message))
-        case FailureKind.UNAVAILABLE:
-            return EngineUnavailableError(output.message, retry_seconds=output.retry_seconds)
-        case FailureKind.INTERNAL:
-            return EngineFailureError(output.message)
-
-
-def _merged(outputs: list[CallOutput]) -> list[CallOutput]:
-    """The same with the tokens in one output. They come before the end."""
-    if len(outputs) < 2:
-        return outputs
-    pieces = [output for output in outputs if isinstance(output, TokensOutput)]
-    if len(pieces) < 2:
-        return outputs
-    tokens = tuple(token for piece in pieces for token in piece.tokens)
-    return [TokensOutput(pieces[-1].request_id, tokens, pieces[-1].cached_tokens), *outputs[len(pieces) :]]

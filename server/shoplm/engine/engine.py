@@ -60,10 +60,10 @@ class Engine:
         Raises what a step raised when it is the third in a row to fail: the device is beyond help then.
         """
         plan = self.scheduler.plan(self._clock())
-        if plan.rows:
+        if plan.load.rows:
             batch = build_batch(plan, self.backend.info.page_size)
             self._in_flight.append((plan, self.backend.submit(batch)))
-        if self._in_flight and (len(self._in_flight) >= self.backend.info.pipeline_depth or not plan.rows):
+        if self._in_flight and (len(self._in_flight) >= self.backend.info.pipeline_depth or not plan.load.rows):
             self._take(*self._in_flight.popleft())
         return self.scheduler.drain_outputs()
 
@@ -72,7 +72,7 @@ class Engine:
             result = handle.result()
         except Exception as error:
             self._failures += 1
-            log.exception("a step of %d rows failed", len(plan.rows))
+            log.exception("a step of %d rows failed", plan.load.rows)
             self.scheduler.fail(plan, f"a step failed: {type(error).__name__}")
             if self._failures >= _MOST_FAILURES:
                 raise

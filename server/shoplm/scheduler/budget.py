@@ -34,9 +34,11 @@ class StepBudget:
     seconds: float
     answer_seconds: float  # of these, at most
     answers_first: bool
+    used: bool = False  # something was planned
 
     def take_prompt(self, tokens: int, seconds: float) -> None:
         """A chunk of a prompt was planned."""
+        self.used = True
         self.tokens -= tokens
         self.prompt_tokens -= tokens
         self.seconds -= seconds
@@ -44,6 +46,7 @@ class StepBudget:
 
     def take_answers(self, tokens: int, seconds: float) -> None:
         """Tokens of answers, or levels of searches, were planned."""
+        self.used |= tokens > 0
         self.tokens -= tokens
         self.seconds -= seconds
         self.answer_seconds -= seconds

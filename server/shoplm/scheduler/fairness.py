@@ -30,6 +30,8 @@ class Tenant:
         "backlog_seconds",
         "name",
         "newest",
+        "planned_answers",
+        "planned_keys",
         "requests",
         "service",
         "virtual",
@@ -47,6 +49,7 @@ class Tenant:
         self.backlog_seconds = 0.0  # of work until their first results
         self.waiting = 0  # requests that have yet to run for the first time
         self.waiting_tokens = 0
+        self.planned_answers = self.planned_keys = 0  # of the step that is being planned
         self.newest: list[Sequence] = []  # of these, the latest comer last; some of them wait no more
 
 

@@ -116,10 +116,10 @@ class Forecast:
         """Whether the first result could be there when it is due."""
         return now + _CERTAIN * self.alone_seconds(sequence) <= sequence.due_seconds
 
-    def saw_gap(self, seconds: float) -> None:
-        """Between two tokens of an answer."""
-        known = self._token_gap
-        self._token_gap = seconds if known is None else _GAP_FORGET * known + (1 - _GAP_FORGET) * seconds
+    def saw_gaps(self, seconds: float, count: int) -> None:
+        """So many times, the same time between two tokens of an answer."""
+        known, kept = self._token_gap, _GAP_FORGET**count
+        self._token_gap = seconds if known is None else kept * known + (1 - kept) * seconds
 
     def saw_answer(self, sequence: Sequence) -> None:
         """An answer came to its own end; how long the next ones will be."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
 from shoplm.request import (
@@ -11,6 +12,7 @@ from shoplm.request import (
     FinishReason,
     Request,
     SelectOutput,
+    StepTokensOutput,
     Timings,
     TokensOutput,
 )
@@ -49,11 +51,28 @@ class Outcomes:
             sequence.first_seconds = now
             self._stats.first(request.service, now - request.arrival_seconds)
         elif sequence.last_token_seconds is not None:
-            gap = now - sequence.last_token_seconds
-            self._stats.inter_token(gap)
-            self._forecast.saw_gap(gap)
+            self._saw_gaps(now - sequence.last_token_seconds, 1)
         sequence.last_token_seconds = now
         self._outputs.append(TokensOutput(request.request_id, (token,), sequence.cached_tokens or 0))
+
+    def answered(self, sequences: Seq[Sequence], tokens: list[int], now: float) -> None:
+        """Answers that have their first token go on, each by one."""
+        if not tokens:
+            return
+        # Most of them had their last token in the same step.
+        last, count = sequences[0].last_token_seconds, 0
+        for sequence in sequences:
+            if sequence.last_token_seconds != last:
+                self._saw_gaps(now - _moment(last), count)
+                last, count = sequence.last_token_seconds, 0
+            count += 1
+            sequence.last_token_seconds = now
+        self._saw_gaps(now - _moment(last), count)
+        self._outputs.append(StepTokensOutput([sequence.request.request_id for sequence in sequences], tokens))
+
+    def _saw_gaps(self, seconds: float, count: int) -> None:
+        self._stats.inter_token(seconds, count)
+        self._forecast.saw_gaps(seconds, count)
 
     def finished(
         self, sequence: Sequence, now: float, *, reason: FinishReason = FinishReason.STOP, output: RowOutput = None
@@ -82,3 +101,8 @@ class Outcomes:
                 degraded=sequence.degraded,
             )
         )
+
+
+def _moment(last_token_seconds: float | None) -> float:
+    assert last_token_seconds is not None, "an answer that goes on has its first token"
+    return last_token_seconds

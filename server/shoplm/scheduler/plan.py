@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import msgspec
+from shoplm.request import Generate
 from shoplm.scheduler.cost import StepLoad, kv_tokens
 from shoplm.scheduler.sequence import Sequence
 
 
 class PlanRow(msgspec.Struct, frozen=True, gc=False):
-    """A sequence's part of a step: tokens `start` .. `start + count - 1`, or its beams at `level`."""
+    """A prompt's part of a step, tokens `start` .. `start + count - 1`, or a search's: its beams at `level`."""
 
     sequence: Sequence
     start: int
     count: int  # tokens; for beams, lanes
     reads: bool  # the last token's hidden state is read
-    from_state: bool = False  # the token is what an earlier step draws
     level: int = 0  # Select: the level of the trie that is read
     is_beam: bool = False
-    sample_index: int = 0  # Generate: how many tokens were drawn before this one
+    sample_index: int = 0  # Generate: how many tokens were drawn before the one that this row draws
     epoch: int = 0
+
+    @property
+    def draws(self) -> bool:
+        """A token of an answer is drawn."""
+        return self.reads and isinstance(self.sequence.request.task, Generate)
 
     @property
     def keys(self) -> int:
@@ -27,9 +32,12 @@ class PlanRow(msgspec.Struct, frozen=True, gc=False):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """One step."""
+    """One step. Its results are those of the answers, then those of the rows."""
 
-    rows: tuple[PlanRow, ...]
+    rows: tuple[PlanRow, ...] = ()  # prompts and searches
+    answers: tuple[Sequence, ...] = ()  # that go on by one token each: most of a busy engine's step, so without rows
+    starts: tuple[int, ...] = ()  # the positions of these tokens
+    answers_of: dict[str, int] = {}  # how many of each service
     load: StepLoad = StepLoad(0, 0, 0)
     planned_seconds: float = 0.0  # when
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from shoplm.request import Generate
+from shoplm.scheduler.answering import Answering
 from shoplm.scheduler.memory import SequenceMemory
 from shoplm.scheduler.sequence import Sequence
 
@@ -16,6 +17,8 @@ class Residents:
         self.memory = memory
         self._slots = list(range(state_slots - 1, -1, -1))
         self._running: dict[str, Sequence] = {}
+        self._others: dict[Sequence, None] = {}
+        self.answering = Answering(memory.page_size)
 
     def __len__(self) -> int:
         return len(self._running)
@@ -23,6 +26,15 @@ class Residents:
     def all(self) -> Collection[Sequence]:
         """In the order in which they were started."""
         return self._running.values()
+
+    def others(self) -> Collection[Sequence]:
+        """All but the answers that go on: prompts, searches, and whoever waits for a last result."""
+        return self._others
+
+    def begin_answer(self, sequence: Sequence) -> None:
+        """Nothing but its answer is left to plan."""
+        del self._others[sequence]
+        self.answering.join(sequence)
 
     def start(self, sequence: Sequence) -> bool:
         """Let a request run, if there is a state slot and memory for it."""
@@ -36,6 +48,7 @@ class Residents:
             return False
         sequence.state_slot = self._slots.pop()
         self._running[sequence.request.request_id] = sequence
+        self._others[sequence] = None
         return True
 
     def stop(self, sequence: Sequence) -> None:
@@ -48,6 +61,8 @@ class Residents:
         self._slots.append(sequence.state_slot)
         sequence.state_slot = None
         del self._running[sequence.request.request_id]
+        self._others.pop(sequence, None)
+        self.answering.leave(sequence)
 
     def make_room(self) -> Iterator[Sequence]:
         """Every answer that goes on gets the page of its next token; yields who was stopped for that.
@@ -55,11 +70,7 @@ class Residents:
         Whoever came last makes room. That never changes, so the first comer always gets on, and no two requests take
         each other's pages in turn. Comes before any row is planned, so that nobody who was stopped is in the step.
         """
-        size = self.memory.page_size
-        at_page_ends = [each for each in self._running.values() if not each.computed % size and not each.level]
-        for sequence in at_page_ends:
-            if sequence.is_prompt or not sequence.wants_more:
-                continue
+        for sequence in self.answering.at_page_ends():
             while sequence.state_slot is not None and not self.memory.grow(sequence):
                 victim = max(self._running.values(), key=_last_to_yield)
                 self.stop(victim)

@@ -1,4 +1,4 @@
-"""Rows of a step: the next tokens of a sequence, or the next level of its beams."""
+"""Rows of a step: the next tokens of a prompt, or the next level of a search's beams."""
 
 from __future__ import annotations
 
@@ -10,18 +10,8 @@ from shoplm.scheduler.sequence import Sequence
 
 def next_level(sequence: Sequence) -> PlanRow:
     """All lanes of the next level of a search."""
-    row = PlanRow(sequence, sequence.prompt_length, sequence.lanes, True, True, sequence.level, True, 0, sequence.epoch)
+    row = PlanRow(sequence, sequence.prompt_length, sequence.lanes, True, sequence.level, True, 0, sequence.epoch)
     sequence.level += 1
-    return row
-
-
-def next_token(sequence: Sequence) -> PlanRow:
-    """The next token of an answer that goes on: all that is known before it is computed, or in flight."""
-    start = sequence.computed
-    index = start + 1 - sequence.prompt_length
-    row = PlanRow(sequence, start, 1, True, start >= len(sequence.tokens), 0, False, index, sequence.epoch)
-    sequence.computed = start + 1
-    sequence.unknown += 1
     return row
 
 
@@ -41,7 +31,7 @@ def next_tokens(sequence: Sequence, most: int, memory: SequenceMemory) -> PlanRo
     else:
         reads = sequence.computed == sequence.length
     index = sequence.length - sequence.prompt_length
-    row = PlanRow(sequence, start, size, reads, False, 0, False, index, sequence.epoch)
+    row = PlanRow(sequence, start, size, reads, 0, False, index, sequence.epoch)
     if reads and isinstance(task, Generate):
         sequence.unknown += 1
     elif reads and isinstance(task, Select):

@@ -12,8 +12,9 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from functools import cmp_to_key
+from heapq import merge
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from shoplm.request import (
     Degradation,
@@ -27,6 +28,7 @@ from shoplm.request import (
     Service,
 )
 from shoplm.scheduler.admission import Admission, Limits, Refusal
+from shoplm.scheduler.answering import Served, begins_to_answer
 from shoplm.scheduler.budget import LEAST_CHUNK, Budgeter, StepBudget
 from shoplm.scheduler.config import SchedulerConfig
 from shoplm.scheduler.cost import CostModel, StepLoad
@@ -39,7 +41,7 @@ from shoplm.scheduler.outcomes import Outcomes
 from shoplm.scheduler.plan import Plan, PlanRow
 from shoplm.scheduler.prospects import Load, Prospects
 from shoplm.scheduler.residents import Residents
-from shoplm.scheduler.rows import next_level, next_token, next_tokens
+from shoplm.scheduler.rows import next_level, next_tokens
 from shoplm.scheduler.sequence import Sequence
 from shoplm.scheduler.stats import SchedulerStats
 from shoplm.scheduler.survey import Answers, survey
@@ -124,9 +126,9 @@ class Scheduler:
     def fail(self, plan: Plan, message: str) -> None:
         """The step raised: its requests fail, the others go on."""
         self._in_flight.popleft()
-        for row in plan.rows:
-            if not row.sequence.ended:
-                self._fail(row.sequence, Refusal(FailureKind.INTERNAL, "ENGINE_FAILURE", message))
+        for sequence in (*plan.answers, *(row.sequence for row in plan.rows)):
+            if not sequence.ended:
+                self._fail(sequence, Refusal(FailureKind.INTERNAL, "ENGINE_FAILURE", message))
 
     def drain_outputs(self) -> list[EngineOutput]:
         """What happened since the last call, in order."""
@@ -178,19 +180,19 @@ class Scheduler:
             self.stats.preemptions += 1
             self._enqueue(stopped, now)
         self._order.open(now)
-        going_on, prompts, self._answers = survey(
-            self._residents.all(), self.cost, self.config.policy.token_target_seconds
-        )
+        token_target = self.config.policy.token_target_seconds
+        searches, prompts, self._answers = survey(self._residents, self.cost, token_target)
         self._arrange(prompts, now)
-        starts = max(now, self._busy_until)
-        budget = self._budgeter.open(self._answers, self._most_urgent(prompts, now), starts)
+        begin = max(now, self._busy_until)
+        budget = self._budgeter.open(self._answers, self._most_urgent(prompts, now), begin)
         rows: list[PlanRow] = []
+        served = Served()
         if budget.answers_first:
-            self._plan_answers(going_on, rows, budget)
+            served = self._plan_answers(searches, rows, budget, now)
         self._plan_prompts(prompts, rows, budget, now)
         if not budget.answers_first:
-            self._plan_answers(going_on, rows, budget)
-        return self._close(rows, starts, now)
+            served = self._plan_answers(searches, rows, budget, now)
+        return self._close(served, rows, begin, now)
 
     def _arrange(self, prompts: list[Sequence], now: float) -> None:
         """Running prompts by their order; with few of them it is no work."""
@@ -205,26 +207,31 @@ class Scheduler:
             return first
         return waiting
 
-    def _plan_answers(self, going_on: list[Sequence], rows: list[PlanRow], budget: StepBudget) -> None:
+    def _plan_answers(self, searches: list[Sequence], rows: list[PlanRow], budget: StepBudget, now: float) -> Served:
         """A token or a level for each answer; if not all fit, for those that have waited longest."""
-        answers = self._answers
-        if answers.tokens <= budget.tokens and answers.seconds <= budget.answer_seconds:
-            rows += [next_level(each) if each.level else next_token(each) for each in going_on]
-            budget.take_answers(answers.tokens, answers.seconds)
-            return
-        for sequence in sorted(going_on, key=attrgetter("last_planned_seconds")):
-            if budget.tokens < 1 or (rows and budget.answer_seconds <= 0):
+        load, answering = self._answers, self._residents.answering
+        if load.tokens <= budget.tokens and load.seconds <= budget.answer_seconds:
+            rows += map(next_level, searches)
+            budget.take_answers(load.tokens, load.seconds)
+            return answering.serve(answering.all(), now)
+        waited = attrgetter("last_planned_seconds")
+        chosen: list[Sequence] = []
+        for sequence in merge(sorted(searches, key=waited), answering.all(), key=waited):
+            if budget.tokens < 1 or (budget.used and budget.answer_seconds <= 0):
                 break
-            lanes = sequence.lanes if sequence.level else 1
-            if lanes <= budget.tokens:
-                row = next_level(sequence) if sequence.level else next_token(sequence)
+            if not sequence.level:
+                chosen.append(sequence)
+                budget.take_answers(1, self.cost.work_seconds(1, sequence.computed + 1, 1))
+            elif sequence.lanes <= budget.tokens:
+                row = next_level(sequence)
                 rows.append(row)
-                budget.take_answers(lanes, self._budgeter.row_seconds(row))
+                budget.take_answers(row.count, self._budgeter.row_seconds(row))
+        return answering.serve(chosen, now)
 
     def _plan_prompts(self, prompts: list[Sequence], rows: list[PlanRow], budget: StepBudget, now: float) -> None:
         """Chunks of prompts: running ones and, in the same order, newly started ones."""
         at = 0
-        while budget.prompt_tokens > 0 and budget.tokens > 0 and (budget.seconds > 0 or not rows):
+        while budget.prompt_tokens > 0 and budget.tokens > 0 and (budget.seconds > 0 or not budget.used):
             running = prompts[at] if at < len(prompts) else None
             waiting = self._order.peek(now)
             if waiting is not None and (running is None or self._order.before(waiting, running)):
@@ -238,7 +245,7 @@ class Scheduler:
             at += 1
             within = self._budgeter.tokens_within(budget.seconds, running.computed)
             if within < min(LEAST_CHUNK, running.pending):
-                if rows:
+                if budget.used:
                     return  # nobody is started for whom there is no time
                 within = LEAST_CHUNK
             row = next_tokens(running, min(budget.tokens, budget.prompt_tokens, within), self.memory)
@@ -246,18 +253,21 @@ class Scheduler:
                 rows.append(row)
                 budget.take_prompt(row.count, self._budgeter.row_seconds(row))
 
-    def _close(self, rows: list[PlanRow], starts: float, now: float) -> Plan:
+    def _close(self, served: Served, rows: list[PlanRow], begin: float, now: float) -> Plan:
         """Charge for the step and note what it should take."""
-        if not rows:
-            return Plan(())
+        if not rows and not served.starts:
+            return Plan()
         each = self.cost.coefficients
         spent: defaultdict[Tenant, float] = defaultdict(float)
-        late = 0.0
-        tokens = keys = 0
+        answers_of = served.charge(spent, each)
+        late = served.late_seconds(each)
+        tokens, keys = len(served.starts), served.keys
         for row in rows:
             sequence, count, read = row.sequence, row.count, row.keys
-            sequence.in_flight += 1
+            sequence.unread += not row.draws
             sequence.last_planned_seconds = now
+            if begins_to_answer(sequence):
+                self._residents.begin_answer(sequence)
             seconds = each.token * count + each.kv * read + each.row
             assert sequence.tenant is not None
             spent[sequence.tenant] += seconds
@@ -267,11 +277,12 @@ class Scheduler:
                 self._prospects.count(sequence)
             tokens += count
             keys += read
-        plan = Plan(tuple(rows), StepLoad(tokens, keys, len(rows)), now)
+        load = StepLoad(tokens, keys, len(served.starts) + len(rows))
+        plan = Plan(tuple(rows), tuple(served.sequences), tuple(served.starts), answers_of, load, now)
         self._order.spent(spent, late)
         predicted = self.cost.seconds(plan.load)
         self._in_flight.append(predicted)
-        self._busy_until = starts + predicted
+        self._busy_until = begin + predicted
         return plan
 
     # ---- results in ----------------------------------------------------------------------------------------------
@@ -279,9 +290,11 @@ class Scheduler:
     def commit(self, plan: Plan, outputs: Seq[RowOutput], now: float) -> None:
         """Take the results of a plan; plans are committed in the order they were made."""
         self._learn(plan, now)
-        for row, output in zip(plan.rows, outputs, strict=True):
+        answers = len(plan.answers)
+        self._take_answers(plan.answers, cast("Seq[int]", outputs[:answers]), now)
+        for row, output in zip(plan.rows, outputs[answers:], strict=True):
             sequence = row.sequence
-            sequence.in_flight -= 1
+            sequence.unread -= not row.draws
             if sequence.ended:
                 continue
             if sequence.epoch == row.epoch:
@@ -294,7 +307,7 @@ class Scheduler:
                 continue
             if isinstance(sequence.request.task, Generate):
                 assert isinstance(output, int)
-                self._take_token(sequence, output, now)
+                self._take_first_token(sequence, output, now)
             elif output is not None and sequence.epoch == row.epoch:
                 if isinstance(sequence.request.task, Explain):
                     assert isinstance(output, tuple)
@@ -314,19 +327,40 @@ class Scheduler:
         self._in_flight.popleft()
         self._busy_until = now + sum(self._in_flight)
 
-    def _take_token(self, sequence: Sequence, token: int, now: float) -> None:
-        task = sequence.request.task
-        assert isinstance(task, Generate)
+    def _take_answers(self, answers: Seq[Sequence], drawn: Seq[int], now: float) -> None:
+        """The next tokens of answers that have their first."""
+        longer: list[Sequence] = []
+        tokens: list[int] = []
+        ended: list[tuple[Sequence, FinishReason]] = []
+        for sequence, token in zip(answers, drawn, strict=True):
+            sequence.unknown -= 1
+            if sequence.ended:
+                continue
+            if token in sequence.stop_token_ids:
+                ended.append((sequence, FinishReason.STOP))
+                continue
+            known = sequence.tokens
+            known.append(token)
+            longer.append(sequence)
+            tokens.append(token)
+            if len(known) >= sequence.most_length:
+                ended.append((sequence, FinishReason.LENGTH))
+        self._outcomes.answered(longer, tokens, now)
+        for sequence, reason in ended:
+            self._end(sequence)
+            self._outcomes.finished(sequence, now, reason=reason)
+
+    def _take_first_token(self, sequence: Sequence, token: int, now: float) -> None:
+        """The token behind a prompt: an answer's first, or the next one where the answer was preempted."""
         sequence.unknown -= 1
-        if token in task.stop_token_ids:
+        reason = FinishReason.STOP if token in sequence.stop_token_ids else None
+        if reason is None:
+            sequence.tokens.append(token)
+            self._outcomes.token(sequence, token, now)
+            reason = FinishReason.LENGTH if len(sequence.tokens) >= sequence.most_length else None
+        if reason is not None:
             self._end(sequence)
-            self._outcomes.finished(sequence, now, reason=FinishReason.STOP)
-            return
-        sequence.tokens.append(token)
-        self._outcomes.token(sequence, token, now)
-        if sequence.completion_tokens >= task.max_tokens:
-            self._end(sequence)
-            self._outcomes.finished(sequence, now, reason=FinishReason.LENGTH)
+            self._outcomes.finished(sequence, now, reason=reason)
 
     # ---- the life of a sequence ----------------------------------------------------------------------------------
 

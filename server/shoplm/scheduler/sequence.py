@@ -23,7 +23,7 @@ class Sequence:
     lanes: int = 0  # of a beam row, for Select with depth > 1
     limit_seconds: float | None = None  # when its first result must be there, or it is a lost cause
     computed: int = 0  # leading tokens whose keys and values are computed or in flight
-    in_flight: int = 0  # submitted steps of this sequence whose result is not in yet
+    unread: int = 0  # submitted steps that draw no token of it, and whose result is not in yet
     unknown: int = 0  # sampled tokens that are in flight
     level: int = 0  # Select: levels of the trie that are done or in flight
     parts: tuple[float, ...] = ()  # Explain: what the forks read that have ended
@@ -48,6 +48,7 @@ class Sequence:
     ended: bool = False
     prompt_length: int = field(init=False)
     most_length: int = field(init=False)  # of prompt and answer
+    stop_token_ids: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.request.tokens)
@@ -57,7 +58,10 @@ class Sequence:
         """Serve this one, which is the request or a smaller one."""
         self.request = request
         task = request.task
-        self.most_length = self.prompt_length + (task.max_tokens if isinstance(task, Generate) else 0)
+        self.most_length, self.stop_token_ids = self.prompt_length, ()
+        if isinstance(task, Generate):
+            self.most_length += task.max_tokens
+            self.stop_token_ids = task.stop_token_ids
 
     def restart(self) -> None:
         """It was preempted: everything is computed again."""
@@ -73,6 +77,11 @@ class Sequence:
         """
         task = self.request.task
         return forks_start(self.prompt_length, task) if isinstance(task, Explain) else len(self.tokens) - 1
+
+    @property
+    def in_flight(self) -> int:
+        """Submitted steps of this sequence whose result is not in yet."""
+        return self.unread + self.unknown
 
     @property
     def length(self) -> int:

@@ -23,7 +23,7 @@ class SchedulerStats:
         self.queue_seconds: defaultdict[str, list[float]] = defaultdict(list)
         self.first_seconds: defaultdict[str, list[float]] = defaultdict(list)
         self.total_seconds: defaultdict[str, list[float]] = defaultdict(list)
-        self.inter_token_seconds: list[float] = []
+        self.inter_token_seconds: list[tuple[float, int]] = []
         self.failures: Counter[str] = Counter()
         self.submitted: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
@@ -32,8 +32,8 @@ class SchedulerStats:
 
     def step(self, plan: Plan) -> None:
         """A step was computed."""
-        tokens: dict[str, int] = {}
-        rows: dict[str, int] = {}
+        tokens: dict[str, int] = dict(plan.answers_of)
+        rows: dict[str, int] = dict(plan.answers_of)
         for row in plan.rows:
             service = row.sequence.request.service
             tokens[service] = tokens.get(service, 0) + row.count
@@ -50,9 +50,9 @@ class SchedulerStats:
         """A request's first token or result is there."""
         self.first_seconds[service].append(seconds)
 
-    def inter_token(self, seconds: float) -> None:
-        """Time between two tokens of one answer."""
-        self.inter_token_seconds.append(seconds)
+    def inter_token(self, seconds: float, count: int) -> None:
+        """So many times, the same time between two tokens of one answer."""
+        self.inter_token_seconds.append((seconds, count))
 
     def finished(self, service: Service, seconds: float) -> None:
         """A request was served."""

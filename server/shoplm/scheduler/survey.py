@@ -1,19 +1,13 @@
-"""What runs and wants more: answers and searches that go on, with what they add to a step, and prompts.
-
-The only pass over everything that runs that each step makes; with a thousand requests running, it is what planning
-costs.
-"""
+"""What runs and wants more: answers and searches that go on, with what they add to a step, and prompts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from shoplm.scheduler.cost import CostModel
+from shoplm.scheduler.residents import Residents
 from shoplm.scheduler.sequence import Sequence
-
-_PATIENCE = 5.0  # token targets after which an answer of late work must go on
 
 
 class Answers(NamedTuple):
@@ -26,45 +20,28 @@ class Answers(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """Everything that runs and has something to submit."""
+    """Everything that runs and has something to submit, beside the answers that go on."""
 
-    going_on: list[Sequence]
+    searches: list[Sequence]
     prompts: list[Sequence]
     answers: Answers
 
 
-def survey(running: Iterable[Sequence], cost: CostModel, token_target: float) -> Survey:
-    """Look at all that runs, once."""
-    going_on: list[Sequence] = []
+def survey(residents: Residents, cost: CostModel, token_target: float) -> Survey:
+    """Look at what runs. Answers, which may be a thousand, are known as a whole."""
+    searches: list[Sequence] = []
     prompts: list[Sequence] = []
-    tokens = keys = 0
-    first_due = last = last_late = math.inf
-    for sequence in running:
-        computed = sequence.computed
-        if sequence.level:
-            if sequence.level < sequence.depth:
-                going_on.append(sequence)
-                tokens += sequence.lanes
-                keys += sequence.lanes * computed
-                if sequence.due_seconds < first_due and not sequence.is_late:
-                    first_due = sequence.due_seconds
-            continue
-        length = len(sequence.tokens) + sequence.unknown
-        if length - computed > 1 or computed < sequence.prompt_length:
-            if sequence.wants_more:
+    answering = residents.answering
+    tokens, keys, first_due = len(answering), answering.keys, answering.first_due(token_target)
+    for sequence in residents.others():
+        if not sequence.level:
+            if sequence.is_prompt and sequence.wants_more:
                 prompts.append(sequence)
-        elif length > computed and length < sequence.most_length:
-            going_on.append(sequence)
-            tokens += 1
-            keys += computed
-            moment = sequence.last_token_seconds
-            if moment is None:
-                continue
-            if sequence.is_late:
-                if moment < last_late:
-                    last_late = moment
-            elif moment < last:
-                last = moment
-    first_due = min(first_due, last + token_target, last_late + _PATIENCE * token_target)
-    seconds = cost.work_seconds(tokens, keys, len(going_on))
-    return Survey(going_on, prompts, Answers(len(going_on), tokens, seconds, first_due))
+        elif sequence.level < sequence.depth:
+            searches.append(sequence)
+            tokens += sequence.lanes
+            keys += sequence.lanes * sequence.computed
+            if sequence.due_seconds < first_due and not sequence.is_late:
+                first_due = sequence.due_seconds
+    requests = len(answering) + len(searches)
+    return Survey(searches, prompts, Answers(requests, tokens, cost.work_seconds(tokens, keys, requests), first_due))

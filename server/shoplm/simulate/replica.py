@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from shoplm.engine.engine import Engine
 from shoplm.request import (
     FailedOutput,
-    FinishedOutput,
     Generate,
     Predict,
     Request,
@@ -17,6 +16,7 @@ from shoplm.request import (
     Service,
     Task,
     TokensOutput,
+    by_request,
 )
 from shoplm.scheduler.config import SchedulerConfig, SchedulingPolicy
 from shoplm.simulate.backend import STOP_TOKEN, Capacity, Clock, SimulatedBackend
@@ -85,8 +85,7 @@ class Replica:
         return self.outcomes
 
     def _step(self) -> None:
-        for output in self.engine.step():
-            assert isinstance(output, TokensOutput | FinishedOutput | FailedOutput)
+        for output in by_request(self.engine.step()):
             outcome = self._alive[output.request_id]
             since = self.clock.now - outcome.arrival.seconds
             if isinstance(output, TokensOutput):

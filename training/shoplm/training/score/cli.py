@@ -75,7 +75,7 @@ def score(
 
 def engine_process(config: ServerConfig, base: Base) -> EngineClient:
     """The engine in a process of its own, as the server runs it."""
-    from shoplm.engine.client import ProcessEngineClient
+    from shoplm.engine.supervisor import ProcessEngineClient
 
     return ProcessEngineClient(config.engine_spec(base.folder))
 

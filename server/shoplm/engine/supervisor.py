@@ -1,0 +1,100 @@
+"""The engine as a process of its own, which is started again when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+
+import msgspec
+from shoplm.engine.client import EngineClient
+from shoplm.engine.spec import EngineSpec
+from shoplm.errors import ConfigurationError, ShopLMError
+
+_STOP_SECONDS = 10.0  # for an engine that was told to drain
+_FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 10.0
+
+log = logging.getLogger("shoplm.engine")
+
+
+class ProcessEngineClient(EngineClient):
+    """The engine in a process of its own, started again with a growing pause when it dies."""
+
+    program = (sys.executable, "-m", "shoplm.engine.process")  # called with descriptor and spec
+
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        self._process: asyncio.subprocess.Process | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._closing = False
+
+    @property
+    def process_id(self) -> int | None:
+        """The engine's process id."""
+        return self._process.pid if self._process is not None else None
+
+    async def start(self) -> None:
+        await self._launch()
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def _start_engine(self, connection: socket.socket) -> None:
+        with connection:
+            self._process = await asyncio.create_subprocess_exec(
+                *self.program,
+                str(connection.fileno()),
+                msgspec.json.encode(self.spec).decode(),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=(connection.fileno(),),
+                # Threads that spin while they wait take the cores from whoever shares them, the API process first.
+                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+            )
+        process, link, loaded = self._process, self._link, self._loaded
+        assert link is not None and loaded is not None
+
+        async def died() -> None:
+            code = await process.wait()
+            await link.lost  # what the engine said before it ended comes before that
+            if not loaded.done():
+                loaded.set_exception(ConfigurationError(f"the engine ended with code {code} while it was loading"))
+
+        self._early_death = asyncio.create_task(died())
+
+    async def _watch(self) -> None:
+        pause = _FIRST_BACKOFF_SECONDS
+        while True:
+            assert self._process is not None
+            code = await self._process.wait()
+            if self._closing:
+                return
+            log.error("the engine process ended with code %s", code)
+            self._fail_calls("the engine was lost")
+            self._changed(False)
+            while True:
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _LAST_BACKOFF_SECONDS)
+                try:
+                    await self._launch()
+                except (ShopLMError, OSError) as error:
+                    log.error("the engine does not start: %s", error)
+                    continue
+                break
+            pause = _FIRST_BACKOFF_SECONDS
+            self._changed(True)
+
+    async def _stop_engine(self) -> None:
+        self._closing = True
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.wait((self._watcher,))
+        if self._process is None:
+            return
+        try:
+            async with asyncio.timeout(_STOP_SECONDS):
+                await self._process.wait()
+        except TimeoutError:
+            log.warning("the engine did not stop in %s s and is killed", _STOP_SECONDS)
+            self._process.kill()
+            await self._process.wait()
+        await self._early_death
