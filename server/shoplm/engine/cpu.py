@@ -46,7 +46,7 @@ def cpu_backend(
         log.info("torch operations instead of the C++ decoder: %s", refusal)
         make = TorchBackend
         if weights.embedding.dtype == torch.bfloat16 and not packing_supported():
-            log.info("float32 instead of bfloat16, which this CPU has no products of")
+            log.info("float32 instead of bfloat16: torch has no fast products of bfloat16 on this CPU")
             weights, pages = weights.float(), max(2, pages // 2)  # the cache keeps its size in bytes
     return make(
         config,
