@@ -59,11 +59,12 @@ def write_matrix(measured: Sequence[Measured], problems: Sequence[str], versions
     groups: defaultdict[tuple[str, str, int], list[BudgetRow | str]] = defaultdict(list)
     for cell, row in measured:
         groups[cell.op, str(cell.kernel.__name__), cell.arch].append(row)
+    arches = ", ".join(f"sm_{arch}" for arch in sorted({cell.arch for cell, _ in measured}))
     lines = [
         "# The whole matrix of kernels",
         "",
-        f"Written by `make budget`; Triton {versions[0]}, ptxas {versions[1]}. {len(measured)} cells, "
-        f"{len(problems)} problems. Largest values of each kernel's cells; `kernel_budget.md` has single cells.",
+        f"Written by `make budget`; Triton {versions[0]}, ptxas {versions[1]}. Compiled: all {len(measured)} cells of "
+        f"{arches}; {len(problems)} problems. Largest values of each kernel's; `kernel_budget.md` has single cells.",
         "",
         "| kernel | cells | registers | spilled B | shared B | instructions |",
         "|---|" + "--:|" * 5,

@@ -7,6 +7,7 @@
 
 `--keep FILE` adds each measured cell to a file and compiles no cell again that the file has, of the same kernel source
 and the same compiler: a run of the whole matrix that was stopped goes on, and one after a change compiles what changed.
+`--arch 90` (or `80,89`) leaves the other architectures as the table has them; the summary says which it is of.
 
 A cell is one kernel specialisation exactly as its launcher would ask for it (`shoplm.kernels.aot`). Its numbers come
 from Triton's own ptxas run: registers a thread, spilled bytes, shared memory, and instruction counts in the PTX.
@@ -122,8 +123,10 @@ def _measure_at(position: int, scope: Scope) -> BudgetRow | str:
         return f"does not compile: {type(error).__name__}: {str(error)[:500]}"
 
 
-def measure_all(scope: Scope, workers: int = WORKERS, keep: Path | None = None) -> list[Measured]:
-    """Every (cell, row or the reason why it has none) of a scope, compiled in `workers` processes.
+def measure_all(
+    scope: Scope, workers: int = WORKERS, keep: Path | None = None, arches: Sequence[int] = ARCHES
+) -> list[Measured]:
+    """Every (cell, row or the reason why it has none) of a scope on `arches`, compiled in `workers` processes.
 
     `keep`: a file that has cells measured before, and gets each new one.
     """
@@ -131,13 +134,14 @@ def measure_all(scope: Scope, workers: int = WORKERS, keep: Path | None = None) 
         raise RuntimeError("TRITON_INTERPRET is set: there is nothing to compile under the interpreter; unset it")
     cells = cells_in(scope)
     kept = KeptRows(keep, compiler_versions())
-    rows = [kept.find(cell) for cell in cells]
-    missing = [position for position, row in enumerate(rows) if row is None]
+    wanted = [position for position, cell in enumerate(cells) if cell.arch in arches]
+    rows = {position: kept.find(cells[position]) for position in wanted}
+    missing = [position for position in wanted if rows[position] is None]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for position, row in zip(missing, pool.map(_measure_at, missing, itertools.repeat(scope)), strict=True):
             rows[position] = row
             kept.add(cells[position], row)
-    return [(cell, row) for cell, row in zip(cells, rows, strict=True) if row is not None]
+    return [(cells[position], row) for position, row in rows.items() if row is not None]
 
 
 def compiler_versions() -> tuple[str, str]:
@@ -168,16 +172,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="write the table")
     parser.add_argument("--keep", type=Path, help="file of cells measured before; each new one is added")
     parser.add_argument("--workers", type=int, default=WORKERS, help="processes that compile")
+    parser.add_argument("--arch", default=",".join(map(str, ARCHES)), help="which, separated by commas; default: all")
     options = parser.parse_args(arguments)
+    arches = [int(arch) for arch in options.arch.split(",")]
+    if unknown := set(arches) - set(ARCHES):
+        parser.error(f"unknown architectures {sorted(unknown)}; there are {', '.join(map(str, ARCHES))}")
     scope: Scope = "full" if options.full else "table" if options.write else "representative"
-    measured = measure_all(scope, options.workers, options.keep)
+    measured = measure_all(scope, options.workers, options.keep, arches)
     for cell, row in measured:
         detail = row if isinstance(row, str) else f"{row.registers} registers, {row.shared_bytes} B shared"
         print(f"{cell.name:90s} {detail}")
     table = None
     if options.write:
-        listed = {cell.name for cell in cells_in("table")}
+        listed = {cell.name: cell.arch for cell in cells_in("table")}
         rows = {row.name: row for _, row in measured if isinstance(row, BudgetRow) and row.name in listed}
+        if len(arches) < len(ARCHES):
+            older = BudgetTable.read()
+            if (older.triton_version, older.ptxas_version) != compiler_versions():
+                parser.error(f"the table is of Triton {older.triton_version}: write all architectures anew")
+            rows |= {name: row for name, row in older.rows.items() if listed.get(name, arches[0]) not in arches}
         BudgetTable(*compiler_versions(), rows).write()
     elif not options.full and TABLE_PATH.exists() and (read := BudgetTable.read()).triton_version == triton.__version__:
         table = read

@@ -143,4 +143,5 @@ def test_the_matrix_shows_the_worst_of_a_kernels_cells(tmp_path: Path) -> None:
     write_matrix([(cell, row()), (cell, row(registers=200)), (cell, reason)], [reason], ("3.7.1", "12.8.93"), path)
     text = path.read_text()
     assert f"| {cell.op}/{cell.kernel.__name__}/sm{cell.arch} | 3 | 200 | 0 | 65536 | 1000 |" in text
+    assert f"all 3 cells of sm_{cell.arch}; 1 problems" in text
     assert text.endswith(f"## Problems\n\n- {reason}\n")

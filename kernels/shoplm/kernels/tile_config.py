@@ -43,7 +43,8 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 # Per architecture, rows and (padded head_dim, quantised KV): the largest tile, then the most stages, that compile
-# without a spilled register in every combination of page size, window and kernel (`make budget` lists them all).
+# without a spilled register in every combination of page size, window and kernel (`make budget` lists them all). A head
+# of 96 has an entry of its own where its padding costs the registers that 128 has left.
 _TOKEN, _NARROW, _WIDE = 16, SHORT_ROWS, 2 * SHORT_ROWS
 _TILES: dict[int, dict[int, dict[tuple[int, bool], TileConfig]]] = {
     80: {
@@ -51,8 +52,9 @@ _TILES: dict[int, dict[int, dict[tuple[int, bool], TileConfig]]] = {
             (64, False): TileConfig(16, 64, 4, 3),
             (64, True): TileConfig(16, 64, 4, 3),
             (128, False): TileConfig(16, 32, 4, 3),
+            (96, True): TileConfig(16, 32, 4, 2),
             (128, True): TileConfig(16, 64, 4, 3),
-            (256, False): TileConfig(16, 32, 4, 3),
+            (256, False): TileConfig(16, 32, 8, 3),
             (256, True): TileConfig(16, 32, 4, 3),
         },
         _NARROW: {
@@ -66,10 +68,12 @@ _TILES: dict[int, dict[int, dict[tuple[int, bool], TileConfig]]] = {
         _WIDE: {
             (64, False): TileConfig(128, 64, 8, 3),
             (64, True): TileConfig(128, 64, 8, 3),
+            (96, False): TileConfig(64, 64, 8, 2),
             (128, False): TileConfig(128, 32, 8, 3),
+            (96, True): TileConfig(64, 32, 8, 3),
             (128, True): TileConfig(64, 64, 8, 2),
             (256, False): TileConfig(64, 32, 8, 3),
-            (256, True): TileConfig(64, 64, 8, 3),
+            (256, True): TileConfig(32, 64, 8, 3),
         },
     },
     89: {
@@ -77,6 +81,7 @@ _TILES: dict[int, dict[int, dict[tuple[int, bool], TileConfig]]] = {
             (64, False): TileConfig(16, 64, 4, 3),
             (64, True): TileConfig(16, 32, 4, 3),
             (128, False): TileConfig(16, 64, 4, 3),
+            (96, True): TileConfig(16, 32, 8, 3),
             (128, True): TileConfig(16, 32, 4, 3),
             (256, False): TileConfig(16, 32, 4, 3),
             (256, True): TileConfig(16, 32, 4, 3),
@@ -92,6 +97,7 @@ _TILES: dict[int, dict[int, dict[tuple[int, bool], TileConfig]]] = {
         _WIDE: {
             (64, False): TileConfig(128, 64, 8, 3),
             (64, True): TileConfig(128, 32, 8, 3),
+            (96, False): TileConfig(64, 64, 8, 2),
             (128, False): TileConfig(128, 32, 8, 3),
             (128, True): TileConfig(64, 64, 8, 2),
             (256, False): TileConfig(64, 32, 8, 3),
@@ -185,7 +191,8 @@ def tile_config(arch: int, head_dim: int, dtype: torch.dtype, rows: int, quantis
         side = {64: 64, 128: 32, 256: 16}[padded_head_dim(head_dim)]
         return TileConfig(16 if rows <= 16 else side, max(side, 32), 4, 2)
     size = _TOKEN if rows <= _TOKEN else _NARROW if rows <= _NARROW else _WIDE
-    return _TILES[_family(arch)][size][padded_head_dim(head_dim), quantised_kv]
+    tiles = _TILES[_family(arch)][size]
+    return tiles.get((head_dim, quantised_kv), tiles[padded_head_dim(head_dim), quantised_kv])
 
 
 def split_tokens(arch: int) -> int:
