@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test soak lint types bench doctor budget train clean
+.PHONY: help serve test soak lint types bench capacity doctor budget train clean
 
 help: ## What can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,12 @@ CPU_TARGETS := --recommendation-target 0.5 --prediction-target 0.5 --chat-first-
 
 bench: $(INSTALLED) ## A mixed load of 60 s and the offline throughput, through gRPC
 	$(BIN)/shoplm bench --bundle bundles/complete-journey $(CPU_TARGETS) $(ARGS)
+
+# The search measures what a machine can carry: targets that any machine can hold, and no rate that only one can.
+capacity: $(INSTALLED) ## What slack carries beside first come, first served: two servers, 12 minutes at most
+	timeout 720 $(BIN)/shoplm bench --bundle bundles/complete-journey --policies slack,fcfs --find-knee --points 5 \
+	  --rate 2 --seconds 36 --warmup-seconds 5 --deadline-at-target --no-allow-degraded \
+	  --recommendation-target 6 --prediction-target 6 --chat-first-target 6 --chat-token-target 0.5 $(ARGS)
 
 doctor: ## What this machine has, and what each part is for
 	@$(PYTHON) server/shoplm/doctor.py

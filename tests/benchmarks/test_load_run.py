@@ -9,14 +9,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
 import pytest
 import typer
 from shoplm.bench.cli import bench
-from shoplm.bench.launch import LaunchError, own_server
+from shoplm.bench.launch import LaunchError, RunningServer, own_server
 from shoplm.bench.load import run_load
 from shoplm.bench.observe import listening_process
 from shoplm.bench.offline import OfflineError, OfflineShape, run_offline
@@ -146,6 +148,78 @@ def test_the_command_explains_what_it_cannot_do(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with pytest.raises(LaunchError, match="ended with exit code"), own_server(["--no-such-option"], log):
         pass
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(application, arguments, env={"COLUMNS": "160"})
+
+
+def test_the_command_sweeps_rates_with_every_flag_of_the_load(server: CannedServer, tmp_path: Path) -> None:
+    output, trace = tmp_path / "sweep.json", tmp_path / "trace.jsonl"
+    trace.write_text("\n".join(f'{{"seconds": {at}, "service": "prediction", "customer": {at}}}' for at in range(1, 5)))
+    flags = ["--trace", str(trace), "--burstiness", "3", "--deadline-at-target", "--no-allow-degraded"]
+    load = ["--seconds", "0.5", "--warmup-seconds", "0.2", "--mix", "prediction=1", "--prediction-target", "0.9"]
+    result = invoke("--address", server.address, "--rates", "40,20", *load, *flags, "--output", str(output))
+    assert result.exit_code == 0, result.output
+    written = json.loads(output.read_text())
+    assert written["capacity"] == {"server": 40.0}
+    (sweep,) = written["sweeps"]
+    assert [point["settings"]["rate"] for point in sweep["points"]] == [20.0, 40.0]
+    for point in sweep["points"]:
+        assert point["settings"]["burstiness"] == 3.0
+        assert set(point["services"]) == {"prediction"}
+        # The trace's even gaps, not drawn ones.
+        assert point["services"]["prediction"]["offered"] == pytest.approx(point["settings"]["rate"] / 2, abs=1)
+    assert server.record.last_request.allow_degraded is False
+    given = [seconds for seconds in server.record.remaining_seconds.values() if seconds is not None]
+    assert 0.5 < max(given) <= 0.9
+    assert "<svg" in output.with_suffix(".html").read_text()
+
+
+def test_the_command_searches_the_knee_within_the_points_that_it_is_given(server: CannedServer, tmp_path: Path) -> None:
+    load = ["--seconds", "0.3", "--warmup-seconds", "0", "--mix", "prediction=1", "--prediction-target", "2"]
+    output = tmp_path / "knee.json"
+    result = invoke(
+        *("--address", server.address, "--find-knee", "--points", "2", "--rate", "20", "--output", str(output), *load)
+    )
+    assert result.exit_code == 0, result.output
+    (sweep,) = json.loads(output.read_text())["sweeps"]
+    # Carried, and carried when doubled; then beyond the best that was carried.
+    assert [point["settings"]["rate"] for point in sweep["points"]][:2] == [20.0, 40.0]
+    assert len(sweep["points"]) == 4
+
+
+def test_the_command_starts_a_server_for_each_policy(
+    server: CannedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    @contextmanager
+    def stand_in(arguments: list[str], log: Path) -> Iterator[RunningServer]:
+        started.append(arguments[arguments.index("--scheduling-policy") + 1])
+        yield RunningServer(server.address, None, None)
+
+    monkeypatch.setattr("shoplm.bench.run.own_server", stand_in)
+    output = tmp_path / "policies.json"
+    load = ["--seconds", "0.3", "--warmup-seconds", "0", "--mix", "prediction=1", "--prediction-target", "2"]
+    result = invoke("--policies", "slack,fcfs", "--rates", "20", *load, "--output", str(output))
+    assert result.exit_code == 0, result.output
+    assert started == ["slack", "fcfs"]
+    assert json.loads(output.read_text())["capacity"] == {"slack": 20.0, "fcfs": 20.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policies", "slack,fcfs"], "--policies needs --rates or --find-knee"),
+        (["--policies", "slack", "--rates", "1", "--address", "127.0.0.1:1"], "leave --address out"),
+        (["--rates", "1,fast"], "could not convert"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(arguments: list[str], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 async def test_the_listening_process_is_found(server: CannedServer) -> None:

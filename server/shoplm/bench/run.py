@@ -56,6 +56,7 @@ def sweep_rates(
     trace: Sequence[TracedArrival] | None,
     rates: Sequence[float],
     policies: Sequence[str],
+    max_points: int,
     path: Path,
 ) -> None:
     """Measure every policy at the same rates, the first one's where a knee is searched; write JSON and plots."""
@@ -68,7 +69,7 @@ def sweep_rates(
             ["--scheduling-policy", policy] if policy else []
         )
         with server(console, target.address, target.metrics_url, arguments) as running:
-            points = asyncio.run(_sweep(console, running, target, settings, trace, rates, policy))
+            points = asyncio.run(_sweep(console, running, target, settings, trace, rates, policy, max_points))
         rates = [point.settings.rate for point in points]
         sweeps.append(Sweep(policy, points))
     capacity = {each.policy or "server": each.capacity for each in sweeps}
@@ -88,6 +89,7 @@ async def _sweep(
     trace: Sequence[TracedArrival] | None,
     rates: Sequence[float],
     policy: str,
+    max_points: int,
 ) -> tuple[report.LoadResult, ...]:
     metadata = bearer(target.token)
     async with open_channel(server.address) as channel:
@@ -100,7 +102,9 @@ async def _sweep(
         console.print(f"{policy or 'server'} at {rate:.2f} requests/s: in time {shares}")
         return result
 
-    return await (measure_rates(measure_one, rates) if rates else find_knee(measure_one, settings.rate))
+    if rates:
+        return await measure_rates(measure_one, rates)
+    return await find_knee(measure_one, settings.rate, max_points)
 
 
 async def measure(console: Console, server: RunningServer, work: Work) -> report.Report:
