@@ -170,6 +170,12 @@ def swiglu(model: ModelShape, tokens: int) -> Work:
     return Work(2 * 3 * elements, vector_flops=4 * elements)
 
 
+def weight_only(outputs: int, inputs: int, rows: int, bits: int) -> Work:
+    """The weight in 8 bits with a scale per output, or in 4 with one per 64 inputs; x read, output written."""
+    scales = 4 * outputs * (1 if bits == 8 else inputs // 64)
+    return Work(outputs * inputs * bits // 8 + scales + 2 * rows * (inputs + outputs), 2 * rows * outputs * inputs)
+
+
 def beam_step(groups: int, live: int, children: int, select: int, *, filtered: bool = True) -> Work:
     """`live` beams per group with `children` candidates each: logit, code, item range and prefix sum of each, once."""
     candidates = groups * live * children
@@ -210,6 +216,8 @@ def entries(model: ModelShape) -> list[Entry]:
         ("kv_write", "8192 tokens", kv_write(model, 8192)),
         ("norm", "8192 tokens", norm(model, 8192)),
         ("swiglu", "8192 tokens", swiglu(model, 8192)),
+        ("weight_only", "64 rows, gate and up, int8", weight_only(2 * model.features, model.hidden, 64, 8)),
+        ("weight_only", "64 rows, gate and up, int4", weight_only(2 * model.features, model.hidden, 64, 4)),
         ("beam_step", "1 x 1M items, top 256", beam_step(1, 1, 10**6, 256)),
         ("beam_step", "1 x 256 beams x 256 children", beam_step(1, 256, 256, 256)),
         ("sample", "64 rows", sample(model, 64)),
@@ -219,13 +227,13 @@ def entries(model: ModelShape) -> list[Entry]:
 
 def table(models: Sequence[ModelShape], cards: Sequence[Card]) -> str:
     """The floors as aligned text, microseconds; the letter says what bounds: memory, tensor or vector."""
-    head = f"{'model':14s} {'op':10s} {'shape':36s} {'MB':>9s} {'GFLOP':>9s}"
+    head = f"{'model':14s} {'op':11s} {'shape':36s} {'MB':>9s} {'GFLOP':>9s}"
     lines = [head + "".join(f"{card.name:>12s}" for card in cards)]
     for model in models:
         for entry in entries(model):
             work = entry.work
             flops = (work.tensor_flops + work.vector_flops) / 1e9
-            start = f"{entry.model:14s} {entry.op:10s} {entry.shape:36s} {work.bytes / 1e6:9.2f} {flops:9.2f}"
+            start = f"{entry.model:14s} {entry.op:11s} {entry.shape:36s} {work.bytes / 1e6:9.2f} {flops:9.2f}"
             floors = (f"{work.floor_microseconds(card):10.2f} {work.bound_by(card)[0]}" for card in cards)
             lines.append(start + "".join(floors))
     return "\n".join(lines)

@@ -23,7 +23,7 @@ STAGES: dict[str, tuple[str, str, dict[str, int]]] = {
     "prefill": ("kernels", "prefill", {}),
     "decode": ("kernels", "decode", {}),
     "beams": ("kernels", "beams", {}),
-    "ops": ("kernels", "ops", {}),
+    "ops": ("ops", "ops", {}),
     "step": ("backend", "steps", {}),
     "search": ("backend", "searches", {}),
     "server": ("server", "throughput", {}),

@@ -1,4 +1,4 @@
-"""Times of the kernels: attention beside torch's in the same run, the others beside their floors."""
+"""Times of attention: prompts beside torch's in the same run, decode beside a copy, beams beside their floor."""
 
 from __future__ import annotations
 
@@ -11,13 +11,7 @@ import roofline
 import torch
 from roofline import MODELS, ModelShape, Work
 from shoplm.kernels.attention import BeamGroups, RaggedRows, Workspace, beam_attention, paged_attention
-from shoplm.kernels.beam_step import beam_step
-from shoplm.kernels.beam_step_types import BeamBounds, BeamSelection, BeamWorkspace, TrieTables
 from shoplm.kernels.inputs import PagedKv
-from shoplm.kernels.kv_write import kv_write
-from shoplm.kernels.norm import add_rms_norm
-from shoplm.kernels.sample import SampleWorkspace, sample
-from shoplm.kernels.swiglu import swiglu
 from torch.nn import functional
 
 from gpu_stages.common import Call, Stage, copies, median_us
@@ -97,7 +91,8 @@ def workspace(model: ModelShape, rows: int, kv_len: int, beams: int, device: tor
     )  # fmt: skip
 
 
-def _queries(tokens: int, model: ModelShape, stage: Stage) -> torch.Tensor:
+def queries(tokens: int, model: ModelShape, stage: Stage) -> torch.Tensor:
+    """Random queries."""
     return torch.randn(tokens, model.q_heads, model.head_dim, device=stage.device).to(stage.dtype)
 
 
@@ -126,7 +121,7 @@ def prefill(stage: Stage) -> None:
 def _prefill_rows(stage: Stage, model: ModelShape, tokens: int, aim: float) -> None:
     device = stage.device
     work = roofline.prefill(model, tokens)
-    q, kv = _queries(tokens, model, stage), pool(tokens // PAGE, model, stage.dtype, device)
+    q, kv = queries(tokens, model, stage), pool(tokens // PAGE, model, stage.dtype, device)
     out, scratch = torch.empty_like(q), workspace(model, 1, tokens, 0, device)
     rows = ragged(1, tokens, tokens, device)
     whole = replace(rows, page_table=torch.zeros(1, 1, dtype=torch.int32, device=device))
@@ -198,7 +193,7 @@ def _decode_calls(stage: Stage, model: ModelShape, dtype: torch.dtype, rows: int
     scratch = workspace(model, rows, kv_len, 0, device)
     calls: list[Call] = []
     for _ in range(copies(size, stage.smoke)):
-        q, step = _queries(rows, model, stage), ragged(rows, 1, kv_len, device)
+        q, step = queries(rows, model, stage), ragged(rows, 1, kv_len, device)
         kv = pool(step.page_table.numel(), model, dtype, device)
         out = torch.empty_like(q)
         calls.append(partial(paged_attention, q, kv, step, out=out, workspace=scratch))
@@ -217,7 +212,7 @@ def beams(stage: Stage) -> None:
 def _beam_call(stage: Stage, model: ModelShape, groups: int, width: int, prompt: int) -> Call:
     device, steps = stage.device, 3
     pages, own = -(-prompt // PAGE), groups * steps * width
-    q = _queries(groups * width, model, stage)
+    q = queries(groups * width, model, stage)
     out = torch.empty_like(q)
     kv = pool(groups * pages + -(-own // PAGE), model, stage.dtype, device)
     slots = groups * pages * PAGE + torch.randperm(own, device=device)
@@ -237,114 +232,3 @@ def _beam_call(stage: Stage, model: ModelShape, groups: int, width: int, prompt:
     )
     scratch = workspace(model, 0, prompt, groups * width, device)
     return lambda: beam_attention(q, kv, step, out=out, workspace=scratch)
-
-
-# ---- the other ops -------------------------------------------------------------------------------------------------
-
-
-def ops(stage: Stage) -> None:
-    """beam_step at a million items, sampling, and the element-wise ops."""
-    _beam_steps(stage)
-    for name in ("smollm2-135m", "qwen3-1.7b"):
-        model = MODELS[name]
-        if stage.smoke:
-            model = replace(model, vocab=5000, hidden=128, features=256)
-        for tokens in (3,) if stage.smoke else (64, 8192):
-            _elementwise(stage, model, tokens)
-        _sampling(stage, model, stage.size(64, 3))
-
-
-def _beam_steps(stage: Stage) -> None:
-    items, width = stage.size(1_000_000, 5000), stage.size(256, 16)
-    one = torch.arange(items, dtype=torch.int32, device=stage.device)
-    flat = TrieTables.build(torch.tensor([0, items], dtype=torch.int32, device=stage.device), one, one, one + 1)
-    children = stage.size(256, 8)
-    start = torch.arange(0, width * children + 1, children, dtype=torch.int32, device=stage.device)
-    child = torch.arange(width * children, dtype=torch.int32, device=stage.device)
-    deep = TrieTables.build(start, child % children, child, child + 1)
-    for label, trie, live, target in (("flat", flat, 1, 50.0), ("deep", deep, width, 50.0)):
-        for groups in (1, 8):
-            work = roofline.beam_step(groups, live, trie.max_children, width)
-            name = f"beam_step {label} {groups} x {live * trie.max_children} children, top {width}"
-            calls = [_beam_step_call(stage, trie, groups, live, width) for _ in range(copies(work.bytes, stage.smoke))]
-            timed(stage, name, calls, work, target=target if groups == 1 else None)
-
-
-def _beam_step_call(stage: Stage, trie: TrieTables, groups: int, live: int, width: int) -> Call:
-    device = stage.device
-    logits = torch.randn(groups * live, trie.columns, device=device).to(stage.dtype)
-
-    def filled(value: int) -> torch.Tensor:
-        return torch.full((groups,), value, dtype=torch.int32, device=device)
-
-    first = torch.arange(0, groups * live, live, dtype=torch.int32, device=device)
-    nodes = torch.arange(live, dtype=torch.int32, device=device).repeat(groups, 1)
-    scores, out = torch.zeros(groups, live, device=device), BeamSelection.allocate(groups, width, device)
-    scratch = BeamWorkspace.allocate(BeamBounds.of(trie, groups, live, width), device)
-    allowed = torch.arange(trie.items + 1, dtype=torch.int32, device=device)[None]
-    counts = (filled(live), filled(width), filled(0))
-    return lambda: beam_step(
-        logits, first, trie, nodes, scores, counts[0], counts[1], max_select=width, allowed_cumsum=allowed,
-        filter_row=counts[2], workspace=scratch, out=out,
-    )  # fmt: skip
-
-
-def _sampling(stage: Stage, model: ModelShape, rows: int) -> None:
-    device, work = stage.device, roofline.sample(model, rows)
-    scratch = SampleWorkspace.allocate(rows, model.vocab, device)
-    for label, top_k, top_p, temperature in (
-        ("greedy", 0, 1.0, 0.0),
-        ("free", 0, 1.0, 0.8),
-        ("top-k and top-p", 50, 0.9, 0.8),
-    ):
-        calls: list[Call] = []
-        for at in range(copies(work.bytes, stage.smoke)):
-            logits = (3 * torch.randn(rows, model.vocab, device=device)).to(stage.dtype)
-            row = torch.arange(rows, device=device)
-            settings = (
-                torch.full((rows,), temperature, device=device),
-                torch.full((rows,), top_k, dtype=torch.int32, device=device),
-                torch.full((rows,), top_p, device=device),
-                row + at,
-                row.int(),
-            )
-            out = torch.empty(rows, dtype=torch.int64, device=device)
-            calls.append(partial(sample, logits, *settings, workspace=scratch, out=out))
-        timed(stage, f"sample {model.name} {rows} rows {label}", calls, work)
-
-
-def _elementwise(stage: Stage, model: ModelShape, tokens: int) -> None:
-    device, dtype = stage.device, stage.dtype
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device).to(dtype)
-
-    makers: dict[str, tuple[Work, Callable[[], Call]]] = {}
-    weight = torch.ones(model.hidden, device=device, dtype=dtype)
-
-    def norm_call() -> Call:
-        x, residual, out = random(tokens, model.hidden), random(tokens, model.hidden), random(tokens, model.hidden)
-        return lambda: add_rms_norm(x, residual, weight, 1e-5, out=out)
-
-    def swiglu_call() -> Call:
-        gate_up, out = random(tokens, 2 * model.features), random(tokens, model.features)
-        return lambda: swiglu(gate_up, out=out)
-
-    def kv_write_call() -> Call:
-        fused = random(tokens, model.q_heads + 2 * model.kv_heads, model.head_dim)
-        kv = pool(-(-tokens // PAGE), model, dtype, device)
-        angles = torch.rand(tokens, model.head_dim // 2, device=device)
-        slots, at = torch.randperm(tokens, device=device), torch.arange(tokens, dtype=torch.int32, device=device)
-        q, k, v = fused[:, : model.q_heads], fused[:, model.q_heads : -model.kv_heads], fused[:, -model.kv_heads :]
-        return lambda: kv_write(q, k, v, at, slots, kv, cos=angles, sin=angles)
-
-    makers["norm"] = (roofline.norm(model, tokens), norm_call)
-    makers["swiglu"] = (roofline.swiglu(model, tokens), swiglu_call)
-    makers["kv_write"] = (roofline.kv_write(model, tokens), kv_write_call)
-    for name, (work, make) in makers.items():
-        timed(
-            stage,
-            f"{name} {model.name} {tokens} tokens",
-            [make() for _ in range(copies(work.bytes, stage.smoke))],
-            work,
-        )

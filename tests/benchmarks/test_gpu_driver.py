@@ -66,7 +66,7 @@ def test_kernel_stages_import_nothing_but_torch_triton_and_numpy() -> None:
     script = (
         "import sys\n"
         "for name in ('msgspec', 'pydantic', 'safetensors', 'grpc'): sys.modules[name] = None\n"
-        "import gpu_stages.kernels, gpu_stages.correctness, gpu_stages.correctness_ops\n"
+        "import gpu_stages.kernels, gpu_stages.ops, gpu_stages.correctness, gpu_stages.correctness_ops\n"
     )
     environment = gpu.stage_environment(Path("/nowhere"), None, smoke=True)
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)

@@ -68,6 +68,9 @@ def test_elementwise_ops() -> None:
     assert roofline.merge(QWEN, 2, 3).bytes == 4 * 12_384 + 8192
     # Keys 4096 x 2048 bytes, q 4096, log-sum-exps 64, two spans of 8 + 32 bytes.
     assert roofline.span_mass(QWEN, 1, 4096, 2).bytes == 8_388_608 + 4096 + 64 + 80
+    # 12,288 x 2048 weights of one or half a byte, 12,288 scales or 32 times as many, 64 x (2048 + 12,288) x 2.
+    assert roofline.weight_only(12_288, 2048, 64, 8).bytes == 25_165_824 + 49_152 + 1_835_008
+    assert roofline.weight_only(12_288, 2048, 64, 4).bytes == 12_582_912 + 1_572_864 + 1_835_008
 
 
 def test_the_floor_is_the_largest_of_the_three() -> None:
@@ -83,7 +86,8 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert roofline.main(["--model", "qwen3-1.7b", "--card", "H100", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {row["op"] for row in rows} == {
-        "prefill", "decode", "beam", "merge", "span_mass", "kv_write", "norm", "swiglu", "beam_step", "sample",
+        "prefill", "decode", "beam", "merge", "span_mass", "kv_write", "norm", "swiglu", "weight_only", "beam_step",
+        "sample",
     }  # fmt: skip
     decode = next(row for row in rows if row["op"] == "decode")
     assert decode["floor_microseconds"] == {"H100": pytest.approx(320.68, abs=0.01)}

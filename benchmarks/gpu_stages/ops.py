@@ -1,0 +1,167 @@
+"""Times of the ops beside attention, each beside its floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import roofline
+import torch
+from roofline import MODELS, ModelShape, Work
+from shoplm.kernels.attention import paged_attention
+from shoplm.kernels.beam_step import beam_step
+from shoplm.kernels.beam_step_types import BeamBounds, BeamSelection, BeamWorkspace, TrieTables
+from shoplm.kernels.kv_write import kv_write
+from shoplm.kernels.norm import add_rms_norm
+from shoplm.kernels.sample import SampleWorkspace, sample
+from shoplm.kernels.span_mass import span_mass
+from shoplm.kernels.swiglu import swiglu
+from shoplm.kernels.weight_only import quantise, weight_only
+
+from gpu_stages.common import Call, Stage, copies
+from gpu_stages.kernels import PAGE, pool, queries, ragged, timed, workspace
+
+
+def ops(stage: Stage) -> None:
+    """beam_step at a million items, sampling, the element-wise ops, products with few-bit weights, and spans."""
+    _beam_steps(stage)
+    for bits in (8, 4):
+        _weight_only(stage, bits)
+    _span_mass(stage)
+    for name in ("smollm2-135m", "qwen3-1.7b"):
+        model = MODELS[name]
+        if stage.smoke:
+            model = replace(model, vocab=5000, hidden=128, features=256)
+        for tokens in (3,) if stage.smoke else (64, 8192):
+            _elementwise(stage, model, tokens)
+        _sampling(stage, model, stage.size(64, 3))
+
+
+def _beam_steps(stage: Stage) -> None:
+    items, width = stage.size(1_000_000, 5000), stage.size(256, 16)
+    one = torch.arange(items, dtype=torch.int32, device=stage.device)
+    flat = TrieTables.build(torch.tensor([0, items], dtype=torch.int32, device=stage.device), one, one, one + 1)
+    children = stage.size(256, 8)
+    start = torch.arange(0, width * children + 1, children, dtype=torch.int32, device=stage.device)
+    child = torch.arange(width * children, dtype=torch.int32, device=stage.device)
+    deep = TrieTables.build(start, child % children, child, child + 1)
+    for label, trie, live, target in (("flat", flat, 1, 50.0), ("deep", deep, width, 50.0)):
+        for groups in (1, 8):
+            work = roofline.beam_step(groups, live, trie.max_children, width)
+            name = f"beam_step {label} {groups} x {live * trie.max_children} children, top {width}"
+            calls = [_beam_step_call(stage, trie, groups, live, width) for _ in range(copies(work.bytes, stage.smoke))]
+            timed(stage, name, calls, work, target=target if groups == 1 else None)
+
+
+def _beam_step_call(stage: Stage, trie: TrieTables, groups: int, live: int, width: int) -> Call:
+    device = stage.device
+    logits = torch.randn(groups * live, trie.columns, device=device).to(stage.dtype)
+
+    def filled(value: int) -> torch.Tensor:
+        return torch.full((groups,), value, dtype=torch.int32, device=device)
+
+    first = torch.arange(0, groups * live, live, dtype=torch.int32, device=device)
+    nodes = torch.arange(live, dtype=torch.int32, device=device).repeat(groups, 1)
+    scores, out = torch.zeros(groups, live, device=device), BeamSelection.allocate(groups, width, device)
+    scratch = BeamWorkspace.allocate(BeamBounds.of(trie, groups, live, width), device)
+    allowed = torch.arange(trie.items + 1, dtype=torch.int32, device=device)[None]
+    counts = (filled(live), filled(width), filled(0))
+    return lambda: beam_step(
+        logits, first, trie, nodes, scores, counts[0], counts[1], max_select=width, allowed_cumsum=allowed,
+        filter_row=counts[2], workspace=scratch, out=out,
+    )  # fmt: skip
+
+
+def _sampling(stage: Stage, model: ModelShape, rows: int) -> None:
+    device, work = stage.device, roofline.sample(model, rows)
+    scratch = SampleWorkspace.allocate(rows, model.vocab, device)
+    for label, top_k, top_p, temperature in (
+        ("greedy", 0, 1.0, 0.0),
+        ("free", 0, 1.0, 0.8),
+        ("top-k and top-p", 50, 0.9, 0.8),
+    ):
+        calls: list[Call] = []
+        for at in range(copies(work.bytes, stage.smoke)):
+            logits = (3 * torch.randn(rows, model.vocab, device=device)).to(stage.dtype)
+            row = torch.arange(rows, device=device)
+            settings = (
+                torch.full((rows,), temperature, device=device),
+                torch.full((rows,), top_k, dtype=torch.int32, device=device),
+                torch.full((rows,), top_p, device=device),
+                row + at,
+                row.int(),
+            )
+            out = torch.empty(rows, dtype=torch.int64, device=device)
+            calls.append(partial(sample, logits, *settings, workspace=scratch, out=out))
+        timed(stage, f"sample {model.name} {rows} rows {label}", calls, work)
+
+
+def _elementwise(stage: Stage, model: ModelShape, tokens: int) -> None:
+    device, dtype = stage.device, stage.dtype
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    makers: dict[str, tuple[Work, Callable[[], Call]]] = {}
+    weight = torch.ones(model.hidden, device=device, dtype=dtype)
+
+    def norm_call() -> Call:
+        x, residual, out = random(tokens, model.hidden), random(tokens, model.hidden), random(tokens, model.hidden)
+        return lambda: add_rms_norm(x, residual, weight, 1e-5, out=out)
+
+    def swiglu_call() -> Call:
+        gate_up, out = random(tokens, 2 * model.features), random(tokens, model.features)
+        return lambda: swiglu(gate_up, out=out)
+
+    def kv_write_call() -> Call:
+        fused = random(tokens, model.q_heads + 2 * model.kv_heads, model.head_dim)
+        kv = pool(-(-tokens // PAGE), model, dtype, device)
+        angles = torch.rand(tokens, model.head_dim // 2, device=device)
+        slots, at = torch.randperm(tokens, device=device), torch.arange(tokens, dtype=torch.int32, device=device)
+        q, k, v = fused[:, : model.q_heads], fused[:, model.q_heads : -model.kv_heads], fused[:, -model.kv_heads :]
+        return lambda: kv_write(q, k, v, at, slots, kv, cos=angles, sin=angles)
+
+    makers["norm"] = (roofline.norm(model, tokens), norm_call)
+    makers["swiglu"] = (roofline.swiglu(model, tokens), swiglu_call)
+    makers["kv_write"] = (roofline.kv_write(model, tokens), kv_write_call)
+    for name, (work, make) in makers.items():
+        timed(
+            stage,
+            f"{name} {model.name} {tokens} tokens",
+            [make() for _ in range(copies(work.bytes, stage.smoke))],
+            work,
+        )
+
+
+def _weight_only(stage: Stage, bits: int) -> None:
+    """The largest product of a 1.7B model's layer, for one row and for a batch of chats."""
+    outputs, inputs = stage.size(12_288, 96), stage.size(2048, 128)
+    for rows in (1, stage.size(64, 3)):
+        work = roofline.weight_only(outputs, inputs, rows, bits)
+        calls: list[Call] = []
+        for _ in range(copies(work.bytes, stage.smoke)):
+            weight = quantise(torch.randn(outputs, inputs, device=stage.device), bits)
+            x = torch.randn(rows, inputs, device=stage.device).to(stage.dtype)
+            out = torch.empty(rows, outputs, device=stage.device, dtype=stage.dtype)
+            calls.append(partial(weight_only, x, weight, out=out))
+        timed(stage, f"weight_only int{bits} {outputs} x {inputs}, {rows} rows", calls, work)
+
+
+def _span_mass(stage: Stage) -> None:
+    """Whole prompts in spans, as an explanation cuts them."""
+    model, device = MODELS["qwen3-1.7b"], stage.device
+    rows, kv_len, spans = stage.size(8, 1), stage.size(4096, 40), stage.size(64, 4)
+    work = roofline.span_mass(model, rows, kv_len, spans)
+    scratch = workspace(model, rows, kv_len, 0, device)
+    cuts = torch.linspace(0, kv_len, spans + 1, device=device).int().repeat(rows, 1)
+    ids, start, end = torch.arange(rows, device=device).int(), cuts[:, :-1].contiguous(), cuts[:, 1:].contiguous()
+    calls: list[Call] = []
+    for _ in range(copies(work.bytes, stage.smoke)):
+        q, step = queries(rows, model, stage), ragged(rows, 1, kv_len, device)
+        kv = pool(step.page_table.numel(), model, stage.dtype, device)
+        lse = torch.empty(q.shape[:2], device=device)
+        paged_attention(q, kv, step, out=torch.empty_like(q), workspace=scratch, lse=lse)
+        out = torch.empty(rows, model.kv_heads, spans, device=device)
+        calls.append(partial(span_mass, q, kv, step, lse, ids, start, end, out=out))
+    timed(stage, f"span_mass {rows} x {kv_len}, {spans} spans", calls, work)
