@@ -21,6 +21,7 @@ venv() { # NAME: an environment with the pinned packages of requirements/NAME.tx
 
 openvino() {
     venv openvino
+    "$folder/openvino/bin/pip" uninstall --quiet --yes torchvision # optimum-intel asks for it; it fails beside this torch
     for format in fp32 int8 int4; do
         target=$folder/models/openvino-$format
         [ -e "$target/openvino_model.xml" ] && continue

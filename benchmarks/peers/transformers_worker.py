@@ -41,7 +41,7 @@ class Transformers:
             found = self._model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
-                past_key_values=cache,
+                cache=cache,
                 num_beams=beams,
                 num_return_sequences=beams,
                 max_new_tokens=tokens,
