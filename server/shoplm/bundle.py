@@ -24,8 +24,9 @@ from typing import Any
 import msgspec
 from shoplm.errors import BundleError
 
-FORMAT = 2  # written; 2 has habits beside the count: `loyalty_weight`, `goes_with_weight` and their tables
-_READ = (1, 2)
+# Written. 2 has habits beside the count: `loyalty_weight`, `goes_with_weight` and their tables; 3 has `rebuy_weight`.
+FORMAT = 3
+_READ = (1, 2, 3)
 REQUIRED_FILES = ("items.parquet", "types.parquet", "weights.safetensors")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -49,13 +50,18 @@ class ScoreWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decay_days: float
     loyalty_weight: float = 0.0
     goes_with_weight: float = 0.0
+    rebuy_weight: float = 0.0
 
     @property
     def formula(self) -> str:
         """The score for people. Terms that are left out are not named."""
-        terms = [f"log p(item) + {self.repeat_weight:g} log(1 + own count, decay {self.decay_days:g} d)"]
+        terms = ["log p(item)"]
+        if self.repeat_weight:
+            terms.append(f"{self.repeat_weight:g} log(1 + own count, decay {self.decay_days:g} d)")
         if self.loyalty_weight:
             terms.append(f"{self.loyalty_weight:g} loyalty of own items")
+        if self.rebuy_weight:
+            terms.append(f"{self.rebuy_weight:g} log-odds that an own item is bought again")
         if self.goes_with_weight:
             terms.append(f"{self.goes_with_weight:g} strength of neighbours among own items")
         return " + ".join([*terms, f"{self.popularity_weight:g} log popularity"])
@@ -142,7 +148,7 @@ def read_manifest(folder: Path, *, verify: bool = True) -> ShopManifest:
         data = tomllib.loads(path.read_text("utf-8"))
         # First of all: a later format may have fields that this code does not know.
         if data.get("format", FORMAT) not in _READ:
-            known = " and ".join(map(str, _READ))
+            known = ", ".join(map(str, _READ))
             raise BundleError(f"{path}: bundle format {data['format']}, this server reads {known}; train it again")
         manifest = msgspec.convert(data, ShopManifest)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:

@@ -58,11 +58,14 @@ class Select(msgspec.Struct, frozen=True, tag=True):
     candidates: tuple[int, ...] | None = None  # item rows to score (Rank); None: search
     own_items: tuple[int, ...] = ()  # item rows the customer bought, from the untruncated history
     own_counts: tuple[float, ...] = ()  # time-decayed counts, aligned with own_items
+    own_terms: tuple[float, ...] = ()  # added to their scores, aligned with own_items; empty: nothing
     popularity_only: bool = False  # no history to read: score = popularity term alone, answered at level 0
 
     def __post_init__(self) -> None:
         if len(self.own_items) != len(self.own_counts):
             raise ValueError(f"own_items has {len(self.own_items)} rows but own_counts {len(self.own_counts)}")
+        if self.own_terms and len(self.own_items) != len(self.own_terms):
+            raise ValueError(f"own_items has {len(self.own_items)} rows but own_terms {len(self.own_terms)}")
 
 
 class Predict(msgspec.Struct, frozen=True, tag=True):

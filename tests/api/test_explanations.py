@@ -73,10 +73,11 @@ def test_an_effect_is_the_models_share_and_the_exact_change_of_the_count(serve_s
     own = next(each for each in items[item_id(2)].influences if each.item_id == item_id(2))
     for other in items[item_id(0)].influences:  # which was never bought
         assert other.effect == pytest.approx(other.model_effect, abs=1e-5)
-    # The tiny shop's decay is 30 days, its weight 6, and that of loyalty one half.
+    # The tiny shop's decay is 30 days, its weight 6, that of loyalty one half and that of buying again 1.5.
     count = sum(math.exp(-days / 30) for days in (56, 49, 42, 35, 28, 21, 14, 5))
     loyalty = -1 + 2 * 2 / (ITEMS - 1)
-    assert own.effect - own.model_effect == pytest.approx(6 * math.log1p(count) + 0.5 * loyalty, abs=1e-4)
+    again = 1.5 * (math.log1p(8) / 2 - 0.25)
+    assert own.effect - own.model_effect == pytest.approx(6 * math.log1p(count) + 0.5 * loyalty + again, abs=1e-4)
     assert own.text == f"Item 2, in 8 visits, last on 2017-12-27, raises it by {own.effect:.2f}"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from served_shop import Scripted, Serve
@@ -51,6 +53,7 @@ def test_the_repeat_term_gets_decayed_counts_of_all_purchases(serve_scripted: Se
     task = selection(scripted)
     assert task.own_items == (4, 6)  # what was only looked at does not count
     assert task.own_counts == pytest.approx((1 + 0.36787944, 0.13533528), rel=1e-5)  # exp(-age / 30 days)
+    assert task.own_terms == pytest.approx([1.5 * (math.log1p(visits) / 2 - 0.25) for visits in (2, 1)], rel=1e-5)
 
 
 def test_filters_reach_the_engine(serve_scripted: Serve) -> None:

@@ -23,6 +23,7 @@ from shoplm.bundle import (
 )
 from shoplm.features import FEATURE_NAMES, FEATURE_VERSION
 from shoplm.model.base import Base, resolve_base
+from shoplm.readout.rebuy import HISTORY_FEATURES, ITEM_FEATURES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 HIDDEN, LAYERS, HEADS, FEED_FORWARD, VOCABULARY, CONTEXT = 32, 2, 2, 48, 448, 2048
@@ -106,6 +107,7 @@ def write_bundle(folder: Path, base: Base, *, budget_tokens: int = 256) -> ShopM
             "neighbours.starts": np.arange(0, 2 * ITEMS + 1, 2, dtype=np.int32),
             "neighbours.items": ((np.arange(ITEMS)[:, None] + np.array([1, 2])) % ITEMS).ravel().astype(np.int32),
             "neighbours.strengths": np.tile(np.array([1.0, 0.5], np.float16), ITEMS),
+            **_rebuy(),
             "head.input_mean": np.zeros(features, np.float32),
             "head.input_scale": np.ones(features, np.float32),
             "head.weight": random.normal(0, 0.05, (outputs, HIDDEN + features)).astype(np.float32),
@@ -123,7 +125,7 @@ def write_bundle(folder: Path, base: Base, *, budget_tokens: int = 256) -> ShopM
         notice="Made for tests.",
         trained_until=DEMO_AS_OF.isoformat(),
         base=BaseReference(base.name, base.fingerprint, HIDDEN, VOCABULARY),
-        score=ScoreWeights(6.0, 0.5, 30.0, loyalty_weight=0.5, goes_with_weight=2.0),
+        score=ScoreWeights(6.0, 0.5, 30.0, loyalty_weight=0.5, goes_with_weight=2.0, rebuy_weight=1.5),
         prompt=PromptSchema(
             preamble="You help customers of a shop.",
             attributes=("age", "household"),
@@ -145,6 +147,20 @@ def write_bundle(folder: Path, base: Base, *, budget_tokens: int = 256) -> ShopM
 def item_id(row: int) -> str:
     """The id of the item in this catalogue row."""
     return f"item-{row:02d}"
+
+
+def _rebuy() -> dict[str, np.ndarray]:
+    """A net of one unit: the value of an own item is log(1 + visits with it) / 2 - 0.25."""
+    weight = np.zeros((1, len(HISTORY_FEATURES) + len(ITEM_FEATURES)), np.float32)
+    weight[0, HISTORY_FEATURES.index("log_visits")] = 1.0
+    return {
+        "rebuy.items": np.zeros((ITEMS, len(ITEM_FEATURES)), np.float32),
+        "rebuy.types": np.zeros(ITEMS, np.int32),
+        "rebuy.weight": weight,
+        "rebuy.bias": np.zeros(1, np.float32),
+        "rebuy.out": np.full(1, 0.5, np.float32),
+        "rebuy.out_bias": np.full(1, -0.25, np.float32),
+    }
 
 
 def _targets() -> tuple[HeadSpec, ...]:

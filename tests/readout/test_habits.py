@@ -42,6 +42,12 @@ def test_sources_are_the_owned_items_that_add_most() -> None:
     assert HabitTable(2.0).sources(2, (0,), (1.0,), 5) == []
 
 
+def test_terms_of_own_items_are_added_as_they_come() -> None:
+    plain, given = TABLE.of((1, 0, 1), (1.0, 3.0, 2.0)), TABLE.of((1, 0, 1), (1.0, 3.0, 2.0), (0.25, -4.0, 0.5))
+    np.testing.assert_allclose(given.repeat - plain.repeat, [-4.0, 0.75], rtol=1e-6)
+    assert np.array_equal(given.near, plain.near)
+
+
 def test_nothing_bought_has_no_terms() -> None:
     found = TABLE.of((), ())
     assert len(found.items) == len(found.near_items) == 0

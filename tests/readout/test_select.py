@@ -159,8 +159,9 @@ def test_lanes_are_beams_and_forced_items() -> None:
     assert deep.lanes(Select(5, 8, own_items=(1, 2), own_counts=(1.0, 1.0))) == 10 + len(few)
     assert deep.lanes(Select(5, 8, candidates=(4, 4, 9), own_items=(1,), own_counts=(1.0,))) == 2
     forced = deep.table.forced_items(own).tolist()
-    assert forced == sorted(forced) and set(range(4, 20)) <= set(forced)  # those of the largest counts
     habits = HABITS.of(own.own_items, own.own_counts)
+    likeliest = sorted(range(20), key=lambda item: -habits.repeat_of(np.array([item]))[0])[:16]
+    assert forced == sorted(forced) and set(likeliest) <= set(forced)  # those of the largest repeat terms
     weakest = min(habits.near_of(np.array([row for row in forced if row >= 20])))
     assert np.sort(habits.near)[-16] == weakest  # and of the largest goes-with terms
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from shoplm.readout.habits import HabitTable
+from shoplm.readout.rebuy import own_items
 from shoplm.training import pipeline
 from shoplm.training.baselines import frequency_ranking, popularity_ranking, tuned_count_weights
 from shoplm.training.evaluation import tuning_window
 from shoplm.training.habits import ShopHabits, neighbours, shop_habits
 from shoplm.training.log import ShopLog
+from shoplm.training.rebuying import fit_rebuy
 from shoplm.training.scoring import TOP, Weights, Window, tune, tune_goes_with
 from shoplm.training.shop import Shop
 
@@ -43,14 +47,16 @@ def test_a_ranking_is_the_sum_of_its_terms(shop: Shop, window: Window) -> None:
 def test_habits_rank_as_they_are_served(shop: Shop, window: Window) -> None:
     logits = torch.randn(len(window.examples), len(shop.items.row_item), generator=torch.Generator().manual_seed(0))
     habits = shop_habits(shop, shop.timeline.tuned_at, 0)
-    weights = Weights(0.5, 2.0, 0.3, 30.0, 0.7, 50.0)
-    known = Window(window.examples, shop.histories, window.popularity, habits)
+    weights = Weights(0.5, 2.0, 0.3, 30.0, 0.7, 50.0, 1.5, 0.4)
+    rebuy = fit_rebuy(shop, shop.bare_table(np.arange(len(shop.histories))), 0)
+    assert rebuy is not None
+    known = Window(window.examples, shop.histories, window.popularity, habits, rebuy)
     ranked, new = known.rank(weights, logits), known.rank(weights, logits, new_only=True)
     assert (ranked != known.rank(Weights(0.5, 2.0, 0.3, 30.0), logits)).any()
     table = HabitTable(2.0, 0.7, 50.0, habits.loyalty, habits.neighbours)
     for index in (0, 5, len(window.examples) - 1):
         history = shop.histories[int(window.examples.customer[index])].before(float(window.examples.moment[index]))
-        found = table.of(*history.own_counts(30.0))
+        found = table.of(*own_items(history, 30.0, replace(rebuy, out_bias=rebuy.out_bias + 0.4 / 1.5), 1.5))
         scores = (0.5 * logits[index].numpy() + 0.3 * shop.popularity()).astype(np.float32)
         found.add_to(scores)
         assert ranked[index].tolist() == np.argsort(-scores, kind="stable")[:TOP].tolist()

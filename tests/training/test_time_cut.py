@@ -25,7 +25,9 @@ from shoplm.training.habits import shop_habits
 from shoplm.training.labels import next_basket
 from shoplm.training.log import ShopLog
 from shoplm.training.ranker import RankerSettings
+from shoplm.training.rebuying import bundled_rebuy, fit_rebuy, item_features, rebuy_tensors
 from shoplm.training.samples import HiddenTable, Task, Use, samples_of
+from shoplm.training.scoring import Weights
 from shoplm.training.scratch import ScratchRun
 from shoplm.training.shop import Shop
 from shoplm.training.timeline import HORIZONS, make_timeline
@@ -98,8 +100,10 @@ def test_another_future_leaves_everything_that_is_fitted_as_it_is(shop: Shop) ->
     assert torch.equal(one.model.rows.bias, two.model.rows.bias)
     assert torch.equal(one.model.popularity, two.model.popularity)
     assert len(one.model.habits.neighbours.items) > 0
-    for name, tensor in one.model.habits.tensors().items():
-        assert torch.equal(tensor, two.model.habits.tensors()[name]), name
+    assert one.model.rebuy is not None and two.model.rebuy is not None
+    tensors = [{**each.model.habits.tensors(), **rebuy_tensors(each.model.rebuy)} for each in (one, two)]
+    for name, tensor in tensors[0].items():
+        assert torch.equal(tensor, tensors[1][name]), name
     assert one.model.predictor is not None and two.model.predictor is not None
     assert len(one.model.predictor.specs) >= 8
     assert one.model.predictor.specs == two.model.predictor.specs
@@ -118,6 +122,8 @@ def test_another_past_changes_what_is_fitted(shop: Shop) -> None:
     assert not torch.equal(one.model.rows.rows, two.model.rows.rows)
     for name in ("loyalty", "neighbours.strengths"):
         assert not np.array_equal(one.model.habits.tensors()[name], two.model.habits.tensors()[name])
+    nets = [fit_rebuy(each, states(each), 3) for each in (shop, pipeline.prepare(other))]
+    assert nets[0] is not None and nets[1] is not None and not np.array_equal(nets[0].weight, nets[1].weight)
     assert one.model.predictor is not None and two.model.predictor is not None
     assert one.model.predictor.specs != two.model.predictor.specs
 
@@ -182,6 +188,23 @@ def test_habits_are_those_before_their_moment(shop: Shop) -> None:
     for name, tensor in one.items():
         assert torch.equal(tensor, two[name])
     assert not torch.equal(one["loyalty"], later["loyalty"])
+    assert np.array_equal(item_features(shop, until), item_features(known, until))
+    assert not np.array_equal(item_features(shop, until), item_features(shop, shop.timeline.test_at))
+
+
+def test_the_net_of_own_items_is_fitted_on_baskets_before_the_tuning_window(shop: Shop) -> None:
+    until, cuts = shop.timeline.tuned_at, shop.timeline.cutoffs
+    past = dataclasses.replace(shop.log, events=shop.log.events.filter(pl.col("time") < until))
+    known = dataclasses.replace(shop, log=past, histories=pipeline.Histories(past, shop.items, cuts))
+    one, two = (fit_rebuy(each, shop.bare_table(np.arange(len(shop.histories))), 0) for each in (shop, known))
+    assert one is not None and two is not None
+    weights = Weights(1.0, 0.0, 0.0, 30.0, rebuy=2.0, own=3.0)
+    for name, tensor in rebuy_tensors(one).items():
+        assert torch.equal(tensor, rebuy_tensors(two)[name]), name
+    served = bundled_rebuy(shop, one, weights)
+    assert served is not None and served.out_bias == pytest.approx(one.out_bias + 1.5)
+    assert np.array_equal(served.items, item_features(shop, shop.timeline.test_at))
+    assert bundled_rebuy(shop, one, dataclasses.replace(weights, rebuy=0.0)) is None
 
 
 def test_a_visit_across_a_cut_is_seen_only_up_to_it(tiny_shop_log: ShopLog) -> None:

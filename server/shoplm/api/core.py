@@ -23,6 +23,7 @@ from shoplm.logs import request_id
 from shoplm.metrics import Metrics
 from shoplm.model.origin import Origin
 from shoplm.prompt import Prefix
+from shoplm.readout.rebuy import OwnItems
 from shoplm.request import Degradation, FinishedOutput, ReadyOutput, Request, Service, Task, TokensOutput
 from shoplm.v1 import shop_pb2
 
@@ -73,15 +74,9 @@ class Core:
         return Memo(lambda history: tuple(dense_features(history, prices).tolist()), lambda history: history)
 
     @cached_property
-    def own_items(self) -> Memo[History, tuple[tuple[int, ...], tuple[float, ...]]]:
-        """Rows of the items that a customer bought, and their decayed counts."""
-        decay_days = self.shop().manifest.score.decay_days
-
-        def own(history: History) -> tuple[tuple[int, ...], tuple[float, ...]]:
-            rows, counts = history.own_counts(decay_days)
-            return tuple(rows.tolist()), tuple(counts.tolist())
-
-        return Memo(own, lambda history: history)
+    def own_items(self) -> Memo[History, OwnItems]:
+        """What scores read of the customer's purchases."""
+        return Memo(self.shop().own_items, lambda history: history)
 
     def shop(self) -> Shop:
         """The bundle. Raises NotServingError without one."""

@@ -127,7 +127,7 @@ class Explainer:
     def _habit_terms(self, history: History, rows: Sequence[int]) -> Floats:
         """What the score of each item has beside the model's term that depends on the history."""
         shop = self._core.shop()
-        return shop.habits.beside(history, rows, shop.manifest.score.decay_days).astype(np.float64)
+        return shop.habits.beside(shop.own_items(history), rows).astype(np.float64)
 
     async def _read(self, asked: Asked, forks: Forks, reads: ItemScores | HeadValues) -> tuple[Floats | None, int]:
         """What each fork read, and tokens; None where the caller is better off without."""

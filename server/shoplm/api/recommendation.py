@@ -38,15 +38,16 @@ class RecommendationService(RecommendationServiceServicer):
         excluded = excluded_rows(request.filter, shop.catalog, history, config, violations, warnings)
         violations.raise_if_any()
         count = min(request.count or DEFAULT_COUNT, len(shop.catalog))
-        own_items, own_counts = self._core.own_items(history)
+        own = self._core.own_items(history)
         select = Select(
             count=count,
             # A search narrower than its answer could not fill it.
             beam_width=min(max(request.beam_width or config.default_beam_width, count), config.max_beam_width),
             item_filter=item_filter,
             exclude_items=excluded,
-            own_items=own_items,
-            own_counts=own_counts,
+            own_items=own.items,
+            own_counts=own.counts,
+            own_terms=own.terms,
             popularity_only=len(history) == 0,
         )
         work, finished, selected = await self._select(
@@ -80,13 +81,14 @@ class RecommendationService(RecommendationServiceServicer):
             return pb.RankResponse(
                 model=self._core.served.model_version, usage=Usage(), warnings=self._core.warned(_SERVICE, warnings)
             )
-        own_items, own_counts = self._core.own_items(history)
+        own = self._core.own_items(history)
         select = Select(
             count=len(candidates),
             beam_width=0,
             candidates=candidates,
-            own_items=own_items,
-            own_counts=own_counts,
+            own_items=own.items,
+            own_counts=own.counts,
+            own_terms=own.terms,
             popularity_only=len(history) == 0,
         )
         work, finished, selected = await self._select(select, history, context, warnings)

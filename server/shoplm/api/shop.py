@@ -17,11 +17,13 @@ from shoplm.catalog.items import Catalog, read_catalog
 from shoplm.errors import BundleError
 from shoplm.features import FEATURE_VERSION
 from shoplm.grounding import Grounding
+from shoplm.history import History
 from shoplm.model.base import Base
 from shoplm.model.chat_template import ChatTemplate
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.prompt import PromptBuilder
 from shoplm.readout.habits import HabitTable, load_habits
+from shoplm.readout.rebuy import OwnItems, Rebuy, load_rebuy, own_items
 from shoplm.readout.targets import check_spec
 from shoplm.retrieval import Knowledge, read_knowledge
 from shoplm.v1 import shop_pb2
@@ -40,6 +42,12 @@ class Shop:
     grounding: Grounding
     feature_means: NDArray[np.float32]  # [F]: the dense features of an average customer; empty without heads
     habits: HabitTable
+    rebuy: Rebuy | None
+
+    def own_items(self, history: History) -> OwnItems:
+        """What scores read of the customer's purchases."""
+        score = self.manifest.score
+        return own_items(history, score.decay_days, self.rebuy, score.rebuy_weight)
 
     @property
     def targets(self) -> tuple[HeadSpec, ...]:
@@ -103,6 +111,7 @@ def load_served(base: Base, bundle: Path | None, *, verify: bool = True) -> Serv
         Grounding(knowledge, catalog, manifest.currency, manifest.score.decay_days),
         _read_weights(bundle, "head.input_mean") if manifest.targets else np.zeros(0, np.float32),
         load_habits(bundle, manifest),
+        load_rebuy(bundle, manifest),
     )
     return Served(base, tokenizer, PromptBuilder(tokenizer, template, manifest.prompt, vocabulary, codes), shop)
 

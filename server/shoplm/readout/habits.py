@@ -2,11 +2,12 @@
 
 Both are sums over the customer's own items j with decayed counts c_j, so they are exact reasons of a score:
 
-    repeat(i)    = repeat_weight * log(1 + c_i) + loyalty_weight * loyalty_i             for own items, else 0
+    repeat(i)    = repeat_weight * log(1 + c_i) + loyalty_weight * loyalty_i + own_i     for own items, else 0
     goes_with(i) = goes_with_weight * sum_j s_ji log(1 + c_j) / sum_j log(1 + c_j)       for other items, else 0
 
 `loyalty_i` says how readily the shop's customers buy the item again, and `s_ji` how much of an item's customers the
-neighbour i draws (`Neighbours`). What the customer buys already is scored by its own count alone. numpy only.
+neighbour i draws (`Neighbours`). `own_i` comes with the item: what the whole history says of it
+(`shoplm.readout.rebuy`). What the customer buys already is scored by itself alone. numpy only.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from shoplm.bundle import ScoreWeights, ShopManifest
 from shoplm.errors import BundleError
-from shoplm.history import History
+from shoplm.readout.rebuy import OwnItems
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -118,6 +119,10 @@ class Habits:
         """All items with a term, each once, and the terms."""
         return np.concatenate((self.items, self.near_items)), np.concatenate((self.repeat, self.near))
 
+    def strongest_repeat(self, count: int) -> Integers:
+        """At most `count` own items of the largest repeat terms."""
+        return self.items[np.argsort(-self.repeat, kind="stable")[:count]]
+
     def strongest_near(self, count: int) -> Integers:
         """At most `count` items of the largest goes-with terms."""
         return self.near_items[np.argsort(-self.near, kind="stable")[:count]]
@@ -155,22 +160,25 @@ class HabitTable:
         if self.neighbours is not None and len(self.neighbours) != items:
             raise ValueError(f"neighbours are of {len(self.neighbours)} items, expected {items}")
 
-    def of(self, items: Rows, counts: Counts) -> Habits:
-        """The terms of a customer who owns `items`, by their decayed `counts`; those of an item that is listed twice
-        are added."""
+    def of(self, items: Rows, counts: Counts, terms: Counts = ()) -> Habits:
+        """The terms of a customer who owns `items`, by their decayed `counts`, with the items' own `terms` added (none
+        where there are none); counts and terms of an item that is listed twice are added."""
         own, amounts = _amounts(items, counts)
         repeat = self.repeat_weight * amounts
         if self.loyalty is not None:
             repeat = repeat + self.loyalty_weight * self.loyalty[own]
+        if len(terms):
+            at = np.searchsorted(own, np.asarray(items, np.int64))
+            repeat = repeat + np.bincount(at, weights=np.asarray(terms, np.float64), minlength=len(own))
         near_items, near = np.zeros(0, np.int64), np.zeros(0, np.float32)
         if self.neighbours is not None and self.goes_with_weight:
             near_items, near = self.neighbours.near(own, amounts)
             near = (self.goes_with_weight * near).astype(np.float32)
         return Habits(own, repeat.astype(np.float32), near_items, near)
 
-    def beside(self, history: History, rows: Sequence[int], decay_days: float) -> Floats:
-        """Both terms of each of these items for a customer with this history, added."""
-        habits, wanted = self.of(*history.own_counts(decay_days)), np.asarray(rows, np.int64)
+    def beside(self, own: OwnItems, rows: Sequence[int]) -> Floats:
+        """Both terms of each of these items for a customer who owns `own`, added."""
+        habits, wanted = self.of(*own), np.asarray(rows, np.int64)
         return habits.repeat_of(wanted) + habits.near_of(wanted)
 
     def sources(self, item: int, items: Rows, counts: Counts, count: int) -> list[int]:

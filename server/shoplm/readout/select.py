@@ -6,9 +6,9 @@ over the children that exist; filters come after it, so a score does not depend 
 by item row.
 
 With codes of one token, the last hidden state of the prompt scores all items at once. With longer codes it is a beam
-search; the items that the customer owns most of, and those that go best with them, ride along in lanes of their own, so
-that the search cannot lose them before their terms are added, and given candidates are such lanes alone. The last level
-is cut by the whole score.
+search; the own items that are likeliest to be bought again, and those that go best with the own ones, ride along in
+lanes of their own, so that the search cannot lose them before their terms are added, and given candidates are such
+lanes alone. The last level is cut by the whole score.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class SelectTable:
     habits: HabitTable
     popularity_weight: float
     filters: ItemFilters
-    own_lanes: int = 16  # owned items that ride along in a beam search: those of the largest counts
+    own_lanes: int = 16  # owned items that ride along in a beam search: those of the largest repeat terms
     near_lanes: int = 16  # items that go with the owned ones and ride along: those of the largest terms
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class SelectTable:
 
     def habits_of(self, select: Select) -> Habits:
         """The terms that come from what the customer bought."""
-        return self.habits.of(select.own_items, select.own_counts)
+        return self.habits.of(select.own_items, select.own_counts, select.own_terms)
 
     def width(self, select: Select) -> int:
         """Beams of a search; candidates need none."""
@@ -57,8 +57,7 @@ class SelectTable:
         """Items whose codes are followed whatever the beams do, ascending and each once."""
         if select.candidates is not None:
             return np.unique(np.asarray(select.candidates, np.int64))
-        items, index = np.unique(np.asarray(select.own_items, np.int64), return_inverse=True)
-        counts = np.bincount(index, weights=np.asarray(select.own_counts, np.float64), minlength=len(items))
-        own = items[np.argsort(-counts, kind="stable")[: self.own_lanes]]
         # Neither a repeat nor a neighbour may be lost before its term is added. The two have no item in common.
-        return np.sort(np.concatenate((own, self.habits_of(select).strongest_near(self.near_lanes))))
+        habits = self.habits_of(select)
+        forced = (habits.strongest_repeat(self.own_lanes), habits.strongest_near(self.near_lanes))
+        return np.sort(np.concatenate(forced))

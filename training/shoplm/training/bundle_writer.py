@@ -33,6 +33,7 @@ from shoplm.model.origin import Origin
 from shoplm.training.html_report import render_report
 from shoplm.training.model import Model
 from shoplm.training.pipeline import write_items
+from shoplm.training.rebuying import rebuy_tensors
 from shoplm.training.report import Report
 from shoplm.training.shop import Shop
 from shoplm.training.watch import Watch
@@ -203,6 +204,8 @@ def _write_weights(path: Path, model: Model, input_rows: torch.Tensor | None) ->
         "popularity": model.popularity.float().contiguous(),
     }
     tensors |= model.habits.tensors()
+    if model.rebuy is not None:
+        tensors |= rebuy_tensors(model.rebuy)
     if input_rows is not None:
         tensors["input_rows"] = input_rows.contiguous()
     if model.predictor is not None:

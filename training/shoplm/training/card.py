@@ -114,6 +114,12 @@ def _model(base: Base, schema: PromptSchema, weights: Weights, hidden_scales: di
         f"score = {weights.score().formula}. Loyalty is the log-odds that a purchase of the item comes again; "
         "neighbours are items of the same customers (ridge regression) and score what the customer has not bought yet.",
     ]
+    if weights.rebuy:
+        lines.append(
+            "The log-odds that an own item is bought again are a small net's, fitted on next baskets: how often, how "
+            "lately and since when the item and its product type were bought, how the customer shops, and what the "
+            "shop's customers do with the item."
+        )
     if kept:
         lines.append(
             "Behaviour heads read the dense features of the whole history, through small nets where the log is long "
@@ -131,8 +137,9 @@ def _origin(base: Base, schema: PromptSchema) -> Origin:
 def _privacy() -> str:
     return (
         "## Privacy\n\n"
-        "Not trained with differential privacy. The weights hold item rows, a popularity and a loyalty per item, its "
-        "neighbours and heads, all fitted on customers' baskets without noise; no formal bound on what they reveal "
-        "about one customer is claimed. The demo customers' events are in the bundle as they are: leave them out "
-        "(`--demo-customers 0`) for a shop whose customers have not agreed to that."
+        "Not trained with differential privacy. The weights hold item rows, a popularity, a loyalty and a usual gap "
+        "between purchases per item, its neighbours, a small net and heads, all fitted on customers' baskets without "
+        "noise; no formal bound on what they reveal about one customer is claimed. The demo customers' events are in "
+        "the bundle as they are: leave them out (`--demo-customers 0`) for a shop whose customers have not agreed to "
+        "that."
     )

@@ -25,6 +25,7 @@ from shoplm.model.weights import DecoderWeights
 from shoplm.prompt import Prefix, PromptBuilder
 from shoplm.readout.answers import score_of
 from shoplm.readout.habits import HabitTable
+from shoplm.readout.rebuy import OwnItems, Rebuy, own_items
 from shoplm.request import (
     Explain,
     FailedOutput,
@@ -98,10 +99,15 @@ class Measured:
     catalog: Catalog
     manifest: ShopManifest
     habits: HabitTable
+    rebuy: Rebuy | None
 
     def other(self, history: History, rows: Sequence[int]) -> Floats:
         """What a score has beside the model's term that depends on the history."""
-        return self.habits.beside(history, rows, self.manifest.score.decay_days).astype(np.float64)
+        return self.habits.beside(self.own_items(history), rows).astype(np.float64)
+
+    def own_items(self, history: History) -> OwnItems:
+        score = self.manifest.score
+        return own_items(history, score.decay_days, self.rebuy, score.rebuy_weight)
 
     def features(self, history: History) -> tuple[float, ...]:
         return tuple(dense_features(history, self.catalog.prices).tolist())
@@ -147,6 +153,7 @@ def measure_explanations(
     shop: Shop,
     manifest: ShopManifest,
     habits: HabitTable,
+    rebuy: Rebuy | None,
     catalog: Catalog,
     builder: PromptBuilder,
     backend: Backend,
@@ -158,7 +165,7 @@ def measure_explanations(
 ) -> ExplanationResult:
     """Of customers drawn at random, seen from the moment when the test begins. `backend` serves the bundle, and
     `randomised` the same with weights that `shuffled` gave it."""
-    measured = Measured(Asker(backend), Asker(randomised), builder, catalog, manifest, habits)
+    measured = Measured(Asker(backend), Asker(randomised), builder, catalog, manifest, habits, rebuy)
     generator = np.random.default_rng(seed)
     found, done = _Found(predictions={spec.label: [] for spec in _targets(manifest)}), 0
     for history in _histories(shop, generator):
@@ -195,8 +202,8 @@ def _targets(manifest: ShopManifest) -> tuple[HeadSpec, ...]:
 def _measure(measured: Measured, history: History, generator: np.random.Generator, found: _Found) -> bool:
     """One customer; False where no part of the history can be told apart."""
     prefix = measured.builder.prefix(history)
-    own, counts = history.own_counts(measured.manifest.score.decay_days)
-    select = Select(ITEMS, ITEMS, own_items=tuple(own.tolist()), own_counts=tuple(counts.tolist()))
+    own = measured.own_items(history)
+    select = Select(ITEMS, ITEMS, own_items=own.items, own_counts=own.counts, own_terms=own.terms)
     selected = measured.asker.ask([(measured.builder.recommend(prefix, history), select)])[0].selected
     assert selected is not None
     rows = selected.items

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from shoplm.readout.rebuy import Rebuy
 from shoplm.training.habits import ShopHabits
 from shoplm.training.predictions import Predictor
 from shoplm.training.ranker import OutputRows
@@ -19,4 +20,5 @@ class Model:
     popularity: torch.Tensor  # [items] natural logs
     weights: Weights  # model = 1: the rows are what is stored
     habits: ShopHabits
+    rebuy: Rebuy | None
     predictor: Predictor | None

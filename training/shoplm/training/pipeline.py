@@ -28,6 +28,7 @@ from shoplm.training.model import Model
 from shoplm.training.predictions import Predictor, Windows, at_moments, fit_behaviour, observe, shifted, weekly_rows
 from shoplm.training.ranker import OutputRows, RankerSettings, fit_ranker
 from shoplm.training.reader import Reader, make_reader
+from shoplm.training.rebuying import bundled_rebuy, fit_rebuy
 from shoplm.training.samples import HiddenTable, Task, Use
 from shoplm.training.scoring import Weights, tune, tune_goes_with
 from shoplm.training.shop import Shop
@@ -36,6 +37,8 @@ from shoplm.training.watch import LOSS, NDCG, Watch
 
 # The likeliest weight of counting spreads chances over all that customers may buy; ranking ten items well takes more.
 _REPEAT_FACTORS = (1.0, 2.0, 3.0, 4.0)
+# A value of the net is below 0 for most own items, yet they lead most lists, which are of ten.
+_START = Weights(model=0.2, repeat=0.0, popularity=0.0, decay_days=120.0, rebuy=1.0, own=8.0)
 ROWS_STAGE = "output rows"
 HIDDEN_SHARE = 0.7  # of the minutes, for hidden states; the rest fits and measures
 
@@ -144,7 +147,9 @@ def fit(
     [rows, H] are the input embeddings of the catalogue's items."""
     popularity = torch.from_numpy(shop.popularity())
     watch.say("finding what is bought again and together")
-    window = tuning_window(shop, table, popularity, seed, shop_habits(shop, shop.timeline.tuned_at, seed))
+    rebuy = fit_rebuy(shop, shop.bare_table(np.unique(table.customer)), seed)
+    habits = shop_habits(shop, shop.timeline.tuned_at, seed)
+    window = tuning_window(shop, table, popularity, seed, habits, rebuy)
     watch.say("tuning the weights of counting and popularity")
     count = tune(window, None, Weights(model=0.0, repeat=1.0, popularity=0.05, decay_days=120.0))
     examples = ranking_examples(
@@ -187,7 +192,8 @@ def fit(
     )
     watch.say("tuning the score's weights")
     logits = rows.logits(states)
-    starts = [Weights(1.0, repeat, 0.0, count.decay_days), replace(count, model=0.0)]
+    start = Weights(1.0, repeat, 0.0, count.decay_days) if rebuy is None else _START
+    starts = [start, replace(count, model=0.0)]
     tuned = (tune(window, logits, start, habits=True) for start in starts)
     best = tune_goes_with(window, logits, max(tuned, key=lambda found: window.ndcg(found, logits)))
     centre = hidden.mean(0) if len(hidden) else torch.zeros(hidden.shape[1])
@@ -195,7 +201,8 @@ def fit(
     watch.say("fitting prediction heads")
     predictor = fit_predictor(shop, table, seed)
     habits = shop_habits(shop, shop.timeline.test_at, seed)
-    model = Model(stored, popularity, replace(best, model=1.0), habits, predictor)
+    rebuy = bundled_rebuy(shop, rebuy, best)
+    model = Model(stored, popularity, replace(best, model=1.0, own=0.0), habits, rebuy, predictor)
     return Fitted(model, len(examples), predictor.hidden_scales if predictor is not None else {})
 
 

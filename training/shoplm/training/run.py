@@ -20,6 +20,7 @@ from shoplm.errors import BundleError, ConfigurationError
 from shoplm.features import FEATURE_VERSION
 from shoplm.model.base import Base, bundle_base, resolve_base
 from shoplm.model.origin import Origin
+from shoplm.readout.rebuy import load_rebuy
 from shoplm.training import pipeline
 from shoplm.training.adapt.kept import measure_adapter
 from shoplm.training.bundle_writer import Identity, choose_demo_customers, moment_text, write_bundle
@@ -285,6 +286,7 @@ def explain_bundle(
         shop,
         served.shop.manifest,
         served.shop.habits,
+        served.shop.rebuy,
         served.shop.catalog,
         served.prompts,
         load_backend(spec),
@@ -322,8 +324,16 @@ def read_model(folder: Path, manifest: ShopManifest) -> Model:
         score.decay_days,
         score.loyalty_weight,
         score.goes_with_weight,
+        score.rebuy_weight,
     )
-    return Model(rows, tensors["popularity"].float(), weights, read_habits(score, tensors), predictor)
+    return Model(
+        rows,
+        tensors["popularity"].float(),
+        weights,
+        read_habits(score, tensors),
+        load_rebuy(folder, manifest),
+        predictor,
+    )
 
 
 def _check_base(manifest: ShopManifest, base: Base, folder: Path) -> None:

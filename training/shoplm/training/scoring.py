@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from shoplm.bundle import ScoreWeights
+from shoplm.readout.rebuy import Rebuy
 from shoplm.training.examples import Examples, Sparse
 from shoplm.training.habits import ShopHabits
 from shoplm.training.histories import Histories
@@ -21,6 +22,8 @@ REPEAT_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 13.0, 16.0)
 POPULARITY_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 MODEL_WEIGHTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)
 LOYALTY_WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0)  # in units of the weight of counting
+REBUY_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
+OWN_NATS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.0)
 GOES_WITH_WEIGHTS = (0.0, 25.0, 50.0, 100.0, 200.0, 400.0, 800.0, 1600.0, 3200.0)
 _LEAST_KEPT = 0.998  # of the NDCG, when the weight of neighbours is chosen by what is found among new items
 _CHUNK = 512
@@ -36,22 +39,31 @@ class Weights:
     decay_days: float
     loyalty: float = 0.0
     goes_with: float = 0.0
+    rebuy: float = 0.0
+    own: float = 0.0  # nats for every own item, where `rebuy` counts; goes into its net when the bundle is written
 
     def score(self) -> ScoreWeights:
-        return ScoreWeights(self.repeat, self.popularity, self.decay_days, self.loyalty, self.goes_with)
+        return ScoreWeights(self.repeat, self.popularity, self.decay_days, self.loyalty, self.goes_with, self.rebuy)
 
 
 class Window:
     """Examples of one window, with own counts at every decay, ready to be ranked with any weights."""
 
     def __init__(
-        self, examples: Examples, histories: Histories, popularity: Tensor, habits: ShopHabits | None = None
+        self,
+        examples: Examples,
+        histories: Histories,
+        popularity: Tensor,
+        habits: ShopHabits | None = None,
+        rebuy: Rebuy | None = None,
     ) -> None:
-        """`popularity` [items]: natural logs. Without `habits`, their weights must be 0."""
+        """`popularity` [items]: natural logs. Without `habits` or `rebuy`, their weights must be 0."""
         self.examples = examples
         self.popularity = popularity
         self._histories = histories
         self._habits = habits
+        self._rebuy = rebuy
+        self._again: Sparse | None = None
         self._owned: dict[float, Sparse] = {}
         self._near: tuple[float, Sparse] | None = None
         self._baskets = Baskets(examples.basket_list(), examples.owned_list())
@@ -83,6 +95,24 @@ class Window:
             self._near = decay_days, Sparse.of(rows, values)
         return self._near[1]
 
+    @property
+    def tells_rebuying(self) -> bool:
+        """Whether `rebuy` may have a weight."""
+        return self._rebuy is not None
+
+    def again(self) -> Sparse:
+        """Values of own items, as the net gives them."""
+        if self._rebuy is None:
+            raise ValueError("buying again has a weight, but the window has no net")
+        if self._again is None:
+            rows, values = [], []
+            for customer, moment in zip(self.examples.customer, self.examples.moment, strict=True):
+                history = self._histories[int(customer)].before(float(moment))
+                rows.append(history.own_counts(1.0)[0])
+                values.append(self._rebuy.values(history))
+            self._again = Sparse.of(rows, values)
+        return self._again
+
     def rank(self, weights: Weights, logits: Tensor | None, *, new_only: bool = False) -> NDArray[np.int64]:
         """[N, k] best rows; ties go to the lower row, as in serving. `logits` [N, items] are the model's. `new_only`
         leaves out what the customer has bought before."""
@@ -101,6 +131,9 @@ class Window:
                 if self._habits is None:
                     raise ValueError("loyalty has a weight, but the window has no habits")
                 scores[at, column] += weights.loyalty * torch.from_numpy(self._habits.loyalty)[column]
+            if weights.rebuy:
+                at, column, value = self.again().select(chunk)
+                scores[at, column] += weights.rebuy * value + weights.own
             if weights.goes_with:
                 self._add_near(scores, weights, chunk)
             if new_only:
@@ -143,13 +176,13 @@ def chunks(count: int, size: int) -> Iterator[NDArray[np.intp]]:
 def tune(window: Window, logits: Tensor | None, start: Weights, *, habits: bool = False) -> Weights:
     """Weights that maximise NDCG on the window, by coordinate ascent over the grids from `start`.
 
-    With `logits` None only counting and popularity are tuned, with `habits` loyalty, too. Never worse on the window
-    than `start`.
+    With `logits` None only counting and popularity are tuned, with `habits` loyalty and buying again, too. Never worse
+    on the window than `start`.
     """
     best, best_quality = start, window.ndcg(start, logits)
     while len(window.examples):
         before = best
-        for name, grid in _grids(best, logits is not None, habits):
+        for name, grid in _grids(best, logits is not None, habits, habits and window.tells_rebuying):
             for value in grid:
                 candidate = replace(best, **{name: value})
                 quality = window.ndcg(candidate, logits)
@@ -182,10 +215,14 @@ def tune_goes_with(window: Window, logits: Tensor | None, found: Weights) -> Wei
     return best
 
 
-def _grids(weights: Weights, with_model: bool, with_habits: bool) -> Sequence[tuple[str, Sequence[float]]]:
+def _grids(
+    weights: Weights, with_model: bool, with_habits: bool, with_rebuy: bool
+) -> Sequence[tuple[str, Sequence[float]]]:
     grids: list[tuple[str, Sequence[float]]] = [("decay_days", DECAYS)]
     if with_habits:
         grids.append(("loyalty", [weights.repeat * value for value in LOYALTY_WEIGHTS]))
+    if with_rebuy:
+        grids += [("rebuy", REBUY_WEIGHTS), ("own", OWN_NATS)]
     if with_model:
         return [("repeat", REPEAT_WEIGHTS), ("popularity", POPULARITY_WEIGHTS), ("model", MODEL_WEIGHTS), *grids]
     # Only the ratio matters without a model: the weight of counting stays.

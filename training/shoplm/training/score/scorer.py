@@ -73,14 +73,15 @@ class Scorer:
         return frame.with_columns(moment.dt.replace_time_zone("UTC").alias("as_of"))
 
     async def _answer(self, question: Question, history: History) -> dict[str, object]:
-        prompts, manifest = self.served.prompts, self.shop.manifest
+        prompts = self.served.prompts
         prefix = prompts.prefix(history)
-        rows, counts = history.own_counts(manifest.score.decay_days)
+        own = self.shop.own_items(history)
         select = Select(
             count=min(self.count, len(self.shop.catalog)),
             beam_width=max(self.beam_width, min(self.count, len(self.shop.catalog))),
-            own_items=tuple(rows.tolist()),
-            own_counts=tuple(counts.tolist()),
+            own_items=own.items,
+            own_counts=own.counts,
+            own_terms=own.terms,
             popularity_only=len(history) == 0,
         )
         asked: list[tuple[Service, tuple[int, ...], Task]] = [
