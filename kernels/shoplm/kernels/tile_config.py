@@ -133,7 +133,7 @@ _TILES: dict[int, dict[int, dict[tuple[int, bool], TileConfig]]] = {
     100: {
         _TOKEN: {
             (64, False): TileConfig(16, 64, 4, 3),
-            (64, True): TileConfig(16, 64, 4, 2),
+            (64, True): TileConfig(16, 32, 4, 2),
             (128, False): TileConfig(16, 64, 4, 3),
             (128, True): TileConfig(16, 64, 4, 2),
             (256, False): TileConfig(16, 32, 4, 3),
@@ -141,17 +141,18 @@ _TILES: dict[int, dict[int, dict[tuple[int, bool], TileConfig]]] = {
         },
         _NARROW: {
             (64, False): TileConfig(64, 64, 4, 3),
-            (64, True): TileConfig(64, 64, 4, 2),
+            (64, True): TileConfig(64, 32, 4, 3),
             (128, False): TileConfig(64, 64, 4, 3),
+            (96, True): TileConfig(64, 64, 4, 2),
             (128, True): TileConfig(64, 64, 4, 3),
             (256, False): TileConfig(64, 64, 8, 3),
             (256, True): TileConfig(64, 64, 8, 3),
         },
         _WIDE: {
             (64, False): TileConfig(128, 64, 8, 2),
-            (64, True): TileConfig(128, 32, 8, 3),
+            (64, True): TileConfig(128, 32, 8, 2),
             (128, False): TileConfig(128, 64, 8, 3),
-            (128, True): TileConfig(128, 64, 8, 3),
+            (128, True): TileConfig(128, 32, 8, 3),
             (256, False): TileConfig(64, 64, 8, 2),
             (256, True): TileConfig(64, 64, 8, 2),
         },
