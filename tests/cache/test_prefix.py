@@ -55,6 +55,22 @@ def test_only_whole_pages_within_the_limit_are_shared() -> None:
         release(tree, found)
 
 
+def test_what_was_matched_is_looked_at_again_only_if_it_has_gone() -> None:
+    tree, _ = make_tree(8)
+    tokens = list(range(16))
+    release(tree, write(tree, tokens[:8]))
+    known = tree.match("root", tokens, 16)
+    assert len(known) == 2
+    chain = write(tree, tokens)  # two pages more, behind those that were known
+    assert tree.acquire("root", tokens, 16, known) == chain[:4]
+    for _ in range(2):
+        release(tree, chain)
+    tree.clear()
+    assert tree.acquire("root", tokens, 16, known) == []
+    again = write(tree, tokens[:4])
+    assert tree.acquire("root", tokens, 16, known) == again != known[:1]
+
+
 def test_a_fork_shares_the_common_pages_and_nothing_else() -> None:
     tree, pool = make_tree(8)
     one = write(tree, [*range(8), 8, 8, 8, 8])

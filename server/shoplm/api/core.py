@@ -23,6 +23,7 @@ from shoplm.logs import request_id
 from shoplm.metrics import Metrics
 from shoplm.model.origin import Origin
 from shoplm.prompt import Prefix
+from shoplm.readout.answers import last_purchase
 from shoplm.readout.rebuy import OwnItems
 from shoplm.request import Degradation, FinishedOutput, ReadyOutput, Request, Service, Task, TokensOutput
 from shoplm.v1 import shop_pb2
@@ -72,6 +73,11 @@ class Core:
         """What the heads read beside the hidden state. Raises NotServingError without a bundle."""
         prices = self.shop().catalog.prices
         return Memo(lambda history: tuple(dense_features(history, prices).tolist()), lambda history: history)
+
+    @cached_property
+    def last_purchase(self) -> Memo[History, float]:
+        """When a customer last bought, in Unix seconds; the same at every moment after the last event."""
+        return Memo(last_purchase, lambda history: history.time)
 
     @cached_property
     def own_items(self) -> Memo[History, OwnItems]:

@@ -9,7 +9,7 @@ from shoplm.api.explanations import Asked, Explainer, Explanation
 from shoplm.api.validation import Violations, quote
 from shoplm.api.warnings import Warnings
 from shoplm.bundle import HeadSpec
-from shoplm.readout.answers import applies, reader, seconds_since_purchase
+from shoplm.readout.answers import applies, reader
 from shoplm.request import Predict, Service
 from shoplm.v1 import prediction_pb2 as pb
 from shoplm.v1.prediction_pb2_grpc import PredictionServiceServicer
@@ -32,12 +32,10 @@ class _Target:
     def __init__(self, spec: HeadSpec) -> None:
         self.spec = spec
         self._read = reader(spec)
-        # A message is parsed sooner than it is put together field by field.
-        self._constant = pb.Prediction(target=target_message(spec), base_rate=spec.base_rate).SerializeToString()
+        self.constant = pb.Prediction(target=target_message(spec), base_rate=spec.base_rate)
 
-    def prediction(self, values: Sequence[float], since_purchase: float) -> pb.Prediction:
-        """The answer from the heads' raw values [P], for a customer who last bought this many seconds ago."""
-        message = pb.Prediction.FromString(self._constant)
+    def fill(self, message: pb.Prediction, values: Sequence[float], since_purchase: float) -> None:
+        """Add the answer from the heads' raw values [P], for a customer who last bought this many seconds ago."""
         probability, amount, low, high = self._read(values)
         if probability is not None:
             message.probability = probability
@@ -46,7 +44,6 @@ class _Target:
         if low is not None and high is not None:
             message.interval_low, message.interval_high = low, high
         message.applicable = applies(self.spec, since_purchase)
-        return message
 
 
 class PredictionService(PredictionServiceServicer):
@@ -57,6 +54,7 @@ class PredictionService(PredictionServiceServicer):
         self._explainer = Explainer(core)
         shop = core.served.shop
         self._targets = () if shop is None else tuple(map(_Target, shop.targets))
+        self._all = self._template(self._targets)
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
         core = self._core
@@ -74,21 +72,26 @@ class PredictionService(PredictionServiceServicer):
             _SERVICE, tokens, Predict(core.features(history)), context, history_tokens=len(prefix.tokens)
         )
         finished = await core.engine.run(work)
-        since_purchase = seconds_since_purchase(history)
-        predictions = [target.prediction(finished.values, since_purchase) for target in targets]
+        response = pb.PredictResponse.FromString(self._all if targets is self._targets else self._template(targets))
+        since_purchase = history.as_of - core.last_purchase(history)
+        for target, message in zip(targets, response.predictions, strict=True):
+            target.fill(message, finished.values, since_purchase)
         why = Explanation(())
         if request.explain and targets and self._explainer.can_explain(history, prefix, warnings, items=False):
             asked = Asked(_SERVICE, history, prefix, context, request.allow_degraded)
             why = await self._explainer.targets(asked, [target.spec for target in targets])
-            for message, influences in zip(predictions, why.influences, strict=True):
+            for message, influences in zip(response.predictions, why.influences, strict=True):
                 message.influences.extend(influences)
-        return pb.PredictResponse(
-            predictions=predictions,
-            model=core.served.model_version,
-            usage=core.usage(work, finished.cached_tokens, finished.completion_tokens, why.tokens),
-            warnings=core.warned(_SERVICE, warnings),
-            degradations=core.degraded(why.degraded),
-        )
+        usage = core.usage(work, finished.cached_tokens, finished.completion_tokens, why.tokens)
+        response.usage.CopyFrom(usage)
+        response.warnings.extend(core.warned(_SERVICE, warnings))
+        response.degradations.extend(core.degraded(why.degraded))
+        return response
+
+    def _template(self, targets: Sequence[_Target]) -> bytes:
+        """What every answer for these targets says. It is parsed sooner than it is put together field by field."""
+        predictions = [target.constant for target in targets]
+        return pb.PredictResponse(predictions=predictions, model=self._core.served.model_version).SerializeToString()
 
     def _asked(self, targets: Sequence[pb.Target], violations: Violations) -> tuple[_Target, ...]:
         if not violations.length("targets", targets, self._core.config.max_targets, "max_targets"):

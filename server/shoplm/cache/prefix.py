@@ -7,7 +7,7 @@ others wait for it. When a writer goes away, the next one that needs the page ta
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -52,26 +52,34 @@ class PrefixTree:
         """Pages that `take` can give: free ones and idle ones."""
         return self._pool.free + self._idle
 
-    def match(self, root: Hashable, tokens: Sequence[int], limit: int) -> int:
-        """How many nodes `acquire` would return; nothing is held."""
-        return sum(1 for _ in self._walk(root, tokens, limit))
+    def match(self, root: Hashable, tokens: Sequence[int], limit: int) -> list[Node]:
+        """The nodes that `acquire` would return; nothing is held."""
+        return self._walk(root, tokens, limit, [])
 
-    def acquire(self, root: Hashable, tokens: Sequence[int], limit: int) -> list[Node]:
-        """The longest chain of nodes for the full pages among the first `limit` tokens, each now held once more."""
-        chain = list(self._walk(root, tokens, limit))
+    def acquire(self, root: Hashable, tokens: Sequence[int], limit: int, known: Sequence[Node] = ()) -> list[Node]:
+        """The longest chain of nodes for the full pages among the first `limit` tokens, each now held once more.
+
+        `known`: what `match` found for the same tokens, which need not be looked at again if it is still here.
+        """
+        # Leaves are evicted first: if the last one is here, so are all before it.
+        chain = self._walk(root, tokens, limit, list(known) if known and self._holds(known[-1]) else [])
         for node in chain:
             self._hold(node)
         return chain
 
-    def _walk(self, root: Hashable, tokens: Sequence[int], limit: int) -> Iterator[Node]:
-        """The nodes for the full pages among the first `limit` tokens, as far as there are any."""
-        node = self._roots.get(root)
+    def _walk(self, root: Hashable, tokens: Sequence[int], limit: int, chain: list[Node]) -> list[Node]:
+        """The chain with the nodes behind it for the full pages among the first `limit` tokens."""
+        node = chain[-1] if chain else self._roots.get(root)
         size = self._page_size
-        for start in range(0, limit - size + 1, size):
+        for start in range(len(chain) * size, limit - size + 1, size):
             node = node.children.get(tuple(tokens[start : start + size])) if node is not None else None
             if node is None:
-                return
-            yield node
+                break
+            chain.append(node)
+        return chain
+
+    def _holds(self, node: Node) -> bool:
+        return node.parent is not None and node.parent.children.get(node.key) is node
 
     def extend(self, root: Hashable, parent: Node | None, tokens: Sequence[int], page: int, writer: object) -> Node:
         """A new node for a page that `writer` is going to compute, held once by it."""
@@ -142,7 +150,7 @@ class PrefixTree:
         while True:
             last_used, _, node = heapq.heappop(self._leaves)
             current = node.last_used == last_used and not node.users and not node.children
-            if current and node.parent is not None and node.parent.children.get(node.key) is node:
+            if current and self._holds(node):
                 break
         self.evicted += 1
         self._remove(node)

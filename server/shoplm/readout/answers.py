@@ -60,8 +60,13 @@ def score_of(spec: HeadSpec, values: Sequence[float]) -> float:
 
 def seconds_since_purchase(history: History) -> float:
     """From the last purchase to `as_of`; infinite where there is none."""
+    return history.as_of - last_purchase(history)
+
+
+def last_purchase(history: History) -> float:
+    """When the last purchase was, in Unix seconds; -infinite where there is none."""
     bought = (history.kind == _PURCHASE).nonzero()[0]
-    return history.as_of - float(history.time[bought[-1]]) if len(bought) else math.inf
+    return float(history.time[bought[-1]]) if len(bought) else -math.inf
 
 
 def applies(spec: HeadSpec, since_purchase: float) -> bool:

@@ -128,6 +128,7 @@ class Shares:
         self.services = {
             service: ServiceShare(service, weight / mean, tenant_weights) for service, weight in weights.items()
         }
+        self._fractions = {service: weight / sum(weights.values()) for service, weight in weights.items()}
 
     def charge(self, tenant: Tenant, seconds: float) -> None:
         """A part of a step was planned for a tenant."""
@@ -154,4 +155,4 @@ class Shares:
 
     def fraction(self, service: Service) -> float:
         """The share of a service while all of them are busy."""
-        return self.services[service].weight / sum(each.weight for each in self.services.values())
+        return self._fractions[service]

@@ -88,14 +88,15 @@ class Forecast:
             work += count * self.cost.work_seconds(1, 0, 1) + self.cost.coefficients.kv * keys
         return work
 
-    def alone_seconds(self, sequence: Sequence) -> float:
-        """To the first result on an engine that does nothing else. 0 when all of it is on its way."""
+    def alone_seconds(self, sequence: Sequence, work: float | None = None) -> float:
+        """To the first result on an engine that does nothing else, with this `work_seconds`; None: it is worked out.
+        0 when all of it is on its way."""
         steps = 0
         if sequence.level == 0 and sequence.is_prompt:
             left = len(sequence.tokens) - (sequence.computed or sequence.expected_cached)
             steps = -(-left // self._config.max_step_tokens)
         steps += sequence.depth - max(sequence.level, 1)
-        return self.work_seconds(sequence) + steps * self.cost.coefficients.step
+        return (self.work_seconds(sequence) if work is None else work) + steps * self.cost.coefficients.step
 
     def lost_at(self, sequence: Sequence) -> float | None:
         """When the request is a lost cause if nothing more is computed of it; None: never.

@@ -29,20 +29,23 @@ class SequenceMemory:
         """Whether the pool could hold the sequence to its very end, were it alone."""
         return self._pages(sequence.most_length) + self._pages(sequence.lanes * (sequence.depth - 1)) <= self.pool.size
 
-    def expected(self, sequence: Sequence) -> int:
-        """Leading tokens that need not be computed for this sequence, as things are: others have, or do so now."""
-        return self.page_size * self.tree.match(sequence.request.cache_root, sequence.tokens, sequence.shareable)
+    def look_up(self, sequence: Sequence) -> None:
+        """Note what need not be computed for this sequence, as things are: others have, or do so now."""
+        # A part of a tuple is a page's key as it is.
+        request = sequence.request
+        sequence.matched = self.tree.match(request.cache_root, request.tokens, sequence.shareable)
+        sequence.expected_cached = self.page_size * len(sequence.matched)
 
     def admit(self, sequence: Sequence) -> bool:
         """Give the sequence every page of its known tokens and beams; False, and nothing changed, if they are short."""
         tokens, size, tree = sequence.tokens, self.page_size, self.tree
         shareable = sequence.shareable
-        chain = tree.acquire(sequence.request.cache_root, tokens, shareable)
+        chain = tree.acquire(sequence.request.cache_root, tokens, shareable, sequence.matched)
         if tree.available < self.pages_needed(sequence) - len(chain):
             for node in reversed(chain):
                 tree.release(node)
             return False
-        sequence.nodes = list(chain)
+        sequence.nodes, sequence.matched = list(chain), []
         for start in range(len(chain) * size, shareable - size + 1, size):
             parent = sequence.nodes[-1] if sequence.nodes else None
             root = sequence.request.cache_root

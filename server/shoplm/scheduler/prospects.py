@@ -89,19 +89,22 @@ class Prospects:
         service, work = sequence.request.service, self._forecast.work_seconds(sequence)
         promised = self._forecast.promised_seconds(sequence)
         due = sequence.due_seconds if promised is None else promised
-        own = self._ahead_of(sequence, due) + work
-        others = {other: backlog.until(due) for other, backlog in self._backlogs.items() if other is not service}
-        busy = own + sum(others.values())
+        own = self._ahead_of(sequence, due, work) + work
+        others = [
+            (backlog.until(due), self._shares.fraction(other))
+            for other, backlog in self._backlogs.items()
+            if other is not service
+        ]
+        busy = own + sum(ahead for ahead, _ in others)
         # Others' work that is due first comes first, but no further than their shares: the fixed point from above.
-        for _ in range(4):
-            entitled = {other: self._shares.fraction(other) * busy for other in others}
-            busy = own + sum(min(ahead, entitled[other]) for other, ahead in others.items())
+        for _ in range(4 if busy > own else 0):
+            busy = own + sum(min(ahead, fraction * busy) for ahead, fraction in others)
         step = cost.coefficients.step
         cycle = min(self._budgeter.longest_step_seconds(load.starts_seconds), max(busy + step, 2 * step))
         if load.answers.requests:
             cycle = max(min(cycle, self._config.policy.token_target_seconds), step + load.answers.seconds)
         rate = max(1 - (step + load.answers.seconds) / cycle, _LEAST_RATE)
-        alone = self._forecast.alone_seconds(sequence)
+        alone = self._forecast.alone_seconds(sequence, work)
         wait = max(busy / rate, alone, self._queue_seconds(sequence) + alone)
         return load.starts_seconds + wait + (sequence.depth - 1) * step
 
@@ -118,9 +121,9 @@ class Prospects:
         dearness = math.sqrt(max(1.0, self._forecast.whole_seconds(sequence) / typical))
         return (predicted - now - alone) * dearness > promised - now - alone
 
-    def _ahead_of(self, sequence: Sequence, due: float) -> float:
-        """Seconds of its service's work that come before a newcomer. Tenants take turns: of the others' work no more
-        than their shares, beside what its own tenant has."""
+    def _ahead_of(self, sequence: Sequence, due: float, work: float) -> float:
+        """Seconds of its service's work that come before a newcomer of so much work. Tenants take turns: of the
+        others' work no more than their shares, beside what its own tenant has."""
         share = self._shares.services[sequence.request.service]
         ahead = self._backlogs[sequence.request.service].until(due)
         tenant = share.tenants.get(sequence.request.tenant)
@@ -129,7 +132,7 @@ class Prospects:
             own, total = 0.0, share.active_weight + weight
         else:
             own, total = tenant.backlog_seconds, share.active_weight
-        return min(ahead, (own + self._forecast.work_seconds(sequence)) * total / weight)
+        return min(ahead, (own + work) * total / weight)
 
     def _queue_seconds(self, sequence: Sequence) -> float:
         """How long a chat waits for its turn behind those of its service, at the pace at which they have been started:

@@ -371,7 +371,7 @@ class Scheduler:
             depth = 1 if request.task.popularity_only else self._limits.trie_depths.get(request.task.trie, 0)
             lanes = self._limits.lanes(request.task) if depth > 1 else 0
         sequence = Sequence(request, 0.0, list(request.tokens), max(depth, 1), lanes)
-        sequence.expected_cached = self.memory.expected(sequence)
+        self.memory.look_up(sequence)
         sequence.limit_seconds = self._forecast.limit_seconds(sequence)
         sequence.due_seconds = self._forecast.due_seconds(sequence)
         return sequence

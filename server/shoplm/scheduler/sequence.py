@@ -33,7 +33,8 @@ class Sequence:
     state_slot: int | None = None  # None: not running
     epoch: int = 0  # counts preemptions: results of an earlier life of a selection are void
     cached_tokens: int | None = None  # of the prompt, at first admission
-    expected_cached: int = 0  # leading tokens that the tree held when it was queued
+    matched: list[Node] = field(default_factory=list)  # what the tree held of it when it came, until it has pages
+    expected_cached: int = 0  # leading tokens of these
     queued_tokens: int = 0  # what it counts in the queue's bound while it waits
     ticket: int = 0  # of its place in the queue; 0: it does not wait
     tenant: Tenant | None = None  # whom its work is charged to
