@@ -7,7 +7,6 @@ sockets in a thread, for tests and benchmarks.
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 import threading
 from abc import ABC, abstractmethod
@@ -40,9 +39,6 @@ from shoplm.request import (
 )
 
 _STOP_SECONDS = 10.0  # for an engine that was told to drain
-_FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 10.0
-
-log = logging.getLogger("shoplm.engine")
 
 
 class _Link(asyncio.Protocol):

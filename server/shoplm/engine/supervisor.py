@@ -15,13 +15,11 @@ from shoplm.errors import ConfigurationError, ShopLMError
 
 _STOP_SECONDS = 10.0  # for an engine that was told to drain
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 10.0
-
-log = logging.getLogger("shoplm.engine")
-
-
 # Threads that spin while they wait take the cores from whoever shares them, the API process first. But a step has
 # hundreds of waits of some microseconds, and to be woken takes longer: they spin for about a tenth of a millisecond.
 _THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
+
+log = logging.getLogger("shoplm.engine")
 
 
 class ProcessEngineClient(EngineClient):

@@ -85,12 +85,15 @@ class Rebuy:
         rows, values = history_features(history, self.types)
         return rows, np.concatenate((values, self.items[rows]), axis=1)
 
-    def values(self, history: History) -> Floats:
-        """Log-odds of each own item, in the order of `History.own_counts`: [N]."""
-        _, features = self.features(history)
+    def log_odds(self, features: Floats) -> Floats:
+        """Of items with these `features` [N, H + I]: [N]."""
         units = np.maximum(features @ self.weight.T + self.bias, 0.0)
         result: Floats = (units @ self.out + self.out_bias).astype(np.float32)
         return result
+
+    def values(self, history: History) -> Floats:
+        """Log-odds of each own item, in the order of `History.own_counts`: [N]."""
+        return self.log_odds(self.features(history)[1])
 
 
 def own_items(history: History, decay_days: float, rebuy: Rebuy | None, weight: float) -> OwnItems:

@@ -37,6 +37,12 @@ class ShopItems:
     def vocabulary(self, text_size: int) -> ShopVocabulary:
         return ShopVocabulary(text_size, (len(self.row_item),), len(self.types))
 
+    @property
+    def row_types(self) -> NDArray[np.int32]:
+        """[rows]: the product type of each."""
+        types: NDArray[np.int32] = self.table["type_index"].to_numpy()[self.row_item].astype(np.int32)
+        return types
+
 
 def choose_items(log: ShopLog, until: float) -> ShopItems:
     """Number the items by the events before `until` (Unix seconds) alone."""

@@ -177,13 +177,12 @@ def fit(
         watch.record(ROWS_STAGE, fitted_steps, {NDCG: quality})
         return quality
 
-    item_types = shop.items.table["type_index"].to_numpy()[shop.items.row_item]
     hidden = torch.from_numpy(table.hidden[examples.sample])
     rows, repeat = fit_ranker(
         hidden,
         examples,
         embeddings,
-        item_types.astype(np.int32),
+        shop.items.row_types,
         _counts_before(shop, shop.timeline.tuned_at),
         settings=settings,
         seed=seed,

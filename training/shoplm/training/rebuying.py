@@ -58,7 +58,7 @@ def fit_rebuy(shop: Shop, table: HiddenTable, seed: int) -> Rebuy | None:
     out = np.concatenate([net.second for net in nets]) / MEMBERS
     return Rebuy(
         items=item_features(shop, before),
-        types=_types(shop),
+        types=shop.items.row_types,
         weight=weight.astype(np.float32),
         bias=bias.astype(np.float32),
         out=out.astype(np.float32),
@@ -118,7 +118,7 @@ class _Data:
     @classmethod
     def of(cls, shop: Shop, examples: Examples, cuts: NDArray[np.float64]) -> _Data:
         shops = [item_features(shop, float(cut)) for cut in cuts]
-        types = _types(shop)
+        types = shop.items.row_types
         features, bought, others = [], [], []
         last = None
         for index in range(len(examples)):
@@ -191,9 +191,3 @@ def _loss(values: Tensor, owner: Tensor, bought: Tensor, others: Tensor) -> Tens
     items = zeros.index_add(0, owner, bought) + others
     normaliser = largest + torch.log(total)
     return ((items * normaliser - found) / items.sqrt()).mean()
-
-
-def _types(shop: Shop) -> NDArray[np.int32]:
-    """[items]: the product type of each row."""
-    result: NDArray[np.int32] = shop.items.table["type_index"].to_numpy()[shop.items.row_item].astype(np.int32)
-    return result

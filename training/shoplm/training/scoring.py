@@ -108,8 +108,9 @@ class Window:
             rows, values = [], []
             for customer, moment in zip(self.examples.customer, self.examples.moment, strict=True):
                 history = self._histories[int(customer)].before(float(moment))
-                rows.append(history.own_counts(1.0)[0])
-                values.append(self._rebuy.values(history))
+                own, features = self._rebuy.features(history)
+                rows.append(own)
+                values.append(self._rebuy.log_odds(features))
             self._again = Sparse.of(rows, values)
         return self._again
 

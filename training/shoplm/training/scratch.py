@@ -103,7 +103,7 @@ class ScratchRun:
             size,
             tokenizer_folder,
             tokenizer.vocab_size,
-            shop.items.table["type_index"].to_numpy()[shop.items.row_item].astype(np.int32),
+            shop.items.row_types,
             len(shop.items.types),
             self._prior(),
             len(shop.timeline.horizons),

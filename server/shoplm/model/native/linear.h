@@ -4,6 +4,8 @@
 // the batch.
 #pragma once
 
+#include <algorithm>
+
 #include "vectors.h"
 
 namespace shoplm {
@@ -73,5 +75,17 @@ inline void put_floats(const float* from, float factor, const float* weight, int
         store_activations(to + i, weight ? multiply(value, load(weight + i)) : value);
     }
 }
+
+#ifdef SHOPLM_AVX512  // rows of x: bf16, or 8 bits; AVX2 has forms of its own
+
+inline int64_t row_bytes(const Linear& w) { return w.format == BF16 ? w.k * 2 : w.k; }
+
+// One row in the form that `next` takes.
+inline void put_row(const float* from, float factor, const float* weight, const Linear& next, uint8_t* to, GroupScale* scales) {
+    if (next.format == BF16) put_floats(from, factor, weight, next.k, reinterpret_cast<bf16*>(to));
+    else put_integers(from, factor, weight, next.k, next.group, reinterpret_cast<int8_t*>(to), scales);
+}
+
+#endif
 
 }  // namespace shoplm

@@ -18,14 +18,7 @@ constexpr int64_t ROW_BLOCK = 256;  // rows of x that one thread takes: they sta
 constexpr int64_t STEP_BYTES = 2048;  // of a panel: one step's two tiles
 constexpr int64_t AHEAD = 8192;       // bytes that are fetched before they are needed
 
-inline int64_t row_bytes(const Linear& w) { return w.format == BF16 ? w.k * 2 : w.k; }
 inline int64_t padded(int64_t rows) { return (rows + PANEL - 1) / PANEL * PANEL; }  // what is read
-
-// One row in the form that `next` takes.
-inline void put_row(const float* from, float factor, const float* weight, const Linear& next, uint8_t* to, GroupScale* scales) {
-    if (next.format == BF16) put_floats(from, factor, weight, next.k, reinterpret_cast<bf16*>(to));
-    else put_integers(from, factor, weight, next.k, next.group, reinterpret_cast<int8_t*>(to), scales);
-}
 
 inline void fetch(const uint8_t* from, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD + at, _MM_HINT_T0);

@@ -15,14 +15,7 @@ constexpr int MOST_ROWS = 12;
 constexpr int64_t UNPACK_ROWS = 2 * MOST_ROWS<INT4>;  // from so many rows on, unpacking 4 bits pays
 constexpr bool ROUNDS_RESULTS_OF_ATTENTION = true;
 
-inline int64_t row_bytes(const Linear& w) { return w.format == BF16 ? w.k * 2 : w.k; }
 inline int64_t unpacked_bytes(const Linear& w) { return LANES * row_bytes(w); }
-
-// One row in the form that `next` takes.
-inline void put_row(const float* from, float factor, const float* weight, const Linear& next, uint8_t* to, GroupScale* scales) {
-    if (next.format == BF16) put_floats(from, factor, weight, next.k, reinterpret_cast<bf16*>(to));
-    else put_integers(from, factor, weight, next.k, next.group, reinterpret_cast<int8_t*>(to), scales);
-}
 
 template <int ROWS>
 inline void multiply_bf16(const uint8_t* x, int64_t k, const uint8_t* columns, float* sums) {
