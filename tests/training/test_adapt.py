@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -14,16 +16,19 @@ import typer
 from safetensors.torch import load_file
 from shoplm.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_manifest
 from shoplm.catalog.items import Catalog
+from shoplm.model.adapter import read_adapter
 from shoplm.model.base import Base, resolve_base
 from shoplm.model.origin import Origin
 from shoplm.retrieval import DECLINED, Passage
-from shoplm.training.adapt import trainer
+from shoplm.training.adapt import kept, trainer
 from shoplm.training.adapt.conversations import FactWriter, talk_prompts
 from shoplm.training.adapt.model import AdaptedModel
+from shoplm.training.adapt.replay import Replay
 from shoplm.training.adapt.tensors import Branch, pass_inputs
 from shoplm.training.cli import adapt, evaluate, train
 from shoplm.training.ranker import OutputRows
 from shoplm.training.report import Report
+from torch.nn import functional
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.usefixtures("quick_heads")
@@ -164,6 +169,49 @@ def test_all_layers_are_trained_to_a_base_of_its_own(
     base = resolve_base(str(tmp_path / "out" / "base"))
     assert base.origin is Origin.ADAPTED and base.config == tiny_base.config
     assert base.fingerprint != tiny_base.fingerprint
+
+
+def test_an_adapter_is_kept_at_the_strength_that_keeps_chat() -> None:
+    class Shifted:
+        """Talks like the base, but for what the adapter takes from the logit of the right token."""
+
+        strength, harm = 1.0, 0.0
+
+        def train(self, mode: bool) -> None: ...
+
+        @contextmanager
+        def at_strength(self, strength: float) -> Iterator[None]:
+            self.strength = strength
+            yield
+
+        def answer_logits(self, prefix: tuple[int, ...], chat: Replay, *, adapted: bool) -> torch.Tensor:
+            right = 1.0 - adapted * self.strength * self.harm
+            return right * functional.one_hot(torch.tensor(chat.answer), 1000)
+
+    model, replays = Shifted(), [Replay((1,), (2, 3)), Replay((1,), (4,))]
+    builder = SimpleNamespace(prefix=lambda history: SimpleNamespace(tokens=(0,)))
+    watch = SimpleNamespace(advance=lambda *args: None)
+    found = {}
+    for harm in (0.0, 0.04, 0.06, 5.0):  # in nats, all but: log 1.05 is .0488, which .06 is at .81
+        model.harm = harm
+        found[harm] = kept.strength_that_keeps_chat(model, builder, replays, watch)  # type: ignore[arg-type]
+    assert found == {0.0: 1.0, 0.04: 1.0, 0.06: 0.8, 5.0: 0.5}
+
+
+def test_an_adapter_is_saved_at_its_strength(tiny_base: Base, tmp_path: Path) -> None:
+    rows = OutputRows(torch.zeros(0, tiny_base.config.hidden_size), torch.zeros(0))
+    model = AdaptedModel(tiny_base.folder, [], rows, 0.0, 0, rank=2)
+    for parameter in model.trunk_parameters():
+        parameter.data.fill_(0.1)
+    model.save(tmp_path / "half", 0.5)
+    model.save(tmp_path / "whole")
+    hidden = tiny_base.config.hidden_size
+    half, whole = (
+        read_adapter(tmp_path / name).merge("model.layers.0.self_attn.q_proj.weight", torch.zeros(hidden, hidden))
+        for name in ("half", "whole")
+    )
+    assert whole.any()
+    assert torch.equal(half, whole / 2)
 
 
 def _trains_and_measures(shell: Shell, bundle: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
-from shoplm.bundle import ADAPTER_WEIGHTS, PromptSchema, file_hash
+from shoplm.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PromptSchema, file_hash
 from shoplm.catalog.items import Catalog, read_catalog
 from shoplm.features import FEATURE_NAMES
 from shoplm.model.base import Base
@@ -107,7 +107,7 @@ def hidden_states(
     if formats.kv is not None:
         identity["kv_format"] = formats.kv
     if adapter is not None:
-        identity["adapter"] = file_hash(adapter / ADAPTER_WEIGHTS)
+        identity["adapter"] = [file_hash(adapter / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
     return HiddenStates(work, reader, shop.histories, shop.timeline, identity, seed), reader
 
 

@@ -26,6 +26,8 @@ from torch.nn import functional
 
 TALK_PROMPTS = 480  # that an adapter is trained on
 HELD_OUT_PROMPTS = 40
+MOST_INCREASE = 0.05  # of the perplexity of ordinary talk
+STRENGTHS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 _CUSTOMERS = 16
 _STAGE = "chat kept"
 
@@ -52,16 +54,18 @@ def held_out(
     tokenizer: Tokenizer,
     seed: int,
     watch: Watch,
+    *,
+    part: int = 0,
 ) -> list[Replay]:
-    """The base's answers to prompts that training with `seed` does not draw."""
+    """The base's answers to prompts that training with `seed` does not draw; no two parts share a prompt."""
     trained = set(talk_prompts(catalog, TALK_PROMPTS, np.random.default_rng(seed)))
     drawn = talk_prompts(catalog, 10 * HELD_OUT_PROMPTS, np.random.default_rng(seed + 1))
-    prompts = [prompt for prompt in dict.fromkeys(drawn) if prompt not in trained][:HELD_OUT_PROMPTS]
+    prompts = [prompt for prompt in dict.fromkeys(drawn) if prompt not in trained]
     return replays_of(
         path,
         base.folder,
         builder,
-        prompts,
+        prompts[part * HELD_OUT_PROMPTS :][:HELD_OUT_PROMPTS],
         tokenizer.end_token_ids,
         seed=seed + 1,
         progress=lambda done, total: watch.advance("the base's held-out answers", done, total),
@@ -73,6 +77,27 @@ def some_prefixes(shop: Shop, builder: PromptBuilder, seed: int) -> list[tuple[i
     histories, until = shop.histories, shop.timeline.test_at
     chosen = np.random.default_rng(seed + 1).choice(len(histories), min(_CUSTOMERS, len(histories)), replace=False)
     return [builder.prefix(histories[customer].before(until)).tokens for customer in chosen.tolist()]
+
+
+@torch.inference_mode()
+def strength_that_keeps_chat(
+    model: AdaptedModel, builder: PromptBuilder, replays: Sequence[Replay], watch: Watch
+) -> float:
+    """The largest of STRENGTHS at which the perplexity of `replays` rises by at most MOST_INCREASE; the smallest where
+    none does. They must be others than those that the result is measured on."""
+    model.train(False)
+    bare = builder.prefix(None).tokens
+
+    def total(*, adapted: bool) -> float:
+        return sum(_loss(model, bare, replay, adapted=adapted) for replay in replays)
+
+    most = total(adapted=False) + math.log1p(MOST_INCREASE) * sum(len(replay.answer) for replay in replays)
+    for index, strength in enumerate(STRENGTHS):
+        watch.advance("strength of the adapter", index, len(STRENGTHS))
+        with model.at_strength(strength):
+            if total(adapted=True) <= most:
+                return strength
+    return STRENGTHS[-1]
 
 
 @torch.inference_mode()
@@ -93,8 +118,13 @@ def measure_kept(
         tokens += len(replay.answer)
         for name in sums:
             prefix = history if name.endswith("history") else bare
-            logits = model.answer_logits(prefix, replay, adapted=name.startswith("adapted"))
-            sums[name] += float(functional.cross_entropy(logits, torch.tensor(replay.answer), reduction="sum"))
+            sums[name] += _loss(model, prefix, replay, adapted=name.startswith("adapted"))
         watch.advance(_STAGE, index + 1, len(replays))
     means = {name: math.exp(total / max(tokens, 1)) for name, total in sums.items()}
     return ChatKept(len(replays), tokens, **means)
+
+
+def _loss(model: TalkingModel, prefix: Sequence[int], replay: Replay, *, adapted: bool) -> float:
+    """Nats of the whole answer."""
+    logits = model.answer_logits(prefix, replay, adapted=adapted)
+    return float(functional.cross_entropy(logits, torch.tensor(replay.answer), reduction="sum"))

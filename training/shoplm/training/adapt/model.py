@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from shoplm.model.origin import Origin, write_origin
 from shoplm.model.shop_weights import mean_embeddings
 from shoplm.training.adapt.replay import Replay
@@ -152,9 +153,20 @@ class AdaptedModel(TalkingModel):
         disabled: AbstractContextManager[None] = self.peft.disable_adapter()
         return disabled
 
-    def save(self, folder: Path) -> None:
-        """In PEFT's format."""
-        self.peft.save_pretrained(str(folder))
+    def at_strength(self, strength: float) -> AbstractContextManager[None]:
+        """The adapter times `strength`: between base and adapter (WiSE-FT, arXiv:2109.01903)."""
+        scaled: AbstractContextManager[None] = rescale_adapter_scale(self.peft, strength)
+        return scaled
+
+    def save(self, folder: Path, strength: float = 1.0) -> None:
+        """In PEFT's format, times `strength`."""
+        config = self.peft.active_peft_config
+        trained = config.lora_alpha
+        config.lora_alpha = trained * strength
+        try:
+            self.peft.save_pretrained(str(folder))
+        finally:
+            config.lora_alpha = trained
 
 
 class TunedModel(TalkingModel):

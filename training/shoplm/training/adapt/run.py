@@ -17,7 +17,13 @@ from shoplm.model.tokenizer import Tokenizer
 from shoplm.prompt import PromptBuilder
 from shoplm.retrieval import read_knowledge
 from shoplm.training.adapt.conversations import FactWriter, talk_prompts
-from shoplm.training.adapt.kept import TALK_PROMPTS, held_out, measure_kept, some_prefixes
+from shoplm.training.adapt.kept import (
+    TALK_PROMPTS,
+    held_out,
+    measure_kept,
+    some_prefixes,
+    strength_that_keeps_chat,
+)
 from shoplm.training.adapt.model import AdaptedModel, TalkingModel, TunedModel
 from shoplm.training.adapt.replay import Replay, replays_of
 from shoplm.training.adapt.trainer import AdaptSettings, JointTrainer, Talk
@@ -45,7 +51,7 @@ class AdaptRequest:
 
 
 class AdaptRun:
-    """One run: everything is loaded here, trained in `train`, measured in `measure`."""
+    """One run: everything is loaded here, trained in `train`, weighed and measured in `finish`."""
 
     def __init__(self, request: AdaptRequest, log: ShopLog, watch: Watch) -> None:
         """Raises BundleError where bundle, base and log do not belong together."""
@@ -101,12 +107,25 @@ class AdaptRun:
         self._trainer.resume()
         self._trainer.run(self._watch)
 
-    def measure(self) -> ChatKept:
-        """What is left of ordinary talk, on prompts that were not trained on."""
-        seed, path = self._request.seed, self._request.out / "held-out.json"
-        fresh = held_out(path, self._catalog, self._base, self._builder, self._tokenizer, seed, self._watch)
+    def finish(self) -> ChatKept:
+        """Saves an adapter at the strength that keeps chat, and measures what is left of ordinary talk, on prompts that
+        were used for neither."""
+        model, seed = self._model, self._request.seed
         prefixes = some_prefixes(self._shop, self._builder, seed)
-        return measure_kept(self._model, self._builder, fresh, prefixes, self._watch)
+        fresh = self._held_out("held-out.json", part=0)
+        if not isinstance(model, AdaptedModel):
+            return measure_kept(model, self._builder, fresh, prefixes, self._watch)
+        others = self._held_out("strength.json", part=1)
+        strength = strength_that_keeps_chat(model, self._builder, others, self._watch)
+        self._watch.say(f"the adapter is kept at {strength:g} times its trained strength")
+        model.save(self._request.out / model.saved_as, strength)
+        with model.at_strength(strength):
+            return measure_kept(model, self._builder, fresh, prefixes, self._watch)
+
+    def _held_out(self, name: str, part: int) -> list[Replay]:
+        path, seed = self._request.out / name, self._request.seed
+        parts = (self._catalog, self._base, self._builder, self._tokenizer, seed, self._watch)
+        return held_out(path, *parts, part=part)
 
     def _answers(self, name: str, count: int, seed: int) -> list[Replay]:
         prompts = talk_prompts(self._catalog, count, np.random.default_rng(seed))
@@ -126,7 +145,7 @@ def adapt(request: AdaptRequest, log: ShopLog, watch: Watch) -> Path:
     """Train an adapter, or all layers, and measure what is left of chat; returns the folder of the result."""
     run = AdaptRun(request, log, watch)
     run.train()
-    kept = run.measure()
+    kept = run.finish()
     (request.out / "kept.json").write_bytes(msgspec.json.format(msgspec.json.encode(kept), indent=1) + b"\n")
     watch.say(
         f"perplexity of {kept.answers} held-out answers: base {kept.base:.2f}, adapted {kept.adapted:.2f}, behind a "
