@@ -1,19 +1,16 @@
-"""The scheduler: admits requests, plans steps and takes their results.
+"""The scheduler: admits requests, has steps planned and takes their results.
 
 Answers that go on (chat tokens, levels of beams) and prompts share a step's budget of tokens and seconds; prompts come
 by their order, most urgent first. What cannot make its deadline is refused on arrival, or given up as soon as it is a
-lost cause. docs/scheduling.md explains the rules; who decides what: `admission`, `ordering`, `fairness`, `budget`,
-`deadlines`, and `cost` for how long things take.
+lost cause. docs/scheduling.md explains the rules; who decides what: `admission`, `planner`, `ordering`, `fairness`,
+`budget`, `deadlines`, and `cost` for how long things take.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from functools import cmp_to_key
-from heapq import merge
-from operator import attrgetter
 from typing import TYPE_CHECKING, cast
 
 from shoplm.request import (
@@ -28,23 +25,22 @@ from shoplm.request import (
     Service,
 )
 from shoplm.scheduler.admission import Admission, Limits, Refusal
-from shoplm.scheduler.answering import Served, begins_to_answer
-from shoplm.scheduler.budget import LEAST_CHUNK, Budgeter, StepBudget
+from shoplm.scheduler.budget import Budgeter
 from shoplm.scheduler.config import SchedulerConfig
-from shoplm.scheduler.cost import CostModel, StepLoad
+from shoplm.scheduler.cost import CostModel
 from shoplm.scheduler.deadlines import Deadlines
-from shoplm.scheduler.fairness import Shares, Tenant
+from shoplm.scheduler.fairness import Shares
 from shoplm.scheduler.forecast import Forecast
 from shoplm.scheduler.memory import SequenceMemory
 from shoplm.scheduler.ordering import ArrivalOrder, Order, SlackOrder
 from shoplm.scheduler.outcomes import Outcomes
-from shoplm.scheduler.plan import Plan, PlanRow
+from shoplm.scheduler.plan import Plan
+from shoplm.scheduler.planner import Planner
 from shoplm.scheduler.prospects import Load, Prospects
+from shoplm.scheduler.queue import Queue
 from shoplm.scheduler.residents import Residents
-from shoplm.scheduler.rows import next_level, next_tokens
 from shoplm.scheduler.sequence import Sequence
 from shoplm.scheduler.stats import SchedulerStats
-from shoplm.scheduler.survey import Answers, survey
 from shoplm.scheduler.waiting import WaitingRoom
 
 if TYPE_CHECKING:
@@ -78,16 +74,25 @@ class Scheduler:
         self._admission = Admission(
             config, self._limits, self.memory, self._forecast, self._budgeter, self._prospects, self._waiting
         )
-        self._order: Order = (
+        self._deadlines = Deadlines(self._forecast.lost_at)
+        self._outcomes = Outcomes(self.stats, self._forecast)
+        self._residents = Residents(self.memory, state_slots)
+        order: Order = (
             ArrivalOrder()
             if config.policy.order == "fcfs"
             else SlackOrder(self.shares, self._forecast, self._prospects.count)
         )
-        self._deadlines = Deadlines(self._forecast.lost_at)
-        self._outcomes = Outcomes(self.stats, self._forecast)
-        self._residents = Residents(self.memory, state_slots)
+        self._queue = Queue(order, self._waiting, self.shares, self._prospects, self.stats)
+        self._planner = Planner(
+            config,
+            cost=self.cost,
+            memory=self.memory,
+            residents=self._residents,
+            queue=self._queue,
+            budgeter=self._budgeter,
+            prospects=self._prospects,
+        )
         self._sequences: dict[str, Sequence] = {}
-        self._answers = Answers()  # as of the last plan
         self._in_flight: deque[float] = deque()  # predicted seconds of the steps in flight
         self._busy_until = 0.0  # when they should be done
         self._last_commit = 0.0
@@ -115,7 +120,7 @@ class Scheduler:
         self._sequences[request.request_id] = sequence
         sequence.tenant = self.shares.services[request.service].join(request.tenant)
         self._deadlines.watch(sequence)
-        self._enqueue(sequence, now)
+        self._queue.push(sequence, now)
 
     def cancel(self, request_id: str) -> None:
         """The caller has gone: free what the request holds at once. Unknown ids are ignored: the end was under way."""
@@ -178,111 +183,13 @@ class Scheduler:
         self._drop_lost(now)
         for stopped in self._residents.make_room():
             self.stats.preemptions += 1
-            self._enqueue(stopped, now)
-        self._order.open(now)
-        token_target = self.config.policy.token_target_seconds
-        searches, prompts, self._answers = survey(self._residents, self.cost, token_target)
-        self._arrange(prompts, now)
+            self._queue.push(stopped, now)
         begin = max(now, self._busy_until)
-        budget = self._budgeter.open(self._answers, self._most_urgent(prompts, now), begin)
-        rows: list[PlanRow] = []
-        served = Served()
-        if budget.answers_first:
-            served = self._plan_answers(searches, rows, budget, now)
-        self._plan_prompts(prompts, rows, budget, now)
-        if not budget.answers_first:
-            served = self._plan_answers(searches, rows, budget, now)
-        return self._close(served, rows, begin, now)
-
-    def _arrange(self, prompts: list[Sequence], now: float) -> None:
-        """Running prompts by their order; with few of them it is no work."""
-        for prompt in prompts:
-            self._order.overdue(prompt, now)
-        prompts.sort(key=cmp_to_key(lambda one, other: -1 if self._order.before(one, other) else 1))
-
-    def _most_urgent(self, prompts: Seq[Sequence], now: float) -> Sequence | None:
-        first = prompts[0] if prompts else None
-        waiting = self._order.peek(now)
-        if waiting is None or (first is not None and not self._order.before(waiting, first)):
-            return first
-        return waiting
-
-    def _plan_answers(self, searches: list[Sequence], rows: list[PlanRow], budget: StepBudget, now: float) -> Served:
-        """A token or a level for each answer; if not all fit, for those that have waited longest."""
-        load, answering = self._answers, self._residents.answering
-        if load.tokens <= budget.tokens and load.seconds <= budget.answer_seconds:
-            rows += map(next_level, searches)
-            budget.take_answers(load.tokens, load.seconds)
-            return answering.serve(answering.all(), now)
-        waited = attrgetter("last_planned_seconds")
-        chosen: list[Sequence] = []
-        for sequence in merge(sorted(searches, key=waited), answering.all(), key=waited):
-            if budget.tokens < 1 or (budget.used and budget.answer_seconds <= 0):
-                break
-            if not sequence.level:
-                chosen.append(sequence)
-                budget.take_answers(1, self.cost.work_seconds(1, sequence.computed + 1, 1))
-            elif sequence.lanes <= budget.tokens:
-                row = next_level(sequence)
-                rows.append(row)
-                budget.take_answers(row.count, self._budgeter.row_seconds(row))
-        return answering.serve(chosen, now)
-
-    def _plan_prompts(self, prompts: list[Sequence], rows: list[PlanRow], budget: StepBudget, now: float) -> None:
-        """Chunks of prompts: running ones and, in the same order, newly started ones."""
-        at = 0
-        while budget.prompt_tokens > 0 and budget.tokens > 0 and (budget.seconds > 0 or not budget.used):
-            running = prompts[at] if at < len(prompts) else None
-            waiting = self._order.peek(now)
-            if waiting is not None and (running is None or self._order.before(waiting, running)):
-                if self._start(waiting, now):
-                    prompts.insert(at, waiting)
-                else:
-                    self._order.hold(waiting)
-                continue
-            if running is None:
-                return
-            at += 1
-            within = self._budgeter.tokens_within(budget.seconds, running.computed)
-            if within < min(LEAST_CHUNK, running.pending):
-                if budget.used:
-                    return  # nobody is started for whom there is no time
-                within = LEAST_CHUNK
-            row = next_tokens(running, min(budget.tokens, budget.prompt_tokens, within), self.memory)
-            if row is not None:
-                rows.append(row)
-                budget.take_prompt(row.count, self._budgeter.row_seconds(row))
-
-    def _close(self, served: Served, rows: list[PlanRow], begin: float, now: float) -> Plan:
-        """Charge for the step and note what it should take."""
-        if not rows and not served.starts:
-            return Plan()
-        each = self.cost.coefficients
-        spent: defaultdict[Tenant, float] = defaultdict(float)
-        answers_of = served.charge(spent, each)
-        late = served.late_seconds(each)
-        tokens, keys = len(served.starts), served.keys
-        for row in rows:
-            sequence, count, read = row.sequence, row.count, row.keys
-            sequence.unread += not row.draws
-            sequence.last_planned_seconds = now
-            if begins_to_answer(sequence):
-                self._residents.begin_answer(sequence)
-            seconds = each.token * count + each.kv * read + each.row
-            assert sequence.tenant is not None
-            spent[sequence.tenant] += seconds
-            if sequence.is_late:
-                late += seconds
-            if sequence.work_bucket is not None:
-                self._prospects.count(sequence)
-            tokens += count
-            keys += read
-        load = StepLoad(tokens, keys, len(served.starts) + len(rows))
-        plan = Plan(tuple(rows), tuple(served.sequences), tuple(served.starts), answers_of, load, now)
-        self._order.spent(spent, late)
-        predicted = self.cost.seconds(plan.load)
-        self._in_flight.append(predicted)
-        self._busy_until = begin + predicted
+        plan = self._planner.plan(begin, now)
+        if plan.load.rows:
+            predicted = self.cost.seconds(plan.load)
+            self._in_flight.append(predicted)
+            self._busy_until = begin + predicted
         return plan
 
     # ---- results in ----------------------------------------------------------------------------------------------
@@ -377,32 +284,11 @@ class Scheduler:
         return sequence
 
     def _load(self, now: float) -> Load:
-        return Load(self._waiting.requests, self._waiting.tokens, self._answers, max(now, self._busy_until))
-
-    def _enqueue(self, sequence: Sequence, now: float) -> None:
-        self._order.push(sequence)
-        self._prospects.count(sequence)
-        self._waiting.enter(sequence)
-        self.shares.services[sequence.request.service].queue_grows(now)
-
-    def _dequeue(self, sequence: Sequence) -> None:
-        self._order.drop(sequence)
-        self._waiting.leave(sequence)
-        self.shares.services[sequence.request.service].waiting -= 1
-
-    def _start(self, sequence: Sequence, now: float) -> bool:
-        """Let the first of the queue run, if it may and there is room for it."""
-        if not self._budgeter.may_answer(sequence, self._answers) or not self._residents.start(sequence):
-            return False
-        self._dequeue(sequence)
-        self.shares.services[sequence.request.service].queue_moves(now)
-        if sequence.epoch == 0:
-            self.stats.queued(sequence.request.service, now - sequence.request.arrival_seconds)
-        return True
+        return Load(self._waiting.requests, self._waiting.tokens, self._planner.answers, max(now, self._busy_until))
 
     def _end(self, sequence: Sequence) -> None:
         if sequence.state_slot is None:
-            self._dequeue(sequence)
+            self._queue.drop(sequence)
         self._residents.stop(sequence)
         self._prospects.discount(sequence)
         sequence.ended = True

@@ -1,0 +1,157 @@
+"""What the next step computes: answers that go on and chunks of prompts, within a budget of tokens and seconds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence as Seq
+from functools import cmp_to_key
+from heapq import merge
+from operator import attrgetter
+
+from shoplm.scheduler.answering import Served, begins_to_answer
+from shoplm.scheduler.budget import LEAST_CHUNK, Budgeter, StepBudget
+from shoplm.scheduler.config import SchedulerConfig
+from shoplm.scheduler.cost import CostModel, StepLoad
+from shoplm.scheduler.fairness import Tenant
+from shoplm.scheduler.memory import SequenceMemory
+from shoplm.scheduler.plan import Plan, PlanRow
+from shoplm.scheduler.prospects import Prospects
+from shoplm.scheduler.queue import Queue
+from shoplm.scheduler.residents import Residents
+from shoplm.scheduler.rows import next_level, next_tokens
+from shoplm.scheduler.sequence import Sequence
+from shoplm.scheduler.survey import Answers, survey
+
+
+class Planner:
+    """Plans steps, starts requests from the queue and charges for both."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        *,
+        cost: CostModel,
+        memory: SequenceMemory,
+        residents: Residents,
+        queue: Queue,
+        budgeter: Budgeter,
+        prospects: Prospects,
+    ) -> None:
+        self.answers = Answers()  # as of the last plan
+        self._token_target = config.policy.token_target_seconds
+        self._cost = cost
+        self._memory = memory
+        self._residents = residents
+        self._queue = queue
+        self._order = queue.order
+        self._budgeter = budgeter
+        self._prospects = prospects
+
+    def plan(self, begin: float, now: float) -> Plan:
+        """The step that will begin at `begin`; empty when there is nothing to compute."""
+        self._order.open(now)
+        searches, prompts, self.answers = survey(self._residents, self._cost, self._token_target)
+        self._arrange(prompts, now)
+        budget = self._budgeter.open(self.answers, self._most_urgent(prompts, now), begin)
+        rows: list[PlanRow] = []
+        served = Served()
+        if budget.answers_first:
+            served = self._plan_answers(searches, rows, budget, now)
+        self._plan_prompts(prompts, rows, budget, now)
+        if not budget.answers_first:
+            served = self._plan_answers(searches, rows, budget, now)
+        return self._close(served, rows, now)
+
+    def _arrange(self, prompts: list[Sequence], now: float) -> None:
+        """Running prompts by their order; with few of them it is no work."""
+        for prompt in prompts:
+            self._order.overdue(prompt, now)
+        prompts.sort(key=cmp_to_key(lambda one, other: -1 if self._order.before(one, other) else 1))
+
+    def _most_urgent(self, prompts: Seq[Sequence], now: float) -> Sequence | None:
+        first = prompts[0] if prompts else None
+        waiting = self._order.peek(now)
+        if waiting is None or (first is not None and not self._order.before(waiting, first)):
+            return first
+        return waiting
+
+    def _plan_answers(self, searches: list[Sequence], rows: list[PlanRow], budget: StepBudget, now: float) -> Served:
+        """A token or a level for each answer; if not all fit, for those that have waited longest."""
+        load, answering = self.answers, self._residents.answering
+        if load.tokens <= budget.tokens and load.seconds <= budget.answer_seconds:
+            rows += map(next_level, searches)
+            budget.take_answers(load.tokens, load.seconds)
+            return answering.serve(answering.all(), now)
+        waited = attrgetter("last_planned_seconds")
+        chosen: list[Sequence] = []
+        for sequence in merge(sorted(searches, key=waited), answering.all(), key=waited):
+            if budget.tokens < 1 or (budget.used and budget.answer_seconds <= 0):
+                break
+            if not sequence.level:
+                chosen.append(sequence)
+                budget.take_answers(1, self._cost.work_seconds(1, sequence.computed + 1, 1))
+            elif sequence.lanes <= budget.tokens:
+                row = next_level(sequence)
+                rows.append(row)
+                budget.take_answers(row.count, self._budgeter.row_seconds(row))
+        return answering.serve(chosen, now)
+
+    def _plan_prompts(self, prompts: list[Sequence], rows: list[PlanRow], budget: StepBudget, now: float) -> None:
+        """Chunks of prompts: running ones and, in the same order, newly started ones."""
+        at = 0
+        while budget.prompt_tokens > 0 and budget.tokens > 0 and (budget.seconds > 0 or not budget.used):
+            running = prompts[at] if at < len(prompts) else None
+            waiting = self._order.peek(now)
+            if waiting is not None and (running is None or self._order.before(waiting, running)):
+                if self._start(waiting, now):
+                    prompts.insert(at, waiting)
+                else:
+                    self._order.hold(waiting)
+                continue
+            if running is None:
+                return
+            at += 1
+            within = self._budgeter.tokens_within(budget.seconds, running.computed)
+            if within < min(LEAST_CHUNK, running.pending):
+                if budget.used:
+                    return  # nobody is started for whom there is no time
+                within = LEAST_CHUNK
+            row = next_tokens(running, min(budget.tokens, budget.prompt_tokens, within), self._memory)
+            if row is not None:
+                rows.append(row)
+                budget.take_prompt(row.count, self._budgeter.row_seconds(row))
+
+    def _start(self, sequence: Sequence, now: float) -> bool:
+        """Let the first of the queue run, if it may and there is room for it."""
+        if not self._budgeter.may_answer(sequence, self.answers) or not self._residents.start(sequence):
+            return False
+        self._queue.pop(sequence, now)
+        return True
+
+    def _close(self, served: Served, rows: list[PlanRow], now: float) -> Plan:
+        """Charge for the step."""
+        if not rows and not served.starts:
+            return Plan()
+        each = self._cost.coefficients
+        spent: defaultdict[Tenant, float] = defaultdict(float)
+        answers_of = served.charge(spent, each)
+        late = served.late_seconds(each)
+        tokens, keys = len(served.starts), served.keys
+        for row in rows:
+            sequence, count, read = row.sequence, row.count, row.keys
+            sequence.unread += not row.draws
+            sequence.last_planned_seconds = now
+            if begins_to_answer(sequence):
+                self._residents.begin_answer(sequence)
+            seconds = each.token * count + each.kv * read + each.row
+            assert sequence.tenant is not None
+            spent[sequence.tenant] += seconds
+            if sequence.is_late:
+                late += seconds
+            if sequence.work_bucket is not None:
+                self._prospects.count(sequence)
+            tokens += count
+            keys += read
+        load = StepLoad(tokens, keys, len(served.starts) + len(rows))
+        self._order.spent(spent, late)
+        return Plan(tuple(rows), tuple(served.sequences), tuple(served.starts), answers_of, load, now)
