@@ -127,18 +127,21 @@ class SlackOrder:
         self._shares.settle()
         self._ahead = self._shares.ahead()
         self._held.clear()
+        for service, share in self._shares.services.items():
+            if not share.waiting:
+                self._timely[service].clear()
+                self._late[service].clear()
 
     def peek(self, now: float) -> Sequence | None:
         best: Sequence | None = None
-        for service in self._shares.services:
-            if service in self._held:
+        for service, share in self._shares.services.items():
+            if not share.waiting or service in self._held:
                 continue
-            for head in (self._timely_head(service, now), self._late[service].head()):
+            timely, late = self._timely[service], self._late[service]
+            for head in (self._timely_head(service, now), late.head()):
                 if head is not None and (best is None or self.before(head, best)):
                     best = head
-            self._shares.services[service].begin_turn(
-                turns.virtual for turns in (self._timely[service], self._late[service])
-            )
+            share.begin_turn((timely.virtual, late.virtual))
         return best
 
     def hold(self, sequence: Sequence) -> None:
@@ -203,6 +206,11 @@ class _Turns:
             tenant.virtual = max(tenant.virtual, self._share.turn)
             heapq.heappush(self._tenants, (tenant.virtual, next(self._tie), tenant))
         heapq.heappush(queue, (key, sequence.ticket, sequence))
+
+    def clear(self) -> None:
+        """Nobody waits: forget who did."""
+        self._tenants.clear()
+        self._queues.clear()
 
     def head(self) -> Sequence | None:
         """The first request of the tenant whose turn it is."""
