@@ -22,7 +22,7 @@ from backend_cpu import CONFIG, cpu_name, random_weights
 from shoplm.engine.engine import Engine
 from shoplm.model.shop_weights import random_trie
 from shoplm.model.torch_backend import TorchBackend
-from shoplm.request import Generate, Request, Select, Service, Task
+from shoplm.request import Generate, Request, Select, Service, Task, token_ids
 from shoplm.scheduler.config import SchedulerConfig
 
 TARGET_RUNNING = (1, 2, 4, 8, 16, 24)  # requests at once; each for a while, so that all sizes of a step occur
@@ -52,7 +52,7 @@ class Load:
         elif kind < 0.55:
             service, task = Service.RECOMMENDATION, Select(10, 32, trie="catalogue")
         self._number += 1
-        tokens = (*history, *self._tokens(draw.randrange(2, 30)))
+        tokens = token_ids((*history, *self._tokens(draw.randrange(2, 30))))
         self._engine.submit(Request(f"r{self._number}", service, tokens, task, arrival_seconds=time.monotonic()))
 
 

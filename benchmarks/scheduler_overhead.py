@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shoplm.bench.report import machine, write_json_of
-from shoplm.request import Generate, Predict, Request, Select, Service, Task
+from shoplm.request import Generate, Predict, Request, Select, Service, Task, token_ids
 from shoplm.scheduler.config import SchedulerConfig, SchedulingPolicy
 from shoplm.scheduler.cost import Coefficients
 from shoplm.scheduler.plan import PlanRow
@@ -82,7 +82,7 @@ class Bench:
         request = Request(
             str(self._number),
             service,
-            tuple(range(start, start + length)),
+            token_ids(range(start, start + length)),
             task,
             arrival_seconds=self.now,
             deadline_seconds=deadline,

@@ -9,12 +9,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from shoplm.bundle import PromptSchema
 from shoplm.history import SECONDS_PER_DAY, EventKind, History
+from shoplm.request import Tokens, token_ids
 from shoplm.vocabulary import ShopVocabulary
 
 _MARKS = {EventKind.CART: "<cart>", EventKind.VIEW: "<view>", EventKind.RETURN: "<return>"}
@@ -65,12 +67,17 @@ class Template(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Prefix:
     """The customer's part of a prompt."""
 
     tokens: tuple[int, ...]
     dropped_baskets: int  # oldest baskets left out to keep the history budget
+
+    @cached_property
+    def packed(self) -> Tokens:
+        """The tokens as requests hold them; packed once for all requests of the customer."""
+        return token_ids(self.tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,22 @@ Plain frozen msgspec structs: no torch, no protobuf. Times are seconds of the ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sized
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import msgspec
+
+if TYPE_CHECKING:
+    Tokens = array[int]
+else:
+    Tokens = array  # of int32: as it travels, and as pages of it are looked up
+
+
+def token_ids(tokens: Iterable[int]) -> Tokens:
+    """Tokens as requests hold them. Raises OverflowError where one does not fit into 32 bits."""
+    return array("i", tokens)
 
 
 class Service(StrEnum):
@@ -119,7 +131,7 @@ class Request(msgspec.Struct, frozen=True):
 
     request_id: str
     service: Service
-    tokens: tuple[int, ...]
+    tokens: Tokens
     task: Task
     arrival_seconds: float
     deadline_seconds: float | None = None  # absolute; None: the caller set none
@@ -143,7 +155,7 @@ def forks_start(tokens: int, task: Explain) -> int:
     return tokens - task.suffix_tokens * len(task.hidden)
 
 
-def check_forks(tokens: tuple[int, ...], task: Explain) -> None:
+def check_forks(tokens: Sized, task: Explain) -> None:
     """Raises ValueError where spans lie outside the history that the forks share."""
     start = forks_start(len(tokens), task)
     if start < 0:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
 import pytest
 from shoplm.cache.pages import PagePool
 from shoplm.cache.prefix import Node, PrefixTree
+from shoplm.request import token_ids
 
 PAGE_SIZE = 4
 WRITER = object()
@@ -17,12 +19,16 @@ def make_tree(pages: int) -> tuple[PrefixTree, PagePool]:
     return PrefixTree(pool, PAGE_SIZE), pool
 
 
+def packed(tokens: Iterable[int]) -> bytes:
+    return token_ids(tokens).tobytes()
+
+
 def write(tree: PrefixTree, tokens: list[int], root: str = "root") -> list[Node]:
     """Acquire what is there, compute the rest; the caller holds all of it."""
-    chain = tree.acquire(root, tokens, len(tokens))
+    chain = tree.acquire(root, packed(tokens), len(tokens))
     for start in range(len(chain) * PAGE_SIZE, len(tokens) - PAGE_SIZE + 1, PAGE_SIZE):
         parent = chain[-1] if chain else None
-        node = tree.extend(root, parent, tokens[start : start + PAGE_SIZE], tree.take(), WRITER)
+        node = tree.extend(root, parent, packed(tokens[start : start + PAGE_SIZE]), tree.take(), WRITER)
         node.filled, node.writer = True, None
         chain.append(node)
     return chain
@@ -50,7 +56,7 @@ def test_only_whole_pages_within_the_limit_are_shared() -> None:
     chain = write(tree, tokens)
     assert len(chain) == 3
     for limit, pages in ((3, 0), (4, 1), (7, 1), (8, 2), (11, 2), (12, 3)):
-        found = tree.acquire("root", tokens, limit)
+        found = tree.acquire("root", packed(tokens), limit)
         assert found == chain[:pages]
         release(tree, found)
 
@@ -59,16 +65,16 @@ def test_what_was_matched_is_looked_at_again_only_if_it_has_gone() -> None:
     tree, _ = make_tree(8)
     tokens = list(range(16))
     release(tree, write(tree, tokens[:8]))
-    known = tree.match("root", tokens, 16)
+    known = tree.match("root", packed(tokens), 16)
     assert len(known) == 2
     chain = write(tree, tokens)  # two pages more, behind those that were known
-    assert tree.acquire("root", tokens, 16, known) == chain[:4]
+    assert tree.acquire("root", packed(tokens), 16, known) == chain[:4]
     for _ in range(2):
         release(tree, chain)
     tree.clear()
-    assert tree.acquire("root", tokens, 16, known) == []
+    assert tree.acquire("root", packed(tokens), 16, known) == []
     again = write(tree, tokens[:4])
-    assert tree.acquire("root", tokens, 16, known) == again != known[:1]
+    assert tree.acquire("root", packed(tokens), 16, known) == again != known[:1]
 
 
 def test_a_fork_shares_the_common_pages_and_nothing_else() -> None:
@@ -79,7 +85,7 @@ def test_a_fork_shares_the_common_pages_and_nothing_else() -> None:
     assert pool.free == 8 - 4
     assert [node.users for node in one] == [2, 2, 1]
     # A page's tokens are not enough: what stands before it must be the same as well.
-    assert tree.acquire("root", [9, 9, 9, 9], 4) == []
+    assert tree.acquire("root", packed([9, 9, 9, 9]), 4) == []
 
 
 def test_nothing_is_shared_across_roots() -> None:
@@ -88,7 +94,7 @@ def test_nothing_is_shared_across_roots() -> None:
     one, other = write(tree, tokens, "tenant 1"), write(tree, tokens, "tenant 2")
     assert not set(map(id, one)) & set(map(id, other))
     assert len({node.page for node in (*one, *other)}) == 4
-    assert tree.acquire("tenant 3", tokens, 8) == []
+    assert tree.acquire("tenant 3", packed(tokens), 8) == []
 
 
 def test_released_pages_stay_cached_until_they_are_needed() -> None:
@@ -97,7 +103,7 @@ def test_released_pages_stay_cached_until_they_are_needed() -> None:
     chain = write(tree, tokens)
     release(tree, chain)
     assert (tree.idle, pool.free, tree.available) == (2, 1, 3)
-    again = tree.acquire("root", tokens, 8)
+    again = tree.acquire("root", packed(tokens), 8)
     assert again == chain and tree.idle == 0
     release(tree, again)
     taken = [tree.take() for _ in range(3)]
@@ -112,10 +118,10 @@ def test_the_least_recently_used_leaf_goes_first() -> None:
     old, new = [1] * 8, [2] * 8
     release(tree, write(tree, old))
     release(tree, write(tree, new))
-    release(tree, tree.acquire("root", old, 8))  # now the one used last
+    release(tree, tree.acquire("root", packed(old), 8))  # now the one used last
     tree.take()
-    assert len(tree.acquire("root", new, 8)) == 1  # its leaf is gone, its first page still there
-    assert len(tree.acquire("root", old, 8)) == 2
+    assert len(tree.acquire("root", packed(new), 8)) == 1  # its leaf is gone, its first page still there
+    assert len(tree.acquire("root", packed(old), 8)) == 2
 
 
 def test_a_page_with_a_held_page_below_it_is_never_evicted() -> None:
@@ -126,7 +132,7 @@ def test_a_page_with_a_held_page_below_it_is_never_evicted() -> None:
     tree.take()
     with pytest.raises(IndexError):
         tree.take()
-    assert tree.acquire("root", list(range(8)), 8) == held
+    assert tree.acquire("root", packed(list(range(8))), 8) == held
 
 
 def test_an_evicted_prefix_can_be_computed_again() -> None:
@@ -141,7 +147,7 @@ def test_an_evicted_prefix_can_be_computed_again() -> None:
 
 def test_an_unfilled_page_that_nobody_holds_is_freed_at_once() -> None:
     tree, pool = make_tree(2)
-    node = tree.extend("root", None, [1, 2, 3, 4], tree.take(), WRITER)
+    node = tree.extend("root", None, packed([1, 2, 3, 4]), tree.take(), WRITER)
     tree.release(node)
     assert (pool.free, tree.idle, tree.nodes()) == (2, 0, [])
     with pytest.raises(AssertionError, match="released more often"):
@@ -151,13 +157,13 @@ def test_an_unfilled_page_that_nobody_holds_is_freed_at_once() -> None:
 def test_an_adopted_page_is_found_and_a_known_prefix_is_not_adopted_twice() -> None:
     tree, pool = make_tree(4)
     chain = write(tree, [1] * 4)
-    node = tree.adopt("root", chain[-1], [5, 6, 7, 8], tree.take())
+    node = tree.adopt("root", chain[-1], packed([5, 6, 7, 8]), tree.take())
     assert node is not None and (node.filled, node.users, tree.idle) == (True, 0, 1)
     page = tree.take()
-    assert tree.adopt("root", chain[-1], [5, 6, 7, 8], page) is None
+    assert tree.adopt("root", chain[-1], packed([5, 6, 7, 8]), page) is None
     pool.give_back(page)
     release(tree, chain)
-    assert tree.acquire("root", [1, 1, 1, 1, 5, 6, 7, 8], 8) == [*chain, node]
+    assert tree.acquire("root", packed([1, 1, 1, 1, 5, 6, 7, 8]), 8) == [*chain, node]
 
 
 @pytest.mark.parametrize("seed", range(3))

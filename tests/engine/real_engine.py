@@ -18,7 +18,7 @@ from shoplm.model.shop_weights import ShopWeights, random_trie
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import load_weights
 from shoplm.readout.heads import Heads
-from shoplm.request import FinishedOutput, Generate, Predict, Request, Select, Service, Task, TokensOutput
+from shoplm.request import FinishedOutput, Generate, Predict, Request, Select, Service, Task, TokensOutput, token_ids
 
 FEATURES, ITEMS, SEED = 3, 200, 20180101
 _HANG_SECONDS = 120.0
@@ -79,7 +79,7 @@ async def running(spec: EngineSpec) -> AsyncIterator[EngineClient]:
 def request(name: str, tokens: Sequence[int], task: Task, *, root: str = "") -> Request:
     """A request that arrived when the machine was started: it is always in time."""
     service = {Generate: Service.CHAT, Select: Service.RECOMMENDATION}.get(type(task), Service.PREDICTION)
-    return Request(name, service, tuple(tokens), task, arrival_seconds=0.0, cache_root=root)
+    return Request(name, service, token_ids(tokens), task, arrival_seconds=0.0, cache_root=root)
 
 
 async def answer(client: EngineClient, asked: Request) -> Answer:

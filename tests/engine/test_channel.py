@@ -23,6 +23,7 @@ from shoplm.request import (
     Submit,
     Timings,
     TokensOutput,
+    token_ids,
 )
 
 MESSAGES = [b"", b"a", bytes(range(256)) * 40, b"bc", b"", b"d" * 70_000]
@@ -41,7 +42,7 @@ def test_messages_come_out_as_they_went_in_however_they_are_cut(most: int) -> No
 
 
 def request(name: str, tokens: int = 3) -> Request:
-    return Request(name, Service.CHAT, tuple(range(tokens)), Generate(8), arrival_seconds=0.0)
+    return Request(name, Service.CHAT, token_ids(range(tokens)), Generate(8), arrival_seconds=0.0)
 
 
 def test_the_engine_takes_everything_that_came_and_then_the_end() -> None:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import pytest
-from shoplm.request import FailedOutput, FailureKind, FinishedOutput, Generate, Predict, Request, Select, Service
+from shoplm.request import (
+    FailedOutput,
+    FailureKind,
+    FinishedOutput,
+    Generate,
+    Predict,
+    Request,
+    Select,
+    Service,
+    token_ids,
+)
 from shoplm.scheduler.config import SchedulerConfig
 from simulation import CheckingBackend, Clock, CostCurve, Simulation
 
 
 def chat(name: str, length: int = 8, tokens: int = 6) -> Request:
     start = 1000 * (1 + sum(map(ord, name)))
-    return Request(name, Service.CHAT, tuple(range(start, start + length)), Generate(tokens), 0.0)
+    return Request(name, Service.CHAT, token_ids(range(start, start + length)), Generate(tokens), 0.0)
 
 
 @pytest.mark.parametrize("pipeline_depth", [1, 2])
@@ -86,10 +96,10 @@ def test_the_report_counts_what_happened_and_starts_again() -> None:
     simulation = Simulation(backend)
     simulation.submit(
         chat("chat", length=8, tokens=3),
-        Request("select", Service.RECOMMENDATION, tuple(range(8)), Select(2, 4, trie="deep"), 0.0),
-        Request("predict", Service.PREDICTION, tuple(range(50, 59)), Predict(()), 0.0),
+        Request("select", Service.RECOMMENDATION, token_ids(range(8)), Select(2, 4, trie="deep"), 0.0),
+        Request("predict", Service.PREDICTION, token_ids(range(50, 59)), Predict(()), 0.0),
     )
-    refused = Request("refused", Service.CHAT, (1,), Generate(0), 0.0)
+    refused = Request("refused", Service.CHAT, token_ids([1]), Generate(0), 0.0)
     simulation.submit(refused)
     queued = simulation.engine.report()
     assert queued.queued_requests == {"recommendation": 1, "chat": 1, "prediction": 1}

@@ -17,7 +17,7 @@ import pytest
 from shoplm.engine.spec import EngineSpec
 from shoplm.engine.supervisor import ProcessEngineClient
 from shoplm.errors import ConfigurationError, EngineUnavailableError
-from shoplm.request import FinishedOutput, Generate, Request, Service, TokensOutput
+from shoplm.request import FinishedOutput, Generate, Request, Service, TokensOutput, token_ids
 
 TinyModel = Callable[[str], Path]
 START_SECONDS = 90.0  # imports torch, on a machine that may be busy
@@ -29,7 +29,7 @@ def spec(folder: Path) -> EngineSpec:
 
 
 def chat(name: str, tokens: int) -> Request:
-    return Request(name, Service.CHAT, tuple(range(3, 20)), Generate(tokens), arrival_seconds=time.monotonic())
+    return Request(name, Service.CHAT, token_ids(range(3, 20)), Generate(tokens), arrival_seconds=time.monotonic())
 
 
 @asynccontextmanager
@@ -116,13 +116,13 @@ PARENT = """
 import asyncio, sys, time
 from shoplm.engine.supervisor import ProcessEngineClient
 from shoplm.engine.spec import EngineSpec
-from shoplm.request import Generate, Request, Service
+from shoplm.request import Generate, Request, Service, token_ids
 
 async def main():
     client = ProcessEngineClient(EngineSpec(sys.argv[1], dtype="float32", threads=1, kv_cache_bytes=4 << 20))
     await client.start()
     if sys.argv[2] == "busy":
-        request = Request("r", Service.CHAT, (3, 4, 5), Generate(240), time.monotonic())
+        request = Request("r", Service.CHAT, token_ids([3, 4, 5]), Generate(240), time.monotonic())
         await anext(client.generate(request))
     print(client.process_id, flush=True)
     await asyncio.sleep(600)

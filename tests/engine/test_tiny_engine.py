@@ -19,7 +19,7 @@ from shoplm.errors import (
     InvalidRequestError,
     OverloadedError,
 )
-from shoplm.request import Embed, Generate, Request, Select, StepStats, TokensOutput
+from shoplm.request import Embed, Generate, Request, Select, StepStats, TokensOutput, token_ids
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 TinyModel = Callable[[str], Path]
@@ -159,7 +159,7 @@ async def test_refusals_come_as_their_own_errors(tiny_model: TinyModel) -> None:
             await client.run(request("trie", [3], Select(1, 1, trie="other")))
         with pytest.raises(OverloadedError, match="tokens are queued"):
             await client.run(request("large", range(3, 60), Generate(1)))
-        late = Request("late", request("", [3], Embed()).service, (3,), Embed(), 0.0, deadline_seconds=0.1)
+        late = Request("late", request("", [3], Embed()).service, token_ids([3]), Embed(), 0.0, deadline_seconds=0.1)
         with pytest.raises(ExpiredError):
             await client.run(late)
         assert len((await answer(client, request("good", [3], Generate(3)))).tokens) == 3

@@ -30,6 +30,7 @@ from shoplm.request import (
     Service,
     TokensOutput,
     by_request,
+    token_ids,
 )
 from shoplm.scheduler.config import SchedulerConfig
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -168,7 +169,7 @@ def served(backend: Backend) -> dict[str, Output]:
     services = {Generate: Service.CHAT, Select: Service.RECOMMENDATION, Predict: Service.PREDICTION}
     for index, (tokens, task) in enumerate(work()):
         service = services.get(type(task), Service.PREDICTION)
-        engine.submit(Request(str(index), service, tuple(tokens), task, 0.0, history_tokens=len(tokens)))
+        engine.submit(Request(str(index), service, token_ids(tokens), task, 0.0, history_tokens=len(tokens)))
     tokens_of: dict[str, list[int]] = {}
     answers: dict[str, Output] = {}
     while not engine.is_idle:

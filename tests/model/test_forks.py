@@ -15,7 +15,7 @@ from shoplm.model.shop_weights import ShopWeights, random_trie
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import load_weights
 from shoplm.readout.heads import Heads
-from shoplm.request import Explain, HeadValues, ItemScores, Predict, Request, Select, SelectOutput, Service
+from shoplm.request import Explain, HeadValues, ItemScores, Predict, Request, Select, SelectOutput, Service, token_ids
 
 TinyModel = Callable[[str], Path]
 SUFFIX = (401, 402)
@@ -107,7 +107,7 @@ def test_heads_are_read_of_each_fork(tiny_model: TinyModel) -> None:
 def test_spans_outside_the_history_are_refused() -> None:
     tokens, task = explain((((55, 61),),), ItemScores(ITEMS))
     with pytest.raises(ValueError, match=r"hides \(\(55, 61\),\) of a history of 60 tokens"):
-        Request("r", Service.RECOMMENDATION, tokens, task, 0.0)
+        Request("r", Service.RECOMMENDATION, token_ids(tokens), task, 0.0)
     with pytest.raises(ValueError, match="1 rows of features for 2 forks"):
         Explain(2, ((), ()), HeadValues(((0.5,),)))
     with pytest.raises(ValueError, match="at least one of each"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from shoplm.request import Generate, Request, Service
+from shoplm.request import Generate, Request, Service, token_ids
 from shoplm.scheduler.answering import Answering, begins_to_answer
 from shoplm.scheduler.cost import Coefficients
 from shoplm.scheduler.fairness import Shares
@@ -18,8 +18,8 @@ COST = Coefficients(step=1.0, token=0.5, kv=0.25, row=2.0)
 
 def answer(name: str, tenant: str = "", max_tokens: int = 8, last: float | None = 0.0) -> Sequence:
     """An answer that has its first token."""
-    request = Request(name, Service.CHAT, tuple(range(PROMPT)), Generate(max_tokens), 0.0, tenant=tenant)
-    sequence = Sequence(request, 0.0, [*range(PROMPT), 9], computed=PROMPT, last_token_seconds=last)
+    request = Request(name, Service.CHAT, token_ids(range(PROMPT)), Generate(max_tokens), 0.0, tenant=tenant)
+    sequence = Sequence(request, 0.0, token_ids([*range(PROMPT), 9]), computed=PROMPT, last_token_seconds=last)
     sequence.tenant = SHARES.services[Service.CHAT].join(tenant)
     return sequence
 
@@ -100,7 +100,7 @@ def test_tokens_are_charged_to_the_tenants_whose_they_are() -> None:
 
 def test_a_preempted_answer_goes_on_when_all_but_its_last_token_is_computed() -> None:
     sequence = answer("again")
-    sequence.tokens += [9, 9]
+    sequence.tokens.extend([9, 9])
     sequence.restart()
     for computed, begins in ((PROMPT + 1, False), (PROMPT + 2, True)):
         sequence.computed = computed

@@ -19,6 +19,7 @@ from shoplm.request import (
     Select,
     Service,
     Task,
+    token_ids,
 )
 from shoplm.scheduler.config import SchedulerConfig, SchedulingPolicy
 from shoplm.scheduler.deadlines import Deadlines
@@ -50,7 +51,7 @@ class Shop:
         tokens = tuple(self._tokens.randrange(1 << 16) for _ in range(length))
         deadline = None if within is None else self.now + within
         arrival = {"arrival_seconds": self.now, "deadline_seconds": deadline, **fields}
-        self.simulation.submit(Request(name, SERVICES[type(task)], tokens, task, **arrival))  # type: ignore[arg-type]
+        self.simulation.submit(Request(name, SERVICES[type(task)], token_ids(tokens), task, **arrival))  # type: ignore[arg-type]
 
     def end(self, name: str) -> FinishedOutput | FailedOutput:
         end = self.simulation.records[name].end
@@ -208,7 +209,7 @@ def test_a_jump_of_the_wall_clock_neither_ends_nor_stalls_anything(monkeypatch: 
     for number, jump in enumerate((0.0, hour, -hour, hour)):
         monkeypatch.setattr(time, "time", lambda jump=jump: jump + monotonic())
         name = f"r{number}"
-        tokens = tuple(range(100 * number, 100 * number + 40))
+        tokens = token_ids(range(100 * number, 100 * number + 40))
         deadline = monotonic() + 600.0
         engine.submit(Request(name, Service.CHAT, tokens, Generate(5), monotonic(), deadline_seconds=deadline))
         steps = 0
@@ -222,7 +223,7 @@ def test_a_jump_of_the_wall_clock_neither_ends_nor_stalls_anything(monkeypatch: 
 def test_a_far_deadline_holds_no_ended_request() -> None:
     deadlines = Deadlines(lambda sequence: sequence.request.deadline_seconds)
     for number in range(10_000):
-        request = Request(str(number), Service.PREDICTION, (1,), Predict(()), 0.0, deadline_seconds=3600.0)
+        request = Request(str(number), Service.PREDICTION, token_ids([1]), Predict(()), 0.0, deadline_seconds=3600.0)
         sequence = Sequence(request, 0.05, [1])
         deadlines.watch(sequence)
         sequence.ended = True

@@ -21,6 +21,7 @@ from shoplm.request import (
     Task,
     TokensOutput,
     by_request,
+    token_ids,
 )
 from shoplm.scheduler.config import SchedulerConfig
 from simulation import CheckingBackend, Clock, CostCurve, Simulation, expected_answer
@@ -35,7 +36,7 @@ def simulate(config: SchedulerConfig | None = None, **backend: Any) -> Simulatio
 
 def request(name: str, tokens: range | list[int], task: Task, **fields: Any) -> Request:
     service = {Generate: Service.CHAT, Select: Service.RECOMMENDATION}.get(type(task), Service.PREDICTION)
-    return Request(name, service, tuple(tokens), task, **{"arrival_seconds": 0.0, **fields})
+    return Request(name, service, token_ids(tokens), task, **{"arrival_seconds": 0.0, **fields})
 
 
 def computed_tokens(simulation: Simulation) -> int:
@@ -249,10 +250,10 @@ def test_popularity_alone_needs_no_beams_however_deep_the_trie(pipeline_depth: i
         ({"task": Generate(0)}, FailureKind.INVALID, "BAD_MAX_TOKENS"),
         ({"task": Select(1, 1, trie="unknown")}, FailureKind.INVALID, "UNKNOWN_TRIE"),
         ({"task": Generate(505)}, FailureKind.INVALID, "CONTEXT_EXCEEDED"),
-        ({"tokens": tuple(range(513))}, FailureKind.INVALID, "CONTEXT_EXCEEDED"),
+        ({"tokens": token_ids(range(513))}, FailureKind.INVALID, "CONTEXT_EXCEEDED"),
         ({"task": Select(1, 33, trie="deep")}, FailureKind.INVALID, "BEAMS_EXCEED_STEP"),
         ({"task": Generate(300)}, FailureKind.INVALID, "CACHE_EXCEEDED"),
-        ({"tokens": tuple(range(250)), "task": DEEP}, FailureKind.INVALID, "CACHE_EXCEEDED"),
+        ({"tokens": token_ids(range(250)), "task": DEEP}, FailureKind.INVALID, "CACHE_EXCEEDED"),
         ({"deadline_seconds": 1.0}, FailureKind.EXPIRED, "EXPIRED"),
     ],
 )

@@ -7,7 +7,7 @@ import random
 from collections import Counter
 
 import pytest
-from shoplm.request import FailedOutput, FinishedOutput, Generate, Predict, Request, Select, Service, Task
+from shoplm.request import FailedOutput, FinishedOutput, Generate, Predict, Request, Select, Service, Task, token_ids
 from shoplm.scheduler.config import SchedulerConfig, SchedulingPolicy
 from simulation import CheckingBackend, Clock, CostCurve, Simulation
 
@@ -36,7 +36,7 @@ class Crowd:
         name = f"{service.value}-{tenant}-{next(self._numbers)}"
         tokens = tuple(self.random.randrange(1 << 16) for _ in range(self.random.randint(20, 80)))
         now = self.simulation.clock.now
-        request = Request(name, service, tokens, TASKS[service], now, tenant=tenant, **fields)  # type: ignore[arg-type]
+        request = Request(name, service, token_ids(tokens), TASKS[service], now, tenant=tenant, **fields)  # type: ignore[arg-type]
         self.simulation.submit(request)
         return name
 
@@ -176,7 +176,7 @@ def test_answers_that_do_not_fit_together_do_not_take_each_others_pages_in_turn(
     lengths = [generator.randint(20, 60) for _ in range(8)]
     for number, length in enumerate(lengths):  # each up to 120 of 180 tokens
         tokens = tuple(range(1_000 * number, 1_000 * number + length))
-        request = Request(f"r{number}", Service.CHAT, tokens, Generate(60), arrival_seconds=1e-6 * number)
+        request = Request(f"r{number}", Service.CHAT, token_ids(tokens), Generate(60), arrival_seconds=1e-6 * number)
         simulation.submit(request)
     simulation.run(5_000)
     for name in simulation.records:

@@ -18,6 +18,7 @@ from shoplm.request import (
     Select,
     Service,
     Task,
+    token_ids,
 )
 from shoplm.scheduler.config import SchedulerConfig, SchedulingPolicy
 from simulation import CheckingBackend, Clock, Simulation
@@ -66,7 +67,7 @@ class RandomLoad:
             Request(
                 f"request-{next(self.numbers)}",
                 service,
-                tokens,
+                token_ids(tokens),
                 task,
                 arrival_seconds=now,
                 deadline_seconds=deadline,

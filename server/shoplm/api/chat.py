@@ -60,7 +60,7 @@ class ChatService(ChatServiceServicer):
         task = Generate(min(turn.max_tokens, room), turn.sampling, core.served.tokenizer.end_token_ids)
         work = core.request(
             *(_SERVICE, tokens, task, context),
-            history_tokens=len(prefix.tokens),
+            prefix=prefix,
             allow_degraded=request.allow_degraded,
         )
         answer = _Answer(StreamDecoder(core.served.tokenizer), StopStrings(turn.stops))

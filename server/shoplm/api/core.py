@@ -25,7 +25,16 @@ from shoplm.model.origin import Origin
 from shoplm.prompt import Prefix
 from shoplm.readout.answers import last_purchase
 from shoplm.readout.rebuy import OwnItems
-from shoplm.request import Degradation, FinishedOutput, ReadyOutput, Request, Service, Task, TokensOutput
+from shoplm.request import (
+    Degradation,
+    FinishedOutput,
+    ReadyOutput,
+    Request,
+    Service,
+    Task,
+    TokensOutput,
+    token_ids,
+)
 from shoplm.v1 import shop_pb2
 
 _DEGRADATIONS = {
@@ -33,6 +42,8 @@ _DEGRADATIONS = {
     Degradation.NARROWER_BEAMS: shop_pb2.DEGRADATION_NARROWER_BEAMS,
     Degradation.FEWER_TOKENS: shop_pb2.DEGRADATION_FEWER_TOKENS,
 }
+
+_NOBODYS = Prefix((), 0)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -111,23 +122,24 @@ class Core:
         task: Task,
         context: Context,
         *,
-        history_tokens: int = 0,
+        prefix: Prefix = _NOBODYS,
         cache_root: str | None = None,
         allow_degraded: bool = False,
     ) -> Request:
-        """A request that arrives now, with the call's own deadline, tenant and priority."""
-        now, who = time.monotonic(), caller.get()
+        """A request that arrives now, with the call's own deadline, tenant and priority. `tokens` begin with those of
+        the customer's prefix."""
+        now, who, history = time.monotonic(), caller.get(), len(prefix.tokens)
         root = self.served.cache_root if cache_root is None else cache_root
         remaining = context.time_remaining()
         return Request(
             # Two calls may carry the same id; the engine needs one that is unique.
             request_id=f"{request_id.get() or 'call'}#{next(self._numbers)}",
             service=service,
-            tokens=tokens,
+            tokens=prefix.packed + token_ids(tokens[history:]),
             task=task,
             arrival_seconds=now,
             deadline_seconds=None if remaining is None else now + remaining,
-            history_tokens=history_tokens,
+            history_tokens=history,
             # How fast an answer comes tells what is cached: no tenant learns that of another.
             cache_root=f"{root}|{who.tenant}" if who.tenant else root,
             tenant=who.tenant,

@@ -134,7 +134,7 @@ class Explainer:
         core = self._core
         request = core.request(
             *(asked.service, forks.tokens, forks.task(reads), asked.context),
-            history_tokens=len(asked.prefix.tokens),
+            prefix=asked.prefix,
             allow_degraded=asked.allow_degraded,
         )
         if asked.allow_degraded:

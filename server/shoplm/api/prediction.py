@@ -68,9 +68,7 @@ class PredictionService(PredictionServiceServicer):
         warnings.add("EMPTY_HISTORY", int(len(history) == 0))
         tokens = core.served.prompts.predict(prefix, history)
         core.check_prompt("customer", len(tokens))
-        work = core.request(
-            _SERVICE, tokens, Predict(core.features(history)), context, history_tokens=len(prefix.tokens)
-        )
+        work = core.request(_SERVICE, tokens, Predict(core.features(history)), context, prefix=prefix)
         finished = await core.engine.run(work)
         response = pb.PredictResponse.FromString(self._all if targets is self._targets else self._template(targets))
         since_purchase = history.as_of - core.last_purchase(history)

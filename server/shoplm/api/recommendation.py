@@ -139,7 +139,7 @@ class RecommendationService(RecommendationServiceServicer):
         core.check_prompt("customer", len(tokens), core.shop().manifest.depth - 1)
         work = core.request(
             *(_SERVICE, tokens, select, context),
-            history_tokens=len(prefix.tokens),
+            prefix=prefix,
             allow_degraded=allow_degraded,
         )
         finished = await core.engine.run(work)

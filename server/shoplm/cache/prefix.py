@@ -2,6 +2,8 @@
 
 One node is one page. A node may be shared before it is computed: its *writer* is the sequence that computes it, the
 others wait for it. When a writer goes away, the next one that needs the page takes over.
+
+Tokens are bytes here, four of each: a page's are cut, compared and hashed at once.
 """
 
 from __future__ import annotations
@@ -13,16 +15,18 @@ from itertools import count
 
 from shoplm.cache.pages import PagePool
 
+_TOKEN_BYTES = 4
+
 
 @dataclass(eq=False, slots=True)
 class Node:
     """One page of a prefix."""
 
-    key: tuple[int, ...]  # the page's tokens
+    key: bytes  # the page's tokens
     page: int
     parent: Node | None  # None: a root, which has no page of its own
     root: Hashable  # cache identity: nothing is shared across roots
-    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+    children: dict[bytes, Node] = field(default_factory=dict)
     users: int = 0  # sequences that hold this node
     filled: bool = False  # its keys and values are computed
     writer: object | None = None  # the sequence that computes it; None when filled or orphaned
@@ -34,7 +38,7 @@ class PrefixTree:
 
     def __init__(self, pool: PagePool, page_size: int) -> None:
         self._pool = pool
-        self._page_size = page_size
+        self._page_bytes = page_size * _TOKEN_BYTES
         self._roots: dict[Hashable, Node] = {}
         self._clock = count(1)
         self._leaves: list[tuple[int, int, Node]] = []  # heap of (last used, tie, node); entries may be stale
@@ -52,11 +56,11 @@ class PrefixTree:
         """Pages that `take` can give: free ones and idle ones."""
         return self._pool.free + self._idle
 
-    def match(self, root: Hashable, tokens: Sequence[int], limit: int) -> list[Node]:
+    def match(self, root: Hashable, tokens: bytes, limit: int) -> list[Node]:
         """The nodes that `acquire` would return; nothing is held."""
         return self._walk(root, tokens, limit, [])
 
-    def acquire(self, root: Hashable, tokens: Sequence[int], limit: int, known: Sequence[Node] = ()) -> list[Node]:
+    def acquire(self, root: Hashable, tokens: bytes, limit: int, known: Sequence[Node] = ()) -> list[Node]:
         """The longest chain of nodes for the full pages among the first `limit` tokens, each now held once more.
 
         `known`: what `match` found for the same tokens, which need not be looked at again if it is still here.
@@ -67,12 +71,12 @@ class PrefixTree:
             self._hold(node)
         return chain
 
-    def _walk(self, root: Hashable, tokens: Sequence[int], limit: int, chain: list[Node]) -> list[Node]:
+    def _walk(self, root: Hashable, tokens: bytes, limit: int, chain: list[Node]) -> list[Node]:
         """The chain with the nodes behind it for the full pages among the first `limit` tokens."""
         node = chain[-1] if chain else self._roots.get(root)
-        size = self._page_size
-        for start in range(len(chain) * size, limit - size + 1, size):
-            node = node.children.get(tuple(tokens[start : start + size])) if node is not None else None
+        size = self._page_bytes
+        for start in range(len(chain) * size, limit * _TOKEN_BYTES - size + 1, size):
+            node = node.children.get(tokens[start : start + size]) if node is not None else None
             if node is None:
                 break
             chain.append(node)
@@ -81,22 +85,21 @@ class PrefixTree:
     def _holds(self, node: Node) -> bool:
         return node.parent is not None and node.parent.children.get(node.key) is node
 
-    def extend(self, root: Hashable, parent: Node | None, tokens: Sequence[int], page: int, writer: object) -> Node:
+    def extend(self, root: Hashable, parent: Node | None, key: bytes, page: int, writer: object) -> Node:
         """A new node for a page that `writer` is going to compute, held once by it."""
         if parent is None:
-            parent = self._roots.setdefault(root, Node((), -1, None, root))
-        key = tuple(tokens)
-        assert len(key) == self._page_size and key not in parent.children
+            parent = self._roots.setdefault(root, Node(b"", -1, None, root))
+        assert len(key) == self._page_bytes and key not in parent.children
         node = Node(key, page, parent, root, users=1, writer=writer, last_used=next(self._clock))
         parent.children[key] = node
         return node
 
-    def adopt(self, root: Hashable, parent: Node | None, tokens: Sequence[int], page: int) -> Node | None:
+    def adopt(self, root: Hashable, parent: Node | None, key: bytes, page: int) -> Node | None:
         """Keep a computed page that a sequence owned, as an idle node; None when the tree has that prefix already."""
         home = parent if parent is not None else self._roots.get(root)
-        if home is not None and tuple(tokens) in home.children:
+        if home is not None and key in home.children:
             return None
-        node = self.extend(root, parent, tokens, page, writer=None)
+        node = self.extend(root, parent, key, page, writer=None)
         node.filled = True
         self.release(node)
         return node

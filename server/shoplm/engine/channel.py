@@ -1,7 +1,9 @@
 """Messages between the API process and the engine, over a pair of connected stream sockets.
 
-A message is its length (4 bytes, little-endian) and its msgpack. The system sends whatever was written before a process
-died and then the end of the stream, so each side learns of the other's end at once, without looking for it.
+A message is its length (4 bytes, little-endian) and its msgpack, in which a prompt's tokens are bytes, four of each.
+
+The system sends whatever was written before a process died and then the end of the stream, so each side learns of the
+other's end at once, without looking for it.
 """
 
 from __future__ import annotations
@@ -10,14 +12,19 @@ import select
 import socket
 
 import msgspec
-from shoplm.request import EngineInput, EngineOutput
+from shoplm.request import EngineInput, EngineOutput, Tokens
 
 _LENGTH_BYTES = 4
 _READ_BYTES = 1 << 18
 _SEND_BUFFER_BYTES = 1 << 20  # the system may allow less; an engine waits while it is full
 
-encode = msgspec.msgpack.Encoder().encode
-decode_input = msgspec.msgpack.Decoder(EngineInput).decode
+
+def _from_bytes(_: type, data: bytes) -> Tokens:
+    return Tokens("i", data)
+
+
+encode = msgspec.msgpack.Encoder(enc_hook=Tokens.tobytes).encode
+decode_input = msgspec.msgpack.Decoder(EngineInput, dec_hook=_from_bytes).decode
 decode_outputs = msgspec.msgpack.Decoder(list[EngineOutput]).decode
 
 

@@ -31,16 +31,15 @@ class SequenceMemory:
 
     def look_up(self, sequence: Sequence) -> None:
         """Note what need not be computed for this sequence, as things are: others have, or do so now."""
-        # A part of a tuple is a page's key as it is.
-        request = sequence.request
-        sequence.matched = self.tree.match(request.cache_root, request.tokens, sequence.shareable)
+        root = sequence.request.cache_root
+        sequence.matched = self.tree.match(root, sequence.tokens.tobytes(), sequence.shareable)
         sequence.expected_cached = self.page_size * len(sequence.matched)
 
     def admit(self, sequence: Sequence) -> bool:
         """Give the sequence every page of its known tokens and beams; False, and nothing changed, if they are short."""
         tokens, size, tree = sequence.tokens, self.page_size, self.tree
-        shareable = sequence.shareable
-        chain = tree.acquire(sequence.request.cache_root, tokens, shareable, sequence.matched)
+        root, shareable = sequence.request.cache_root, sequence.shareable
+        chain = tree.acquire(root, tokens.tobytes(), shareable, sequence.matched)
         if tree.available < self.pages_needed(sequence) - len(chain):
             for node in reversed(chain):
                 tree.release(node)
@@ -48,8 +47,8 @@ class SequenceMemory:
         sequence.nodes, sequence.matched = list(chain), []
         for start in range(len(chain) * size, shareable - size + 1, size):
             parent = sequence.nodes[-1] if sequence.nodes else None
-            root = sequence.request.cache_root
-            node = tree.extend(root, parent, tokens[start : start + size], tree.take(), writer=sequence)
+            key = tokens[start : start + size].tobytes()
+            node = tree.extend(root, parent, key, tree.take(), writer=sequence)
             sequence.nodes.append(node)
         while self._pages(len(tokens)) > len(sequence.nodes) + len(sequence.pages):
             sequence.pages.append(tree.take())
@@ -64,9 +63,11 @@ class SequenceMemory:
 
     def catch_up(self, sequence: Sequence) -> bool:
         """Skip the pages that others have computed; False when the next one is being computed by another sequence."""
-        size = self.page_size
-        while sequence.computed % size == 0 and sequence.computed // size < len(sequence.nodes):
-            node = sequence.nodes[sequence.computed // size]
+        size, nodes = self.page_size, sequence.nodes
+        if nodes and nodes[-1].filled:  # and so are all before it
+            sequence.computed = max(sequence.computed, size * len(nodes))
+        while sequence.computed % size == 0 and sequence.computed // size < len(nodes):
+            node = nodes[sequence.computed // size]
             if node.filled:
                 sequence.computed += size
                 continue
@@ -121,7 +122,7 @@ class SequenceMemory:
         if parent is None or parent.filled:
             for index in range(shared, min(computed // size, shared + len(sequence.pages))):
                 page = sequence.pages[index - shared]
-                key = sequence.tokens[index * size : (index + 1) * size]
+                key = sequence.tokens[index * size : (index + 1) * size].tobytes()
                 node = tree.adopt(sequence.request.cache_root, parent, key, page)
                 if node is None:
                     break

@@ -277,7 +277,7 @@ class Scheduler:
             # Popularity alone is answered after the prompt: there are no beams, however deep the trie is.
             depth = 1 if request.task.popularity_only else self._limits.trie_depths.get(request.task.trie, 0)
             lanes = self._limits.lanes(request.task) if depth > 1 else 0
-        sequence = Sequence(request, 0.0, list(request.tokens), max(depth, 1), lanes)
+        sequence = Sequence(request, 0.0, request.tokens[:], max(depth, 1), lanes)
         self.memory.look_up(sequence)
         sequence.limit_seconds = self._forecast.limit_seconds(sequence)
         sequence.due_seconds = self._forecast.due_seconds(sequence)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shoplm.cache.prefix import Node
-from shoplm.request import Degradation, Explain, Generate, Request, forks_start
+from shoplm.request import Degradation, Explain, Generate, Request, Tokens, forks_start
 
 if TYPE_CHECKING:
     from shoplm.scheduler.fairness import Tenant
@@ -18,7 +18,7 @@ class Sequence:
 
     request: Request  # as it is served: degraded, it is no longer what was submitted
     due_seconds: float  # when its first result should be there: what prompts are ordered by
-    tokens: list[int]  # prompt and the produced tokens that are known
+    tokens: Tokens  # its own: prompt and the produced tokens that are known
     depth: int = 1  # codes per item, for Select
     lanes: int = 0  # of a beam row, for Select with depth > 1
     limit_seconds: float | None = None  # when its first result must be there, or it is a lost cause

@@ -17,6 +17,7 @@ from shoplm.request import (
     Task,
     TokensOutput,
     by_request,
+    token_ids,
 )
 from shoplm.scheduler.config import SchedulerConfig, SchedulingPolicy
 from shoplm.simulate.backend import STOP_TOKEN, Capacity, Clock, SimulatedBackend
@@ -119,7 +120,7 @@ def request_of(arrival: Arrival, name: str) -> Request:
     return Request(
         name,
         arrival.service,
-        history + suffix,
+        token_ids(history + suffix),
         _task(arrival),
         arrival_seconds=arrival.seconds,
         deadline_seconds=None if arrival.deadline_seconds is None else arrival.seconds + arrival.deadline_seconds,

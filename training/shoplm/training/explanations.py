@@ -36,6 +36,7 @@ from shoplm.request import (
     Select,
     Service,
     Task,
+    token_ids,
 )
 from shoplm.scheduler.config import SchedulerConfig
 from shoplm.training.report import Deletion, ExplanationResult, known
@@ -78,7 +79,7 @@ class Asker:
         for tokens, task in work:
             self._asked += 1
             names.append(str(self._asked))
-            self._engine.submit(Request(names[-1], Service.PREDICTION, tokens, task, time.monotonic()))
+            self._engine.submit(Request(names[-1], Service.PREDICTION, token_ids(tokens), task, time.monotonic()))
         found: dict[str, FinishedOutput] = {}
         while len(found) < len(names):
             for output in self._engine.step():

@@ -15,7 +15,7 @@ from shoplm.features import dense_features
 from shoplm.history import History
 from shoplm.readout.answers import answer, applies, seconds_since_purchase
 from shoplm.readout.targets import PROBABILITIES
-from shoplm.request import FinishedOutput, Predict, Request, Select, Service, Task
+from shoplm.request import FinishedOutput, Predict, Request, Select, Service, Task, token_ids
 from shoplm.training.score.questions import Question, Questions
 
 IN_FLIGHT = 64  # questions the engine has at once: enough to fill its steps, few enough for its queue
@@ -96,7 +96,7 @@ class Scorer:
                     Request(
                         request_id=f"{service.value}-{question.number}",
                         service=service,
-                        tokens=tokens,
+                        tokens=token_ids(tokens),
                         task=task,
                         arrival_seconds=time.monotonic(),
                         history_tokens=len(prefix.tokens),
