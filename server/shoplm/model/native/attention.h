@@ -21,8 +21,8 @@ struct Row {
     int64_t masked, mask;    // 1: index in the list of masks [blocks of 16 queries, kv_len], a bit per query: do not read
 };
 
-// Keys and values of one layer: [page][kv_head] and then `page_size` * `head_dim` numbers, one of both by token, the
-// other in blocks of 16 tokens [page_size / 16][head_dim][16].
+// Keys and values of one layer: [page][kv_head] and then `page_size` * `head_dim` numbers, by token or in blocks of 16
+// tokens [page_size / 16][head_dim][16]; AVX-512's form says how it orders pairs within them.
 struct Pool {
     bf16* keys;
     bf16* values;

@@ -1,4 +1,4 @@
-"""The backend for CPUs with AMX or AVX2: the step in C++, readouts in torch."""
+"""The backend for CPUs with AMX, AVX-512 or AVX2: the step in C++, readouts in torch."""
 
 from __future__ import annotations
 

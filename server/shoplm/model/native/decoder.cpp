@@ -198,7 +198,7 @@ void run(const Model& model, const Step& step) {
                 }
             }
             x = {reinterpret_cast<const uint8_t*>(attended), nullptr, m};
-            if (ROUNDS_RESULTS_OF_ATTENTION || layer.output.format != BF16) {
+            if (layer.output.format != BF16) {
 #pragma omp for schedule(static)
                 for (int64_t i = 0; i < m * attended_size; i += LANES) store(product + i, load_activations(attended + i));
                 x = norm_rows(product, m, nullptr, 0.f, layer.output, rows, scales);

@@ -13,8 +13,9 @@ BLOCK = 16  # tokens whose numbers of one dimension lie together
 
 class NativePool:
     """bf16 keys and values. Of both, one lies by token [layers, pages, kv_heads, page_size, head_dim], the other in
-    blocks [layers, pages, kv_heads, page_size / 16, head_dim, 16]: tiles want the values so, vectors the keys. What
-    unused slots hold never matters."""
+    blocks [layers, pages, kv_heads, page_size / 16, head_dim, 16]: tiles want the values so, vectors the keys. Dot
+    products of pairs want the keys in blocks of pairs of dimensions [.., head_dim / 2, 16, 2], the values in pairs of
+    tokens [.., page_size / 2, head_dim, 2]. What unused slots hold never matters."""
 
     def __init__(
         self, instructions: InstructionSet, *, layers: int, pages: int, kv_heads: int, page_size: int, head_dim: int
@@ -25,10 +26,18 @@ class NativePool:
             raise ConfigurationError(f"page_size {page_size} is not a multiple of {BLOCK}")
         self.page_size = page_size
         # Not zeroed: memory that no page has used yet is not occupied either.
-        by_token = torch.empty(layers, pages, kv_heads, page_size, head_dim, dtype=torch.bfloat16)
-        in_blocks = torch.empty(layers, pages, kv_heads, page_size // BLOCK, head_dim, BLOCK, dtype=torch.bfloat16)
-        tiles = instructions is InstructionSet.AMX
-        self.keys, self.values = (by_token, in_blocks) if tiles else (in_blocks, by_token)
+        by_token: tuple[int, ...] = (page_size, head_dim)
+        in_blocks: tuple[int, ...] = (page_size // BLOCK, head_dim, BLOCK)
+        match instructions:
+            case InstructionSet.AMX:
+                shapes = by_token, in_blocks
+            case InstructionSet.AVX512:
+                shapes = (page_size // BLOCK, head_dim // 2, BLOCK, 2), (page_size // 2, head_dim, 2)
+            case InstructionSet.AVX2:
+                shapes = in_blocks, by_token
+        self.keys, self.values = (
+            torch.empty(layers, pages, kv_heads, *shape, dtype=torch.bfloat16) for shape in shapes
+        )
 
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
         """Copy whole pages, `sources` [C] to `targets` [C]; none is both."""

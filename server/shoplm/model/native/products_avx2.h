@@ -1,6 +1,6 @@
-// Products of some rows of x and 16 columns of W, with AVX2 (and FMA, F16C).
+// Products of some rows of x and a panel of W, with AVX2 (and FMA, F16C).
 //
-// The columns are packed in the order of reading:
+// Each half of a panel, 16 columns, is packed in the order of reading:
 //   bf16   [k / 2][16][2]: both of a pair share 32 bits, and are widened by a shift or a mask; x is fp32
 //   8 bits [k][16]: widened to fp32, their sums scaled group by group; x is fp32, too
 //   4 bits [k / 8][16][4]: two steps of 4 inputs share their bytes, the first in the low halves; a step's products are
@@ -8,17 +8,19 @@
 // Where many rows follow, the columns are unpacked once: to fp32, or to a byte for each 4-bit integer.
 #pragma once
 
+#include <utility>
+
 #include "linear.h"
 
 namespace shoplm {
 
+using Activation = float;  // of attention's queries and results
+
 template <Format FORMAT>
 constexpr int MOST_ROWS = FORMAT == INT4 ? 4 : 6;  // that 16 registers hold the sums of
 constexpr int64_t UNPACK_ROWS = 12;                // from so many rows on, unpacking pays
-constexpr bool ROUNDS_RESULTS_OF_ATTENTION = false;  // they are a product's rows as they are
 
 inline int64_t row_bytes(const Linear& w) { return w.format == INT4 ? w.k : w.k * 4; }
-inline int64_t unpacked_bytes(const Linear& w) { return LANES * row_bytes(w); }
 
 // One row in the form that `next` takes.
 inline void put_row(const float* from, float factor, const float* weight, const Linear& next, uint8_t* to, GroupScale* scales) {
@@ -82,7 +84,7 @@ inline __m256 widen_int8(const uint8_t* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
 
-// As `multiply_bf16`, of integers.
+// As `multiply_bf16`, of 8-bit integers.
 template <int ROWS>
 inline void multiply_int8(const float* x, const Linear& w, const uint8_t* packed, bool unpacked, const uint16_t* scales, float* sums) {
     const float* floats = reinterpret_cast<const float*>(packed);
@@ -134,7 +136,8 @@ inline void multiply_int4(const int8_t* x, const GroupScale* row_scales, const L
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
             const GroupScale by = row_scales[r * groups + group];
-            add_group({_mm256_madd_epi16(low[r], ones), _mm256_madd_epi16(high[r], ones)}, scale, lowest, by, group == 0, sums + r * PANEL);
+            const Floats before = group ? load(sums + r * PANEL) : zero();
+            store(sums + r * PANEL, add_group({_mm256_madd_epi16(low[r], ones), _mm256_madd_epi16(high[r], ones)}, scale, lowest, by, before));
         }
     }
 }
@@ -149,21 +152,36 @@ inline void unpack_int4(const uint8_t* from, int64_t k, uint8_t* to) {
         }
 }
 
-// sums [ROWS][PANEL] of 16 columns; `unpacked`: `columns` are what `unpack` made of them.
-template <Format FORMAT, int ROWS>
-inline void multiply(const uint8_t* x, const GroupScale* row_scales, const Linear& w, const uint8_t* columns, bool unpacked, const uint16_t* scales, float* sums) {
-    const float* floats = reinterpret_cast<const float*>(x);
-    if constexpr (FORMAT == BF16) multiply_bf16<ROWS>(floats, w.k, columns, unpacked, sums);
-    else if constexpr (FORMAT == INT8) multiply_int8<ROWS>(floats, w, columns, unpacked, scales, sums);
-    else multiply_int4<ROWS>(reinterpret_cast<const int8_t*>(x), row_scales, w, columns, unpacked, scales, sums);
-}
+struct Columns {  // of a panel
+    Halves halves;
+    bool unpacked;
+};
 
 template <Format FORMAT>
-inline const uint8_t* unpack(const uint8_t* columns, int64_t k, uint8_t* to) {
-    if constexpr (FORMAT == BF16) unpack_bf16(columns, k, reinterpret_cast<float*>(to));
-    else if constexpr (FORMAT == INT8) unpack_int8(columns, k, reinterpret_cast<float*>(to));
-    else unpack_int4(columns, k, to);
-    return to;
+inline Columns columns_of(const Linear& w, int64_t panel, int64_t rows) {
+    const Halves packed = w.halves(panel);
+    if (rows < UNPACK_ROWS) return {packed, false};
+    static thread_local Buffer<uint8_t> buffer;
+    uint8_t* low = buffer.take(PANEL, row_bytes(w));
+    uint8_t* high = low + LANES * row_bytes(w);
+    for (auto [from, to] : {std::pair{packed.low, low}, std::pair{packed.high, high}}) {
+        if constexpr (FORMAT == BF16) unpack_bf16(from, w.k, reinterpret_cast<float*>(to));
+        else if constexpr (FORMAT == INT8) unpack_int8(from, w.k, reinterpret_cast<float*>(to));
+        else unpack_int4(from, w.k, to);
+    }
+    return {{low, high}, true};
+}
+
+// sums [ROWS][PANEL].
+template <Format FORMAT, int ROWS>
+inline void multiply(const uint8_t* x, const GroupScale* row_scales, const Linear& w, const Columns& columns, const uint16_t* scales, float* sums) {
+    const float* floats = reinterpret_cast<const float*>(x);
+    for (int half = 0; half < 2; ++half, scales += LANES, sums += LANES) {
+        const uint8_t* from = half ? columns.halves.high : columns.halves.low;
+        if constexpr (FORMAT == BF16) multiply_bf16<ROWS>(floats, w.k, from, columns.unpacked, sums);
+        else if constexpr (FORMAT == INT8) multiply_int8<ROWS>(floats, w, from, columns.unpacked, scales, sums);
+        else multiply_int4<ROWS>(reinterpret_cast<const int8_t*>(x), row_scales, w, from, columns.unpacked, scales, sums);
+    }
 }
 
 }  // namespace shoplm

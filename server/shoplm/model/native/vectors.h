@@ -15,11 +15,11 @@ constexpr int LANES = 16;
 #ifdef SHOPLM_AVX512
 
 using Floats = __m512;
-using Integers = __m512i;  // 32 bits each
+using Integers = int32_t __attribute__((vector_size(64)));  // as __m512i, GCC would copy sums in every step of a loop
 
 inline Floats zero() { return _mm512_setzero_ps(); }
 inline Floats splat(float x) { return _mm512_set1_ps(x); }
-inline Floats to_floats(Integers x) { return _mm512_cvtepi32_ps(x); }
+inline Floats to_floats(Integers x) { return _mm512_cvtepi32_ps(reinterpret_cast<__m512i>(x)); }
 inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
 inline void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
@@ -52,11 +52,13 @@ inline Floats load_fp16(const uint16_t* from) {
 }
 inline __m256i round_bf16(Floats x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
 
-inline Integers no_integers() { return _mm512_setzero_si512(); }
-inline Integers round_integers(Floats x) { return _mm512_cvtps_epi32(x); }
-inline Integers add_integers(Integers a, Integers b) { return _mm512_add_epi32(a, b); }
-inline int32_t sum_integers(Integers x) { return _mm512_reduce_add_epi32(x); }
-inline void store_integers(int8_t* to, Integers x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(x)); }
+inline Integers no_integers() { return Integers{}; }
+inline Integers round_integers(Floats x) { return reinterpret_cast<Integers>(_mm512_cvtps_epi32(x)); }
+inline Integers add_integers(Integers a, Integers b) { return a + b; }
+inline int32_t sum_integers(Integers x) { return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(x)); }
+inline void store_integers(int8_t* to, Integers x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(reinterpret_cast<__m512i>(x)));
+}
 
 #else
 
@@ -184,7 +186,7 @@ inline Integers splat_bytes(const void* from) {
     int32_t four;
     std::memcpy(&four, from, 4);
 #ifdef SHOPLM_AVX512
-    return _mm512_set1_epi32(four);
+    return reinterpret_cast<Integers>(_mm512_set1_epi32(four));
 #else
     const __m256i lanes = _mm256_set1_epi32(four);
     return {lanes, lanes};
