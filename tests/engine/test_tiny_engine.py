@@ -105,7 +105,7 @@ async def test_greedy_equals_transformers_alone_in_company_and_warm(tiny_model: 
             got = (await answers(client, [*asked, *company]))[: len(asked)]
             assert tuple(each.tokens for each in got) == reference(folder)
         cached = [each.end.cached_tokens for each in got]
-    assert cached == [(len(prompt) - 1) // 16 * 16 for prompt in prompts()]
+    assert cached == [min(len(prompt) // 16 * 16, len(prompt) - 1) for prompt in prompts()]
 
 
 @pytest.mark.parametrize("family", ["smollm2", "mistral"])

@@ -88,7 +88,28 @@ def test_the_last_token_is_computed_even_if_all_is_cached() -> None:
     for name in ("first", "second"):
         simulation.submit(request(name, range(40), Predict(())))
         simulation.run()
+    assert finished(simulation, "second").cached_tokens == 39
+    assert computed_tokens(simulation) == 40 + 1
+
+
+def test_a_cached_prompt_that_fills_the_pool_computes_its_last_page_again() -> None:
+    simulation = simulate(pages=10)
+    for name in ("first", "second"):
+        simulation.submit(request(name, range(40), Predict(())))
+        simulation.run()
     assert finished(simulation, "second").cached_tokens == 36
+    simulation.check_idle()
+
+
+def test_an_answer_goes_on_behind_a_prompt_that_was_all_cached() -> None:
+    simulation = simulate()
+    for name, task in (("first", Embed()), ("second", Generate(9)), ("third", DEEP)):
+        simulation.submit(request(name, range(40), task))
+        simulation.run()
+    assert computed_tokens(simulation) == 40 + 9 + 1 + 2 * 5
+    for name in simulation.records:
+        finished(simulation, name)
+    simulation.check_idle()
 
 
 def test_the_next_turn_finds_the_answer_in_the_cache() -> None:

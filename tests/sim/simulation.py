@@ -213,14 +213,17 @@ class CheckingBackend:
     def _run(self, row: Row, batch: Batch, prefix: int) -> RowOutput:
         if row.beam is not None:
             return self._run_beams(row, batch, prefix)
-        size = self._info.page_size
         for index in range(row.query_start, row.query_end):
-            position = row.kv_len - row.query_end + index
-            slot = int(row.pages[position // size]) * size + position % size
-            assert batch.positions[index] == position and batch.slots[index] == slot
+            position, slot = row.kv_len - row.query_end + index, int(batch.slots[index])
+            assert batch.positions[index] == position
             token = self._drawn[row.state_slot] if row.token_from_state else int(batch.tokens[index])
             prefix = mix(prefix, token)
-            self._prefixes[slot], self._tokens[slot] = prefix, token
+            if slot == self._slot(row, position):
+                self._prefixes[slot], self._tokens[slot] = prefix, token
+            else:  # the last token of a prompt that others have computed: theirs is read, this one goes out of the way
+                assert row.query_len == 1 and not row.token_from_state and slot == self._slot(row, position + 1)
+                assert int(self._prefixes[self._slot(row, position)]) == prefix
+                self._tokens[slot] = UNWRITTEN
         match row.readout:
             case SampleReadout():
                 token = self._drawn[row.state_slot] = prefix % VOCABULARY
@@ -232,6 +235,10 @@ class CheckingBackend:
                 return (float(prefix % 1009),)
             case None:
                 return None
+
+    def _slot(self, row: Row, position: int) -> int:
+        page, offset = divmod(position, self._info.page_size)
+        return int(row.pages[page]) * self._info.page_size + offset
 
     def _run_beams(self, row: Row, batch: Batch, prompt: int) -> RowOutput:
         assert row.beam is not None and isinstance(row.readout, SelectReadout)

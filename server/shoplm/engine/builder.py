@@ -47,7 +47,8 @@ def build_batch(plan: Plan, page_size: int) -> Batch:
             positions[start:end] = at
             if isinstance(task, Explain):
                 positions[start:end] = fork_positions(at, task, planned.sequence.shareable)
-            slots[start:end] = row.pages[at // page_size].astype(np.int64) * page_size + at % page_size
+            written = at + planned.again
+            slots[start:end] = row.pages[written // page_size].astype(np.int64) * page_size + written % page_size
             tokens[start:end] = planned.sequence.tokens[planned.start : planned.start + planned.count]
         rows.append(row)
         start = end

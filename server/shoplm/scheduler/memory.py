@@ -33,14 +33,22 @@ class SequenceMemory:
         """Note what need not be computed for this sequence, as things are: others have, or do so now."""
         root = sequence.request.cache_root
         sequence.matched = self.tree.match(root, sequence.tokens.tobytes(), sequence.shareable)
-        sequence.expected_cached = self.page_size * len(sequence.matched)
+        sequence.expected_cached = min(self.page_size * len(sequence.matched), sequence.prompt_length - 1)
 
     def admit(self, sequence: Sequence) -> bool:
-        """Give the sequence every page of its known tokens and beams; False, and nothing changed, if they are short."""
+        """Give the sequence every page of its known tokens and beams; False, and nothing changed, if they are short.
+
+        One whose tokens are all in pages of others gets a page more: its last token is computed again, and what that
+        gives of keys and values must go somewhere. Where there is no room for it, the last page is computed again."""
         tokens, size, tree = sequence.tokens, self.page_size, self.tree
         root, shareable = sequence.request.cache_root, sequence.shareable
         chain = tree.acquire(root, tokens.tobytes(), shareable, sequence.matched)
-        if tree.available < self.pages_needed(sequence) - len(chain):
+        whole = len(chain) * size == len(tokens)
+        needed = self.pages_needed(sequence) - len(chain) + whole
+        if whole and tree.available < needed:
+            whole, shareable = False, shareable - size
+            tree.release(chain.pop())
+        if tree.available < needed:
             for node in reversed(chain):
                 tree.release(node)
             return False
@@ -50,11 +58,11 @@ class SequenceMemory:
             key = tokens[start : start + size].tobytes()
             node = tree.extend(root, parent, key, tree.take(), writer=sequence)
             sequence.nodes.append(node)
-        while self._pages(len(tokens)) > len(sequence.nodes) + len(sequence.pages):
+        while self._pages(len(tokens)) + whole > len(sequence.nodes) + len(sequence.pages):
             sequence.pages.append(tree.take())
         beam_pages = self._pages(sequence.lanes * (sequence.depth - 1))
         sequence.beam_pages = [tree.take() for _ in range(beam_pages)]
-        shared_tokens = len(chain) * size
+        shared_tokens = min(len(chain) * size, len(tokens) - 1)
         if sequence.cached_tokens is None:
             sequence.cached_tokens = shared_tokens
             self.prefix_query_tokens += len(tokens)

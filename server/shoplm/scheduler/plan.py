@@ -19,6 +19,7 @@ class PlanRow(msgspec.Struct, frozen=True, gc=False):
     is_beam: bool = False
     sample_index: int = 0  # Generate: how many tokens were drawn before the one that this row draws
     epoch: int = 0
+    again: bool = False  # its one token's keys and values are in a page of others; those of this step go behind it
 
     @property
     def draws(self) -> bool:

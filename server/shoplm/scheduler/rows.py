@@ -19,7 +19,10 @@ def next_tokens(sequence: Sequence, most: int, memory: SequenceMemory) -> PlanRo
     """The next tokens of a prompt, as many as `most` and the pages of others allow; None when there are none."""
     if not memory.catch_up(sequence):
         return None
-    size = min(memory.computable(sequence), most)
+    again = sequence.computed == len(sequence.tokens)
+    if again:  # all is in pages of others, but for the hidden state that the task reads
+        sequence.computed -= 1
+    size = 1 if again else min(memory.computable(sequence), most)
     if size < 1:
         return None
     start = sequence.computed
@@ -31,7 +34,7 @@ def next_tokens(sequence: Sequence, most: int, memory: SequenceMemory) -> PlanRo
     else:
         reads = sequence.computed == sequence.length
     index = sequence.length - sequence.prompt_length
-    row = PlanRow(sequence, start, size, reads, 0, False, index, sequence.epoch)
+    row = PlanRow(sequence, start, size, reads, 0, False, index, sequence.epoch, again)
     if reads and isinstance(task, Generate):
         sequence.unknown += 1
     elif reads and isinstance(task, Select):

@@ -72,12 +72,10 @@ class Sequence:
 
     @property
     def shareable(self) -> int:
-        """Leading tokens whose keys and values others may read, and which need not be computed where others have.
-
-        Never the last token: its hidden state is what the task reads. Nor forks, which read only a part before them.
-        """
+        """Leading tokens whose keys and values others may read, and which need not be computed where others have, but
+        for the last one's hidden state. No forks: they read only a part of what is before them."""
         task = self.request.task
-        return forks_start(self.prompt_length, task) if isinstance(task, Explain) else len(self.tokens) - 1
+        return forks_start(self.prompt_length, task) if isinstance(task, Explain) else len(self.tokens)
 
     @property
     def in_flight(self) -> int:
