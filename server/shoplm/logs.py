@@ -14,7 +14,7 @@ import time
 from contextvars import ContextVar
 from typing import Any, TextIO
 
-# Set by the gRPC interceptor for the task that serves a call.
+# Set by `api.calls` for the task that serves a call.
 request_id: ContextVar[str | None] = ContextVar("shoplm_request_id", default=None)
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "request_id"}

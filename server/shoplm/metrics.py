@@ -1,6 +1,6 @@
 """Every Prometheus metric of the server, in one place. Names are described in docs/operations.md.
 
-Two kinds of source: calls, seen by the gRPC interceptor, and the engine's `StepStats`, folded in as they arrive. Both
+Two kinds of source: calls, as `api.calls` sees them, and the engine's `StepStats`, folded in as they arrive. Both
 run on the event loop; a scrape reads from another thread, which prometheus-client allows.
 """
 

@@ -121,19 +121,19 @@ class Server:
             await self._health.set_serving(False)
         if self._grpc is None:
             return True
-        self._grpc.interceptor.draining = True
-        log.info("draining", extra={"calls": self._grpc.interceptor.in_flight})
+        self._grpc.calls.draining = True
+        log.info("draining", extra={"calls": self._grpc.calls.in_flight})
         try:
             async with asyncio.timeout(seconds):
-                await self._grpc.interceptor.idle()
+                await self._grpc.calls.idle()
         except TimeoutError:
-            log.warning("drain_seconds are over", extra={"calls": self._grpc.interceptor.in_flight})
+            log.warning("drain_seconds are over", extra={"calls": self._grpc.calls.in_flight})
             return False
         # gRPC breaks off calls that it has received and not yet handed over when the port closes, and their callers
         # would not know that they may try again. Those that were under way get their refusal first.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LONGEST_QUIET_SECONDS):
-                await self._grpc.interceptor.quiet(_QUIET_SECONDS)
+                await self._grpc.calls.quiet(_QUIET_SECONDS)
         return True
 
     async def close(self, grace_seconds: float = _FLUSH_SECONDS) -> None:

@@ -145,7 +145,7 @@ class Ordeal:
 
     def _busy(self) -> dict[str, float]:
         return {
-            "calls": self.server.server._grpc.interceptor.in_flight if self.server.server._grpc else 0,
+            "calls": self.server.server._grpc.calls.in_flight if self.server.server._grpc else 0,
             "engine calls": self.engine.in_flight,
             "running": self.value("shoplm_requests_running"),
             "queued": self.value("shoplm_requests_queued"),

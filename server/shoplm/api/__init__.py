@@ -1,1 +1,1 @@
-"""gRPC: services, interceptors, status mapping. Protobuf stops here, and nothing here imports torch."""
+"""gRPC: services, what surrounds a call, status mapping. Protobuf stops here, and nothing here imports torch."""

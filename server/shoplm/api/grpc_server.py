@@ -1,20 +1,21 @@
-"""Assembles the gRPC server: services, interceptor, health, reflection, limits, TLS."""
+"""Assembles the gRPC server: services, health, reflection, limits, TLS."""
 
 from __future__ import annotations
 
 import logging
 import ssl
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from shoplm.api.calls import Calls
 from shoplm.api.chat import ChatService
 from shoplm.api.core import Core
 from shoplm.api.engine_service import EngineService
 from shoplm.api.health import Health
-from shoplm.api.interceptors import CallInterceptor
 from shoplm.api.methods import CHAT, ENGINE, MODEL, PREDICTION, RECOMMENDATION
 from shoplm.api.model import ModelService
 from shoplm.api.prediction import PredictionService
@@ -43,14 +44,14 @@ class GrpcServer:
     def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
         """Binds the port. Raises ConfigurationError if it cannot be had, or TLS or token files cannot be read."""
         self._config = config
-        self.interceptor = CallInterceptor(
+        self.calls = Calls(
             metrics,
             tokens=config.tokens(),
             max_calls=config.max_concurrent_calls,
             max_message_bytes=config.max_message_bytes,
             tenant_key=config.tenant_metadata_key,
         )
-        self._server = grpc.aio.server(interceptors=[self.interceptor], options=_options(config))
+        self._server = grpc.aio.server(handlers=[self.calls], options=_options(config))
         self.port = self._bind()
 
     def _bind(self) -> int:
@@ -68,7 +69,8 @@ class GrpcServer:
 
     def add_services(self, core: Core, health: Health) -> None:
         """Call once, before `start`."""
-        server, names = self._server, [CHAT, MODEL, RECOMMENDATION, PREDICTION]
+        server: Any = self.calls
+        names = [CHAT, MODEL, RECOMMENDATION, PREDICTION]
         chat_pb2_grpc.add_ChatServiceServicer_to_server(ChatService(core), server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(core), server)
         recommendation_pb2_grpc.add_RecommendationServiceServicer_to_server(RecommendationService(core), server)
@@ -79,7 +81,8 @@ class GrpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflected = [*(service.full_name for service in names), health_name, reflection.SERVICE_NAME]
-        reflection.enable_server_reflection(reflected, server)
+        servicer = reflection.aio.ReflectionServicer(reflected)  # type: ignore[attr-defined]
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
 
     async def start(self) -> None:
         await self._server.start()

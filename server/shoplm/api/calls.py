@@ -2,6 +2,9 @@
 
 A handler gets the request as bytes from gRPC and a parsed message from here, so that what cannot be parsed is answered
 like any other bad input. Errors leave a service as exceptions and become a status in one place, here.
+
+Methods are looked up here rather than registered with gRPC, which waits for a call of each registered method anew
+whenever one of them is called.
 """
 
 from __future__ import annotations
@@ -9,10 +12,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import random
 import re
-import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
@@ -37,11 +40,11 @@ log = logging.getLogger("shoplm.api")
 Context = grpc.aio.ServicerContext[Any, Any]
 Metadata: TypeAlias = "Iterable[tuple[str, str | bytes]]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]"
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Wraps the handlers of `METHODS`; guards the others (reflection) with authentication, except health."""
+class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
+    """The handlers of all methods: those of `METHODS` wrapped, others (reflection) guarded by authentication, except
+    health. For generated code it is the server that it adds its servicer to."""
 
     def __init__(
         self,
@@ -58,7 +61,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._max_calls = max_calls
         self._max_message_bytes = max_message_bytes
         self._tenant_key = tenant_key
-        self._wrapped: dict[str, Handler] = {}
+        self._handlers: dict[str, Handler] = {}
         self._series = {
             method: MethodMetrics(metrics, method.label, method.grpc_type, method.grpc_service, method.name)
             for method in METHODS.values()
@@ -78,20 +81,24 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         while (rest := self._last_arrival + seconds - time.monotonic()) > 0:  # noqa: ASYNC110 - the end moves
             await asyncio.sleep(rest)
 
-    async def intercept_service(self, continuation: Continuation, handler_call_details: Any) -> Handler:
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
+        """Generated code says what a service handles."""
+        for name, handler in handlers.items():
+            path = f"/{service}/{name}"
+            method = METHODS.get(path)
+            self._handlers[path] = handler if method is None else self._wrap(method, handler)
+
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """Generated code says it again."""
+
+    def service(self, handler_call_details: Any) -> Handler | None:
         path: str = handler_call_details.method
-        if path in self._wrapped:
-            return self._wrapped[path]
-        handler = await continuation(handler_call_details)
-        if handler is None or path.startswith(_HEALTH):
+        handler = self._handlers.get(path)
+        if handler is None or path in METHODS or path.startswith(_HEALTH):
             return handler
-        method = METHODS.get(path)
-        if method is None:
-            if not self._tokens or self._authorized(handler_call_details.invocation_metadata or ()):
-                return handler
-            return _refusing(handler, status_of(_unauthenticated()))
-        self._wrapped[path] = self._wrap(method, handler)
-        return self._wrapped[path]
+        if not self._tokens or self._authorized(handler_call_details.invocation_metadata or ()):
+            return handler
+        return _refusing(handler, status_of(_unauthenticated()))
 
     def _wrap(self, method: Method, handler: Handler) -> Handler:
         if method.streams:
@@ -245,7 +252,7 @@ def _request_id(metadata: Metadata) -> str:
     for key, value in metadata:
         if key == REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
             return value
-    return secrets.token_hex(8)
+    return f"{random.getrandbits(64):016x}"
 
 
 def _unauthenticated() -> UnauthenticatedError:
