@@ -6,6 +6,7 @@ import itertools
 import shutil
 import subprocess
 
+import grpc
 import pytest
 from prometheus_client import generate_latest
 from shoplm.metrics import Metrics, ModelInfo
@@ -78,6 +79,26 @@ def test_losing_the_engine_is_counted_once_per_loss(metrics: Metrics) -> None:
     assert value(metrics, "shoplm_engine_up") == 1
 
 
+def test_calls_add_up_and_a_bound_is_within_its_bucket(metrics: Metrics) -> None:
+    names = {"grpc_type": "unary", "grpc_service": "shoplm.v1.PredictionService", "grpc_method": "Predict"}
+    counts = metrics.calls.method("prediction", *names.values())
+    for _ in range(4):
+        counts.start()
+    for code, seconds in ((grpc.StatusCode.OK, 0.05), (grpc.StatusCode.OK, 99.0), (grpc.StatusCode.NOT_FOUND, 0.051)):
+        counts.end(code, seconds)
+    assert value(metrics, "grpc_server_started_total", **names) == 4
+    assert value(metrics, "grpc_server_handled_total", **names, grpc_code="OK") == 2
+    assert value(metrics, "grpc_server_handled_total", **names, grpc_code="NotFound") == 1
+    assert value(metrics, "shoplm_requests_in_flight", service="prediction") == 1
+    ours = {"service": "prediction", "method": "Predict"}
+    assert value(metrics, "shoplm_requests_total", **ours, code="OK") == 2
+    for name, labels in (("shoplm_request_duration_seconds", ours), ("grpc_server_handling_seconds", names)):
+        within = [value(metrics, f"{name}_bucket", **labels, le=bound) for bound in ("0.04", "0.05", "0.06", "+Inf")]
+        assert within == [0, 1, 2, 3]
+        assert value(metrics, f"{name}_sum", **labels) == pytest.approx(99.101)
+        assert value(metrics, f"{name}_count", **labels) == 3
+
+
 def test_the_model_info_has_one_series_after_a_change(metrics: Metrics) -> None:
     metrics.describe(ModelInfo("shop", "1", "base", "torch", "0.1"))
     metrics.describe(ModelInfo("shop", "2", "base", "torch", "0.1"))
@@ -111,7 +132,9 @@ def test_promtool_finds_nothing_to_complain_about() -> None:
     metrics = Metrics()
     metrics.observe_step_stats(STATS)
     metrics.describe(ModelInfo("shop", "1", "base", "torch", "0.1"))
-    metrics.requests.labels("chat", "Chat", "OK").inc()
+    counts = metrics.calls.method("chat", "server_stream", "shoplm.v1.ChatService", "Chat")
+    counts.start()
+    counts.end(grpc.StatusCode.OK, 0.3)
     metrics.refusals.labels("chat", "OVERLOADED").inc()
     metrics.warnings.labels("chat", "UNKNOWN_ITEM").inc()
     scrape = generate_latest(metrics.registry)

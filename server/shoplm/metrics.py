@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+from shoplm.call_metrics import CallMetrics
 from shoplm.request import Service, StepStats
 
 # Fine where the latencies of the three services are promised: between 50 and 200 ms.
@@ -38,42 +38,6 @@ class ModelInfo:
     server_version: str
 
 
-class MethodMetrics:
-    """The series of one gRPC method, looked up once: that takes longer than to count."""
-
-    def __init__(self, metrics: Metrics, service: str, grpc_type: str, grpc_service: str, name: str) -> None:
-        names = (grpc_type, grpc_service, name)
-        self.started = metrics.grpc_started.labels(*names)
-        self.received = metrics.grpc_received.labels(*names)
-        self.sent = metrics.grpc_sent.labels(*names)
-        self._in_flight = metrics.in_flight.labels(service)
-        self._seconds = metrics.request_seconds.labels(service, name)
-        self._grpc_seconds = metrics.grpc_seconds.labels(*names)
-        self._ended: dict[grpc.StatusCode, tuple[Counter, Counter]] = {}
-        self._metrics, self._labels, self._names = metrics, (service, name), names
-
-    def start(self) -> None:
-        """A call arrived."""
-        self.started.inc()
-        self._in_flight.inc()
-
-    def end(self, code: grpc.StatusCode, seconds: float) -> None:
-        """It ended."""
-        self._in_flight.dec()
-        self._seconds.observe(seconds)
-        self._grpc_seconds.observe(seconds)
-        if code not in self._ended:
-            requests = self._metrics.requests.labels(*self._labels, code.name)
-            self._ended[code] = (requests, self._metrics.grpc_handled.labels(*self._names, _camel(code)))
-        for counter in self._ended[code]:
-            counter.inc()
-
-
-def _camel(code: grpc.StatusCode) -> str:
-    """As the gRPC ecosystem's metrics write codes: OK, InvalidArgument, …"""
-    return "OK" if code is grpc.StatusCode.OK else "".join(part.capitalize() for part in code.name.split("_"))
-
-
 class Metrics:
     """The registry and its metrics. One per server, so that tests can run several servers in a process."""
 
@@ -86,7 +50,6 @@ class Metrics:
             for collector in (ProcessCollector, PlatformCollector, GCCollector):
                 collector(registry=self.registry)
         self._define_calls()
-        self._define_grpc()
         self._define_engine()
         self._define_model()
         self._engine_was_up = False
@@ -101,33 +64,13 @@ class Metrics:
         return Histogram(name, text, labels, registry=self.registry, buckets=buckets)
 
     def _define_calls(self) -> None:
-        self.requests = self._counter(
-            "shoplm_requests", "Calls that ended, by gRPC status code.", "service", "method", "code"
-        )
-        self.request_seconds = self._histogram(
-            "shoplm_request_duration_seconds", "From a call's arrival to its last byte.", "service", "method"
-        )
-        self.in_flight = self._gauge("shoplm_requests_in_flight", "Calls that are being served.", "service")
+        self.calls = CallMetrics([service.value for service in Service], LATENCY_BUCKETS)
+        self.registry.register(self.calls)
         self.refusals = self._counter(
             "shoplm_refusals", "Calls that ended with an error, by its reason.", "service", "reason"
         )
         self.warnings = self._counter(
             "shoplm_warnings", "Answers that say that something was ignored or changed.", "service", "warning"
-        )
-        self.prompt_tokens = self._counter("shoplm_prompt_tokens", "Prompt tokens of answered calls.", "service")
-        self.cached_tokens = self._counter(
-            "shoplm_cached_prompt_tokens", "Those of them that came from the prefix cache.", "service"
-        )
-        self.completion_tokens = self._counter("shoplm_completion_tokens", "Tokens of finished answers.", "service")
-
-    def _define_grpc(self) -> None:
-        labels = ("grpc_type", "grpc_service", "grpc_method")
-        self.grpc_started = self._counter("grpc_server_started", "Calls that were started.", *labels)
-        self.grpc_handled = self._counter("grpc_server_handled", "Calls that ended.", *labels, "grpc_code")
-        self.grpc_received = self._counter("grpc_server_msg_received", "Messages received.", *labels)
-        self.grpc_sent = self._counter("grpc_server_msg_sent", "Messages sent.", *labels)
-        self.grpc_seconds = self._histogram(
-            "grpc_server_handling_seconds", "From a call's arrival to its end in the application.", *labels
         )
 
     def _define_engine(self) -> None:
@@ -188,19 +131,11 @@ class Metrics:
             *("bundle", "version", "base_model", "backend", "server_version"),
         )
         self.start_seconds = self._gauge("shoplm_start_duration_seconds", "From the start of the server to ready.")
-        self._usage = {
-            service.value: tuple(
-                counter.labels(service.value)
-                for counter in (self.prompt_tokens, self.cached_tokens, self.completion_tokens)
-            )
-            for service in Service
-        }
         # Series that exist from the start: a rate over a series that appears with its first error misses that error.
         for service in Service:
             self.step_tokens.labels(service.value)
             self.step_rows.labels(service.value)
             self.engine_submitted.labels(service.value)
-            self.in_flight.labels(service.value)
             self.queued.labels(service.value)
             self.running.labels(service.value)
             for histogram in (self.queue_seconds, self.first_seconds, self.engine_seconds):
@@ -219,11 +154,6 @@ class Metrics:
         if self._engine_was_up and not serving:
             self.engine_losses.inc()
         self._engine_was_up = serving
-
-    def observe_usage(self, service: str, prompt: int, cached: int, completion: int) -> None:
-        """Tokens of a call that was answered."""
-        for counter, count in zip(self._usage[service], (prompt, cached, completion), strict=True):
-            counter.inc(count)
 
     def observe_step_stats(self, stats: StepStats) -> None:
         """Fold in what the engine counted since its last message, and set its gauges."""

@@ -26,9 +26,10 @@ from shoplm.api.caller import caller, read_caller
 from shoplm.api.methods import METHODS, Method
 from shoplm.api.status import CallStatus, status_of
 from shoplm.api.wire import parse
+from shoplm.call_metrics import MethodCounts
 from shoplm.errors import EngineUnavailableError, OverloadedError, UnauthenticatedError
 from shoplm.logs import request_id
-from shoplm.metrics import MethodMetrics, Metrics
+from shoplm.metrics import Metrics
 
 REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -62,8 +63,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         self._max_message_bytes = max_message_bytes
         self._tenant_key = tenant_key
         self._handlers: dict[str, Handler] = {}
-        self._series = {
-            method: MethodMetrics(metrics, method.label, method.grpc_type, method.grpc_service, method.name)
+        self._counts = {
+            method: metrics.calls.method(method.label, method.grpc_type, method.grpc_service, method.name)
             for method in METHODS.values()
         }
         self._idle = asyncio.Event()
@@ -131,8 +132,9 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     async def _serve(self, method: Method, context: Context, body: Callable[[_Call], Awaitable[Any]]) -> Any:
         """Run one call to its end. Aborts the context on any error."""
         metadata = context.invocation_metadata() or ()
-        series = self._series[method]
-        call = _Call(self._metrics, method, series, context, _request_id(metadata), self._max_message_bytes)
+        call = _Call(
+            self._metrics, method, self._counts[method], context, _request_id(metadata), self._max_message_bytes
+        )
         request_id.set(call.request_id)  # this task's own: gRPC gives every call a task
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         self.in_flight += 1
@@ -185,26 +187,26 @@ class _Call:
         self,
         metrics: Metrics,
         method: Method,
-        series: MethodMetrics,
+        counts: MethodCounts,
         context: Context,
         identifier: str,
         max_message_bytes: int,
     ) -> None:
         self._metrics = metrics
         self._method = method
-        self._series = series
+        self._counts = counts
         self._context = context
         self._max_message_bytes = max_message_bytes
         self._started = time.perf_counter()
         self.request_id = identifier
-        series.start()
+        counts.start()
 
     def parse(self, data: bytes) -> Message:
-        self._series.received.inc()
+        self._counts.received += 1
         return parse(data, self._method.request, self._max_message_bytes)
 
     def sent(self) -> None:
-        self._series.sent.inc()
+        self._counts.sent += 1
 
     def has_expired(self) -> bool:
         remaining = self._context.time_remaining()
@@ -212,7 +214,7 @@ class _Call:
 
     def end(self, code: grpc.StatusCode, reason: str = "", error: Exception | None = None) -> None:
         seconds = time.perf_counter() - self._started
-        self._series.end(code, seconds)
+        self._counts.end(code, seconds)
         if code is not grpc.StatusCode.OK:
             self._metrics.refusals.labels(
                 self._method.label, reason or ("EXPIRED" if _is_expired(code) else "CANCELLED")

@@ -157,7 +157,7 @@ class Core:
 
     def usage(self, request: Request, cached: int, completion: int, explanation: int = 0) -> shop_pb2.Usage:
         """What an answered request cost; also counted in the metrics, the explanation's tokens by the explainer."""
-        self.metrics.observe_usage(request.service.value, len(request.tokens), cached, completion)
+        self.metrics.calls.used(request.service.value, len(request.tokens), cached, completion)
         return shop_pb2.Usage(
             prompt_tokens=len(request.tokens),
             cached_tokens=cached,

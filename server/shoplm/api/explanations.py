@@ -145,7 +145,7 @@ class Explainer:
             if not asked.allow_degraded:
                 raise
             return None, 0
-        core.metrics.observe_usage(asked.service.value, len(forks.tokens), finished.cached_tokens, 0)
+        core.metrics.calls.used(asked.service.value, len(forks.tokens), finished.cached_tokens, 0)
         return forks.values(finished.values), len(forks.tokens) - finished.cached_tokens
 
     def _named(self, part: Part, history: History) -> shop_pb2.Influence:
