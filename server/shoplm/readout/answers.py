@@ -17,6 +17,7 @@ from shoplm.history import SECONDS_PER_DAY, EventKind, History
 MAX_LOG_AMOUNT = 16.0  # exp of this is beyond any basket: a defect upstream cannot become an infinite answer
 MAX_DEVIATION = 3.0
 TINY = 1e-7
+_LEAST_ODDS, _MOST_ODDS = TINY / (1.0 - TINY), (1.0 - TINY) / TINY
 _MAX_COUNT = 10_000
 _MOST_LOGIT = 20.0  # a hazard of this logit leaves less of a chance than TINY
 _NORMAL = NormalDist()
@@ -116,21 +117,19 @@ def one_deviation(raw: float) -> float:
 
 
 def _probability_reader(spec: HeadSpec) -> Reader:
-    outputs, transform = spec.outputs, spec.transform
+    outputs = spec.outputs
     slope, intercept = spec.parameters["slope"], spec.parameters["intercept"]
-    exp, log, log1p = math.exp, math.log, math.log1p
+    if spec.transform == "survival":
+        slope = -slope  # of the odds that the event comes
+    exp, log = math.exp, math.log
 
     def read(values: Sequence[float]) -> Answer:
-        if transform == "sigmoid":
-            raw = one_sigmoid(values[outputs[0]])
-        else:
-            # 1 / (1 - s(a)) is 1 + exp(a).
-            inverse = 1.0
-            for index in outputs:
-                inverse *= 1.0 + exp(min(values[index], _MOST_LOGIT))
-            raw = 1.0 / inverse if transform == "survival" else 1.0 - 1.0 / inverse
-        inside = min(max(raw, TINY), 1.0 - TINY)
-        return Answer(one_sigmoid(slope * (log(inside) - log1p(-inside)) + intercept))
+        # A sigmoid is a hazard of one step. 1 / (1 - s(a)) is 1 + exp(a), and p / (1 - p) is 1 / (1 - p) - 1.
+        inverse = 1.0
+        for index in outputs:
+            inverse *= 1.0 + exp(min(values[index], _MOST_LOGIT))
+        odds = min(max(inverse - 1.0, _LEAST_ODDS), _MOST_ODDS)
+        return Answer(one_sigmoid(slope * log(odds) + intercept))
 
     return read
 
