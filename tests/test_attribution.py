@@ -133,7 +133,7 @@ def test_forks_count_again_and_see_a_longer_gap() -> None:
     whole = history()
     prefix, visits, items = parts(whole)
     last = visit_parts(visits)[-1]
-    forks = Forks.of(whole, prefix, [items[1], last], builder().recommend)
+    forks = Forks.of(whole, prefix, [items[1], last], builder().recommend_suffix)
     suffixes = [forks.tokens[len(prefix.tokens) + 2 * fork :][:2] for fork in range(3)]
     rec = SHOP.special("<rec>")
     assert suffixes == [(SHOP.gap(10), rec), (SHOP.gap(10), rec), (SHOP.gap(31), rec)]
@@ -149,7 +149,7 @@ def test_forks_count_again_and_see_a_longer_gap() -> None:
 def test_a_part_that_is_the_whole_history_has_no_fork() -> None:
     one = history(((0.0, (1,)), (1.0, (1,))))
     prefix, _, items = parts(one)
-    assert Forks.of(one, prefix, [items[1]], builder().recommend).parts == ()
+    assert Forks.of(one, prefix, [items[1]], builder().recommend_suffix).parts == ()
 
 
 def test_often_and_lately_come_first_and_weights_count() -> None:

@@ -19,7 +19,7 @@ from shoplm.prompt import Prefix, PromptBuilder, Visit
 from shoplm.request import Explain, HeadValues, ItemScores
 
 Floats = NDArray[np.float64]
-Suffix = Callable[[Prefix, History], tuple[int, ...]]  # PromptBuilder.recommend or .predict
+Suffix = Callable[[History], tuple[int, ...]]  # PromptBuilder.recommend_suffix or .predict_suffix
 
 _SAME_ITEM, _SAME_CATEGORY = 1000.0, 4.0  # how much more likely such a part is to matter than any other
 _LATELY_DAYS = 60.0  # the age at which a mention weighs 1 / e of one of today
@@ -129,15 +129,14 @@ class Forks:
 
     @staticmethod
     def of(history: History, prefix: Prefix, parts: Sequence[Part], suffix: Suffix) -> Forks:
-        """`suffix` gives the task's prompt behind a prefix."""
-        size = len(prefix.tokens)
+        """`suffix` gives what the task's prompt has behind a prefix."""
         kept, histories = [], [history]
         for part in parts:
             left = leave_out(history, gone_with(history, (part,)))
             if len(left):
                 kept.append(part)
                 histories.append(left)
-        suffixes = [suffix(prefix, each)[size:] for each in histories]
+        suffixes = list(map(suffix, histories))
         tokens = prefix.tokens + tuple(token for each in suffixes for token in each)
         return Forks(tuple(kept), tuple(histories), tokens, len(suffixes[0]))
 

@@ -176,11 +176,19 @@ class PromptBuilder:
 
     def recommend(self, prefix: Prefix, history: History | None) -> tuple[int, ...]:
         """The prompt whose last hidden state selects items."""
-        return prefix.tokens + self._task_suffix("<rec>", history)
+        return prefix.tokens + self.recommend_suffix(history)
 
     def predict(self, prefix: Prefix, history: History | None) -> tuple[int, ...]:
         """The prompt whose last hidden state the heads read."""
-        return prefix.tokens + self._task_suffix("<predict>", history)
+        return prefix.tokens + self.predict_suffix(history)
+
+    def recommend_suffix(self, history: History | None) -> tuple[int, ...]:
+        """What `recommend` adds to the customer's prefix."""
+        return self._task_suffix("<rec>", history)
+
+    def predict_suffix(self, history: History | None) -> tuple[int, ...]:
+        """What `predict` adds to the customer's prefix."""
+        return self._task_suffix("<predict>", history)
 
     def chat(
         self, prefix: Prefix, messages: Sequence[tuple[str, str]], passages: Sequence[str] = ()

@@ -59,7 +59,7 @@ class ChatService(ChatServiceServicer):
         room = core.ready().max_context_tokens - len(tokens)
         task = Generate(min(turn.max_tokens, room), turn.sampling, core.served.tokenizer.end_token_ids)
         work = core.request(
-            *(_SERVICE, tokens, task, context),
+            *(_SERVICE, tokens[len(prefix.tokens) :], task, context),
             prefix=prefix,
             allow_degraded=request.allow_degraded,
         )

@@ -118,7 +118,7 @@ class Core:
     def request(
         self,
         service: Service,
-        tokens: tuple[int, ...],
+        suffix: tuple[int, ...],
         task: Task,
         context: Context,
         *,
@@ -126,20 +126,20 @@ class Core:
         cache_root: str | None = None,
         allow_degraded: bool = False,
     ) -> Request:
-        """A request that arrives now, with the call's own deadline, tenant and priority. `tokens` begin with those of
-        the customer's prefix."""
-        now, who, history = time.monotonic(), caller.get(), len(prefix.tokens)
+        """A request that arrives now, with the call's own deadline, tenant and priority. `suffix` follows the
+        customer's prefix."""
+        now, who = time.monotonic(), caller.get()
         root = self.served.cache_root if cache_root is None else cache_root
         remaining = context.time_remaining()
         return Request(
             # Two calls may carry the same id; the engine needs one that is unique.
             request_id=f"{request_id.get() or 'call'}#{next(self._numbers)}",
             service=service,
-            tokens=prefix.packed + token_ids(tokens[history:]),
+            tokens=prefix.packed + token_ids(suffix),
             task=task,
             arrival_seconds=now,
             deadline_seconds=None if remaining is None else now + remaining,
-            history_tokens=history,
+            history_tokens=len(prefix.tokens),
             # How fast an answer comes tells what is cached: no tenant learns that of another.
             cache_root=f"{root}|{who.tenant}" if who.tenant else root,
             tenant=who.tenant,

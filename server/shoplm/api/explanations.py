@@ -89,7 +89,7 @@ class Explainer:
             items=most - most // 4,
             lately=most // 4,
         )
-        forks = Forks.of(history, asked.prefix, parts, prompts.recommend)
+        forks = Forks.of(history, asked.prefix, parts, prompts.recommend_suffix)
         read, tokens = await self._read(asked, forks, ItemScores(tuple(rows)))
         if read is None:
             return self.dropped(asked.service, len(rows))
@@ -109,7 +109,7 @@ class Explainer:
         visits = likeliest(visit_parts(prompts.visits(history, asked.prefix)), history, self._room(asked.prefix))
         groups = feature_groups()
         # A fork that hides nothing, with other features, is one without a habit.
-        forks = Forks.of(history, asked.prefix, visits, prompts.predict).repeated(len(groups))
+        forks = Forks.of(history, asked.prefix, visits, prompts.predict_suffix).repeated(len(groups))
         features = [tuple(dense_features(each, shop.catalog.prices).tolist()) for each in forks.histories]
         for at, members in enumerate(groups.values(), start=len(features) - len(groups)):
             usual = np.array(features[0], np.float32)
@@ -133,7 +133,7 @@ class Explainer:
         """What each fork read, and tokens; None where the caller is better off without."""
         core = self._core
         request = core.request(
-            *(asked.service, forks.tokens, forks.task(reads), asked.context),
+            *(asked.service, forks.tokens[len(asked.prefix.tokens) :], forks.task(reads), asked.context),
             prefix=asked.prefix,
             allow_degraded=asked.allow_degraded,
         )

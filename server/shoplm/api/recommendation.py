@@ -135,10 +135,10 @@ class RecommendationService(RecommendationServiceServicer):
         prefix = core.prefix(history)
         warnings.add("HISTORY_TRUNCATED", prefix.dropped_baskets)
         warnings.add("EMPTY_HISTORY", int(select.popularity_only))
-        tokens = core.served.prompts.recommend(prefix, history)
-        core.check_prompt("customer", len(tokens), core.shop().manifest.depth - 1)
+        suffix = core.served.prompts.recommend_suffix(history)
+        core.check_prompt("customer", len(prefix.tokens) + len(suffix), core.shop().manifest.depth - 1)
         work = core.request(
-            *(_SERVICE, tokens, select, context),
+            *(_SERVICE, suffix, select, context),
             prefix=prefix,
             allow_degraded=allow_degraded,
         )

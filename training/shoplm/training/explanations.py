@@ -210,7 +210,7 @@ def _measure(measured: Measured, history: History, generator: np.random.Generato
     rows = selected.items
     visits = measured.builder.visits(history, prefix)
     parts = parts_for(rows, history, visits, measured.catalog.categories, items=ITEM_PARTS, lately=VISIT_PARTS)
-    forks = Forks.of(history, prefix, parts, measured.builder.recommend)
+    forks = Forks.of(history, prefix, parts, measured.builder.recommend_suffix)
     if len(forks.parts) < LEAST_VISITS:
         return False
     task = forks.task(ItemScores(rows))
@@ -260,7 +260,7 @@ def _measure_predictions(
     specs = _targets(measured.manifest)
     if not specs:
         return
-    forks = Forks.of(history, prefix, parts, measured.builder.predict)
+    forks = Forks.of(history, prefix, parts, measured.builder.predict_suffix)
     reads = HeadValues(tuple(map(measured.features, forks.histories)))
     read = forks.values(measured.asker.ask([(forks.tokens, forks.task(reads))])[0].values)
     fast = np.array([[score_of(spec, row) for spec in specs] for row in read.tolist()])

@@ -39,7 +39,7 @@ class BasketValidation:
         for customer in examples.customer.tolist():
             known = shop.histories[customer].before(moment)
             prefix = builder.prefix(known)
-            self._prompts.append((prefix.tokens, builder.recommend(prefix, known)[len(prefix.tokens) :]))
+            self._prompts.append((prefix.tokens, builder.recommend_suffix(known)))
 
     def __len__(self) -> int:
         return len(self._prompts)
