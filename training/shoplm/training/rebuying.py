@@ -23,7 +23,7 @@ from shoplm.training.shop import Shop
 from torch import Tensor
 
 FEWEST_EXAMPLES = 500  # with fewer, nothing is fitted
-MOST_EXAMPLES = 10_000  # at random
+MOST_EXAMPLES = 50_000  # at random
 MEMBERS, UNITS = 3, 32
 _EPOCHS, _BATCH = 4, 64
 _LEARNING_RATE, _DECAY = 1e-2, 1e-4
