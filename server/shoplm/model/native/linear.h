@@ -15,8 +15,6 @@ constexpr int64_t INT4_GROUP = 32;  // the smallest
 
 enum Format : int64_t { BF16 = 0, INT8 = 1, INT4 = 2 };
 
-struct Halves { const uint8_t *low, *high; };  // of a panel: 16 columns each
-
 struct Linear {
     const uint8_t* packed;
     const uint16_t* scales;  // integers: fp16 [n / 32][k / group][32]; 4 bits: [n / 32][k / group][2][32], scale and low
@@ -28,10 +26,6 @@ struct Linear {
 
     int64_t groups() const { return k / group; }
     int64_t panel_bytes() const { return PANEL * (format == BF16 ? k * 2 : format == INT8 ? k : k / 2); }
-    Halves halves(int64_t panel) const {
-        const uint8_t* low = packed + panel * panel_bytes();
-        return {low, low + panel_bytes() / 2};
-    }
     const uint16_t* panel_scales(int64_t panel) const { return scales + panel * groups() * PANEL * (format == INT4 ? 2 : 1); }
 };
 

@@ -110,9 +110,11 @@ def _pack(weight: Tensor, format: WeightFormat, instructions: InstructionSet) ->
     """In the order of `linear_tiles.h`, `products_avx512.h` or `products_avx2.h`."""
     if instructions is InstructionSet.AMX:
         return _pack_tiles(weight, format)
-    if instructions is InstructionSet.AVX512 and format is WeightFormat.INT8:
-        return _pack_vectors((weight.short() + 128).to(torch.uint8), format, 4)
-    return _pack_vectors(weight, format, {WeightFormat.BF16: 2, WeightFormat.INT8: 1, WeightFormat.INT4: 4}[format])
+    if instructions is InstructionSet.AVX512:
+        weight = (weight.short() + 128).to(torch.uint8) if format is WeightFormat.INT8 else weight
+        return _pack_vectors(weight, format, columns=PANEL, together=2 if format is WeightFormat.BF16 else 4)
+    together = {WeightFormat.BF16: 2, WeightFormat.INT8: 1, WeightFormat.INT4: 4}[format]
+    return _pack_vectors(weight, format, columns=16, together=together)
 
 
 def _pack_tiles(weight: Tensor, format: WeightFormat) -> Tensor:
@@ -124,12 +126,14 @@ def _pack_tiles(weight: Tensor, format: WeightFormat) -> Tensor:
     return _halve(tiles, dim=2) if format is WeightFormat.INT4 else tiles.contiguous()
 
 
-def _pack_vectors(weight: Tensor, format: WeightFormat, together: int) -> Tensor:
-    """[out, in] to [out / 16][in / together][16 outputs][together]; of 4 bits each two steps share their bytes, the
-    first in the low halves."""
+def _pack_vectors(weight: Tensor, format: WeightFormat, *, columns: int, together: int) -> Tensor:
+    """[out, in] to [out / columns][in / together][columns outputs][together]; of 4 bits each two steps share their
+    bytes, the first in the low halves."""
     outputs, inputs = weight.shape
-    steps = weight.view(outputs // 16, 16, inputs // together, together).transpose(1, 2).contiguous()
-    return _halve(steps.view(outputs // 16, -1, 2, 16, together), dim=2) if format is WeightFormat.INT4 else steps
+    steps = weight.view(outputs // columns, columns, inputs // together, together).transpose(1, 2).contiguous()
+    if format is not WeightFormat.INT4:
+        return steps
+    return _halve(steps.view(outputs // columns, -1, 2, columns, together), dim=2)
 
 
 def _halve(values: Tensor, dim: int) -> Tensor:

@@ -1,6 +1,8 @@
 // y = x W^T with vectors, with an epilogue on the fp32 sums. Called by all threads of a parallel region; returns when all
-// of them are done. A panel of W is two halves of 16 columns, one after the other.
+// of them are done.
 #pragma once
+
+#include <omp.h>
 
 #include <algorithm>
 
@@ -32,15 +34,17 @@ void linear_as(const Rows& x, const Linear& w, const Epilogue& epilogue) {
     constexpr int64_t most = MOST_ROWS<FORMAT>;
     const int64_t panels = w.n / PANEL, blocks = (x.m + ROW_BLOCK - 1) / ROW_BLOCK;
     alignas(64) float sums[most * PANEL];
-#pragma omp for schedule(dynamic)
+    const int64_t together = std::clamp<int64_t>(panels * blocks / (4 * omp_get_num_threads()), 1, 16);  // one behind the other
+#pragma omp for schedule(dynamic, together)
     for (int64_t item = 0; item < panels * blocks; ++item) {
         const int64_t panel = item % panels, begin = item / panels * ROW_BLOCK, column = panel * PANEL;
         const int64_t end = std::min(begin + ROW_BLOCK, x.m);
-        const Columns columns = columns_of<FORMAT>(w, panel, x.m);
+        Columns columns = columns_of<FORMAT>(w, panel, end - begin);
         const Floats bias[2] = {w.bias ? load(w.bias + column) : zero(), w.bias ? load(w.bias + column + LANES) : zero()};
         for (int64_t row = begin; row < end; row += most) {
             const int64_t rows = std::min(end - row, most);
             multiply_rows<FORMAT>(x, row, rows, w, columns, w.panel_scales(panel), sums);
+            columns.passed();
             for (int64_t r = 0; r < rows; ++r)
                 epilogue(row + r, column, add(load(sums + r * PANEL), bias[0]), add(load(sums + r * PANEL + LANES), bias[1]));
         }

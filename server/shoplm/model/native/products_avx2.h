@@ -1,6 +1,6 @@
 // Products of some rows of x and a panel of W, with AVX2 (and FMA, F16C).
 //
-// Each half of a panel, 16 columns, is packed in the order of reading:
+// A panel is two halves of 16 columns, one after the other, each packed in the order of reading:
 //   bf16   [k / 2][16][2]: both of a pair share 32 bits, and are widened by a shift or a mask; x is fp32
 //   8 bits [k][16]: widened to fp32, their sums scaled group by group; x is fp32, too
 //   4 bits [k / 8][16][4]: two steps of 4 inputs share their bytes, the first in the low halves; a step's products are
@@ -152,14 +152,19 @@ inline void unpack_int4(const uint8_t* from, int64_t k, uint8_t* to) {
         }
 }
 
+struct Halves { const uint8_t *low, *high; };  // of a panel: 16 columns each
+
 struct Columns {  // of a panel
     Halves halves;
     bool unpacked;
+
+    void passed() {}  // rows have passed over it
 };
 
 template <Format FORMAT>
 inline Columns columns_of(const Linear& w, int64_t panel, int64_t rows) {
-    const Halves packed = w.halves(panel);
+    const uint8_t* first = w.packed + panel * w.panel_bytes();
+    const Halves packed{first, first + w.panel_bytes() / 2};
     if (rows < UNPACK_ROWS) return {packed, false};
     static thread_local Buffer<uint8_t> buffer;
     uint8_t* low = buffer.take(PANEL, row_bytes(w));

@@ -1,9 +1,9 @@
 // Products of some rows of x and a panel of W, with AVX-512's dot products of bf16 pairs and of four bytes.
 //
-// Each half of a panel, 16 columns, is packed in the order of reading:
-//   bf16   [k / 2][16][2]; x is bf16
-//   8 bits [k / 4][16][4], 128 added, which the group's lowest value takes away again: -128 * scale; x is 8 bits
-//   4 bits [k / 8][16][4]: two steps of 4 inputs share their bytes, the first in the low halves; x is 8 bits
+// A panel is packed in the order of reading:
+//   bf16   [k / 2][32][2]; x is bf16
+//   8 bits [k / 4][32][4], 128 added, which the group's lowest value takes away again: -128 * scale; x is 8 bits
+//   4 bits [k / 8][32][4]: two steps of 4 inputs share their bytes, the first in the low halves; x is 8 bits
 #pragma once
 
 #include "linear.h"
@@ -14,10 +14,28 @@ template <Format FORMAT>
 constexpr int MOST_ROWS = FORMAT == BF16 ? 12 : 6;  // that 32 registers hold the sums of; integers have two of each
 
 using Activation = bf16;  // of attention's queries and results
-using Columns = Halves;
+constexpr int64_t STEP_BYTES = 128;  // of a panel
+
+// A panel. While rows pass over it, the panel behind it is fetched, evenly, so that memory works all the time.
+struct Columns {
+    const uint8_t* packed;
+    const uint8_t* behind;  // what the next step fetches is here
+    int64_t stride, steps;  // bytes of it for each step, and steps of a pass
+
+    void fetch(int64_t step) const {
+        const char* at = reinterpret_cast<const char*>(behind) + step * stride;
+        _mm_prefetch(at, _MM_HINT_T1);
+        _mm_prefetch(at + 64, _MM_HINT_T1);
+    }
+    void passed() { behind += steps * stride; }
+};
 
 template <Format FORMAT>
-inline Columns columns_of(const Linear& w, int64_t panel, int64_t) { return w.halves(panel); }
+inline Columns columns_of(const Linear& w, int64_t panel, int64_t rows) {
+    const uint8_t* packed = w.packed + panel * w.panel_bytes();
+    const int64_t passes = (rows + MOST_ROWS<FORMAT> - 1) / MOST_ROWS<FORMAT>;
+    return {packed, packed + w.panel_bytes(), (STEP_BYTES + passes - 1) / passes, w.panel_bytes() / STEP_BYTES};
+}
 
 // sums [ROWS][PANEL].
 template <int ROWS>
@@ -26,8 +44,9 @@ inline void multiply_bf16(const uint8_t* x, int64_t k, const Columns& w, float* 
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) low[r] = high[r] = zero();
     for (int64_t i = 0; i < k * 2; i += 4) {
-        const __m512bh a = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w.low + i * LANES));
-        const __m512bh b = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w.high + i * LANES));
+        const __m512bh a = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w.packed + i * PANEL));
+        const __m512bh b = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w.packed + i * PANEL + 64));
+        w.fetch(i / 4);
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; ++r) {
             const __m512bh pair = reinterpret_cast<__m512bh>(splat_bytes(x + r * k * 2 + i));
@@ -48,9 +67,10 @@ inline Integers add_products(Integers before, __m512i w, Integers x) {
 
 // sums [ROWS][PANEL].
 template <Format FORMAT, int ROWS>
-inline void multiply_integers(const uint8_t* x, const GroupScale* row_scales, const Linear& w, Columns columns, const uint16_t* scales, float* sums) {
+inline void multiply_integers(const uint8_t* x, const GroupScale* row_scales, const Linear& w, const Columns& columns, const uint16_t* scales, float* sums) {
     constexpr int64_t TABLES = FORMAT == INT4 ? 2 : 1, DEPTH = FORMAT == INT4 ? 8 : 4;  // inputs of 64 bytes
     const int64_t groups = w.groups();
+    int64_t step = 0;
     const __m512i lower = _mm512_set1_epi8(15);
     Floats low[ROWS], high[ROWS];
 #pragma GCC unroll 6
@@ -67,8 +87,10 @@ inline void multiply_integers(const uint8_t* x, const GroupScale* row_scales, co
                 of_high[r] = add_products(of_high[r], b, four);
             }
         };
-        for (int64_t i = 0; i < w.group; i += DEPTH, columns.low += 64, columns.high += 64) {
-            const __m512i a = _mm512_loadu_si512(columns.low), b = _mm512_loadu_si512(columns.high);
+        for (int64_t i = 0; i < w.group; i += DEPTH, ++step) {
+            const uint8_t* at = columns.packed + step * STEP_BYTES;
+            const __m512i a = _mm512_loadu_si512(at), b = _mm512_loadu_si512(at + 64);
+            columns.fetch(step);
             if constexpr (FORMAT == INT8) {
                 add_step(i, a, b);
             } else {
