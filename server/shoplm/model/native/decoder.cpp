@@ -230,10 +230,12 @@ void run_linear(const Linear& w, const bf16* x, int64_t m, int64_t columns, bf16
         for (int64_t i = 0; i < m * w.k; i += LANES) store(widened + i, load_bf16(x + i));
         const Rows from = norm_rows(widened, m, nullptr, 0.f, w, to, row_scales);
         linear(from, w, [=](int64_t row, int64_t column, Floats low, Floats high) {
-            alignas(64) bf16 rounded[PANEL];
-            store_bf16(rounded, low);
-            store_bf16(rounded + LANES, high);
-            std::memcpy(result + row * columns + column, rounded, sizeof(bf16) * std::min(PANEL, columns - column));
+            bf16* to = result + row * columns + column;
+            alignas(64) bf16 padded[PANEL];
+            const bool whole = column + PANEL <= columns;
+            store_bf16(whole ? to : padded, low);
+            store_bf16(whole ? to + LANES : padded + LANES, high);
+            if (!whole) std::memcpy(to, padded, sizeof(bf16) * (columns - column));
         });
     }
 }
