@@ -38,6 +38,7 @@ from shoplm.request import (
     TokensOutput,
 )
 
+_BETWEEN_SENDS_SECONDS = 1e-3
 _STOP_SECONDS = 10.0  # for an engine that was told to drain
 
 
@@ -66,7 +67,8 @@ class EngineClient(ABC):
         self.ready: ReadyOutput | None = None
         self._transport: asyncio.WriteTransport | None = None
         self._link: _Link | None = None
-        self._unsent: list[bytes] = []  # of this turn of the event loop
+        self._unsent: list[bytes] = []
+        self._sent_at = 0.0  # when the last of it went out, by the loop's clock
         self._calls: dict[str, Call] = {}
         self._stats_callbacks: list[Callable[[StepStats], None]] = []
         self._state_callbacks: list[Callable[[bool], None]] = []
@@ -167,13 +169,15 @@ class EngineClient(ABC):
         """Wait for the end of the engine, which has been told to drain."""
 
     def _send(self, message: Submit | Cancel | Drain) -> None:
-        # What one turn of the event loop has to say goes out at its end, at the cost of one system call.
+        # The engine listens between its steps: what is said within a millisecond goes out together, at the cost of one
+        # system call, and after a longer silence at once.
         if not self._unsent:
-            asyncio.get_running_loop().call_soon(self._flush)
+            asyncio.get_running_loop().call_at(self._sent_at + _BETWEEN_SENDS_SECONDS, self._flush)
         self._unsent.append(frame(encode(message)))
 
     def _flush(self) -> None:
         unsent, self._unsent = self._unsent, []
+        self._sent_at = asyncio.get_running_loop().time()
         # Never waits, and the transport's buffer has no bound: what may be in flight is bounded by the engine's own
         # queue. Once the engine has gone nothing is sent; whoever notices that it has fails its calls.
         if self._transport is not None and not self._transport.is_closing():
