@@ -1,7 +1,6 @@
 // One step of a decoder: all layers in one call, threads kept together over the whole of it.
 //
 // The residual stream is fp32. How products and attention are computed is a matter of the instructions compiled for.
-#include <omp.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -18,6 +17,7 @@
 namespace shoplm {
 
 constexpr int64_t MOST_HEAD_DIM = 256;
+constexpr int64_t LOOPS = 16;  // of a layer, at most, and of what is around all layers
 
 struct Layer {
     Linear qkv, output, gate_up, down;  // gate_up: 16 columns of gate, the 16 of up, and so on
@@ -55,11 +55,11 @@ struct Scratch {
 };
 
 template <class Epilogue>
-void linear(const Rows& x, const Linear& w, const Epilogue& epilogue) {
+void linear(const Rows& x, const Linear& w, Crew& crew, const Epilogue& epilogue) {
     switch (w.format) {
-        case INT8: return linear_as<INT8>(x, w, epilogue);
-        case INT4: return linear_as<INT4>(x, w, epilogue);
-        default: return linear_as<BF16>(x, w, epilogue);
+        case INT8: return linear_as<INT8>(x, w, crew, epilogue);
+        case INT4: return linear_as<INT4>(x, w, crew, epilogue);
+        default: return linear_as<BF16>(x, w, crew, epilogue);
     }
 }
 
@@ -73,13 +73,12 @@ inline float inverse_rms(const float* from, int64_t size, float epsilon) {
 }
 
 // RMSNorm of rows [m, next.k], as rows for `next`. `weight` null: no norm.
-inline Rows norm_rows(const float* from, int64_t m, const float* weight, float epsilon, const Linear& next, uint8_t* to, GroupScale* scales) {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < m; ++row) {
+inline Rows norm_rows(const float* from, int64_t m, const float* weight, float epsilon, const Linear& next, uint8_t* to, GroupScale* scales, Crew& crew) {
+    crew.divide(m, [&](int64_t row) {
         const float* at = from + row * next.k;
         const float factor = weight ? inverse_rms(at, next.k, epsilon) : 1.f;
         put_row(at, factor, weight, next, to + row * row_bytes(next), scales + row * next.groups());
-    }
+    });
     return {to, scales, m};
 }
 
@@ -105,11 +104,10 @@ inline void turn_head(const Model& model, const float* from, const float* norm, 
 }
 
 // Queries to `queries`, keys and values to the pool.
-inline void place_heads(const Model& model, const Layer& layer, const Step& step, const Pool& pool, const float* projected, Activation* queries) {
+inline void place_heads(const Model& model, const Layer& layer, const Step& step, const Pool& pool, const float* projected, Activation* queries, Crew& crew) {
     const int64_t d = model.head_dim, heads = model.heads, kv_heads = model.kv_heads, half = d / 2;
     const int64_t columns = layer.qkv.n;
-#pragma omp for schedule(static)
-    for (int64_t token = 0; token < step.token_count; ++token) {
+    crew.divide(step.token_count, [&](int64_t token) {
         alignas(64) float turned[MOST_HEAD_DIM];
         const float* from = projected + token * columns;
         const float* cosine = layer.uses_rope ? model.cosine + step.positions[token] * half : nullptr;
@@ -124,20 +122,19 @@ inline void place_heads(const Model& model, const Layer& layer, const Step& step
             put_key(pool, turned, page, head, offset);
             put_value(pool, from + (heads + kv_heads + head) * d, page, head, offset);
         }
-    }
+    });
 }
 
 struct Work { int64_t row, head, first; };
 
-inline void attend(const Model& model, const Layer& layer, const Step& step, const Pool& pool, const std::vector<Work>& work, const Activation* queries, Activation* output) {
+inline void attend(const Model& model, const Layer& layer, const Step& step, const Pool& pool, const std::vector<Work>& work, const Activation* queries, Activation* output, Crew& crew) {
     static thread_local std::vector<float> scratch;
     Attention attention{{pool, nullptr, step.pages, step.own_slots, step.masks, step.positions, queries, output, model.heads, layer.window}};
     use_attention();
-#pragma omp for schedule(dynamic, 4)
-    for (size_t index = 0; index < work.size(); ++index) {
+    crew.each(static_cast<int64_t>(work.size()), 4, [&](int64_t index) {
         attention.row = step.rows + work[index].row;
         attention.block(work[index].head, work[index].first, scratch);
-    }
+    });
     leave_attention();
 }
 
@@ -151,8 +148,8 @@ inline std::vector<Work> attention_work(const Model& model, const Step& step) {
 }
 
 // residual += x W^T
-inline void add_product(const Rows& x, const Linear& w, int64_t columns, float* residual) {
-    linear(x, w, [=](int64_t row, int64_t column, Floats low, Floats high) {
+inline void add_product(const Rows& x, const Linear& w, int64_t columns, float* residual, Crew& crew) {
+    linear(x, w, crew, [=](int64_t row, int64_t column, Floats low, Floats high) {
         float* at = residual + row * columns + column;
         store(at, add(load(at), low));
         if (column + LANES < columns) store(at + LANES, add(load(at + LANES), high));
@@ -171,49 +168,50 @@ void run(const Model& model, const Step& step) {
     Activation* attended = scratch.attended.take(padded(tokens), attended_size);
     uint8_t* rows = scratch.rows.take(padded(tokens), widest * static_cast<int64_t>(sizeof(Activation)));
     const std::vector<Work> work = attention_work(model, step);
+    static Loops all;
+    Loop* loops = all.take(LOOPS * (model.count + 1));
 #pragma omp parallel num_threads(static_cast<int>(step.threads))
     {
-#pragma omp for schedule(static)
-        for (int64_t token = 0; token < tokens; ++token)
+        Crew crew(loops, step.threads);
+        crew.divide(tokens, [&](int64_t token) {
             for (int64_t i = 0; i < hidden; i += LANES)
                 store(residual + token * hidden + i, load_bf16(model.embedding + step.tokens[token] * hidden + i));
+        });
         for (int64_t index = 0; index < model.count; ++index) {
             const Layer& layer = model.layers[index];
             const Pool pool{model.keys + index * model.layer_elements, model.values + index * model.layer_elements, model.kv_heads, model.page_size, model.head_dim};
-            Rows x = norm_rows(residual, tokens, layer.input_norm, model.epsilon, layer.qkv, rows, scales);
+            Rows x = norm_rows(residual, tokens, layer.input_norm, model.epsilon, layer.qkv, rows, scales, crew);
             const int64_t columns = layer.qkv.n;
-            linear(x, layer.qkv, [=](int64_t row, int64_t column, Floats low, Floats high) {
+            linear(x, layer.qkv, crew, [=](int64_t row, int64_t column, Floats low, Floats high) {
                 store(projected + row * columns + column, low);
                 store(projected + row * columns + column + LANES, high);
             });
-            place_heads(model, layer, step, pool, projected, queries);
-            attend(model, layer, step, pool, work, queries, attended);
+            place_heads(model, layer, step, pool, projected, queries, crew);
+            attend(model, layer, step, pool, work, queries, attended, crew);
             int64_t m = tokens;
             if (index + 1 == model.count) {  // nothing behind it is needed of the other tokens
                 m = step.output_count;
-#pragma omp single
-                for (int64_t row = 0; row < m; ++row) {  // ascending: no row is overwritten before it is read
+                crew.each(m, m, [&](int64_t row) {  // one thread, ascending: no row is overwritten before it is read
                     std::memmove(residual + row * hidden, residual + step.outputs[row] * hidden, sizeof(float) * hidden);
                     std::memmove(attended + row * attended_size, attended + step.outputs[row] * attended_size, sizeof(Activation) * attended_size);
-                }
+                });
             }
             x = {reinterpret_cast<const uint8_t*>(attended), nullptr, m};
             if (layer.output.format != BF16) {
-#pragma omp for schedule(static)
-                for (int64_t i = 0; i < m * attended_size; i += LANES) store(product + i, load_activations(attended + i));
-                x = norm_rows(product, m, nullptr, 0.f, layer.output, rows, scales);
+                crew.divide(m * attended_size / LANES, [&](int64_t i) { store(product + i * LANES, load_activations(attended + i * LANES)); });
+                x = norm_rows(product, m, nullptr, 0.f, layer.output, rows, scales, crew);
             }
-            add_product(x, layer.output, hidden, residual);
-            x = norm_rows(residual, m, layer.mlp_norm, model.epsilon, layer.gate_up, rows, scales);
-            linear(x, layer.gate_up, [=](int64_t row, int64_t column, Floats gate, Floats up) {
+            add_product(x, layer.output, hidden, residual, crew);
+            x = norm_rows(residual, m, layer.mlp_norm, model.epsilon, layer.gate_up, rows, scales, crew);
+            linear(x, layer.gate_up, crew, [=](int64_t row, int64_t column, Floats gate, Floats up) {
                 store(product + row * middle + column / 2, multiply(silu(gate), up));
             });
-            x = norm_rows(product, m, nullptr, 0.f, layer.down, rows, scales);
-            add_product(x, layer.down, hidden, residual);
+            x = norm_rows(product, m, nullptr, 0.f, layer.down, rows, scales, crew);
+            add_product(x, layer.down, hidden, residual, crew);
         }
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < step.output_count; ++row)
+        crew.divide(step.output_count, [&](int64_t row) {
             put_floats(residual + row * hidden, inverse_rms(residual + row * hidden, hidden, model.epsilon), model.final_norm, hidden, step.result + row * hidden);
+        });
     }
 }
 
@@ -224,12 +222,14 @@ void run_linear(const Linear& w, const bf16* x, int64_t m, int64_t columns, bf16
     float* widened = wide.take(m, w.k);
     GroupScale* row_scales = scales.take(m, w.groups());
     uint8_t* to = rows.take(padded(m), row_bytes(w));
+    static Loops all;
+    Loop* loops = all.take(LOOPS);
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < m * w.k; i += LANES) store(widened + i, load_bf16(x + i));
-        const Rows from = norm_rows(widened, m, nullptr, 0.f, w, to, row_scales);
-        linear(from, w, [=](int64_t row, int64_t column, Floats low, Floats high) {
+        Crew crew(loops, threads);
+        crew.divide(m * w.k / LANES, [&](int64_t i) { store(widened + i * LANES, load_bf16(x + i * LANES)); });
+        const Rows from = norm_rows(widened, m, nullptr, 0.f, w, to, row_scales, crew);
+        linear(from, w, crew, [=](int64_t row, int64_t column, Floats low, Floats high) {
             bf16* to = result + row * columns + column;
             alignas(64) bf16 padded[PANEL];
             const bool whole = column + PANEL <= columns;

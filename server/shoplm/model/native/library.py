@@ -21,7 +21,7 @@ import torch
 from shoplm.model.base_cache import cache_folder
 
 _SOURCES = (
-    *("vectors.h", "tiles.h", "linear.h", "linear_tiles.h", "linear_vectors.h"),
+    *("vectors.h", "tiles.h", "crew.h", "linear.h", "linear_tiles.h", "linear_vectors.h"),
     *("products_avx2.h", "products_avx512.h"),
     *("attention.h", "attention_tiles.h", "attention_vectors.h"),
     *("attention_avx2.h", "attention_avx512.h", "decoder.cpp"),

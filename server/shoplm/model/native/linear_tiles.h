@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "crew.h"
 #include "linear.h"
 #include "tiles.h"
 
@@ -106,15 +107,14 @@ inline void multiply_groups(const uint8_t* x, const GroupScale* row_scales, int6
 
 // `epilogue(row, column, low, high)` gets the columns `column` .. `column` + 31 of one row.
 template <Format FORMAT, class Epilogue>
-void linear_as(const Rows& x, const Linear& w, const Epilogue& epilogue) {
+void linear_as(const Rows& x, const Linear& w, Crew& crew, const Epilogue& epilogue) {
     if (!x.m) return;
     static thread_local Buffer<uint8_t> unpacked;
     const int64_t bytes = row_bytes(w), steps = bytes / 64;
     const int64_t panels = w.n / PANEL, blocks = (x.m + ROW_BLOCK - 1) / ROW_BLOCK;
     use_product_tiles(x.m, FORMAT == INT4 ? INT4_GROUP : 64);
     alignas(64) float sums[PANEL * PANEL];
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < panels * blocks; ++item) {
+    crew.each(panels * blocks, 1, [&](int64_t item) {
         const int64_t panel = item % panels, begin = item / panels * ROW_BLOCK;
         const int64_t end = begin + ROW_BLOCK < x.m ? begin + ROW_BLOCK : x.m;
         const uint8_t* tiles = w.packed + panel * w.panel_bytes();
@@ -136,7 +136,7 @@ void linear_as(const Rows& x, const Linear& w, const Epilogue& epilogue) {
                 epilogue(row + r, column, _mm512_add_ps(_mm512_load_ps(sums + r * PANEL), bias[0]),
                          _mm512_add_ps(_mm512_load_ps(sums + r * PANEL + TILE), bias[1]));
         }
-    }
+    });
     _tile_release();
 }
 

@@ -2,9 +2,9 @@
 // of them are done.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
+
+#include "crew.h"
 
 #ifdef SHOPLM_AVX512
 #include "products_avx512.h"
@@ -29,14 +29,13 @@ inline void multiply_rows(const Rows& x, int64_t first, int64_t rows, const Line
 
 // `epilogue(row, column, low, high)` gets the columns `column` .. `column` + 31 of one row.
 template <Format FORMAT, class Epilogue>
-void linear_as(const Rows& x, const Linear& w, const Epilogue& epilogue) {
+void linear_as(const Rows& x, const Linear& w, Crew& crew, const Epilogue& epilogue) {
     if (!x.m) return;
     constexpr int64_t most = MOST_ROWS<FORMAT>;
     const int64_t panels = w.n / PANEL, blocks = (x.m + ROW_BLOCK - 1) / ROW_BLOCK;
     alignas(64) float sums[most * PANEL];
-    const int64_t together = std::clamp<int64_t>(panels * blocks / (4 * omp_get_num_threads()), 1, 16);  // one behind the other
-#pragma omp for schedule(dynamic, together)
-    for (int64_t item = 0; item < panels * blocks; ++item) {
+    const int64_t part = std::clamp<int64_t>(panels * blocks / (4 * crew.threads()), 1, 16);  // panels, one behind the other
+    crew.each(panels * blocks, part, [&](int64_t item) {
         const int64_t panel = item % panels, begin = item / panels * ROW_BLOCK, column = panel * PANEL;
         const int64_t end = std::min(begin + ROW_BLOCK, x.m);
         Columns columns = columns_of<FORMAT>(w, panel, end - begin);
@@ -48,7 +47,7 @@ void linear_as(const Rows& x, const Linear& w, const Epilogue& epilogue) {
             for (int64_t r = 0; r < rows; ++r)
                 epilogue(row + r, column, add(load(sums + r * PANEL), bias[0]), add(load(sums + r * PANEL + LANES), bias[1]));
         }
-    }
+    });
 }
 
 }  // namespace shoplm
