@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -58,13 +59,26 @@ class ShopHabits:
         }
 
 
-def shop_habits(shop: Shop, until: float, seed: int) -> ShopHabits:
-    """From the purchases before `until` (Unix seconds) alone."""
+class PastPurchases(NamedTuple):
+    """Who bought which row when, once per visit: [P] each."""
+
+    customer: NDArray[np.int64]
+    item: NDArray[np.int64]
+    time: NDArray[np.float64]
+
+
+def purchases_before(shop: Shop, until: float) -> PastPurchases:
+    """Of items with a row, before `until` (Unix seconds), in the log's order."""
     known = (pl.col("time") < until) & (pl.col("kind") == int(EventKind.PURCHASE))
     bought = shop.log.events.filter(known).select("customer", "time", "item")
-    has_row = shop.items.has_row[bought["item"].to_numpy()]
-    visits = bought.filter(pl.Series(has_row)).unique(maintain_order=True)
-    item, customer = shop.items.index[visits["item"].to_numpy()], visits["customer"].to_numpy()
+    visits = bought.filter(pl.Series(shop.items.has_row[bought["item"].to_numpy()])).unique(maintain_order=True)
+    customer, item = visits["customer"].to_numpy(), shop.items.index[visits["item"].to_numpy()]
+    return PastPurchases(customer.astype(np.int64), item.astype(np.int64), visits["time"].to_numpy())
+
+
+def shop_habits(shop: Shop, until: float, seed: int) -> ShopHabits:
+    """From the purchases before `until` (Unix seconds) alone."""
+    customer, item, _ = purchases_before(shop, until)
     count = len(shop.items.row_item)
     return ShopHabits(loyalty(customer, item, count), neighbours(customer, item, count, seed))
 
@@ -90,6 +104,14 @@ def loyalty(customer: NDArray[np.integer], item: NDArray[np.integer], items: int
 
 def neighbours(customer: NDArray[np.integer], item: NDArray[np.integer], items: int, seed: int) -> Neighbours:
     """From who bought what; repetitions count once."""
+    chosen, found = item_factors(customer, item, items, seed)
+    return _largest(found, chosen, items) if len(chosen) > 1 else Neighbours.none(items)
+
+
+def item_factors(
+    customer: NDArray[np.integer], item: NDArray[np.integer], items: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The items that enough customers bought, and V sqrt(s^2 / (s^2 + 1)) of each: S is its product with itself."""
     pairs = np.unique(np.stack([customer, item]).astype(np.int64), axis=1)
     people = np.unique(pairs[0])
     if len(people) > CUSTOMERS:
@@ -98,15 +120,14 @@ def neighbours(customer: NDArray[np.integer], item: NDArray[np.integer], items: 
     chosen = np.flatnonzero(np.bincount(pairs[1], minlength=items) >= _LEAST_CUSTOMERS)
     pairs = pairs[:, np.isin(pairs[1], chosen)]
     if len(chosen) < 2:
-        return Neighbours.none(items)
+        return chosen[:0], np.zeros((0, 1), np.float32)
     lengths = np.bincount(pairs[0])
     values = (1.0 / np.sqrt(lengths[pairs[0]])).astype(np.float32)
     at = np.searchsorted(people, pairs[0]), np.searchsorted(chosen, pairs[1])
     table = sparse.csr_matrix((values, at), shape=(len(people), len(chosen)))
     rank = min(_RANK, *table.shape)
     _, singular, basis = randomized_svd(table, rank, random_state=seed)
-    factors = (basis.T * np.sqrt(singular**2 / (singular**2 + _RIDGE))).astype(np.float32)
-    return _largest(factors, chosen, items)
+    return chosen, (basis.T * np.sqrt(singular**2 / (singular**2 + _RIDGE))).astype(np.float32)
 
 
 def _largest(factors: NDArray[np.float32], chosen: NDArray[np.int64], items: int) -> Neighbours:

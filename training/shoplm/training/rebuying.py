@@ -1,8 +1,7 @@
 """Fits the net that says which own items a customer buys again (`shoplm.readout.rebuy`).
 
 Each example is a next basket. Its items are draws from a softmax over the customer's own items and one more outcome,
-whatever had not been bought before, of value 0; an example counts by the root of its items. Several nets are fitted
-from different starts and averaged, which is one net of all their units.
+whatever had not been bought before, of value 0; an example counts by the root of its items.
 """
 
 from __future__ import annotations
@@ -10,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import polars as pl
 import torch
 from numpy.typing import NDArray
-from shoplm.history import SECONDS_PER_DAY, EventKind
+from shoplm.history import SECONDS_PER_DAY
 from shoplm.readout.rebuy import HISTORY_FEATURES, Rebuy, history_features
 from shoplm.training.examples import Examples, ranking_examples
-from shoplm.training.habits import loyalty
+from shoplm.training.habits import loyalty, purchases_before
+from shoplm.training.item_nets import fit_item_net
 from shoplm.training.samples import HiddenTable, Task, Use
 from shoplm.training.scoring import Weights
 from shoplm.training.shop import Shop
@@ -25,11 +24,8 @@ from torch import Tensor
 FEWEST_EXAMPLES = 500  # with fewer, nothing is fitted
 MOST_EXAMPLES = 50_000  # at random
 MEMBERS, UNITS = 3, 32
-_EPOCHS, _BATCH = 4, 64
-_LEARNING_RATE, _DECAY = 1e-2, 1e-4
 _LATELY_DAYS = 28.0
 _USUAL_GAPS = 3.0  # how many gaps of usual length an item's mean begins with
-_LEAST_DEVIATION = 1e-3  # of a feature that is to be told from a constant
 
 Floats = NDArray[np.float32]
 
@@ -37,33 +33,22 @@ Floats = NDArray[np.float32]
 def fit_rebuy(shop: Shop, table: HiddenTable, seed: int) -> Rebuy | None:
     """From next baskets before `tuned_at`, with the items' features as they were at the cut before each, and those of
     `tuned_at` in the result; None where there are too few. `table` may be bare."""
-    cuts = np.array(shop.timeline.train_at)
-    chosen = table.where(Task.RECOMMEND, Use.ITEM_TRAIN)
-    chosen = chosen[table.moment[chosen] >= cuts[0]]
-    if len(chosen) > MOST_EXAMPLES:
-        chosen = np.sort(np.random.default_rng(seed).choice(chosen, MOST_EXAMPLES, replace=False))
-    before = shop.timeline.tuned_at
-    kind = shop.items.label_kind
-    examples = ranking_examples(table, chosen, shop.histories, kind, before=before, decay_days=1.0)
+    examples, cuts = basket_examples(shop, table, seed), np.array(shop.timeline.train_at)
     data = _Data.of(shop, examples, cuts)
     if len(data.lengths) < FEWEST_EXAMPLES or not data.bought.any():
         return None
-    mean, scale = data.features.mean(axis=0), data.features.std(axis=0)
-    # A constant says nothing, and may say anything of an item unlike those of the training.
-    inverse = np.where(scale > _LEAST_DEVIATION, 1.0 / np.maximum(scale, _LEAST_DEVIATION), 0.0).astype(np.float32)
-    inputs = torch.from_numpy((data.features - mean) * inverse)
-    nets = [_fit(inputs, data, seed * MEMBERS + member) for member in range(MEMBERS)]
-    weight = np.concatenate([net.first.T for net in nets]) * inverse
-    bias = np.concatenate([net.shift for net in nets]) - weight @ mean
-    out = np.concatenate([net.second for net in nets]) / MEMBERS
-    return Rebuy(
-        items=item_features(shop, before),
-        types=shop.items.row_types,
-        weight=weight.astype(np.float32),
-        bias=bias.astype(np.float32),
-        out=out.astype(np.float32),
-        out_bias=float(np.mean([net.bias for net in nets], dtype=np.float32)),
-    )
+    net = fit_item_net(data.features, data.lengths, data.loss, members=MEMBERS, units=UNITS, seed=seed)
+    return Rebuy(items=item_features(shop, shop.timeline.tuned_at), types=shop.items.row_types, **vars(net))
+
+
+def basket_examples(shop: Shop, table: HiddenTable, seed: int) -> Examples:
+    """Next baskets before `tuned_at` after moments since the first cut of training, at most `MOST_EXAMPLES`."""
+    chosen = table.where(Task.RECOMMEND, Use.ITEM_TRAIN)
+    chosen = chosen[table.moment[chosen] >= shop.timeline.train_at[0]]
+    if len(chosen) > MOST_EXAMPLES:
+        chosen = np.sort(np.random.default_rng(seed).choice(chosen, MOST_EXAMPLES, replace=False))
+    before, kind = shop.timeline.tuned_at, shop.items.label_kind
+    return ranking_examples(table, chosen, shop.histories, kind, before=before, decay_days=1.0)
 
 
 def bundled_rebuy(shop: Shop, rebuy: Rebuy | None, weights: Weights) -> Rebuy | None:
@@ -84,11 +69,8 @@ def rebuy_tensors(rebuy: Rebuy) -> dict[str, Tensor]:
 
 def item_features(shop: Shop, until: float) -> Floats:
     """ITEM_FEATURES of each row, [items, I], from the purchases before `until` (Unix seconds) alone."""
-    known = (pl.col("time") < until) & (pl.col("kind") == int(EventKind.PURCHASE))
-    bought = shop.log.events.filter(known).select("customer", "time", "item")
-    visits = bought.filter(pl.Series(shop.items.has_row[bought["item"].to_numpy()])).unique(maintain_order=True)
-    item, customer = shop.items.index[visits["item"].to_numpy()].astype(np.int64), visits["customer"].to_numpy()
-    time, items = visits["time"].to_numpy(), len(shop.items.row_item)
+    customer, item, time = purchases_before(shop, until)
+    items = len(shop.items.row_item)
     order = np.lexsort((time, item, customer))
     item, customer, time = item[order], customer[order], time[order]
     again = (item[1:] == item[:-1]) & (customer[1:] == customer[:-1])
@@ -141,45 +123,10 @@ class _Data:
             np.array(others, np.float32),
         )
 
-
-@dataclass(frozen=True)
-class _Net:
-    first: Floats  # [F, U]
-    shift: Floats  # [U]
-    second: Floats  # [U]
-    bias: float
-
-
-def _fit(inputs: Tensor, data: _Data, seed: int) -> _Net:
-    """One net, for standardised features [N, F]."""
-    generator = torch.Generator().manual_seed(seed)
-    width = inputs.shape[1]
-    first = torch.randn(width, UNITS, generator=generator) / width**0.5
-    second = 0.1 * torch.randn(UNITS, generator=generator)
-    shift, bias = torch.zeros(UNITS), torch.zeros(1)
-    parameters = [first, second, shift, bias]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=_DECAY)
-    examples = len(data.lengths)
-    steps = _EPOCHS * -(-examples // _BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=max(steps, 2))
-    starts = np.concatenate([[0], np.cumsum(data.lengths)])
-    bought, others = torch.from_numpy(data.bought.astype(np.float32)), torch.from_numpy(data.others)
-    for _ in range(_EPOCHS):
-        order = torch.randperm(examples, generator=generator).numpy()
-        for at in range(0, examples, _BATCH):
-            chosen = order[at : at + _BATCH]
-            rows = torch.from_numpy(np.concatenate([np.arange(starts[one], starts[one + 1]) for one in chosen]))
-            owner = torch.from_numpy(np.repeat(np.arange(len(chosen)), data.lengths[chosen]))
-            values = torch.relu(inputs[rows] @ first + shift) @ second + bias
-            loss = _loss(values, owner, bought[rows], others[torch.from_numpy(chosen)])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-    with torch.no_grad():
-        return _Net(first.numpy(), shift.numpy(), second.numpy(), float(bias))
+    def loss(self, values: Tensor, owner: Tensor, rows: Tensor, chosen: Tensor) -> Tensor:
+        """As `fit_item_net` takes it."""
+        bought = torch.from_numpy(self.bought)[rows].float()
+        return _loss(values, owner, bought, torch.from_numpy(self.others)[chosen])
 
 
 def _loss(values: Tensor, owner: Tensor, bought: Tensor, others: Tensor) -> Tensor:
