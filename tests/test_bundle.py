@@ -90,7 +90,7 @@ def test_contradictions_are_refused(
 
 def test_a_later_format_is_named_before_fields_that_nobody_here_knows(tmp_path: Path) -> None:
     (tmp_path / "shop.toml").write_text(f"format = {FORMAT + 1}\nfield_of_the_future = 1\n")
-    with pytest.raises(BundleError, match=f"bundle format {FORMAT + 1}, this server reads 1, 2, {FORMAT}"):
+    with pytest.raises(BundleError, match=f"bundle format {FORMAT + 1}, this server reads 1, 2, 3, {FORMAT}"):
         read_manifest(tmp_path)
 
 

@@ -24,9 +24,10 @@ from typing import Any
 import msgspec
 from shoplm.errors import BundleError
 
-# Written. 2 has habits beside the count: `loyalty_weight`, `goes_with_weight` and their tables; 3 has `rebuy_weight`.
-FORMAT = 3
-_READ = (1, 2, 3)
+# Written. 2 has habits beside the count: `loyalty_weight`, `goes_with_weight` and their tables; 3 has `rebuy_weight`,
+# 4 `adopt_weight`.
+FORMAT = 4
+_READ = (1, 2, 3, 4)
 REQUIRED_FILES = ("items.parquet", "types.parquet", "weights.safetensors")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -51,6 +52,7 @@ class ScoreWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     loyalty_weight: float = 0.0
     goes_with_weight: float = 0.0
     rebuy_weight: float = 0.0
+    adopt_weight: float = 0.0
 
     @property
     def formula(self) -> str:
@@ -64,6 +66,8 @@ class ScoreWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             terms.append(f"{self.rebuy_weight:g} log-odds that an own item is bought again")
         if self.goes_with_weight:
             terms.append(f"{self.goes_with_weight:g} strength of neighbours among own items")
+        if self.adopt_weight:
+            terms.append(f"{self.adopt_weight:g} log-odds that another item is bought for the first time")
         return " + ".join([*terms, f"{self.popularity_weight:g} log popularity"])
 
 

@@ -212,3 +212,6 @@ def test_a_reason_names_the_own_items_that_an_item_goes_with(serve_scripted: Ser
     assert six.reasons[-1].text == "goes with Item 4, bought before"
     assert sum(reason.contribution for reason in six.reasons) == pytest.approx(six.score)
     assert [reason.kind for reason in seven.reasons][-1] == pb.Reason.KIND_POPULARITY
+    scripted.engine.goes_with = {6: -2.5}
+    (six,) = (item for item in scripted.server.recommendation.Recommend(request).items if item.item_id == item_id(6))
+    assert six.reasons[-1].text == "new to the customer, goes best with Item 4"

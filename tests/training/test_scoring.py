@@ -10,12 +10,13 @@ import torch
 from shoplm.readout.habits import HabitTable
 from shoplm.readout.rebuy import own_items
 from shoplm.training import pipeline
+from shoplm.training.adopting import fit_adopt
 from shoplm.training.baselines import frequency_ranking, popularity_ranking, tuned_count_weights
 from shoplm.training.evaluation import tuning_window
 from shoplm.training.habits import ShopHabits, neighbours, shop_habits
 from shoplm.training.log import ShopLog
 from shoplm.training.rebuying import fit_rebuy
-from shoplm.training.scoring import TOP, Weights, Window, tune, tune_goes_with
+from shoplm.training.scoring import TOP, Weights, Window, tune, tune_new
 from shoplm.training.shop import Shop
 
 COUNT = Weights(0.0, 1.0, 0.05, 120.0)
@@ -64,6 +65,24 @@ def test_habits_rank_as_they_are_served(shop: Shop, window: Window) -> None:
         assert new[index].tolist() == np.argsort(-scores, kind="stable")[:TOP].tolist()
 
 
+def test_first_purchases_rank_as_they_are_served(shop: Shop, window: Window) -> None:
+    adopt = fit_adopt(shop, shop.bare_table(np.arange(len(shop.histories))), 0)
+    assert adopt is not None
+    weights = Weights(0.0, 2.0, 0.3, 30.0, adopt=0.5)
+    known = Window(window.examples, shop.histories, window.popularity, adopt=adopt)
+    ranked, new = known.rank(weights, None), known.rank(weights, None, new_only=True)
+    assert (ranked != known.rank(replace(weights, adopt=0.0), None)).any()
+    table = HabitTable(2.0, adopt_weight=0.5, adopt=adopt)
+    for index in (0, 5, len(window.examples) - 1):
+        history = shop.histories[int(window.examples.customer[index])].before(float(window.examples.moment[index]))
+        found = table.of(*own_items(history, 30.0, None, 0.0))
+        scores = (0.3 * shop.popularity()).astype(np.float32)
+        found.add_to(scores)
+        assert ranked[index].tolist() == np.argsort(-scores, kind="stable")[:TOP].tolist()
+        scores[found.items] = -np.inf
+        assert new[index].tolist() == np.argsort(-scores, kind="stable")[:TOP].tolist()
+
+
 def test_neighbours_are_weighed_by_what_they_find_among_new_items(shop: Shop, window: Window) -> None:
     """Neighbours that know the baskets: they are listened to, as far as the whole list allows."""
     examples, items = window.examples, len(shop.items.row_item)
@@ -72,7 +91,7 @@ def test_neighbours_are_weighed_by_what_they_find_among_new_items(shop: Shop, wi
     near = neighbours(who, np.concatenate(together), items, 0)
     known = Window(examples, shop.histories, window.popularity, ShopHabits(np.zeros(items, np.float32), near))
     start = Weights(0.0, 20.0, 1.0, 120.0)
-    found = tune_goes_with(known, None, start)
+    found = tune_new(known, None, start)
     assert found.goes_with > 0
     assert known.ndcg(found, None) >= 0.998 * known.ndcg(start, None)
     recall = [known.quality(known.rank(each, None, new_only=True)).means()["explore_recall"] for each in (found, start)]

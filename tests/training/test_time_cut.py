@@ -19,6 +19,7 @@ from shoplm.errors import ConfigurationError
 from shoplm.model.base import Base
 from shoplm.training import pipeline
 from shoplm.training.adapt.scratch_model import ScratchSize
+from shoplm.training.adopting import adopt_tensors, bundled_adopt, fit_adopt, shop_tables
 from shoplm.training.evaluation import TUNE_EXAMPLES, tuning_window
 from shoplm.training.examples import ranking_examples
 from shoplm.training.habits import shop_habits
@@ -99,7 +100,6 @@ def test_another_future_leaves_everything_that_is_fitted_as_it_is(shop: Shop) ->
     assert torch.equal(one.model.rows.rows, two.model.rows.rows)
     assert torch.equal(one.model.rows.bias, two.model.rows.bias)
     assert torch.equal(one.model.popularity, two.model.popularity)
-    assert len(one.model.habits.neighbours.items) > 0
     assert one.model.rebuy is not None and two.model.rebuy is not None
     tensors = [{**each.model.habits.tensors(), **rebuy_tensors(each.model.rebuy)} for each in (one, two)]
     for name, tensor in tensors[0].items():
@@ -120,10 +120,10 @@ def test_another_past_changes_what_is_fitted(shop: Shop) -> None:
     other = dataclasses.replace(log, events=events)
     one, two = fitted(shop), fitted(pipeline.prepare(other))
     assert not torch.equal(one.model.rows.rows, two.model.rows.rows)
-    for name in ("loyalty", "neighbours.strengths"):
-        assert not np.array_equal(one.model.habits.tensors()[name], two.model.habits.tensors()[name])
-    nets = [fit_rebuy(each, states(each), 3) for each in (shop, pipeline.prepare(other))]
-    assert nets[0] is not None and nets[1] is not None and not np.array_equal(nets[0].weight, nets[1].weight)
+    assert not np.array_equal(one.model.habits.loyalty, two.model.habits.loyalty)
+    for fit in (fit_rebuy, fit_adopt):
+        nets = [fit(each, states(each), 3) for each in (shop, pipeline.prepare(other))]
+        assert nets[0] is not None and nets[1] is not None and not np.array_equal(nets[0].weight, nets[1].weight)
     assert one.model.predictor is not None and two.model.predictor is not None
     assert one.model.predictor.specs != two.model.predictor.specs
 
@@ -184,12 +184,32 @@ def test_habits_are_those_before_their_moment(shop: Shop) -> None:
     past = dataclasses.replace(shop.log, events=shop.log.events.filter(pl.col("time") < until))
     known = dataclasses.replace(shop, log=past)
     one, two = (shop_habits(each, until, 0).tensors() for each in (shop, known))
+    assert len(one["neighbours.items"]) > 0
     later = shop_habits(shop, shop.timeline.test_at, 0).tensors()
     for name, tensor in one.items():
         assert torch.equal(tensor, two[name])
     assert not torch.equal(one["loyalty"], later["loyalty"])
     assert np.array_equal(item_features(shop, until), item_features(known, until))
     assert not np.array_equal(item_features(shop, until), item_features(shop, shop.timeline.test_at))
+    tables, later_tables = (vars(shop_tables(shop, moment, 0)) for moment in (until, shop.timeline.test_at))
+    for name, table in vars(shop_tables(known, until, 0)).items():
+        assert np.array_equal(tables[name], table), name
+        assert not np.array_equal(later_tables[name], table), name
+
+
+def test_the_net_of_first_purchases_is_fitted_on_baskets_before_the_tuning_window(shop: Shop) -> None:
+    until, cuts = shop.timeline.tuned_at, shop.timeline.cutoffs
+    past = dataclasses.replace(shop.log, events=shop.log.events.filter(pl.col("time") < until))
+    known = dataclasses.replace(shop, log=past, histories=pipeline.Histories(past, shop.items, cuts))
+    one, two = (fit_adopt(each, shop.bare_table(np.arange(len(shop.histories))), 0) for each in (shop, known))
+    assert one is not None and two is not None
+    for name, tensor in adopt_tensors(one).items():
+        assert torch.equal(tensor, adopt_tensors(two)[name]), name
+    served = bundled_adopt(shop, one, 2.0, 0)
+    assert served is not None and np.array_equal(served.weight, one.weight)
+    for name, array in vars(shop_tables(shop, shop.timeline.test_at, 0)).items():
+        assert np.array_equal(getattr(served, name), array)
+    assert bundled_adopt(shop, one, 0.0, 0) is None
 
 
 def test_the_net_of_own_items_is_fitted_on_baskets_before_the_tuning_window(shop: Shop) -> None:

@@ -21,7 +21,7 @@ def reasons(
     model, repeat, popularity = selected.model[index], selected.repeat[index], selected.popularity[index]
     popularity += 0.0  # a weight of 0 gives -0.0, which would be read as a loss
     near = selected.goes_with[index]
-    listed = [Reason(kind=Reason.KIND_GOES_WITH, contribution=near, text=_near_text(sources))] if near else []
+    listed = [Reason(kind=Reason.KIND_GOES_WITH, contribution=near, text=_near_text(near, sources))] if near else []
     return [
         Reason(kind=Reason.KIND_MODEL, contribution=model, text=_model_text(model, history)),
         Reason(kind=Reason.KIND_REPEAT, contribution=repeat, text=repeat_text(selected.items[index], history)),
@@ -46,9 +46,11 @@ def repeat_text(row: int, history: History) -> str:
     return f"bought once, on {last}" if visits == 1 else f"bought {visits} times, last on {last}"
 
 
-def _near_text(sources: Sequence[str]) -> str:
+def _near_text(contribution: float, sources: Sequence[str]) -> str:
     *others, last = sources or ["the customer's purchases"]
     named = f"{', '.join(others)} and {last}" if others else last
+    if contribution < 0:  # what is new to the customer is less likely than what is not, and some of it less than other
+        return f"new to the customer, goes best with {named}"
     return f"goes with {named}" + (", bought before" if sources else "")
 
 

@@ -139,12 +139,12 @@ class DeviceSelector:
         for rows in (select.own_items, select.candidates or ()):
             check_items(rows, table.trie.items)
         width = table.width(select)
-        forced = table.forced_items(select)
+        habits = table.habits_of(select)
+        forced = table.forced_items(select, habits)
         if table.trie.depth == 1 and select.candidates is None:
             width, forced = 1, forced[:0]  # every item is scored: none has to ride along
         if max(width, select.count) > MAX_SELECT and width:
             raise ValueError(f"{width} beams and {select.count} items: at most {MAX_SELECT} of each can be selected")
-        habits = table.habits_of(select)
         return _Search(select, forced, width, habits, self._filters.prefix(select) if width else None)
 
     def _search(self, job: SelectJob) -> _Search:

@@ -8,6 +8,7 @@ weights.safetensors holds (n items, H hidden size, K codes of a level, F dense f
 - `loyalty` [n], optional, and `neighbours.starts` [n + 1], `neighbours.items` [E], `neighbours.strengths` [E], all or
   none of them: see `shoplm.readout.habits`;
 - `rebuy.*`, optional: read where requests are made and not by a backend, see `shoplm.readout.rebuy`;
+- `adopt.*`, optional: see `shoplm.readout.adopt`;
 - `head.input_mean` [F], `head.input_scale` [F], `head.weight` [P, H + F + M], `head.bias` [P], all or none of them, and
   where the heads have hidden units on the features, `head.unit_weight` [M, F] and `head.unit_bias` [M];
 - `codes` [n, depth], only for codes of more than one token: sorted, item row = position.

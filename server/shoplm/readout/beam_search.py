@@ -47,11 +47,12 @@ class Search:
     @staticmethod
     def start(table: SelectTable, select: Select) -> Search:
         """Before the first level: the root is the only lane."""
+        habits = table.habits_of(select)
         return Search(
             select=select,
             allowed=table.filters.allowed(select.item_filter, select.exclude_items),
-            habits=table.habits_of(select),
-            forced=table.forced_items(select),
+            habits=habits,
+            forced=table.forced_items(select, habits),
             width=table.width(select),
             nodes=np.zeros(1, np.int64),
             scores=np.zeros(1, np.float32),

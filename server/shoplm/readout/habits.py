@@ -1,13 +1,14 @@
 """What a customer's own purchases say about each item: bought again, or goes with what was bought.
 
-Both are sums over the customer's own items j with decayed counts c_j, so they are exact reasons of a score:
+Both come from the customer's own items j with decayed counts c_j and are exact reasons of a score:
 
     repeat(i)    = repeat_weight * log(1 + c_i) + loyalty_weight * loyalty_i + own_i     for own items, else 0
     goes_with(i) = goes_with_weight * sum_j s_ji log(1 + c_j) / sum_j log(1 + c_j)       for other items, else 0
 
 `loyalty_i` says how readily the shop's customers buy the item again, and `s_ji` how much of an item's customers the
 neighbour i draws (`Neighbours`). `own_i` comes with the item: what the whole history says of it
-(`shoplm.readout.rebuy`). What the customer buys already is scored by itself alone. numpy only.
+(`shoplm.readout.rebuy`). What the customer buys already is scored by itself alone. Where the shop has a net of what is
+bought for the first time (`shoplm.readout.adopt`), its weighted value is the goes-with term instead. numpy only.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from shoplm.bundle import ScoreWeights, ShopManifest
 from shoplm.errors import BundleError
+from shoplm.readout.adopt import Adopt, adopt_of
+from shoplm.readout.ranking import best
 from shoplm.readout.rebuy import OwnItems
 
 Floats = NDArray[np.float32]
@@ -121,11 +124,11 @@ class Habits:
 
     def strongest_repeat(self, count: int) -> Integers:
         """At most `count` own items of the largest repeat terms."""
-        return self.items[np.argsort(-self.repeat, kind="stable")[:count]]
+        return self.items[best(self.repeat, count)]
 
     def strongest_near(self, count: int) -> Integers:
         """At most `count` items of the largest goes-with terms."""
-        return self.near_items[np.argsort(-self.near, kind="stable")[:count]]
+        return self.near_items[best(self.near, count)]
 
 
 def _looked_up(wanted: Integers, items: Integers, values: Floats) -> Floats:
@@ -146,12 +149,18 @@ class HabitTable:
     goes_with_weight: float = 0.0
     loyalty: Floats | None = None  # [items], natural log
     neighbours: Neighbours | None = None
+    adopt_weight: float = 0.0
+    adopt: Adopt | None = None
 
     def __post_init__(self) -> None:
         if self.loyalty is None and self.loyalty_weight:
             raise ValueError(f"loyalty_weight is {self.loyalty_weight}, but no loyalty is there")
         if self.neighbours is None and self.goes_with_weight:
             raise ValueError(f"goes_with_weight is {self.goes_with_weight}, but no neighbours are there")
+        if self.adopt is None and self.adopt_weight:
+            raise ValueError(f"adopt_weight is {self.adopt_weight}, but no adopt tensors are there")
+        if self.adopt_weight and self.goes_with_weight:
+            raise ValueError("adopt_weight and goes_with_weight are both given: a new item has one goes-with term")
 
     def check(self, items: int) -> None:
         """Raises ValueError where a table is not of so many items."""
@@ -159,10 +168,13 @@ class HabitTable:
             raise ValueError(f"loyalty has shape {self.loyalty.shape}, expected ({items},)")
         if self.neighbours is not None and len(self.neighbours) != items:
             raise ValueError(f"neighbours are of {len(self.neighbours)} items, expected {items}")
+        if self.adopt is not None and len(self.adopt) != items:
+            raise ValueError(f"adopt.items is of {len(self.adopt)} items, expected {items}")
 
-    def of(self, items: Rows, counts: Counts, terms: Counts = ()) -> Habits:
+    def of(self, items: Rows, counts: Counts, terms: Counts = (), *, only: Integers | None = None) -> Habits:
         """The terms of a customer who owns `items`, by their decayed `counts`, with the items' own `terms` added (none
-        where there are none); counts and terms of an item that is listed twice are added."""
+        where there are none); counts and terms of an item that is listed twice are added. Of other items, those that
+        are among `only` (ascending, each once) where given."""
         own, amounts = _amounts(items, counts)
         repeat = self.repeat_weight * amounts
         if self.loyalty is not None:
@@ -170,19 +182,31 @@ class HabitTable:
         if len(terms):
             at = np.searchsorted(own, np.asarray(items, np.int64))
             repeat = repeat + np.bincount(at, weights=np.asarray(terms, np.float64), minlength=len(own))
-        near_items, near = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        near_items, near = self._new(own, amounts, only)
+        return Habits(own, repeat.astype(np.float32), near_items, near.astype(np.float32))
+
+    def _new(self, own: Integers, amounts: NDArray[np.float64], only: Integers | None) -> tuple[Integers, Floats]:
+        """Items that are not `own`, ascending, and their terms."""
+        if self.adopt is not None and self.adopt_weight and len(own):
+            items = np.setdiff1d(np.arange(len(self.adopt)) if only is None else only, own, assume_unique=True)
+            values = self.adopt.values(own)[items] if only is None else self.adopt.values(own, items)
+            return items, self.adopt_weight * values
         if self.neighbours is not None and self.goes_with_weight:
-            near_items, near = self.neighbours.near(own, amounts)
-            near = (self.goes_with_weight * near).astype(np.float32)
-        return Habits(own, repeat.astype(np.float32), near_items, near)
+            items, strengths = self.neighbours.near(own, amounts)
+            return items, self.goes_with_weight * strengths
+        return np.zeros(0, np.int64), np.zeros(0, np.float32)
 
     def beside(self, own: OwnItems, rows: Sequence[int]) -> Floats:
         """Both terms of each of these items for a customer who owns `own`, added."""
-        habits, wanted = self.of(*own), np.asarray(rows, np.int64)
+        wanted = np.asarray(rows, np.int64)
+        habits = self.of(*own, only=np.unique(wanted))
         return habits.repeat_of(wanted) + habits.near_of(wanted)
 
     def sources(self, item: int, items: Rows, counts: Counts, count: int) -> list[int]:
-        """At most `count` of the owned `items` that add most to the goes-with term of `item`, the strongest first."""
+        """At most `count` of the owned `items` that `item` goes with most, the strongest first."""
+        if self.adopt is not None and self.adopt_weight and len(items):
+            drawing: list[int] = self.adopt.sources(item, np.unique(np.asarray(items, np.int64)), count).tolist()
+            return drawing
         if self.neighbours is None or not self.goes_with_weight:
             return []
         found: list[int] = self.neighbours.sources(item, *_amounts(items, counts), count).tolist()
@@ -206,6 +230,8 @@ def habit_table(score: ScoreWeights, read: Callable[[str], NDArray[Any] | None])
         score.goes_with_weight,
         None if loyalty is None else loyalty.astype(np.float32),
         neighbours,
+        score.adopt_weight,
+        adopt_of(read),
     )
 
 

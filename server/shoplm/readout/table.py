@@ -53,11 +53,12 @@ class SelectTable:
         """Beams of a search; candidates need none."""
         return 0 if select.candidates is not None else select.beam_width
 
-    def forced_items(self, select: Select) -> NDArray[np.int64]:
-        """Items whose codes are followed whatever the beams do, ascending and each once."""
+    def forced_items(self, select: Select, habits: Habits | None = None) -> NDArray[np.int64]:
+        """Items whose codes are followed whatever the beams do, ascending and each once. `habits` are the selection's,
+        where they are known already."""
         if select.candidates is not None:
             return np.unique(np.asarray(select.candidates, np.int64))
         # Neither a repeat nor a neighbour may be lost before its term is added. The two have no item in common.
-        habits = self.habits_of(select)
+        habits = habits or self.habits_of(select)
         forced = (habits.strongest_repeat(self.own_lanes), habits.strongest_near(self.near_lanes))
         return np.sort(np.concatenate(forced))

@@ -30,6 +30,7 @@ from shoplm.features import FEATURE_VERSION
 from shoplm.history import EventKind
 from shoplm.model.base import Base
 from shoplm.model.origin import Origin
+from shoplm.training.adopting import adopt_tensors
 from shoplm.training.html_report import render_report
 from shoplm.training.model import Model
 from shoplm.training.pipeline import write_items
@@ -206,6 +207,8 @@ def _write_weights(path: Path, model: Model, input_rows: torch.Tensor | None) ->
     tensors |= model.habits.tensors()
     if model.rebuy is not None:
         tensors |= rebuy_tensors(model.rebuy)
+    if model.adopt is not None:
+        tensors |= adopt_tensors(model.adopt)
     if input_rows is not None:
         tensors["input_rows"] = input_rows.contiguous()
     if model.predictor is not None:

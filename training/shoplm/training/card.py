@@ -111,14 +111,25 @@ def _model(base: Base, schema: PromptSchema, weights: Weights, hidden_scales: di
         f"Base {base.name}, {state}. Output rows: fitted on {examples:,} "
         f"next baskets. History: the newest {schema.history_budget_tokens} tokens, dropped in blocks of "
         f"{schema.history_block_tokens}.",
-        f"score = {weights.score().formula}. Loyalty is the log-odds that a purchase of the item comes again; "
-        "neighbours are items of the same customers (ridge regression) and score what the customer has not bought yet.",
+        f"score = {weights.score().formula}. Loyalty is the log-odds that a purchase of the item comes again.",
     ]
+    if weights.goes_with:
+        lines.append(
+            "Neighbours are items of the same customers (ridge regression) and score what the customer has not bought "
+            "yet."
+        )
     if weights.rebuy:
         lines.append(
             "The log-odds that an own item is bought again are a small net's, fitted on next baskets: how often, how "
             "lately and since when the item and its product type were bought, how the customer shops, and what the "
             "shop's customers do with the item."
+        )
+    if weights.adopt:
+        lines.append(
+            "The log-odds that another item is bought for the first time are another small net's, fitted on the new "
+            "items of next baskets: how strongly the own items draw the item (ridge regression on what the same "
+            "customers buy, over the whole log and on the latest first purchases), how many own items are of its "
+            "product type, and how the shop's customers take to the item."
         )
     if kept:
         lines.append(
@@ -138,8 +149,8 @@ def _privacy() -> str:
     return (
         "## Privacy\n\n"
         "Not trained with differential privacy. The weights hold item rows, a popularity, a loyalty and a usual gap "
-        "between purchases per item, its neighbours, a small net and heads, all fitted on customers' baskets without "
-        "noise; no formal bound on what they reveal about one customer is claimed. The demo customers' events are in "
-        "the bundle as they are: leave them out (`--demo-customers 0`) for a shop whose customers have not agreed to "
-        "that."
+        "between purchases per item, its neighbours or factors, counts of its purchases, small nets and heads, all "
+        "fitted on customers' baskets without noise; no formal bound on what they reveal about one customer is "
+        "claimed. The demo customers' events are in the bundle as they are: leave them out (`--demo-customers 0`) for "
+        "a shop whose customers have not agreed to that."
     )

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from shoplm.readout.adopt import Adopt
 from shoplm.readout.rebuy import Rebuy
 from shoplm.training.examples import Examples, ranking_examples
 from shoplm.training.habits import ShopHabits
@@ -31,14 +32,15 @@ def tuning_window(
     seed: int,
     habits: ShopHabits | None = None,
     rebuy: Rebuy | None = None,
+    adopt: Adopt | None = None,
 ) -> Window:
-    """Validation examples: next baskets between `tuned_at` and `test_at`. `habits` and `rebuy` are those before
-    `tuned_at`."""
+    """Validation examples: next baskets between `tuned_at` and `test_at`. `habits`, `rebuy` and `adopt` are those
+    before `tuned_at`."""
     chosen = table.where(Task.RECOMMEND, Use.ITEM_TUNE)
     if len(chosen) > TUNE_EXAMPLES:
         chosen = np.sort(np.random.default_rng(seed).choice(chosen, TUNE_EXAMPLES, replace=False))
     examples = _examples(shop, table, chosen, shop.timeline.test_at)
-    return Window(examples, shop.histories, popularity, habits, rebuy)
+    return Window(examples, shop.histories, popularity, habits, rebuy, adopt)
 
 
 def measure(shop: Shop, table: HiddenTable, read: int, model: Model, seed: int, say: Say) -> Report:

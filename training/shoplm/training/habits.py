@@ -19,7 +19,7 @@ fixed rank, so the cost is bounded: items^2 x rank multiplications in blocks of 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +81,12 @@ def shop_habits(shop: Shop, until: float, seed: int) -> ShopHabits:
     customer, item, _ = purchases_before(shop, until)
     count = len(shop.items.row_item)
     return ShopHabits(loyalty(customer, item, count), neighbours(customer, item, count, seed))
+
+
+def bundled_habits(shop: Shop, goes_with: float, seed: int) -> ShopHabits:
+    """As they were at `test_at`, without neighbours where these have no weight."""
+    found = shop_habits(shop, shop.timeline.test_at, seed)
+    return found if goes_with else replace(found, neighbours=Neighbours.none(len(found.loyalty)))
 
 
 def read_habits(score: ScoreWeights, tensors: Mapping[str, Tensor]) -> ShopHabits:

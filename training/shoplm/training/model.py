@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from shoplm.readout.adopt import Adopt
 from shoplm.readout.rebuy import Rebuy
 from shoplm.training.habits import ShopHabits
 from shoplm.training.predictions import Predictor
@@ -21,4 +22,5 @@ class Model:
     weights: Weights  # model = 1: the rows are what is stored
     habits: ShopHabits
     rebuy: Rebuy | None
+    adopt: Adopt | None
     predictor: Predictor | None

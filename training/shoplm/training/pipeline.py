@@ -14,12 +14,13 @@ from shoplm.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PromptSchema, file_ha
 from shoplm.catalog.items import Catalog, read_catalog
 from shoplm.features import FEATURE_NAMES
 from shoplm.model.base import Base
+from shoplm.training.adopting import bundled_adopt, fit_adopt
 from shoplm.training.campaigns import fit_campaigns
 from shoplm.training.catalogue import ShopItems, choose_items
 from shoplm.training.evaluation import tuning_window
 from shoplm.training.examples import ranking_examples
 from shoplm.training.formats import UNROUNDED, Formats
-from shoplm.training.habits import shop_habits
+from shoplm.training.habits import bundled_habits, shop_habits
 from shoplm.training.heads import Standard, joined
 from shoplm.training.hidden import HiddenStates, Progress
 from shoplm.training.histories import Histories
@@ -30,7 +31,7 @@ from shoplm.training.ranker import OutputRows, RankerSettings, fit_ranker
 from shoplm.training.reader import Reader, make_reader
 from shoplm.training.rebuying import bundled_rebuy, fit_rebuy
 from shoplm.training.samples import HiddenTable, Task, Use
-from shoplm.training.scoring import Weights, tune, tune_goes_with
+from shoplm.training.scoring import Weights, tune, tune_new
 from shoplm.training.shop import Shop
 from shoplm.training.timeline import make_timeline
 from shoplm.training.watch import LOSS, NDCG, Watch
@@ -146,10 +147,11 @@ def fit(
     """Output rows on labels before `tuned_at`; weights and calibration on labels before `test_at`. `embeddings`
     [rows, H] are the input embeddings of the catalogue's items."""
     popularity = torch.from_numpy(shop.popularity())
-    watch.say("finding what is bought again and together")
-    rebuy = fit_rebuy(shop, shop.bare_table(np.unique(table.customer)), seed)
+    watch.say("finding what is bought again, together and for the first time")
+    bare = shop.bare_table(np.unique(table.customer))
+    rebuy, adopt = fit_rebuy(shop, bare, seed), fit_adopt(shop, bare, seed)
     habits = shop_habits(shop, shop.timeline.tuned_at, seed)
-    window = tuning_window(shop, table, popularity, seed, habits, rebuy)
+    window = tuning_window(shop, table, popularity, seed, habits, rebuy, adopt)
     watch.say("tuning the weights of counting and popularity")
     count = tune(window, None, Weights(model=0.0, repeat=1.0, popularity=0.05, decay_days=120.0))
     examples = ranking_examples(
@@ -194,14 +196,14 @@ def fit(
     start = Weights(1.0, repeat, 0.0, count.decay_days) if rebuy is None else _START
     starts = [start, replace(count, model=0.0)]
     tuned = (tune(window, logits, start, habits=True) for start in starts)
-    best = tune_goes_with(window, logits, max(tuned, key=lambda found: window.ndcg(found, logits)))
+    best = tune_new(window, logits, max(tuned, key=lambda found: window.ndcg(found, logits)))
     centre = hidden.mean(0) if len(hidden) else torch.zeros(hidden.shape[1])
     stored = rows.scaled(best.model).rounded(centre)
     watch.say("fitting prediction heads")
     predictor = fit_predictor(shop, table, seed)
-    habits = shop_habits(shop, shop.timeline.test_at, seed)
-    rebuy = bundled_rebuy(shop, rebuy, best)
-    model = Model(stored, popularity, replace(best, model=1.0, own=0.0), habits, rebuy, predictor)
+    habits = bundled_habits(shop, best.goes_with, seed)
+    rebuy, adopt = bundled_rebuy(shop, rebuy, best), bundled_adopt(shop, adopt, best.adopt, seed)
+    model = Model(stored, popularity, replace(best, model=1.0, own=0.0), habits, rebuy, adopt, predictor)
     return Fitted(model, len(examples), predictor.hidden_scales if predictor is not None else {})
 
 

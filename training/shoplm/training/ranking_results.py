@@ -64,7 +64,7 @@ def measure_ranking(
 ) -> RankingResult:
     """One split; `examples` index `table`."""
     popularity, weights = model.popularity, model.weights
-    window = Window(examples, shop.histories, popularity, model.habits, model.rebuy)
+    window = Window(examples, shop.histories, popularity, model.habits, model.rebuy, model.adopt)
     logits = model.rows.logits(torch.from_numpy(table.hidden[examples.sample]))
     ranked = {
         POPULARITY: baselines.popularity_ranking(window),

@@ -33,7 +33,7 @@ Floats = NDArray[np.float32]
 def fit_rebuy(shop: Shop, table: HiddenTable, seed: int) -> Rebuy | None:
     """From next baskets before `tuned_at`, with the items' features as they were at the cut before each, and those of
     `tuned_at` in the result; None where there are too few. `table` may be bare."""
-    examples, cuts = basket_examples(shop, table, seed), np.array(shop.timeline.train_at)
+    examples, cuts = basket_examples(shop, table, MOST_EXAMPLES, seed), np.array(shop.timeline.train_at)
     data = _Data.of(shop, examples, cuts)
     if len(data.lengths) < FEWEST_EXAMPLES or not data.bought.any():
         return None
@@ -41,12 +41,12 @@ def fit_rebuy(shop: Shop, table: HiddenTable, seed: int) -> Rebuy | None:
     return Rebuy(items=item_features(shop, shop.timeline.tuned_at), types=shop.items.row_types, **vars(net))
 
 
-def basket_examples(shop: Shop, table: HiddenTable, seed: int) -> Examples:
-    """Next baskets before `tuned_at` after moments since the first cut of training, at most `MOST_EXAMPLES`."""
+def basket_examples(shop: Shop, table: HiddenTable, most: int, seed: int) -> Examples:
+    """Next baskets before `tuned_at` after moments since the first cut of training, at most so many, at random."""
     chosen = table.where(Task.RECOMMEND, Use.ITEM_TRAIN)
     chosen = chosen[table.moment[chosen] >= shop.timeline.train_at[0]]
-    if len(chosen) > MOST_EXAMPLES:
-        chosen = np.sort(np.random.default_rng(seed).choice(chosen, MOST_EXAMPLES, replace=False))
+    if len(chosen) > most:
+        chosen = np.sort(np.random.default_rng(seed).choice(chosen, most, replace=False))
     before, kind = shop.timeline.tuned_at, shop.items.label_kind
     return ranking_examples(table, chosen, shop.histories, kind, before=before, decay_days=1.0)
 

@@ -20,6 +20,7 @@ from shoplm.errors import BundleError, ConfigurationError
 from shoplm.features import FEATURE_VERSION
 from shoplm.model.base import Base, bundle_base, resolve_base
 from shoplm.model.origin import Origin
+from shoplm.readout.habits import load_habits
 from shoplm.readout.rebuy import load_rebuy
 from shoplm.training import pipeline
 from shoplm.training.adapt.kept import measure_adapter
@@ -325,6 +326,7 @@ def read_model(folder: Path, manifest: ShopManifest) -> Model:
         score.loyalty_weight,
         score.goes_with_weight,
         score.rebuy_weight,
+        adopt=score.adopt_weight,
     )
     return Model(
         rows,
@@ -332,6 +334,7 @@ def read_model(folder: Path, manifest: ShopManifest) -> Model:
         weights,
         read_habits(score, tensors),
         load_rebuy(folder, manifest),
+        load_habits(folder, manifest).adopt,
         predictor,
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from shoplm.bundle import ScoreWeights
+from shoplm.readout.adopt import Adopt
 from shoplm.readout.rebuy import Rebuy
 from shoplm.training.examples import Examples, Sparse
 from shoplm.training.habits import ShopHabits
@@ -25,7 +26,8 @@ LOYALTY_WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0)  # in un
 REBUY_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 OWN_NATS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.0)
 GOES_WITH_WEIGHTS = (0.0, 25.0, 50.0, 100.0, 200.0, 400.0, 800.0, 1600.0, 3200.0)
-_LEAST_KEPT = 0.998  # of the NDCG, when the weight of neighbours is chosen by what is found among new items
+ADOPT_WEIGHTS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+_LEAST_KEPT = 0.998  # of the NDCG, when weights are chosen by what is found among new items
 _CHUNK = 512
 
 
@@ -41,9 +43,12 @@ class Weights:
     goes_with: float = 0.0
     rebuy: float = 0.0
     own: float = 0.0  # nats for every own item, where `rebuy` counts; goes into its net when the bundle is written
+    adopt: float = 0.0
 
     def score(self) -> ScoreWeights:
-        return ScoreWeights(self.repeat, self.popularity, self.decay_days, self.loyalty, self.goes_with, self.rebuy)
+        return ScoreWeights(
+            self.repeat, self.popularity, self.decay_days, self.loyalty, self.goes_with, self.rebuy, self.adopt
+        )
 
 
 class Window:
@@ -56,14 +61,17 @@ class Window:
         popularity: Tensor,
         habits: ShopHabits | None = None,
         rebuy: Rebuy | None = None,
+        adopt: Adopt | None = None,
     ) -> None:
-        """`popularity` [items]: natural logs. Without `habits` or `rebuy`, their weights must be 0."""
+        """`popularity` [items]: natural logs. Without `habits`, `rebuy` or `adopt`, their weights must be 0."""
         self.examples = examples
         self.popularity = popularity
         self._histories = histories
         self._habits = habits
         self._rebuy = rebuy
+        self._adopt = adopt
         self._again: Sparse | None = None
+        self._first: Tensor | None = None
         self._owned: dict[float, Sparse] = {}
         self._near: tuple[float, Sparse] | None = None
         self._baskets = Baskets(examples.basket_list(), examples.owned_list())
@@ -114,6 +122,24 @@ class Window:
             self._again = Sparse.of(rows, values)
         return self._again
 
+    @property
+    def tells_adopting(self) -> bool:
+        """Whether `adopt` may have a weight."""
+        return self._adopt is not None
+
+    def first(self) -> Tensor:
+        """Values of all items, as the net of first purchases gives them, fp32 [N, items]; 0 for customers without
+        items of their own."""
+        if self._adopt is None:
+            raise ValueError("buying first has a weight, but the window has no net")
+        if self._first is None:
+            owned = self.examples.owned
+            self._first = torch.zeros(len(self.examples), len(self._adopt))
+            for index in range(len(self.examples)):
+                if len(own := owned.row(index)):
+                    self._first[index] = torch.from_numpy(self._adopt.values(own.astype(np.int64)))
+        return self._first
+
     def rank(self, weights: Weights, logits: Tensor | None, *, new_only: bool = False) -> NDArray[np.int64]:
         """[N, k] best rows; ties go to the lower row, as in serving. `logits` [N, items] are the model's. `new_only`
         leaves out what the customer has bought before."""
@@ -126,6 +152,8 @@ class Window:
             else:
                 scores = weights.model * logits[chunk]
             scores += weights.popularity * self.popularity
+            if weights.adopt:
+                self._add_first(scores, weights, chunk)
             at, column, value = owned.select(chunk)
             scores[at, column] += weights.repeat * value
             if weights.loyalty:
@@ -145,6 +173,19 @@ class Window:
     def _add_near(self, scores: Tensor, weights: Weights, chunk: NDArray[np.intp]) -> None:
         at, column, value = self.near(weights.decay_days).select(chunk)
         scores[at, column] += weights.goes_with * value
+
+    def _add_first(self, scores: Tensor, weights: Weights, chunk: NDArray[np.intp]) -> None:
+        terms = weights.adopt * self.first()[chunk]
+        at, column, _ = self.examples.owned.select(chunk)
+        terms[at, column] = 0.0
+        scores += terms
+
+    def explored(self, weights: Weights, logits: Tensor | None) -> float:
+        """Mean explore recall of lists without what was bought before; 0 where nothing new was bought."""
+        if not len(self.examples):
+            return 0.0
+        recall = self.quality(self.rank(weights, logits, new_only=True)).explore_recall
+        return float(np.nanmean(recall)) if np.isfinite(recall).any() else 0.0
 
     def quality(self, ranked: NDArray[np.integer]) -> BasketQuality:
         return self._baskets.quality(ranked)
@@ -194,26 +235,19 @@ def tune(window: Window, logits: Tensor | None, start: Weights, *, habits: bool 
     return best
 
 
-def tune_goes_with(window: Window, logits: Tensor | None, found: Weights) -> Weights:
-    """`found` with the weight of neighbours that finds most among new items and keeps what is found among all.
+def tune_new(window: Window, logits: Tensor | None, found: Weights) -> Weights:
+    """`found` with the weight of neighbours, or of the net of first purchases, that finds most among new items and
+    keeps what is found among all.
 
     What the customer has not bought yet takes few of ten places: the whole list hardly tells which weight suits it.
     """
     least = _LEAST_KEPT * window.ndcg(found, logits)
-
-    def explored(weights: Weights) -> float:
-        if not len(window.examples):
-            return 0.0
-        recall = window.quality(window.rank(weights, logits, new_only=True)).explore_recall
-        return float(np.nanmean(recall)) if np.isfinite(recall).any() else 0.0
-
-    best, best_recall = found, explored(found)
-    for value in GOES_WITH_WEIGHTS:
-        candidate = replace(found, goes_with=value)
-        recall = explored(candidate)
-        if recall > best_recall + 1e-9 and window.ndcg(candidate, logits) >= least:
-            best, best_recall = candidate, recall
-    return best
+    candidates = [found, *(replace(found, goes_with=value) for value in GOES_WITH_WEIGHTS[1:])]
+    if window.tells_adopting:
+        candidates += [replace(found, adopt=value) for value in ADOPT_WEIGHTS]
+    recall = np.array([window.explored(candidate, logits) for candidate in candidates])
+    best_first = (candidates[at] for at in np.argsort(-recall.round(9), kind="stable"))
+    return next((each for each in best_first if window.ndcg(each, logits) >= least), found)
 
 
 def _grids(
