@@ -38,7 +38,7 @@ from shoplm.request import (
     TokensOutput,
 )
 
-_BETWEEN_SENDS_SECONDS = 1e-3
+_MANY_CALLS, _PAUSE_SECONDS = 16, 1e-3
 _STOP_SECONDS = 10.0  # for an engine that was told to drain
 
 
@@ -169,10 +169,11 @@ class EngineClient(ABC):
         """Wait for the end of the engine, which has been told to drain."""
 
     def _send(self, message: Submit | Cancel | Drain) -> None:
-        # The engine listens between its steps: what is said within a millisecond goes out together, at the cost of one
-        # system call, and after a longer silence at once.
+        # What one turn of the event loop has to say goes out at its end, at the cost of one system call. While there is
+        # much to say, which the engine hears between its steps only, that is done once in a while.
         if not self._unsent:
-            asyncio.get_running_loop().call_at(self._sent_at + _BETWEEN_SENDS_SECONDS, self._flush)
+            pause = _PAUSE_SECONDS if len(self._calls) >= _MANY_CALLS else 0.0
+            asyncio.get_running_loop().call_at(self._sent_at + pause, self._flush)
         self._unsent.append(frame(encode(message)))
 
     def _flush(self) -> None:
