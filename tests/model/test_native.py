@@ -189,6 +189,21 @@ def test_a_result_does_not_depend_on_the_batch(library: NativeLibrary, format: W
                 assert one == other  # to the last bit
 
 
+@pytest.mark.parametrize("format", WeightFormat)
+def test_a_result_does_not_depend_on_the_number_of_threads(library: NativeLibrary, format: WeightFormat) -> None:
+    """More threads than cores: some come late to a loop that others have ended."""
+    work: list[tuple[list[int], Task]] = [(prompt, Generate(12)) for prompt in prompts()]
+    before, backend = torch.get_num_threads(), make(library, format=format)
+    try:
+        answers = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            answers.append(DirectRunner(backend).run(work))
+    finally:
+        torch.set_num_threads(before)
+    assert answers[0] == answers[1] == answers[2]
+
+
 @pytest.mark.parametrize("chunk_tokens", [2048, 41, 3])
 def test_forks_follow_fp32(library: NativeLibrary, chunk_tokens: int) -> None:
     """Log-probabilities where parts of the history are hidden, one of the layers having a window."""
