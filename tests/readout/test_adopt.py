@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from shoplm.bundle import ScoreWeights
-from shoplm.readout.adopt import ITEM_FEATURES, OWN_FEATURES, Adopt, adopt_of
+from shoplm.readout.adopt import ITEM_FEATURES, OWN_FEATURES, Adopt, adopt_arrays, adopt_of, from_steps, in_steps
 from shoplm.readout.habits import HabitTable, Neighbours, habit_table
 from shoplm.readout.rebuy import OwnItems
 
@@ -71,14 +71,20 @@ def test_sources_are_the_own_items_that_draw_most() -> None:
     assert table.sources(5, (0, 2, 6), (9.0, 1.0, 1.0), 5) == []
 
 
-def tensors_of(adopt: Adopt) -> dict[str, np.ndarray]:
-    names = ("items", "types", "factors", "lately", "weight", "bias", "out")
-    return {**{f"adopt.{name}": getattr(adopt, name) for name in names}, "adopt.out_bias": np.array([0.25], np.float32)}
+def test_what_items_draw_each_other_by_is_kept_in_steps_of_8_bits() -> None:
+    values = np.array([[0.0, 0.0], [127.0, -3.2], [-0.5, 0.1]], np.float32)
+    steps, size = in_steps(values)
+    assert steps.dtype == np.int8
+    assert steps.tolist() == [[0, 0], [127, -3], [-127, 25]]
+    kept = from_steps(steps, size)
+    assert (np.abs(kept - values) <= size[:, None] / 2 + 1e-6).all()
+    assert np.array_equal(from_steps(*in_steps(kept)), kept)
 
 
 def test_a_bundle_has_the_whole_net_or_none() -> None:
     adopt, score = net(), ScoreWeights(1.0, 0.0, 30.0, adopt_weight=2.0)
-    stored = tensors_of(adopt)
+    adopt = replace(adopt, factors=from_steps(*in_steps(adopt.factors)), lately=from_steps(*in_steps(adopt.lately)))
+    stored = adopt_arrays(adopt)
     found = habit_table(score, stored.get)
     assert found.adopt is not None and np.array_equal(found.adopt.values(OWN), adopt.values(OWN))
     assert adopt_of({}.get) is None
@@ -89,7 +95,9 @@ def test_a_bundle_has_the_whole_net_or_none() -> None:
     with pytest.raises(ValueError, match="one goes-with term"):
         HabitTable(1.0, goes_with_weight=1.0, neighbours=Neighbours.none(ITEMS), adopt_weight=1.0, adopt=adopt)
     with pytest.raises(ValueError, match=r"adopt\.lately has shape"):
-        adopt_of({**stored, "adopt.lately": np.zeros((ITEMS, FACTORS + 1), np.float32)}.get)
+        adopt_of({**stored, "adopt.lately": np.zeros((ITEMS, FACTORS + 1), np.int8)}.get)
+    with pytest.raises(ValueError, match=r"adopt\.lately_step has shape"):
+        adopt_of({**stored, "adopt.lately_step": np.zeros(1, np.float32)}.get)
     del stored["adopt.out"]
     with pytest.raises(ValueError, match=r"adopt\.out: not there"):
         adopt_of(stored.get)

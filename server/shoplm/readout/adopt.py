@@ -38,7 +38,9 @@ ITEM_FEATURES: tuple[str, ...] = (
     "log_buyers_of_type",
     "log_first_purchases_of_type_28d",
 )
-_TENSORS = ("items", "types", "factors", "lately", "weight", "bias", "out", "out_bias")
+_PLAIN = ("items", "types", "weight", "bias", "out")
+_IN_STEPS = ("factors", "lately")
+_STEPS = 127  # of 8 bits, either way
 
 
 @dataclass(frozen=True)
@@ -109,14 +111,40 @@ def own_features(
     return found
 
 
+def in_steps(values: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """`values` [items, R] as whole steps, of the size that each row's largest value asks for: [items, R], [items]."""
+    size = (np.abs(values).max(axis=1, initial=0.0) / _STEPS).astype(np.float32)
+    return np.rint(values / np.where(size > 0.0, size, 1.0)[:, None]).astype(np.int8), size
+
+
+def from_steps(steps: NDArray[np.int8], size: Floats) -> Floats:
+    """What `in_steps` has kept of its values."""
+    return steps * np.asarray(size, np.float32)[:, None]
+
+
+def adopt_arrays(adopt: Adopt) -> dict[str, NDArray[Any]]:
+    """As a bundle keeps them: what items draw each other by, in 8 bits."""
+    found = {f"adopt.{name}": np.ascontiguousarray(getattr(adopt, name)) for name in _PLAIN}
+    for name in _IN_STEPS:
+        found[f"adopt.{name}"], found[f"adopt.{name}_step"] = in_steps(getattr(adopt, name))
+    return {**found, "adopt.out_bias": np.array([adopt.out_bias], np.float32)}
+
+
 def adopt_of(read: Callable[[str], NDArray[Any] | None]) -> Adopt | None:
     """From a bundle: `read` gives a tensor of weights.safetensors, None where it is not there; None where none is.
     Raises ValueError where the tensors do not fit together."""
-    found = {name: read(f"adopt.{name}") for name in _TENSORS}
+    found = {name: read(f"adopt.{name}") for name in (*_PLAIN, *_IN_STEPS, *(f"{each}_step" for each in _IN_STEPS))}
+    found["out_bias"] = read("adopt.out_bias")
     missing = [f"adopt.{name}" for name, tensor in found.items() if tensor is None]
-    if len(missing) == len(_TENSORS):
+    if len(missing) == len(found):
         return None
     if missing:
         raise ValueError(f"{', '.join(missing)}: not there, but the other tensors of adopt are")
-    types, out_bias = np.asarray(found.pop("types"), np.int32), float(np.asarray(found.pop("out_bias"))[0])
-    return Adopt(**{name: np.asarray(each, np.float32) for name, each in found.items()}, types=types, out_bias=out_bias)
+    there = {name: np.asarray(tensor) for name, tensor in found.items()}
+    for name in _IN_STEPS:
+        steps, size = there[name], there.pop(f"{name}_step")
+        if size.shape != steps.shape[:1]:
+            raise ValueError(f"adopt.{name}_step has shape {size.shape}, expected {steps.shape[:1]}")
+        there[name] = from_steps(steps, size)
+    types, out_bias = there.pop("types").astype(np.int32), float(there.pop("out_bias")[0])
+    return Adopt(**{name: each.astype(np.float32) for name, each in there.items()}, types=types, out_bias=out_bias)

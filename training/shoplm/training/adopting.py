@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 from shoplm.history import SECONDS_PER_DAY
-from shoplm.readout.adopt import ITEM_FEATURES, OWN_FEATURES, Adopt, own_features
+from shoplm.readout.adopt import ITEM_FEATURES, OWN_FEATURES, Adopt, adopt_arrays, from_steps, in_steps, own_features
 from shoplm.training.examples import Examples
 from shoplm.training.habits import PastPurchases, item_factors, loyalty, purchases_before
 from shoplm.training.item_nets import fit_item_net
@@ -32,7 +32,7 @@ SAMPLED = 200  # items per example
 CUSTOMERS = 20_000  # at most, for what was bought first lately
 _LATELY_DAYS = 28.0
 _RIDGE = 10.0
-_LATELY_SCALE = 32.0  # keeps the factors within half precision
+_LATELY_SCALE = 32.0  # or a fit takes their strengths, which hardly vary, for a constant
 _ARRAYS = ("items", "types", "factors", "lately", "weight", "bias", "out")
 _SHARES = (0.4, 0.3, 0.3)  # of the sample: by first purchases lately, by purchases, all alike
 
@@ -70,9 +70,7 @@ def bundled_adopt(shop: Shop, adopt: Adopt | None, weight: float, seed: int) -> 
 
 def adopt_tensors(adopt: Adopt) -> dict[str, Tensor]:
     """As a bundle keeps them."""
-    named = {name: torch.from_numpy(np.ascontiguousarray(getattr(adopt, name))) for name in _ARRAYS}
-    kept = {name: each.half() if name in ("factors", "lately") else each for name, each in named.items()}
-    return {**{f"adopt.{name}": each for name, each in kept.items()}, "adopt.out_bias": torch.tensor([adopt.out_bias])}
+    return {name: torch.from_numpy(array) for name, array in adopt_arrays(adopt).items()}
 
 
 def shop_tables(shop: Shop, until: float, seed: int) -> ShopTables:
@@ -80,9 +78,9 @@ def shop_tables(shop: Shop, until: float, seed: int) -> ShopTables:
     bought, items = purchases_before(shop, until), len(shop.items.row_item)
     chosen, found = item_factors(bought.customer, bought.item, items, seed)
     factors = np.zeros((items, found.shape[1]), np.float32)
-    factors[chosen] = _half(found)
+    factors[chosen] = _stored(found)
     first = _first(bought, items)
-    lately = _half(_drawn_lately(bought, first, factors, until, seed))
+    lately = _stored(_drawn_lately(bought, first, factors, until, seed))
     return ShopTables(_item_features(shop, bought, first, until), factors, lately)
 
 
@@ -152,9 +150,9 @@ def _shares(
     return sparse.csr_matrix(((count[row] ** -0.5).astype(np.float32), (row, item)), shape=(len(people), items))
 
 
-def _half(values: Floats) -> Floats:
-    """As the bundle keeps them."""
-    return values.astype(np.float16).astype(np.float32)
+def _stored(values: Floats) -> Floats:
+    """As they come out of a bundle."""
+    return from_steps(*in_steps(values))
 
 
 @dataclass(frozen=True)
