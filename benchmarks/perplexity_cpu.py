@@ -16,61 +16,30 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from shoplm.bench.report import machine, versions
-from shoplm.engine.batch import Batch, Row
 from shoplm.model.base import resolve_base
 from shoplm.model.config import ModelConfig
 from shoplm.model.direct import DirectRunner, Output
 from shoplm.model.native.backend import NativeBackend, native_refusal
-from shoplm.model.native.decoder import NativeDecoder
-from shoplm.model.native.library import best_library
-from shoplm.model.native.linear import PackedLinear, WeightFormat
-from shoplm.model.native.pool import NativePool
+from shoplm.model.native.linear import WeightFormat
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.model.weights import DecoderWeights, load_weights
 from shoplm.request import Generate, Sampling
-from torch.nn import functional
+from shoplm.training.native_scorer import NativeScorer
 
 ROOT = Path(__file__).parent.parent
 BOUNDS = {WeightFormat.INT8: 0.02, WeightFormat.INT4: 0.05}
 CHUNK = 512  # tokens that are scored together, each from those before it in the chunk
 DOCUMENTATION_TOKENS = 10_240
-PAGE_SIZE = 16
 OPENINGS = ("The", "In the morning", "Question:", "A shop", "def main", "Once", "Dear customer,", "1.")
 
 
-class Scorer:
-    """Negative log-likelihoods under one format."""
-
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, format: WeightFormat) -> None:
-        library = best_library()
-        pool = NativePool(
-            library.instructions,
-            layers=config.num_layers,
-            pages=CHUNK // PAGE_SIZE,
-            kv_heads=config.num_kv_heads,
-            page_size=PAGE_SIZE,
-            head_dim=config.head_dim,
-        )
-        self._decoder = NativeDecoder(library, config, weights, None, CHUNK, pool, format=format)
-        self._head = PackedLinear(library, weights.lm_head, format=min(format, WeightFormat.INT8))
-
-    def nats(self, tokens: Sequence[int]) -> float:
-        """The mean over all tokens but the first of each chunk."""
-        total, count = 0.0, 0
-        for start in range(0, len(tokens), CHUNK):
-            chunk = np.array(tokens[start : start + CHUNK], np.int64)
-            if len(chunk) < 2:
-                break
-            at = np.arange(len(chunk))
-            row = Row(0, 0, len(chunk), np.arange(CHUNK // PAGE_SIZE, dtype=np.int32), kv_len=len(chunk))
-            batch = Batch(chunk.astype(np.int32), at.astype(np.int32), at, (row,))
-            logits = self._head(self._decoder.forward(batch, chunk, at, {}))[:-1].float()
-            total += functional.cross_entropy(logits, torch.from_numpy(chunk[1:]), reduction="sum").item()
-            count += len(chunk) - 1
-        return total / count
+def mean_nats(scorer: NativeScorer, tokens: Sequence[int]) -> float:
+    """Of all tokens but the first of each chunk."""
+    chunks = [tokens[start : start + CHUNK] for start in range(0, len(tokens), CHUNK)]
+    chunks = [chunk for chunk in chunks if len(chunk) > 1]
+    return sum(map(scorer.nats, chunks)) / sum(len(chunk) - 1 for chunk in chunks)
 
 
 def documentation(tokenizer: Tokenizer) -> list[int]:
@@ -101,16 +70,17 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = resolve_base(arguments.base).folder
     config = ModelConfig.from_folder(folder)
-    refusal = native_refusal(config, torch.bfloat16, PAGE_SIZE)
+    refusal = native_refusal(config, torch.bfloat16, page_size=16)
     if refusal is not None:
         sys.exit(f"the C++ decoder cannot run here: {refusal}")
     weights, tokenizer = load_weights(folder, config, torch.bfloat16), Tokenizer.from_folder(folder)
     with torch.inference_mode():
         texts = {"documentation": documentation(tokenizer), "own text": own_text(config, weights, tokenizer)}
         formats = [WeightFormat.BF16, *(WeightFormat[name.upper()] for name in arguments.formats)]
-        scorers = ((format, Scorer(config, weights, format)) for format in formats)
+        scorers = ((format, NativeScorer(config, weights, format, CHUNK)) for format in formats)
         nats = {
-            format.name.lower(): {name: scorer.nats(text) for name, text in texts.items()} for format, scorer in scorers
+            format.name.lower(): {name: mean_nats(scorer, text) for name, text in texts.items()}
+            for format, scorer in scorers
         }
     reference = nats.pop("bf16")
     rises = {

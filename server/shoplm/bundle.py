@@ -127,6 +127,7 @@ class ShopManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hashes: dict[str, str]  # file -> SHA-256, for every file but shop.toml, card.md, report.html and knowledge/
     targets: tuple[HeadSpec, ...] = ()
     customers: tuple[DemoCustomer, ...] = ()
+    cpu_formats: tuple[str, ...] = ()  # of weights, with which the C++ decoder has kept to the quality gate's limits
 
     @property
     def has_adapter(self) -> bool:

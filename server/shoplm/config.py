@@ -96,8 +96,10 @@ class ServerConfig(BaseSettings):
     kv_cache_mib: int = Field(
         512, description="memory for keys and values, in MiB; unset on a GPU: what it has free, less a margin", ge=1
     )
-    weight_format: Literal["model", "int8", "int4", "fp8"] = Field(
-        "model", description="the layers' products; int8, int4: a GPU's or the C++ decoder's; fp8: a GPU's"
+    weight_format: Literal["auto", "model", "int8", "int4", "fp8"] = Field(
+        "auto",
+        description="the layers' products; int8, int4: a GPU's or the C++ decoder's; fp8: a GPU's; auto: int8 on CPUs "
+        "that multiply bytes where the bundle has passed the quality gate with it, else model",
     )
     kv_format: Literal["model", "int8", "fp8"] = Field("model", description="keys and values; int8, fp8: a GPU's")
     graph_seconds: float = Field(30.0, description="GPU: time to capture steps as CUDA graphs; 0: none", ge=0, le=600)

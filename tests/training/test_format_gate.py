@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from shoplm.model.base import Base
+from shoplm.model.base import Base, resolve_base
+from shoplm.model.native.backend import native_refusal
 from shoplm.training.format_gate import losses, perplexity
 from shoplm.training.formats import UNROUNDED, Formats
 from shoplm.training.report import OURS, Difference, Estimate, ProbabilityRow, RankingResult, RankingRow, Report
@@ -65,3 +68,15 @@ def test_perplexity_is_the_models_own_of_the_answers_alone(tiny_base: Base) -> N
     assert len(set(found.values())) == 3
     assert Formats("int4", "int8").perplexity_rise == 0.05
     assert Formats("int4", "int8").reference == Formats(kv="model")
+
+
+def test_a_format_of_the_cpu_is_judged_by_the_decoder_that_serves_it(tiny_model: Callable[[str], Path]) -> None:
+    base = resolve_base(str(tiny_model("native")))
+    if (refusal := native_refusal(base.config, torch.bfloat16, 16)) is not None:
+        pytest.skip(refusal)
+    talk = [((5, 9, 200, 17), (30, 31, 7)), ((1,), (2, 3, 4, 5, 6))]
+    rounded = (Formats(name, of_cpu=True) for name in ("model", "int8", "int4"))
+    found = [perplexity(base, None, talk, formats, Watch()) for formats in rounded]
+    assert found[0] == pytest.approx(perplexity(base, None, talk, UNROUNDED, Watch()), rel=0.02)
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=0.2)
+    assert len(set(found)) == 3

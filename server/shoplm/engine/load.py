@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import torch
 from shoplm.bundle import ShopManifest, read_manifest
 from shoplm.catalog.filters import ItemColumns
@@ -18,6 +20,8 @@ from shoplm.model.config import ModelConfig
 from shoplm.model.gpu import check_device, kv_page_bytes
 from shoplm.model.gpu_warmup import warm_up
 from shoplm.model.kv_pool import KV_FORMATS
+from shoplm.model.native.backend import native_refusal
+from shoplm.model.native.library import best_library
 from shoplm.model.shop_weights import ShopWeights, load_shop_weights, random_trie
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.model.weights import DecoderWeights, load_weights
@@ -25,6 +29,8 @@ from shoplm.vocabulary import SPECIAL_TEXTS, ShopVocabulary
 
 BACKENDS = ("torch", "triton")
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+log = logging.getLogger("shoplm.engine")
 
 
 def load_backend(spec: EngineSpec, change: Callable[[DecoderWeights], DecoderWeights] | None = None) -> Backend:
@@ -42,6 +48,7 @@ def load_backend(spec: EngineSpec, change: Callable[[DecoderWeights], DecoderWei
     if spec.threads:
         torch.set_num_threads(spec.threads)
     config = ModelConfig.from_folder(Path(spec.base_folder))
+    spec = msgspec.structs.replace(spec, weight_format=served_weight_format(spec, config))
     pages = 0 if on_gpu and not spec.kv_cache_bytes else _pages(spec, config, _DTYPES[spec.dtype])
     weights, shop = load_tensors(spec, config)
     weights = weights if change is None else change(weights)
@@ -72,6 +79,22 @@ def load_backend(spec: EngineSpec, change: Callable[[DecoderWeights], DecoderWei
         warm_up(backend, spec.max_step_tokens)
         return backend
     return cpu_backend(spec, config, weights, shop, tries, pages)
+
+
+def served_weight_format(spec: EngineSpec, config: ModelConfig) -> str:
+    """The spec's, or what `auto` stands for on this machine, with this bundle."""
+    if spec.weight_format != "auto":
+        return spec.weight_format
+    if spec.backend != "torch" or spec.bundle_folder is None:
+        return "model"
+    if "int8" not in read_manifest(Path(spec.bundle_folder), verify=False).cpu_formats:
+        return "model"
+    if native_refusal(config, _DTYPES[spec.dtype], spec.page_size) is not None:
+        return "model"
+    if not best_library().instructions.multiplies_bytes:
+        return "model"
+    log.info("weights in int8, with which the bundle has passed the quality gate; weight_format model: as they are")
+    return "int8"
 
 
 def load_tensors(spec: EngineSpec, config: ModelConfig) -> tuple[DecoderWeights, ShopWeights | None]:

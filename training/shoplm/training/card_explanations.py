@@ -6,11 +6,11 @@ from pathlib import Path
 
 import msgspec
 from shoplm.bundle import file_hash, read_manifest, write_manifest
+from shoplm.training.card_sections import with_section
 from shoplm.training.report import Deletion, ExplanationResult, Report, shown
 
 HEADING = "## Explanations"
 WANTED_SPEARMAN, WANTED_RATIO = 0.6, 2.0
-_BEFORE = "## Privacy"
 
 
 def explanations(result: ExplanationResult) -> str:
@@ -48,18 +48,6 @@ def record(folder: Path, result: ExplanationResult) -> None:
     write_manifest(folder, msgspec.structs.replace(manifest, hashes=hashes))
     card = folder / "card.md"
     card.write_text(with_section(card.read_text("utf-8"), explanations(result)), "utf-8")
-
-
-def with_section(card: str, section: str) -> str:
-    """The card with the section before the one about privacy."""
-    start = card.find(HEADING)
-    if start >= 0:
-        end = card.find("\n## ", start)
-        card = card[:start] + (card[end + 1 :] if end >= 0 else "")
-    at = card.find(_BEFORE)
-    if at < 0:
-        return f"{card.rstrip()}\n\n{section}\n"
-    return f"{card[:at]}{section}\n\n{card[at:]}"
 
 
 def _moved(what: str, deletion: Deletion) -> str:

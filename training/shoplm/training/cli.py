@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from shoplm.bundle_cli import table
+from shoplm.errors import ConfigurationError
 from shoplm.training.tables import print_losses, print_problems, print_report
 from shoplm.training.terminal import errors, fail, watching
 
@@ -152,12 +153,15 @@ def evaluate(
     timezone: TimezoneOption = "UTC",
     max_customers: Annotated[int, typer.Option(min=0, help="of the card's random order; 0: as many as the card")] = 0,
     explained: ExplainedOption = 100,
-    write: Annotated[bool, typer.Option("--write", help="put the numbers of explanations into the card")] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="put the numbers of explanations, or of --cpu's format, into the bundle")
+    ] = False,
     work: WorkOption = None,
     json: Annotated[Path | None, typer.Option(help="also write the numbers to this file")] = None,
     weight_format: Annotated[
         str, typer.Option(help="round the base like this format of the GPU backend: int8, int4 or fp8")
     ] = "model",
+    cpu: Annotated[bool, typer.Option("--cpu", help="--weight-format is the C++ decoder's: int8 or int4")] = False,
     kv_format: Annotated[
         str, typer.Option(help="round keys and values like this format of the GPU backend: int8 or fp8")
     ] = "model",
@@ -169,15 +173,18 @@ def evaluate(
     """
     import msgspec
     from shoplm.training.card_explanations import record
+    from shoplm.training.card_formats import record as record_format
     from shoplm.training.format_gate import Loss, weigh
     from shoplm.training.formats import UNROUNDED, Formats
     from shoplm.training.run import evaluate_bundle
 
     console = Console(stderr=True)
     folder = work or bundle.resolve().with_name(f".{bundle.resolve().name}.train")
-    formats = Formats(weight_format, None if kv_format == "model" else kv_format)
+    formats = Formats(weight_format, None if kv_format == "model" else kv_format, cpu)
     costs: list[Loss] = []
     with errors(console):
+        if cpu and (weight_format == "model" or formats.kv is not None):
+            raise ConfigurationError("--cpu measures a --weight-format of int8 or int4, and no --kv-format")
         log = _read(console, events, items, customers, campaigns, timezone)
         wanted = max_customers or None
         with watching(console) as watch:
@@ -189,6 +196,8 @@ def evaluate(
                 report, costs = weigh(bundle, log, formats, base=base, work=folder, max_customers=wanted, watch=watch)
         if write and report.explanations is not None:
             record(bundle, report.explanations)
+        if write and cpu:
+            record_format(bundle, weight_format, report.customers, costs)
     print_report(Console(), report)
     print_losses(Console(), formats.name, costs)
     if json is not None:

@@ -1,6 +1,7 @@
-"""The gate of the GPU backend's formats: what they may cost a bundle, beside the same bundle without rounding.
+"""The gate of formats of fewer bits: what they may cost a bundle, beside the same bundle without rounding.
 
-Rankings, probabilities and talk, all measured on a CPU with the rounding that the GPU's kernels do.
+Rankings, probabilities and talk, all measured on a CPU: with the rounding that the GPU's kernels do, or with the C++
+decoder's own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import msgspec
 import torch
 from shoplm.bundle import read_manifest
 from shoplm.catalog.items import read_catalog
+from shoplm.engine.cpu import FORMATS
 from shoplm.model.adapter import read_adapter
 from shoplm.model.base import Base, bundle_base
 from shoplm.model.chat_template import ChatTemplate
@@ -25,6 +27,7 @@ from shoplm.prompt import PromptBuilder
 from shoplm.training.adapt.kept import held_out
 from shoplm.training.formats import Formats
 from shoplm.training.log import ShopLog
+from shoplm.training.native_scorer import NativeScorer
 from shoplm.training.report import OURS, RankingResult, Report, Sample
 from shoplm.training.run import evaluate_bundle
 from shoplm.training.watch import Watch
@@ -113,16 +116,22 @@ def _talk(folder: Path, base: Base, work: Path, watch: Watch) -> Talk:
 
 @torch.inference_mode()
 def perplexity(base: Base, adapter: Path | None, talk: Talk, formats: Formats, watch: Watch) -> float:
-    """Per token of the answers; products in fp32 with the base rounded, merged with the adapter in that folder."""
+    """Per token of the answers, of the base merged with the adapter in that folder; a GPU's formats by products in
+    fp32 of the rounded base."""
     weights = load_weights(
         base.folder, base.config, torch.bfloat16, adapter=None if adapter is None else read_adapter(adapter)
     )
+    longest = max(len(prompt) + len(answer) for prompt, answer in talk)
+    if formats.of_cpu:
+        scorer = NativeScorer(base.config, weights, FORMATS[formats.weights], longest)
+        nats = sum(scorer.nats((*prompt, *answer), len(prompt)) for prompt, answer in talk)
+        return math.exp(nats / sum(len(answer) for _, answer in talk))
     if formats.weights != "model":
         from shoplm.model.rounded import rounded  # needs Triton
 
         weights = rounded(weights, formats.weights)
     weights = weights.float()
-    decoder = Decoder(base.config, weights, None, max(len(prompt) + len(answer) for prompt, answer in talk))
+    decoder = Decoder(base.config, weights, None, longest)
     nats, count = 0.0, 0
     for done, (prompt, answer) in enumerate(talk):
         places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)  # each predicts the token behind it

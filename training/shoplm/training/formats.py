@@ -1,4 +1,4 @@
-"""The GPU backend's formats of fewer bits, as a measurement on a CPU rounds like them."""
+"""Formats of fewer bits: a GPU's, as a measurement on a CPU rounds like them, or the CPU's own."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ class Formats:
 
     weights: str = "model"
     kv: str | None = None  # None: as the CPU's own backend keeps them; else by torch operations, which can round them
+    of_cpu: bool = False  # the weights: as the C++ decoder computes with them, not as the GPU's kernels round
 
     @property
     def name(self) -> str:
         """For people."""
-        parts = [f"weights {self.weights}"] if self.weights != "model" else []
+        parts = [f"weights {self.weights}{' of the CPU' if self.of_cpu else ''}"] if self.weights != "model" else []
         return ", ".join([*parts, *([f"keys and values {self.kv}"] if self.kv not in (None, "model") else [])])
 
     @property
     def reference(self) -> Formats:
         """The same arithmetic without rounding."""
-        return Formats(kv=None if self.kv is None else "model")
+        return Formats(kv=None if self.kv is None else "model", of_cpu=self.of_cpu)
 
     @property
     def perplexity_rise(self) -> float:

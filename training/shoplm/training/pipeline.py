@@ -104,7 +104,7 @@ def hidden_states(
         "schema": [schema.preamble, *schema.attributes, schema.history_budget_tokens, schema.history_block_tokens],
     }
     if formats.weights != "model":
-        identity["weight_format"] = formats.weights
+        identity["weight_format"] = [formats.weights, "cpu"] if formats.of_cpu else formats.weights
     if formats.kv is not None:
         identity["kv_format"] = formats.kv
     if adapter is not None:

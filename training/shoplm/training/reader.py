@@ -67,7 +67,7 @@ def make_reader(
     embeddings of the tokens' texts."""
     tokenizer = Tokenizer.from_folder(base.folder)
     weights = load_weights(base.folder, base.config, dtype, adapter=None if adapter is None else read_adapter(adapter))
-    if formats.weights != "model":
+    if formats.weights != "model" and not formats.of_cpu:
         from shoplm.model.rounded import rounded  # needs Triton
 
         weights = rounded(weights, formats.weights)
@@ -80,7 +80,12 @@ def make_reader(
     weights = dataclasses.replace(weights, embedding=torch.cat((weights.embedding, rows)))
     builder = PromptBuilder(tokenizer, ChatTemplate.from_folder(base.folder), schema, vocabulary)
     longest = len(builder.prefix(None).tokens) + schema.history_budget_tokens + 1024
-    spec = EngineSpec(str(base.folder), max_context_tokens=longest, max_running_requests=SUFFIX_PAGES)
+    spec = EngineSpec(
+        str(base.folder),
+        max_context_tokens=longest,
+        max_running_requests=SUFFIX_PAGES,
+        weight_format=formats.weights if formats.of_cpu else "model",
+    )
     pages = -(-longest // spec.page_size) + SUFFIX_PAGES
     backend: EagerBackend
     if formats.kv is None:
