@@ -84,7 +84,8 @@ def test_what_items_draw_each_other_by_is_kept_in_steps_of_8_bits() -> None:
 def test_a_bundle_has_the_whole_net_or_none() -> None:
     adopt, score = net(), ScoreWeights(1.0, 0.0, 30.0, adopt_weight=2.0)
     adopt = replace(adopt, factors=from_steps(*in_steps(adopt.factors)), lately=from_steps(*in_steps(adopt.lately)))
-    stored = adopt_arrays(adopt)
+    stored = adopt_arrays(replace(adopt, lately=np.asfortranarray(adopt.lately)))
+    assert all(array.flags.c_contiguous for array in stored.values())
     found = habit_table(score, stored.get)
     assert found.adopt is not None and np.array_equal(found.adopt.values(OWN), adopt.values(OWN))
     assert adopt_of({}.get) is None

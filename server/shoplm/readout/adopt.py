@@ -124,10 +124,11 @@ def from_steps(steps: NDArray[np.int8], size: Floats) -> Floats:
 
 def adopt_arrays(adopt: Adopt) -> dict[str, NDArray[Any]]:
     """As a bundle keeps them: what items draw each other by, in 8 bits."""
-    found = {f"adopt.{name}": np.ascontiguousarray(getattr(adopt, name)) for name in _PLAIN}
+    found = {name: getattr(adopt, name) for name in _PLAIN}
     for name in _IN_STEPS:
-        found[f"adopt.{name}"], found[f"adopt.{name}_step"] = in_steps(getattr(adopt, name))
-    return {**found, "adopt.out_bias": np.array([adopt.out_bias], np.float32)}
+        found[name], found[f"{name}_step"] = in_steps(getattr(adopt, name))
+    found["out_bias"] = np.array([adopt.out_bias], np.float32)
+    return {f"adopt.{name}": np.ascontiguousarray(array) for name, array in found.items()}
 
 
 def adopt_of(read: Callable[[str], NDArray[Any] | None]) -> Adopt | None:
