@@ -12,10 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 TinyModel = Callable[[str], Path]
+
+hypothesis.settings.register_profile("shoplm", deadline=None)  # on a shared machine any example may take long
+hypothesis.settings.load_profile("shoplm")
 
 VOCAB_SIZE = 448  # more rows than the tokenizers have tokens, as in many published models
 COMMON: dict[str, Any] = {

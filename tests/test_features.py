@@ -92,13 +92,13 @@ def histories(draw: st.DrawFn) -> History:
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(histories())
 def test_every_history_gives_finite_features(known: History) -> None:
     assert np.isfinite(dense_features(known, PRICES)).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(histories(), st.floats(0, 1e9))
 def test_what_comes_later_changes_nothing(known: History, moment: float) -> None:
     earlier = known.before(moment)

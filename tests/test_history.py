@@ -56,7 +56,7 @@ def test_product_types_come_after_items_and_kinds_in_canonical_order() -> None:
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     events=st.lists(
         st.tuples(st.integers(0, 4), st.integers(0, 20).map(lambda n: n / 4), st.sampled_from(["", "a", "b"])),

@@ -124,7 +124,7 @@ def test_attributes_change_the_prefix_and_come_sorted() -> None:
     assert one == two != builder().prefix(purchases([(1.0, [3])]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=40))
 def test_new_baskets_only_append_until_a_whole_block_is_dropped(sizes: list[int]) -> None:
     made = builder()

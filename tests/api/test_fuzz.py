@@ -18,9 +18,7 @@ from tiny_shop import CATEGORIES, DEMO_CUSTOMER, item_id
 
 EXPECTED = {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT}
 DEADLINE_SECONDS = 600.0  # so far off that no answer is refused for it, however long it may become
-FUZZ = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FUZZ = settings(max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 # Half of the strings mean something, so that deep checks are reached as well as the first ones.
 TEXTS = st.one_of(

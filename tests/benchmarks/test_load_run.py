@@ -172,7 +172,7 @@ def test_the_command_sweeps_rates_with_every_flag_of_the_load(server: CannedServ
         assert point["services"]["prediction"]["offered"] == pytest.approx(point["settings"]["rate"] / 2, abs=1)
     assert server.record.last_request.allow_degraded is False
     given = [seconds for seconds in server.record.remaining_seconds.values() if seconds is not None]
-    assert 0.5 < max(given) <= 0.9
+    assert 0.5 < max(given) < 0.95  # gRPC rounds what is left up
     assert "<svg" in output.with_suffix(".html").read_text()
 
 

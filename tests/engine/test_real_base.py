@@ -76,5 +76,5 @@ async def test_greedy_chat_equals_transformers(default_base: Path) -> None:
                 got = ends[f"{name} {index}"]
                 assert got.tokens == tokens, f"{name}, {len(prompt)} tokens"
                 if name == "warm":
-                    assert got.end.cached_tokens == (len(prompt) - 1) // 16 * 16
+                    assert got.end.cached_tokens == min(len(prompt) // 16 * 16, len(prompt) - 1)
     assert sum(each.mixed_steps for each in stats) - mixed_before > 5

@@ -67,7 +67,7 @@ def test_long_rows_split_and_merge() -> None:
 ROW = st.tuples(st.one_of(st.integers(0, 3), st.integers(0, 90)), st.integers(0, 120))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12, derandomize=True)
 @given(
     rows=st.lists(ROW, min_size=1, max_size=5),
     group=st.sampled_from([1, 3, 4, 7, 8, 16]),

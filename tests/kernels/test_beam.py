@@ -120,7 +120,7 @@ def test_result_does_not_depend_on_neighbours() -> None:
 GROUP = st.tuples(st.integers(0, 150), st.integers(0, 6), st.integers(0, 2))
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10, derandomize=True)
 @given(
     groups=st.lists(GROUP, min_size=1, max_size=4),
     group=st.sampled_from([1, 3, 4, 7, 8, 16]),

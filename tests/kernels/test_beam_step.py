@@ -122,7 +122,7 @@ def test_flat_catalogue_with_the_real_tile() -> None:
     torch.testing.assert_close(got.scores, want.scores, rtol=1e-5, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(data=st.data())
 def test_mixed_groups_on_a_deep_level(data: st.DataObject) -> None:
     """Widths from 0 up, skewed child counts (leaves included), filters that may forbid everything."""

@@ -34,7 +34,7 @@ def rows(tokens: int, hidden: int, dtype: torch.dtype, seed: int, padding: int =
     return storage[:, :hidden]
 
 
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(
     tokens=st.integers(1, 5),
     hidden=st.sampled_from([1, 31, 64, 127, 576, 896, 1000]),

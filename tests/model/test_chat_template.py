@@ -111,7 +111,7 @@ def test_contents_stay_text(tiny_model: Callable[[str], Path], content: str) -> 
 )
 @example(contents=["a\n", "\nb"], strip=".rstrip('\\n')", around="")
 @example(contents=["a\n", "\nb"], strip=".lstrip('\\n')", around="")
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_stripping_is_that_of_the_template(contents: list[str], strip: str, around: str) -> None:
     """Equal to plain jinja on the contents themselves."""
     import jinja2

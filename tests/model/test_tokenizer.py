@@ -102,7 +102,7 @@ ORDINARY = st.text(max_size=12) | st.sampled_from([" ", "milk", " bread", "\n"])
 
 
 @given(parts=st.lists(st.tuples(ORDINARY, st.booleans()) | st.tuples(CONTROL, st.just(False)), max_size=8))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_pieces_are_encoded_as_one_text(tokenizer: Tokenizer, parts: list[tuple[str, bool]]) -> None:
     pieces = [Piece(text, index if content else None) for index, (text, content) in enumerate(parts)]
     assert tokenizer.encode_pieces(pieces) == tokenizer.encode_template("".join(text for text, _ in parts))
@@ -132,7 +132,7 @@ def test_control_tokens_that_swallow_spaces(tiny_model: Callable[[str], Path]) -
 
 
 @given(text=st.text(max_size=60), data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_streamed_text_is_the_text(tokenizer: Tokenizer, text: str, data: st.DataObject) -> None:
     ids = tokenizer.encode(text)
     decoder, parts = StreamDecoder(tokenizer), []
@@ -146,7 +146,7 @@ def test_streamed_text_is_the_text(tokenizer: Tokenizer, text: str, data: st.Dat
 
 
 @given(ids=st.lists(st.integers(0, 460), max_size=40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_tokens_stream_to_their_decoding(tokenizer: Tokenizer, ids: list[int]) -> None:
     """Also tokens that no text encodes to: broken characters, control tokens, ids beyond the vocabulary."""
     decoder = StreamDecoder(tokenizer)
@@ -183,7 +183,7 @@ def _cut(text: str, stops: list[str]) -> tuple[str, str | None]:
     stops=st.lists(st.text("ab<|", min_size=1, max_size=4), max_size=4),
     cuts=st.lists(st.integers(0, 30), max_size=12),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_stop_strings(text: str, stops: list[str], cuts: list[int]) -> None:
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     matcher, shown = StopStrings(stops), ""
@@ -199,7 +199,7 @@ def test_stop_strings(text: str, stops: list[str], cuts: list[int]) -> None:
 
 
 @given(text=st.text(max_size=30), stop=st.text(min_size=1, max_size=3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_streamed_answer_ends_before_the_stop_string(tokenizer: Tokenizer, text: str, stop: str) -> None:
     ids = tokenizer.encode(text + stop + text)
     decoder, matcher = StreamDecoder(tokenizer), StopStrings([stop])

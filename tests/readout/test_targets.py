@@ -53,7 +53,7 @@ def test_calibration_is_a_line_in_log_odds() -> None:
     assert answer(spec, (9.0, 0.75)).probability == pytest.approx(1 / (1 + np.exp(-0.5)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.floats(-80, 80), min_size=3, max_size=3))
 def test_longer_horizons_are_never_less_likely_and_nothing_leaves_zero_to_one(values: list[float]) -> None:
     spec = HeadSpec("purchase", "hazard", (0,), 0.5, 7, parameters=PLAIN)
@@ -88,7 +88,7 @@ def test_spend_follows_a_lognormal_behind_a_share_of_zeros() -> None:
     np.testing.assert_allclose(at, [0.2, 0.2 + 0.8 * reference.cdf(25.0)], rtol=1e-6)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=3, max_size=3), st.sampled_from([COUNT, SPEND]))
 def test_amounts_are_finite_and_inside_their_interval(values: list[float], spec: HeadSpec) -> None:
     bounded = (min(values[0], 5.0), *values[1:]) if spec is COUNT else tuple(values)  # exp(5): a short recurrence

@@ -255,7 +255,7 @@ def test_a_customers_samples_never_ask_without_a_history(shop: Shop) -> None:
             assert len(history.before(sample.moment)) > 0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.floats(1.0, 2e9), st.floats(0.001, 4000.0))
 def test_every_log_that_has_a_duration_can_be_cut(start: float, days: float) -> None:
     timeline = make_timeline(start, start + days * DAY)
