@@ -78,7 +78,7 @@ class Bench:
     def submit(self, service: Service, task: Task, length: int, deadline: float | None) -> None:
         """One request of a customer of its own."""
         self._number += 1
-        start = self._number * 1_000_000
+        start = self._number * 10_000
         request = Request(
             str(self._number),
             service,
