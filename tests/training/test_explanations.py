@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from shoplm.attribution import Part
 from shoplm.history import SECONDS_PER_DAY, History, build_history
-from shoplm.training.card_explanations import explanations, with_section
+from shoplm.training.card_explanations import explanations
+from shoplm.training.card_sections import with_section
 from shoplm.training.explanations import _matches, _spearman
 from shoplm.training.report import Deletion, ExplanationResult
 

@@ -178,11 +178,15 @@ def test_labels_of_every_use_end_before_the_next_begins(shop: Shop) -> None:
     assert not parts["train"] & parts["tune"] and not (parts["train"] | parts["tune"]) & parts["test"]
 
 
+def _known_before_tuning(shop: Shop) -> Shop:
+    past = dataclasses.replace(shop.log, events=shop.log.events.filter(pl.col("time") < shop.timeline.tuned_at))
+    return dataclasses.replace(shop, log=past, histories=pipeline.Histories(past, shop.items, shop.timeline.cutoffs))
+
+
 def test_habits_are_those_before_their_moment(shop: Shop) -> None:
     """What the score's weights are tuned with knows nothing of the window that they are tuned on."""
     until = shop.timeline.tuned_at
-    past = dataclasses.replace(shop.log, events=shop.log.events.filter(pl.col("time") < until))
-    known = dataclasses.replace(shop, log=past)
+    known = _known_before_tuning(shop)
     one, two = (shop_habits(each, until, 0).tensors() for each in (shop, known))
     assert len(one["neighbours.items"]) > 0
     later = shop_habits(shop, shop.timeline.test_at, 0).tensors()
@@ -198,9 +202,7 @@ def test_habits_are_those_before_their_moment(shop: Shop) -> None:
 
 
 def test_the_net_of_first_purchases_is_fitted_on_baskets_before_the_tuning_window(shop: Shop) -> None:
-    until, cuts = shop.timeline.tuned_at, shop.timeline.cutoffs
-    past = dataclasses.replace(shop.log, events=shop.log.events.filter(pl.col("time") < until))
-    known = dataclasses.replace(shop, log=past, histories=pipeline.Histories(past, shop.items, cuts))
+    known = _known_before_tuning(shop)
     one, two = (fit_adopt(each, shop.bare_table(np.arange(len(shop.histories))), 0) for each in (shop, known))
     assert one is not None and two is not None
     for name, tensor in adopt_tensors(one).items():
@@ -213,9 +215,7 @@ def test_the_net_of_first_purchases_is_fitted_on_baskets_before_the_tuning_windo
 
 
 def test_the_net_of_own_items_is_fitted_on_baskets_before_the_tuning_window(shop: Shop) -> None:
-    until, cuts = shop.timeline.tuned_at, shop.timeline.cutoffs
-    past = dataclasses.replace(shop.log, events=shop.log.events.filter(pl.col("time") < until))
-    known = dataclasses.replace(shop, log=past, histories=pipeline.Histories(past, shop.items, cuts))
+    known = _known_before_tuning(shop)
     one, two = (fit_rebuy(each, shop.bare_table(np.arange(len(shop.histories))), 0) for each in (shop, known))
     assert one is not None and two is not None
     weights = Weights(1.0, 0.0, 0.0, 30.0, rebuy=2.0, own=3.0)

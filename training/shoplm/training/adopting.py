@@ -33,7 +33,6 @@ CUSTOMERS = 20_000  # at most, for what was bought first lately
 _LATELY_DAYS = 28.0
 _RIDGE = 10.0
 _LATELY_SCALE = 32.0  # or a fit takes their strengths, which hardly vary, for a constant
-_ARRAYS = ("items", "types", "factors", "lately", "weight", "bias", "out")
 _SHARES = (0.4, 0.3, 0.3)  # of the sample: by first purchases lately, by purchases, all alike
 
 Floats = NDArray[np.float32]

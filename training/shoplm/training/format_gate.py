@@ -7,7 +7,7 @@ decoder's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from shoplm.model.base import Base, bundle_base
 from shoplm.model.chat_template import ChatTemplate
 from shoplm.model.decoder import Decoder
 from shoplm.model.tokenizer import Tokenizer
-from shoplm.model.weights import load_weights
+from shoplm.model.weights import DecoderWeights, load_weights
 from shoplm.model.whole_prompt import whole_prompt
 from shoplm.prompt import PromptBuilder
 from shoplm.training.adapt.kept import held_out
@@ -100,6 +100,7 @@ def weigh(
 
 
 Talk = Sequence[tuple[tuple[int, ...], tuple[int, ...]]]  # prompts and answers, as tokens
+Nats = Callable[[Sequence[int], int], float]  # of a text's tokens from the n-th on, each behind those before it
 
 
 def _talk(folder: Path, base: Base, work: Path, watch: Watch) -> Talk:
@@ -122,25 +123,34 @@ def perplexity(base: Base, adapter: Path | None, talk: Talk, formats: Formats, w
         base.folder, base.config, torch.bfloat16, adapter=None if adapter is None else read_adapter(adapter)
     )
     longest = max(len(prompt) + len(answer) for prompt, answer in talk)
+    nats_of: Nats
     if formats.of_cpu:
-        scorer = NativeScorer(base.config, weights, FORMATS[formats.weights], longest)
-        nats = sum(scorer.nats((*prompt, *answer), len(prompt)) for prompt, answer in talk)
-        return math.exp(nats / sum(len(answer) for _, answer in talk))
+        nats_of = NativeScorer(base.config, weights, FORMATS[formats.weights], longest).nats
+    else:
+        nats_of = _nats_of_rounded(base, weights, formats, longest)
+    nats, count = 0.0, 0
+    for done, (prompt, answer) in enumerate(talk):
+        nats += nats_of((*prompt, *answer), len(prompt))
+        count += len(answer)
+        watch.advance("perplexity", done + 1, len(talk))
+    return math.exp(nats / count)
+
+
+def _nats_of_rounded(base: Base, weights: DecoderWeights, formats: Formats, longest: int) -> Nats:
     if formats.weights != "model":
         from shoplm.model.rounded import rounded  # needs Triton
 
         weights = rounded(weights, formats.weights)
     weights = weights.float()
     decoder = Decoder(base.config, weights, None, longest)
-    nats, count = 0.0, 0
-    for done, (prompt, answer) in enumerate(talk):
-        places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)  # each predicts the token behind it
-        step = whole_prompt(base.config, (*prompt, *answer), places, torch.float32, formats.kv or "model")
+
+    def nats(tokens: Sequence[int], first: int) -> float:
+        places = range(first - 1, len(tokens) - 1)  # each predicts the token behind it
+        step = whole_prompt(base.config, tokens, places, torch.float32, formats.kv or "model")
         logits = functional.linear(decoder.forward(*step), weights.lm_head)
-        nats += float(functional.cross_entropy(logits, torch.tensor(answer), reduction="sum"))
-        count += len(answer)
-        watch.advance("perplexity", done + 1, len(talk))
-    return math.exp(nats / count)
+        return float(functional.cross_entropy(logits, torch.tensor(tokens[first:]), reduction="sum"))
+
+    return nats
 
 
 def _ndcg(result: RankingResult) -> float:

@@ -27,7 +27,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ItemNet:
-    """For features as they are."""
+    """On features as they are, or standardised, as each member is fitted."""
 
     weight: Floats  # [U, F]
     bias: Floats  # [U]
@@ -44,26 +44,18 @@ def fit_item_net(
     inverse = np.where(scale > _LEAST_DEVIATION, 1.0 / np.maximum(scale, _LEAST_DEVIATION), 0.0).astype(np.float32)
     inputs = torch.from_numpy((features - mean) * inverse)
     nets = [_fit(inputs, lengths, loss, units, seed * members + member) for member in range(members)]
-    weight = np.concatenate([net.first.T for net in nets]) * inverse
-    bias = np.concatenate([net.shift for net in nets]) - weight @ mean
-    out = np.concatenate([net.second for net in nets]) / members
+    weight = np.concatenate([net.weight for net in nets]) * inverse
+    bias = np.concatenate([net.bias for net in nets]) - weight @ mean
+    out = np.concatenate([net.out for net in nets]) / members
     return ItemNet(
         weight=weight.astype(np.float32),
         bias=bias.astype(np.float32),
         out=out.astype(np.float32),
-        out_bias=float(np.mean([net.bias for net in nets], dtype=np.float32)),
+        out_bias=float(np.mean([net.out_bias for net in nets], dtype=np.float32)),
     )
 
 
-@dataclass(frozen=True)
-class _Net:
-    first: Floats  # [F, U]
-    shift: Floats  # [U]
-    second: Floats  # [U]
-    bias: float
-
-
-def _fit(inputs: Tensor, lengths: NDArray[np.int64], loss_of: Loss, units: int, seed: int) -> _Net:
+def _fit(inputs: Tensor, lengths: NDArray[np.int64], loss_of: Loss, units: int, seed: int) -> ItemNet:
     """One net, for standardised features [N, F]."""
     generator = torch.Generator().manual_seed(seed)
     width = inputs.shape[1]
@@ -91,4 +83,4 @@ def _fit(inputs: Tensor, lengths: NDArray[np.int64], loss_of: Loss, units: int, 
             optimizer.step()
             schedule.step()
     with torch.no_grad():
-        return _Net(first.numpy(), shift.numpy(), second.numpy(), float(bias))
+        return ItemNet(first.numpy().T, shift.numpy(), second.numpy(), float(bias))
