@@ -119,6 +119,18 @@ def test_tokens_of_a_file_are_added(tmp_path: Path) -> None:
         load_config(["--auth-tokens-file", str(tmp_path / "none")], {}).tokens()
 
 
+@pytest.mark.parametrize("token", ["zwölf", "two words", "\x1b[31m"])
+def test_a_token_that_no_caller_could_send_is_refused_without_being_shown(tmp_path: Path, token: str) -> None:
+    file = tmp_path / "tokens"
+    for encoding in ("utf-8", "latin-1"):
+        file.write_bytes(f"fine\n\n{token}\n".encode(encoding))
+        with pytest.raises(ConfigurationError, match=r"auth_tokens_file: .*: token 2 .* printable ASCII") as refused:
+            load_config(["--auth-tokens-file", str(file)], {}).tokens()
+        assert token not in str(refused.value)
+    with pytest.raises(ConfigurationError, match="auth_tokens: token 1 .* printable ASCII"):
+        load_config([], {"SHOPLM_AUTH_TOKENS": token}).tokens()
+
+
 def test_the_printed_settings_are_a_file_that_gives_the_same_settings(tmp_path: Path) -> None:
     config = load_config(
         ["--bundle", "a b", "--max-events", "7", "--synthetic-tries", "x=8:2x4,y=3:3", "--engine-api"], {}

@@ -10,7 +10,7 @@ import ipaddress
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -66,6 +66,7 @@ def _weights(entries: Iterable[str]) -> dict[str, float]:
     return weights
 
 
+_TOKEN = re.compile(r"[!-~]+")  # what a header's value may hold, without spaces
 _KEY = re.compile(r"[a-z0-9_.-]*")  # gRPC's rule
 _TRIE = re.compile(r"(?P<name>[\w-]+)=(?P<items>\d+):(?P<sizes>\d+(x\d+)*)")
 
@@ -230,15 +231,17 @@ class ServerConfig(BaseSettings):
         return (init_settings,)
 
     def tokens(self) -> tuple[str, ...]:
-        """All bearer tokens. Raises ConfigurationError if their file cannot be read or a token is empty."""
+        """All bearer tokens. Raises ConfigurationError if their file cannot be read or no caller could send one."""
         tokens = [token.get_secret_value() for token in self.auth_tokens]
+        _check_tokens("auth_tokens", tokens)
         if self.auth_tokens_file is not None:
-            text = read_file("auth_tokens_file", self.auth_tokens_file).decode("utf-8", "strict")
-            tokens += [line.strip() for line in text.splitlines() if line.strip()]
-            if not tokens:
+            # Each byte a character, for the check: a file in another encoding is no reason for a traceback.
+            text = read_file("auth_tokens_file", self.auth_tokens_file).decode("latin-1")
+            listed = [line.strip() for line in text.splitlines() if line.strip()]
+            if not listed:
                 raise ConfigurationError(f"auth_tokens_file: {self.auth_tokens_file} holds no token")
-        if not all(tokens):
-            raise ConfigurationError("auth_tokens: a token is empty")
+            _check_tokens(f"auth_tokens_file: {self.auth_tokens_file}", listed)
+            tokens += listed
         return tuple(tokens)
 
     def engine_spec(self, base_folder: Path) -> EngineSpec:
@@ -300,6 +303,13 @@ class ServerConfig(BaseSettings):
             written = "unset" if value is None else _toml_value(value)
             lines.append(f"# {field.description}\n{'# ' if value is None else ''}{name} = {written}\n")
         return "\n".join(lines)
+
+
+def _check_tokens(where: str, tokens: Sequence[str]) -> None:
+    """Raises ConfigurationError for a token that metadata cannot carry. It says which one, and not what it is."""
+    for number, token in enumerate(tokens, start=1):
+        if not _TOKEN.fullmatch(token):
+            raise ConfigurationError(f"{where}: token {number} is empty or has other characters than printable ASCII")
 
 
 def read_file(setting: str, path: Path) -> bytes:
