@@ -112,6 +112,32 @@ async def test_what_cannot_be_loaded_is_said_in_the_engine_s_words(
         await client.close()
 
 
+async def test_the_working_directory_brings_no_modules(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_model("smollm2")
+    (tmp_path / "msgspec.py").write_text("raise SystemExit('of the working directory')\n")
+    monkeypatch.chdir(tmp_path)
+    async with running(folder) as client:
+        assert (await client.run(chat("r", 1))).completion_tokens == 1
+
+
+class NeverLoaded(ProcessEngineClient):
+    program = (sys.executable, "-c", "import time; time.sleep(600)")
+
+
+async def test_an_engine_that_is_loading_is_not_waited_for(tmp_path: Path) -> None:
+    client = NeverLoaded(spec(tmp_path))
+    starting = asyncio.create_task(client.start())
+    while client.process_id is None:
+        await asyncio.sleep(0.01)
+    starting.cancel()
+    process = psutil.Process(client.process_id)
+    async with asyncio.timeout(5.0):  # one that was told to drain gets ten seconds
+        await client.close()
+    assert not process.is_running()
+
+
 PARENT = """
 import asyncio, sys, time
 from shoplm.engine.supervisor import ProcessEngineClient

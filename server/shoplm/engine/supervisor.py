@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -25,7 +26,8 @@ log = logging.getLogger("shoplm.engine")
 class ProcessEngineClient(EngineClient):
     """The engine in a process of its own, started again with a growing pause when it dies."""
 
-    program = (sys.executable, "-m", "shoplm.engine.process")  # called with descriptor and spec
+    # Called with descriptor and spec. -P: no module of the working directory, as for the command that starts this.
+    program = (sys.executable, "-P", "-m", "shoplm.engine.process")
 
     def __init__(self, spec: EngineSpec) -> None:
         super().__init__(spec)
@@ -63,6 +65,11 @@ class ProcessEngineClient(EngineClient):
 
         self._early_death = asyncio.create_task(died())
 
+    @property
+    def _is_loading(self) -> bool:
+        """The engine has neither said that it is ready nor that it cannot be."""
+        return self._loaded is not None and (self._loaded.cancelled() or not self._loaded.done())
+
     async def _watch(self) -> None:
         pause = _FIRST_BACKOFF_SECONDS
         while True:
@@ -92,6 +99,9 @@ class ProcessEngineClient(EngineClient):
             await asyncio.wait((self._watcher,))
         if self._process is None:
             return
+        if self._is_loading:  # it has nothing to finish, and reads no message before it has loaded
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
         try:
             async with asyncio.timeout(_STOP_SECONDS):
                 await self._process.wait()
