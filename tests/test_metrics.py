@@ -72,6 +72,19 @@ def test_counters_add_up_and_gauges_follow(metrics: Metrics) -> None:
     assert value(metrics, "shoplm_queued_tokens") == 0
 
 
+def test_what_a_lost_engine_held_is_not_shown_any_more(metrics: Metrics) -> None:
+    metrics.engine_state(True)
+    metrics.observe_step_stats(STATS)
+    metrics.engine_state(False)
+    metrics.engine_state(True)
+    assert value(metrics, "shoplm_requests_queued", service="chat") == 0
+    assert value(metrics, "shoplm_requests_running", service="chat") == 0
+    assert value(metrics, "shoplm_queued_tokens") == 0
+    # No page is neither free nor used, which an alert would take for a full cache.
+    assert value(metrics, "shoplm_kv_pages", state="free") is None
+    assert value(metrics, "shoplm_step_tokens_total", service="chat") == 5
+
+
 def test_losing_the_engine_is_counted_once_per_loss(metrics: Metrics) -> None:
     for serving in (False, True, False, False, True):
         metrics.engine_state(serving)

@@ -153,6 +153,9 @@ class Metrics:
         self.engine_up.set(serving)
         if self._engine_was_up and not serving:
             self.engine_losses.inc()
+            # What it held is gone with it, and the next one has nothing to report until a request comes.
+            self._set_gauges(StepStats())
+            self.kv_pages.clear()
         self._engine_was_up = serving
 
     def observe_step_stats(self, stats: StepStats) -> None:
