@@ -127,7 +127,7 @@ def test_a_token_that_no_caller_could_send_is_refused_without_being_shown(tmp_pa
         with pytest.raises(ConfigurationError, match=r"auth_tokens_file: .*: token 2 .* printable ASCII") as refused:
             load_config(["--auth-tokens-file", str(file)], {}).tokens()
         assert token not in str(refused.value)
-    with pytest.raises(ConfigurationError, match="auth_tokens: token 1 .* printable ASCII"):
+    with pytest.raises(ConfigurationError, match=r"auth_tokens: token 1 .* printable ASCII"):
         load_config([], {"SHOPLM_AUTH_TOKENS": token}).tokens()
 
 

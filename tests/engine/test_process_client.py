@@ -129,7 +129,7 @@ class NeverLoaded(ProcessEngineClient):
 async def test_an_engine_that_is_loading_is_not_waited_for(tmp_path: Path) -> None:
     client = NeverLoaded(spec(tmp_path))
     starting = asyncio.create_task(client.start())
-    while client.process_id is None:
+    while client.process_id is None:  # noqa: ASYNC110 - nothing tells of it
         await asyncio.sleep(0.01)
     starting.cancel()
     process = psutil.Process(client.process_id)

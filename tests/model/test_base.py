@@ -109,7 +109,7 @@ def test_who_made_the_cache_is_not_alone_in_reading_it(
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "is_file", refuse)  # what a user sees to whom the folder is closed; root sees all
-    with pytest.raises(BaseModelError, match="cannot be read by this user: Permission denied.*SHOPLM_CACHE"):
+    with pytest.raises(BaseModelError, match=r"cannot be read by this user: Permission denied.*SHOPLM_CACHE"):
         ensure_packaged(packaged, console)
 
 
