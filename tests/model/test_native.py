@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -302,3 +304,47 @@ def test_a_machine_without_a_compiler_falls_back(
             cpu_backend(EngineSpec("", weight_format="int8"), CONFIG, weights, None, (), 8)
     finally:
         native.native_library.cache_clear()
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where the cache keeps the library of AVX2, in an empty cache; a compiler that makes an empty one in its place."""
+    if shutil.which("cc") is None:
+        pytest.skip("there is no C compiler")
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho "int a;" | cc -shared -x c - -o "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("SHOPLM_CACHE", str(tmp_path / "elsewhere"))
+    native._loaded(InstructionSet.AVX2)
+    (made,) = (tmp_path / "elsewhere" / "native").iterdir()
+    monkeypatch.setenv("SHOPLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "native" / made.name
+
+
+def test_a_library_is_built_once_and_again_where_it_is_damaged(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native._loaded(InstructionSet.AVX2)
+    built = kept.read_bytes()
+    kept.write_bytes(b"damaged")
+    native._loaded(InstructionSet.AVX2)
+    assert kept.read_bytes() == built
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native._loaded(InstructionSet.AVX2)
+
+
+@pytest.mark.parametrize("open_to_all", ["library", "folder"])
+def test_a_library_that_others_could_have_put_there_is_not_loaded(kept: Path, open_to_all: str) -> None:
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"somebody else's")
+    (kept if open_to_all == "library" else kept.parent).chmod(0o777)
+    loaded = native._loaded(InstructionSet.AVX2)
+    assert loaded._name != str(kept)
+    replaced = kept.read_bytes() != b"somebody else's"
+    assert replaced == (open_to_all == "library")  # what lies in a folder that others can write is never loaded later
+
+
+def test_a_cache_that_cannot_be_written_costs_a_compilation_and_not_the_decoder(kept: Path) -> None:
+    kept.parent.parent.mkdir()
+    kept.parent.write_text("a file, so that nothing can be put below it")
+    assert native._loaded(InstructionSet.AVX2).a is not None

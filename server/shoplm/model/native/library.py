@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -28,6 +30,9 @@ _SOURCES = (
 )
 _FLAGS = ("-std=c++17", "-O2", "-fopenmp", "-shared", "-fPIC")
 _COMPILERS = ("g++", "c++", "clang++")
+_COMPILE_SECONDS = 600  # it takes three of a core's, which a busy machine may not have to give
+
+log = logging.getLogger("shoplm.engine")
 
 
 class InstructionSet(StrEnum):
@@ -153,11 +158,7 @@ def native_library(instructions: InstructionSet) -> NativeLibrary:
     Raises NativeUnavailableError.
     """
     _check_cpu(instructions)
-    path = _built(instructions)
-    try:
-        library = ctypes.CDLL(str(path))  # torch has loaded OpenMP's runtime already: both share its threads
-    except OSError as error:
-        raise NativeUnavailableError(f"{path} cannot be loaded: {error}") from error
+    library = _loaded(instructions)  # torch has loaded OpenMP's runtime already: both share its threads
     if library.shoplm_allow():
         raise NativeUnavailableError("the system does not let this process use them")
     library.shoplm_step.argtypes = (ctypes.POINTER(ModelRef), ctypes.POINTER(StepRef))
@@ -184,31 +185,55 @@ def _check_cpu(instructions: InstructionSet) -> None:
         raise NativeUnavailableError(f"this CPU lacks {', '.join(sorted(missing))}")
 
 
-def _built(instructions: InstructionSet) -> Path:
+def _loaded(instructions: InstructionSet) -> ctypes.CDLL:
+    """The cache's library for these sources; built where there is none, or none that this process may trust."""
     folder = Path(__file__).parent
     flags = (*_FLAGS, *instructions.compiler_flags)
     digest = hashlib.sha256(" ".join(flags).encode())
     for name in _SOURCES:
         digest.update((folder / name).read_bytes())
-    built = cache_folder() / "native" / f"decoder-{instructions}-{digest.hexdigest()[:16]}.so"
-    if not built.exists():
-        _compile(flags, folder / _SOURCES[-1], built)
-    return built
+    kept = cache_folder() / "native" / f"decoder-{instructions}-{digest.hexdigest()[:16]}.so"
+    if kept.exists() and _is_safe(kept.parent) and _is_safe(kept):
+        try:
+            return ctypes.CDLL(str(kept))
+        except OSError as error:  # damaged, or made on another system
+            log.info("the C++ decoder is built again: %s", error)
+    return _build(flags, folder / _SOURCES[-1], kept)
 
 
-def _compile(flags: tuple[str, ...], source: Path, target: Path) -> None:
+def _is_safe(path: Path) -> bool:
+    """Nobody but root and this user could have put code there."""
+    found = path.stat()
+    return found.st_uid in (0, os.geteuid()) and not found.st_mode & stat.S_IWOTH
+
+
+def _build(flags: tuple[str, ...], source: Path, target: Path) -> ctypes.CDLL:
+    """Compiles and loads it; keeps it as `target` if that folder can be written and is safe."""
     named = os.environ.get("CXX")
     compiler = next(filter(None, map(shutil.which, (named,) if named else _COMPILERS)), None)
     if compiler is None:
         raise NativeUnavailableError("there is no C++ compiler (g++ or clang++)")
+    keeps = _can_keep(target.parent)
+    if not keeps:
+        log.info("%s cannot be written, or others can write it: the C++ decoder is not kept", target.parent)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        with tempfile.TemporaryDirectory(dir=target.parent if keeps else None) as folder:
             made = Path(folder) / target.name
             command = [compiler, *flags, str(source), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
             if done.returncode:
                 raise NativeUnavailableError(f"{compiler} failed: {done.stderr.strip()[:300]}")
-            made.replace(target)  # whole or not at all: two engines may build at once
+            library = ctypes.CDLL(str(made))
+            if keeps:
+                made.replace(target)  # whole or not at all: two engines may build at once
+            return library
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeUnavailableError(f"the decoder cannot be built: {error}") from error
+
+
+def _can_keep(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK) and _is_safe(folder)
