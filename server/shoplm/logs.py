@@ -1,8 +1,7 @@
 """Structured logs: a line of text or of JSON per record, with the request id of the call that it belongs to.
 
 Whatever a message holds, a record is one line of printable ASCII or UTF-8 text: control characters, terminal escapes
-and line separators are written as escapes. No prompt, message or event of a request is ever logged; its refused fields
-are, shortened and escaped (`shoplm.api.validation.quote`).
+and line separators are written as escapes. Nothing of a request is ever logged but the paths of its refused fields.
 """
 
 from __future__ import annotations

@@ -285,25 +285,31 @@ def test_the_ready_text_is_three_calls_to_copy(serve_scripted: Serve) -> None:
     assert all(f"--customer {DEMO_CUSTOMER} --address 127.0.0.1:{server.port}" in line for line in lines[3:])
 
 
-def test_nothing_of_a_request_reaches_the_log_unescaped(
+def test_of_a_request_the_log_names_the_refused_fields_and_nothing_else(
     serve_scripted: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     scripted = serve_scripted()
+    secret, path = "my secret words", "/shoplm.v1.ChatService/Chat"
+    said = [chat_pb2.Message(role="user", content=secret)]
+    refused = [
+        chat_pb2.ChatRequest(messages=[chat_pb2.Message(role=f"a\nFAKE LINE\x1b[2J{secret}", content=secret)]),
+        chat_pb2.ChatRequest(messages=said, customer=shop_pb2.Customer(customer_id=secret * 100)),
+        chat_pb2.ChatRequest(messages=said, customer=shop_pb2.Customer(attributes={"age": secret * 100})),
+        chat_pb2.ChatRequest(messages=said, stop=[secret * 100]),
+    ]
+    sent = [request.SerializeToString() for request in refused]
+    sent.append(chat_pb2.ChatRequest(messages=said).SerializeToString().replace(b"my", b"\xff\xfe"))
     with caplog.at_level(logging.DEBUG, "shoplm"):
-        request = chat_pb2.ChatRequest(
-            messages=[chat_pb2.Message(role="a\nFAKE LINE\x1b[2J", content="my secret words")]
-        )
-        with pytest.raises(grpc.RpcError):
-            list(scripted.server.chat.Chat(request))
-        list(
-            scripted.server.chat.Chat(
-                chat_pb2.ChatRequest(messages=[chat_pb2.Message(role="user", content="my secret words")])
-            )
-        )
+        for data in sent:
+            with pytest.raises(grpc.RpcError) as raised:
+                scripted.server.raw(path, data)
+            assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        list(scripted.server.chat.Chat(chat_pb2.ChatRequest(messages=said)))
     messages = [record.getMessage() for record in caplog.records]
-    assert any("messages[0].role" in message for message in messages)
+    assert "refused because of messages[0].role" in messages
+    assert "refused because of messages[0].content" in messages
     assert all(message.isprintable() for message in messages)
-    assert not any("secret words" in message for message in messages)
+    assert not any("secret" in message for message in messages)
     assert {record.name for record in caplog.records} >= {"shoplm.api"}
 
 

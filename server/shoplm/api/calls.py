@@ -27,7 +27,7 @@ from shoplm.api.methods import METHODS, Method
 from shoplm.api.status import CallStatus, status_of
 from shoplm.api.wire import parse
 from shoplm.call_metrics import MethodCounts
-from shoplm.errors import EngineUnavailableError, OverloadedError, UnauthenticatedError
+from shoplm.errors import EngineUnavailableError, InvalidRequestError, OverloadedError, UnauthenticatedError
 from shoplm.logs import request_id
 from shoplm.metrics import Metrics
 
@@ -228,7 +228,7 @@ class _Call:
         fields = {"service": self._method.label, "method": self._method.name, "code": code.name}
         log.log(
             level,
-            "call ended" if error is None else str(error) or type(error).__name__,
+            "call ended" if error is None else _loggable(error),
             extra={**fields, "seconds": round(seconds, 6)},
             exc_info=error if code is grpc.StatusCode.INTERNAL else None,
         )
@@ -243,6 +243,13 @@ _LEVELS = {
     grpc.StatusCode.INVALID_ARGUMENT: logging.INFO,
     grpc.StatusCode.FAILED_PRECONDITION: logging.INFO,
 }
+
+
+def _loggable(error: Exception) -> str:
+    """What the log may hold of an error: of a refused field its path, since its value may be somebody's data."""
+    if isinstance(error, InvalidRequestError):
+        return f"refused because of {', '.join(field for field, _ in error.violations)}"
+    return str(error) or type(error).__name__
 
 
 def _is_expired(code: grpc.StatusCode) -> bool:
