@@ -94,7 +94,7 @@ async def test_a_terminal_s_signals_are_left_to_the_parent(tiny_model: TinyModel
     assert not process.is_running()  # closing ends it
 
 
-@pytest.mark.parametrize("what", ["weights", "dtype"])
+@pytest.mark.parametrize("what", ["weights", "dtype", "cache"])
 async def test_what_cannot_be_loaded_is_said_in_the_engine_s_words(
     tiny_model: TinyModel, tmp_path: Path, what: str
 ) -> None:
@@ -102,6 +102,9 @@ async def test_what_cannot_be_loaded_is_said_in_the_engine_s_words(
     if what == "weights":
         (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
         bad, words = spec(tmp_path), "safetensors"
+    elif what == "cache":
+        bad = EngineSpec(base_folder=str(folder), kv_cache_bytes=1 << 60)
+        words = "kv_cache_mib is 1,099,511,627,776, and this machine has "
     else:
         bad = EngineSpec(base_folder=str(folder), dtype="float64")
         words = "dtype 'float64' is not one of: bfloat16, float32"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import psutil
 import torch
 from shoplm.bundle import ShopManifest, read_manifest
 from shoplm.catalog.filters import ItemColumns
@@ -112,6 +113,11 @@ def _pages(spec: EngineSpec, config: ModelConfig, dtype: torch.dtype) -> int:
     if pages < 2:
         raise ConfigurationError(
             f"a KV cache of {spec.kv_cache_bytes} bytes holds {pages} pages of {page_bytes} bytes: raise kv_cache_mib"
+        )
+    # It is touched as it fills: without this, the system would find out in the midst of serving.
+    if spec.backend == "torch" and spec.kv_cache_bytes > (memory := psutil.virtual_memory().total):
+        raise ConfigurationError(
+            f"kv_cache_mib is {spec.kv_cache_bytes >> 20:,}, and this machine has {memory >> 20:,} MiB of memory in all"
         )
     return pages
 

@@ -106,7 +106,7 @@ class Admission:
         elif sequence.lanes > most:
             reason, message = "BEAMS_EXCEED_STEP", f"{sequence.lanes} lanes do not fit into a step of {most} tokens"
         elif not self._memory.fits(sequence):
-            reason, message = "CACHE_EXCEEDED", f"{longest} tokens do not fit into the KV cache"
+            reason, message = "CACHE_EXCEEDED", f"{longest} tokens do not fit into the KV cache (kv_cache_mib)"
         return Refusal(FailureKind.INVALID, reason, message) if reason else None
 
     def _can_explain(self, task: Explain) -> bool:
