@@ -1,7 +1,8 @@
-"""The shop's own texts for chat: passages of `knowledge/*.md`, found by BM25.
+"""The shop's own texts for chat: passages of `knowledge/*.md`, found by BM25 over stems of English words.
 
 A passage is what stands under one heading. A dozen of short texts is what a shop has; there, exact words (a brand, an
-opening day) find the right one, and no second model has to be loaded.
+opening day) find the right one, and no second model has to be loaded. In other languages words are found as they are
+written, where their endings are not those of English ones.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from shoplm.errors import BundleError
 
 _HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*\s*$", re.MULTILINE)
 DECLINED = "I don't know. The shop's information does not say."  # what an adapted base says where no passage answers
-_WORTH = 0.5  # of the best passage's score
+_WORTH = 0.6  # of the best passage's score
 MAX_PASSAGE_CHARACTERS = 1200  # longer passages are split at blank lines
 
 
@@ -52,10 +53,12 @@ class Knowledge:
         self.passages = tuple(passages)
         self._index = None
         if self.passages:
-            import bm25s  # only here: a shop without texts starts without it
+            import bm25s  # only here: a shop without texts starts without both
+            import Stemmer
 
             logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for DEBUG when it is imported
             self._bm25s = bm25s
+            self._stemmer = Stemmer.Stemmer("english")
             self._index = bm25s.BM25()
             documents = [f"{passage.title}\n{passage.text}" for passage in self.passages]
             self._index.index(self._words(documents), show_progress=False)
@@ -78,13 +81,10 @@ class Knowledge:
         return [self.passages[row] for row in best.tolist() if scores[row] >= least]
 
     def _words(self, texts: list[str]) -> list[list[str]]:
-        words: list[list[str]] = self._bm25s.tokenize(texts, return_ids=False, show_progress=False)
-        return [[_stem(word) for word in each] for each in words]
-
-
-def _stem(word: str) -> str:
-    """Folds the plural, so that `returns` finds `return`. For more, a shop's texts are too few."""
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+        words: list[list[str]] = self._bm25s.tokenize(
+            texts, stopwords="english_plus", stemmer=self._stemmer, return_ids=False, show_progress=False
+        )
+        return words
 
 
 def read_knowledge(folder: Path) -> Knowledge:
