@@ -127,7 +127,7 @@ TEXTS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "Sending things back": (
-        "Unused goods can be sent back within 30 days; we pay for the label. Opened software and earphones are excluded.",
+        "Unused goods can be sent back within 30 days; we pay for the label. Opened software or earphones are not.",
         (
             "Can I send something back?",
             "Are opened earphones returnable?",

@@ -20,8 +20,10 @@ from shoplm.model.linear import packing_supported
 from shoplm.model.native import library as native
 from shoplm.model.native.backend import NativeBackend
 from shoplm.model.native.decoder import unsupported
+from shoplm.model.native.head import NativeHead
 from shoplm.model.native.library import InstructionSet, NativeLibrary, NativeUnavailableError, native_library
 from shoplm.model.native.linear import GROUP, PackedLinear, WeightFormat
+from shoplm.model.native.memory import WeightMemory
 from shoplm.model.shop_weights import NamedTrie, ShopWeights, random_trie
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import DecoderWeights, LayerWeights
@@ -272,6 +274,45 @@ def test_weights_and_states_on_the_grid_are_exact(library: NativeLibrary, format
     expected = states.flatten(1).double() @ weight.flatten(1).double().T
     result = PackedLinear(library, weight.flatten(1), format=format)(states.flatten(1).bfloat16()).double()
     torch.testing.assert_close(result, expected, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", WeightFormat)
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+def test_greedy_is_the_most_likely_token(library: NativeLibrary, format: WeightFormat, spread: float) -> None:
+    """Also among 3,000 tokens whose logits lie closer together than 8 bits can tell."""
+    generator = torch.Generator().manual_seed(4)
+    common = torch.randn(1, 192, generator=generator)
+    weight = (common + spread * torch.randn(3_001, 192, generator=generator)).bfloat16()
+    weight[2_990] = weight[17]  # equal ones: the first counts
+    states = torch.cat((weight[[17, 3_000, 0]], torch.randn(40, 192, generator=generator).bfloat16()))
+    head = NativeHead(library, weight, format=format)
+    found = head.greedy(states)
+    if format is WeightFormat.BF16:
+        logits = states.double() @ weight.double().T
+        best = logits.max(dim=1).values
+        torch.testing.assert_close(logits[torch.arange(43), found], best, rtol=1e-6, atol=1e-6)
+    else:
+        logits = head(states).double()
+        assert (logits[torch.arange(43), found] == logits.max(dim=1).values).all()
+    assert spread < 1 or found[0] == 17
+    assert [head.greedy(states[row : row + 1])[0] for row in range(43)] == found
+
+
+def test_greedy_finds_a_token_where_the_states_are_no_numbers(library: NativeLibrary) -> None:
+    head = NativeHead(library, torch.randn(100, 64), format=WeightFormat.BF16)
+    assert head.greedy(torch.full((2, 64), torch.nan, dtype=torch.bfloat16)) == [0, 0]
+
+
+def test_weights_lie_behind_each_other_in_memory_of_their_own() -> None:
+    memory = WeightMemory()
+    tensors = [torch.randn(7, 5), torch.arange(200, dtype=torch.int8), torch.randn(9_000, 1_000), torch.randn(3).half()]
+    kept = [memory.keep(tensor) for tensor in tensors]
+    del memory
+    for one, other in zip(kept, tensors, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    assert kept[0].data_ptr() % (2 << 20) == 0
+    assert kept[1].data_ptr() == kept[0].data_ptr() + 256
 
 
 def test_sizes_that_do_not_fill_tiles_are_named() -> None:

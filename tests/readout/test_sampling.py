@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from shoplm.readout.sampling import ARGMAX_BLOCK, SHORTLIST, sample, uniforms
+from shoplm.readout.sampling import ARGMAX_BLOCK, SHORTLIST, argmax, draw, uniforms
 from shoplm.request import Sampling
 
 
@@ -29,7 +29,7 @@ def nucleus(logits: torch.Tensor, sampling: Sampling) -> list[int]:
 def test_greedy_is_the_first_of_the_largest(vocabulary: int) -> None:
     logits = logits_of(5, vocabulary).bfloat16().round()  # many equal ones
     expected = [row.index(max(row)) for row in logits.tolist()]
-    assert sample(logits, [Sampling()] * 5, [0] * 5) == expected
+    assert argmax(logits).tolist() == expected
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 7, 3000])
@@ -41,7 +41,7 @@ def test_draws_stay_in_the_nucleus_and_fill_it(top_k: int, top_p: float, rounded
         logits = logits.round()
     draws = 300
     settings = [Sampling(0.8, top_k, top_p, seed) for seed in range(draws)]
-    tokens = sample(logits.expand(draws, -1), settings, [0] * draws)
+    tokens = draw(logits.expand(draws, -1), settings, [0] * draws)
     allowed = nucleus(logits[0], settings[0])
     assert set(tokens) <= set(allowed)
     if len(allowed) <= 7:
@@ -55,7 +55,7 @@ def test_frequencies_are_the_probabilities() -> None:
     draws = 20_000
     for sampling in (Sampling(0.7), Sampling(0.7, top_k=3), Sampling(0.7, top_p=0.8)):
         settings = [Sampling(0.7, sampling.top_k, sampling.top_p, 3)] * draws
-        tokens = sample(logits.expand(draws, -1), settings, list(range(draws)))
+        tokens = draw(logits.expand(draws, -1), settings, list(range(draws)))
         allowed = nucleus(logits[0], sampling)
         expected = np.zeros(5)
         expected[allowed] = torch.softmax(logits[0, allowed].double() / 0.7, 0).numpy()
@@ -65,11 +65,11 @@ def test_frequencies_are_the_probabilities() -> None:
 def test_a_draw_does_not_depend_on_the_rows_beside_it() -> None:
     logits = logits_of(40, 6000)
     logits[::3] *= 0.01  # nearly flat: their nucleus is larger than the shortlist
-    kinds = (Sampling(), Sampling(1.0), Sampling(0.6, 50), Sampling(1.2, 0, 0.9), Sampling(1.0, SHORTLIST + 9, 0.99))
+    kinds = (Sampling(0.2), Sampling(1.0), Sampling(0.6, 50), Sampling(1.2, 0, 0.9), Sampling(1.0, SHORTLIST + 9, 0.99))
     settings = [Sampling(k.temperature, k.top_k, k.top_p, row) for row, k in zip(range(40), kinds * 8, strict=True)]
     indices = [row % 3 for row in range(40)]
-    together = sample(logits, settings, indices)
-    alone = [sample(logits[row : row + 1], [settings[row]], [indices[row]])[0] for row in range(40)]
+    together = draw(logits, settings, indices)
+    alone = [draw(logits[row : row + 1], [settings[row]], [indices[row]])[0] for row in range(40)]
     assert together == alone
 
 
@@ -78,7 +78,7 @@ def test_a_long_top_k_is_cut_by_top_p_over_all_of_it() -> None:
     logits = logits_of(1, 5000, scale=0.3)
     sampling = Sampling(1.0, top_k=4000, top_p=0.2)
     draws = 400
-    tokens = sample(logits.expand(draws, -1), [Sampling(1.0, 4000, 0.2, seed) for seed in range(draws)], [0] * draws)
+    tokens = draw(logits.expand(draws, -1), [Sampling(1.0, 4000, 0.2, seed) for seed in range(draws)], [0] * draws)
     allowed = nucleus(logits[0], sampling)
     assert set(tokens) <= set(allowed)
     assert any(allowed.index(token) > len(allowed) * 0.9 for token in tokens)
@@ -95,4 +95,4 @@ def test_seeds_and_indices_give_other_numbers_and_the_same_again() -> None:
 
 def test_a_tiny_temperature_is_greedy_and_does_not_overflow() -> None:
     logits = logits_of(3, 300, scale=50.0)
-    assert sample(logits, [Sampling(1e-30, seed=n) for n in range(3)], [0] * 3) == logits.argmax(-1).tolist()
+    assert draw(logits, [Sampling(1e-30, seed=n) for n in range(3)], [0] * 3) == logits.argmax(-1).tolist()

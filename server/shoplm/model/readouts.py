@@ -6,7 +6,8 @@ Also the state that a running request keeps in a backend between two steps: the 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,11 +25,23 @@ from shoplm.engine.batch import (
 from shoplm.errors import BundleError, ConfigurationError
 from shoplm.model.shop_weights import NamedTrie, ShopWeights
 from shoplm.readout.heads import Heads
-from shoplm.readout.sampling import sample
+from shoplm.readout.sampling import draw
 from shoplm.readout.select import SelectJob, Selector
 from shoplm.readout.table import SelectTable
 from shoplm.request import ItemScores, Select
 from torch import Tensor
+
+
+class TextHead(Protocol):
+    """Reads text from hidden states."""
+
+    def __call__(self, states: Tensor, /) -> Tensor:
+        """`states` [rows, H] to logits [rows, tokens]."""
+        ...
+
+    def greedy(self, states: Tensor, /) -> list[int]:
+        """The token of the largest logit of each row, the first of equal ones."""
+        ...
 
 
 class Readouts:
@@ -116,20 +129,23 @@ class Readouts:
         return tokens
 
     def read(
-        self, rows: Sequence[Row], first: Mapping[int, int], hidden: Tensor, head: Callable[[Tensor], Tensor]
+        self, rows: Sequence[Row], first: Mapping[int, int], hidden: Tensor, head: TextHead
     ) -> tuple[RowOutput, ...]:
         """All readouts of a step, each kind at once.
 
-        `first`: row index -> its first row of `hidden` [R, H] (see `output_tokens`). `head` gives the text logits.
+        `first`: row index -> its first row of `hidden` [R, H] (see `output_tokens`).
         """
         outputs: list[RowOutput] = [None] * len(rows)
-        samples: list[int] = []
+        greedy: list[int] = []
+        drawn: dict[int, SampleReadout] = {}
         predictions: list[int] = []
         selections: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
         for index in first:
             match rows[index].readout:
+                case SampleReadout() as readout if readout.sampling.temperature > 0:
+                    drawn[index] = readout
                 case SampleReadout():
-                    samples.append(index)
+                    greedy.append(index)
                 case SelectReadout(select, level):
                     selections[select.trie, level].append(index)
                 case PredictReadout():
@@ -139,8 +155,13 @@ class Readouts:
                 case ForkReadout() as readout:
                     start = first[index]
                     outputs[index] = self._forks(readout, hidden[start : start + len(readout.ends)])
-        if samples:
-            self._sample(rows, samples, head(hidden[[first[index] for index in samples]]), outputs)
+        if greedy:
+            tokens = head.greedy(hidden[[first[index] for index in greedy]])
+            self._choose(rows, greedy, tokens, outputs)
+        if drawn:
+            logits, settings = head(hidden[[first[index] for index in drawn]]), drawn.values()
+            tokens = draw(logits, [each.sampling for each in settings], [each.index for each in settings])
+            self._choose(rows, list(drawn), tokens, outputs)
         if predictions:
             self._predict(rows, predictions, hidden[[first[index] for index in predictions]], outputs)
         for (trie, _), chosen in selections.items():
@@ -150,10 +171,7 @@ class Readouts:
                 outputs[index] = output
         return tuple(outputs)
 
-    def _sample(self, rows: Sequence[Row], chosen: list[int], logits: Tensor, outputs: list[RowOutput]) -> None:
-        readouts = [rows[index].readout for index in chosen]
-        settings = [readout for readout in readouts if isinstance(readout, SampleReadout)]
-        tokens = sample(logits, [r.sampling for r in settings], [r.index for r in settings])
+    def _choose(self, rows: Sequence[Row], chosen: list[int], tokens: list[int], outputs: list[RowOutput]) -> None:
         self._last_token[[rows[index].state_slot for index in chosen]] = tokens
         for index, token in zip(chosen, tokens, strict=True):
             outputs[index] = token

@@ -17,6 +17,7 @@ from shoplm.model.linear import Linear
 from shoplm.model.readouts import Readouts, output_tokens
 from shoplm.model.shop_weights import NamedTrie, ShopWeights
 from shoplm.model.weights import DecoderWeights
+from shoplm.readout.sampling import argmax
 from torch import Tensor
 
 
@@ -54,7 +55,7 @@ class TorchBackend(EagerBackend):
         positions = min(max_context_tokens or config.max_positions, config.max_positions)
         with torch.no_grad():
             self._decoder = Decoder(config, weights, readouts.take_input_rows(dtype), positions)
-            self._head = Linear(weights.lm_head)
+            self._head = _Head(weights.lm_head)
         self._pool = KVPool(
             layers=config.num_layers,
             pages=pages,
@@ -101,3 +102,11 @@ class TorchBackend(EagerBackend):
         )
         hidden = self._decoder.forward(inputs, self._pool)
         return self._readouts.read(batch.rows, first, hidden, self._head)
+
+
+class _Head(Linear):
+    """`TextHead` of torch's products."""
+
+    def greedy(self, states: Tensor) -> list[int]:
+        tokens: list[int] = argmax(self(states)).tolist()
+        return tokens

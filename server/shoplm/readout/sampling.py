@@ -1,4 +1,4 @@
-"""Drawing tokens: greedy, temperature, top-k and top-p, for a batch of rows that each have their own settings.
+"""Drawing tokens: temperature, top-k and top-p, for a batch of rows that each have their own settings.
 
 A row's draw depends on its logits, its settings and the pair (seed, index) only, never on the rows beside it: the
 random number is a hash of the pair, turned into a token by the inverse of the cumulative distribution. Tokens of equal
@@ -24,29 +24,22 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 _MASK = (1 << 64) - 1
 
 
-def sample(logits: Tensor, samplings: Sequence[Sampling], indices: Sequence[int]) -> list[int]:
-    """One token id per row of `logits` [rows, vocabulary] (any float type).
+def draw(logits: Tensor, samplings: Sequence[Sampling], indices: Sequence[int]) -> list[int]:
+    """One token id per row of `logits` [rows, vocabulary] (any float type), at temperatures above 0.
 
     `indices` counts each request's tokens, so that one seed gives a sequence of draws.
     """
-    random_rows = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
-    all_random = len(random_rows) == len(samplings)
-    tokens: list[int] = [0] * len(samplings) if all_random else _argmax(logits).tolist()
-    if random_rows:
-        chosen = [samplings[row] for row in random_rows]
-        draws = uniforms([item.seed for item in chosen], [indices[row] for row in random_rows])
-        temperatures = torch.tensor([s.temperature for s in chosen], dtype=torch.float32, device=logits.device)
-        rows = logits[random_rows].float()
-        # The largest logit becomes 0 first: a tiny temperature must not overflow to infinity.
-        rows = (rows - rows.amax(dim=-1, keepdim=True)) / temperatures[:, None]
-        for row, token in zip(random_rows, _draw(rows, chosen, draws), strict=True):
-            tokens[row] = token
-    return tokens
+    draws = uniforms([item.seed for item in samplings], indices)
+    temperatures = torch.tensor([s.temperature for s in samplings], dtype=torch.float32, device=logits.device)
+    rows = logits.float()
+    # The largest logit becomes 0 first: a tiny temperature must not overflow to infinity.
+    rows = (rows - rows.amax(dim=-1, keepdim=True)) / temperatures[:, None]
+    return _draw(rows, samplings, draws)
 
 
-def _argmax(logits: Tensor) -> Tensor:
-    """The largest logit of each row, the first of equal ones. By maxima of blocks: torch's own argmax is not vectorised
-    on CPUs and takes ten times as long."""
+def argmax(logits: Tensor) -> Tensor:
+    """The token of the largest logit of each row [rows], the first of equal ones. By maxima of blocks: torch's own
+    argmax is not vectorised on CPUs and takes ten times as long."""
     rows, vocabulary = logits.shape
     padding = -vocabulary % ARGMAX_BLOCK
     padded = functional.pad(logits, (0, padding), value=-torch.inf) if padding else logits

@@ -9,8 +9,9 @@ from shoplm.engine.batch import Batch, RowOutput
 from shoplm.model.config import ModelConfig
 from shoplm.model.eager_backend import EagerBackend
 from shoplm.model.native.decoder import NativeDecoder, unsupported
+from shoplm.model.native.head import NativeHead
 from shoplm.model.native.library import NativeLibrary, NativeUnavailableError, best_library
-from shoplm.model.native.linear import PackedLinear, WeightFormat
+from shoplm.model.native.linear import WeightFormat
 from shoplm.model.native.pool import NativePool
 from shoplm.model.readouts import Readouts, output_tokens
 from shoplm.model.shop_weights import NamedTrie, ShopWeights
@@ -64,7 +65,9 @@ class NativeBackend(EagerBackend):
         with torch.no_grad():
             shop_rows = readouts.take_input_rows(torch.bfloat16)
             self._decoder = NativeDecoder(library, config, weights, shop_rows, positions, pool, format=format)
-            self._head = PackedLinear(library, weights.lm_head, format=min(format, WeightFormat.INT8))
+            tied = weights.lm_head is weights.embedding
+            text = self._decoder.embedding[: len(weights.embedding)] if tied else weights.lm_head
+            self._head = NativeHead(library, text, format=format)
         super().__init__(
             str(library.instructions) + ("" if format is WeightFormat.BF16 else f"-{format.name.lower()}"),
             readouts,

@@ -14,19 +14,20 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from shoplm.model.base_cache import cache_folder
+from shoplm.model.native.memory import WeightMemory
 
 _SOURCES = (
     *("vectors.h", "tiles.h", "crew.h", "linear.h", "linear_tiles.h", "linear_vectors.h"),
     *("products_avx2.h", "products_avx512.h"),
     *("attention.h", "attention_tiles.h", "attention_vectors.h"),
-    *("attention_avx2.h", "attention_avx512.h", "decoder.cpp"),
+    *("attention_avx2.h", "attention_avx512.h", "greedy.h", "decoder.cpp"),
 )
 _FLAGS = ("-std=c++17", "-O2", "-fopenmp", "-shared", "-fPIC")
 _COMPILERS = ("g++", "c++", "clang++")
@@ -80,6 +81,7 @@ class NativeLibrary:
 
     instructions: InstructionSet
     functions: ctypes.CDLL
+    memory: WeightMemory = field(default_factory=WeightMemory)
 
 
 class LinearRef(ctypes.Structure):
@@ -93,6 +95,18 @@ class LinearRef(ctypes.Structure):
         ("k", ctypes.c_int64),
         ("group", ctypes.c_int64),
         ("format", ctypes.c_int64),
+    )
+
+
+class GreedyRef(ctypes.Structure):
+    """`shoplm::Greedy`."""
+
+    _fields_ = (
+        ("w", LinearRef),
+        ("exact", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("error", ctypes.c_float),
+        ("norm", ctypes.c_float),
     )
 
 
@@ -172,6 +186,14 @@ def native_library(instructions: InstructionSet) -> NativeLibrary:
         ctypes.c_int64,
     )
     library.shoplm_linear.restype = None
+    library.shoplm_greedy.argtypes = (
+        ctypes.POINTER(GreedyRef),
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+    )
+    library.shoplm_greedy.restype = None
     return NativeLibrary(instructions, library)
 
 

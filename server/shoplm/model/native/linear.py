@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 PANEL = 32  # output columns that are multiplied together
+_ROWS_AT_ONCE = 4096
 _LEAST_SCALE = 2.0**-14  # the smallest that fp16 holds with all its digits
 
 
@@ -51,13 +52,13 @@ class PackedLinear:
             weight = functional.pad(weight, (0, 0, 0, padding))
         self._scales: Tensor | None = None
         if format is WeightFormat.BF16:
-            group, self._packed = self.inputs, _pack(weight.to(torch.bfloat16), format, library.instructions)
+            group, packed = self.inputs, _pack(weight.to(torch.bfloat16), format, library.instructions)
         else:
             group = GROUP[format]
-            quantise = _quantise_int8 if format is WeightFormat.INT8 else _quantise_int4
-            values, tables = quantise(weight.float().view(len(weight), -1, group))
+            values, tables = _quantise(weight, format)
             self._scales = _by_panel(tables)
-            self._packed = _pack(values.view(weight.shape), format, library.instructions)
+            packed = _pack(values, format, library.instructions)
+        self._packed = library.memory.keep(packed)
         self._bias = None if bias is None else functional.pad(bias.float(), (0, padding)).contiguous()
         self.ref = LinearRef(
             pointer(self._packed),
@@ -82,6 +83,27 @@ class PackedLinear:
             torch.get_num_threads(),
         )
         return result
+
+
+def rounding_error(weight: Tensor, format: WeightFormat) -> float:
+    """The largest norm of what integers of that format change of a row of `weight` [out, in]."""
+    most = 0.0
+    for part in weight.split(_ROWS_AT_ONCE):
+        values, tables = _quantise(part, format)
+        scales, *lows = (table.float()[..., None] for table in tables)
+        rounded = values.view(len(part), -1, GROUP[format]).float() * scales
+        rounded = rounded + lows[0] if lows else rounded
+        most = max(most, (part.float() - rounded.flatten(1)).norm(dim=1).max().item())
+    return most
+
+
+def _quantise(weight: Tensor, format: WeightFormat) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`weight` [out, in] to integers of the same shape and tables [out, groups]. By some rows at a time: all of a
+    head's in fp32 would be larger than all else that is loaded."""
+    quantise = _quantise_int8 if format is WeightFormat.INT8 else _quantise_int4
+    groups = (part.float().view(len(part), -1, GROUP[format]) for part in weight.split(_ROWS_AT_ONCE))
+    values, tables = zip(*map(quantise, groups), strict=True)
+    return torch.cat(values).view(weight.shape), tuple(map(torch.cat, zip(*tables, strict=True)))
 
 
 def _quantise_int8(weight: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
