@@ -61,18 +61,22 @@ class Knowledge:
             self._stemmer = Stemmer.Stemmer("english")
             self._index = bm25s.BM25()
             documents = [f"{passage.title}\n{passage.text}" for passage in self.passages]
-            self._index.index(self._words(documents), show_progress=False)
+            self._index.index([self._words(document) for document in documents], show_progress=False)
 
     def __len__(self) -> int:
         return len(self.passages)
 
     def search(self, query: str, count: int) -> list[Passage]:
         """At most `count` passages that share a word with the query, best first; ties in the order of the texts. Those
-        that are far behind the best one are left out: they would only distract."""
+        that are far behind the best one are left out: they would only distract.
+
+        Words such as `how` and `you` count only where the query asks for something that no text speaks of: a model that
+        is shown what does not answer says so, and one that is shown nothing makes something up.
+        """
         if self._index is None or count <= 0:
             return []
-        (words,) = self._words([query])
-        known = [word for word in words if word in self._index.vocab_dict]
+        asked = self._words(query, stopwords="english_plus")
+        known = self._known(asked) or (self._known(self._words(query)) if asked else [])
         if not known:
             return []
         scores = self._index.get_scores(known)
@@ -80,11 +84,15 @@ class Knowledge:
         least = max(_WORTH * float(scores[best[0]]), np.finfo(np.float32).tiny)
         return [self.passages[row] for row in best.tolist() if scores[row] >= least]
 
-    def _words(self, texts: list[str]) -> list[list[str]]:
+    def _known(self, words: list[str]) -> list[str]:
+        assert self._index is not None
+        return [word for word in words if word in self._index.vocab_dict]
+
+    def _words(self, text: str, stopwords: str | None = None) -> list[str]:
         words: list[list[str]] = self._bm25s.tokenize(
-            texts, stopwords="english_plus", stemmer=self._stemmer, return_ids=False, show_progress=False
+            [text], stopwords=stopwords, stemmer=self._stemmer, return_ids=False, show_progress=False
         )
-        return words
+        return words[0]
 
 
 def read_knowledge(folder: Path) -> Knowledge:

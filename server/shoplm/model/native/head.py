@@ -23,7 +23,7 @@ class NativeHead:
             self._exact = weight.to(torch.bfloat16).contiguous()
             self._screen = PackedLinear(library, self._exact, format=WeightFormat.INT8)
             error = rounding_error(self._exact, WeightFormat.INT8)
-            norm = max(part.float().norm(dim=1).max().item() for part in self._exact.split(4096))
+            norm = max(part.float().norm(dim=1).max().item() for part in torch.split(self._exact, 4096))
         self._ref = GreedyRef(self._screen.ref, pointer(self._exact), len(weight), error, norm)
 
     def __call__(self, states: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class PackedLinear:
 def rounding_error(weight: Tensor, format: WeightFormat) -> float:
     """The largest norm of what integers of that format change of a row of `weight` [out, in]."""
     most = 0.0
-    for part in weight.split(_ROWS_AT_ONCE):
+    for part in torch.split(weight, _ROWS_AT_ONCE):
         values, tables = _quantise(part, format)
         scales, *lows = (table.float()[..., None] for table in tables)
         rounded = values.view(len(part), -1, GROUP[format]).float() * scales
@@ -101,7 +101,7 @@ def _quantise(weight: Tensor, format: WeightFormat) -> tuple[Tensor, tuple[Tenso
     """`weight` [out, in] to integers of the same shape and tables [out, groups]. By some rows at a time: all of a
     head's in fp32 would be larger than all else that is loaded."""
     quantise = _quantise_int8 if format is WeightFormat.INT8 else _quantise_int4
-    groups = (part.float().view(len(part), -1, GROUP[format]) for part in weight.split(_ROWS_AT_ONCE))
+    groups = (part.float().view(len(part), -1, GROUP[format]) for part in torch.split(weight, _ROWS_AT_ONCE))
     values, tables = zip(*map(quantise, groups), strict=True)
     return torch.cat(values).view(weight.shape), tuple(map(torch.cat, zip(*tables, strict=True)))
 
