@@ -16,7 +16,7 @@ ITEMS, HIDDEN = 30, 8
 POPULARITY = -np.abs(np.arange(ITEMS) - 20.0).astype(np.float32)  # 20 is the most popular; 19 and 21 tie, ...
 
 
-def selector(depth: int) -> Selector:
+def selector(depth: int, popularity_weight: float = 0.5) -> Selector:
     sizes = (ITEMS,) if depth == 1 else (4,) * depth
     codes = np.stack(np.unravel_index(np.arange(ITEMS), sizes), axis=1).astype(np.int32)
     generator = torch.Generator().manual_seed(1)
@@ -28,14 +28,14 @@ def selector(depth: int) -> Selector:
         token_starts=tuple(100 * level for level in range(depth)),
         popularity=POPULARITY,
         habits=HabitTable(2.0),
-        popularity_weight=0.5,
+        popularity_weight=popularity_weight,
         filters=ItemFilters(ITEMS, columns),
     )
     return Selector(table)
 
 
-def selected(depth: int, select: Select) -> SelectOutput:
-    (output,) = selector(depth).step(torch.ones(1, HIDDEN), [SelectJob(0, select, 0, 0, 1)])
+def selected(depth: int, select: Select, popularity_weight: float = 0.5) -> SelectOutput:
+    (output,) = selector(depth, popularity_weight).step(torch.ones(1, HIDDEN), [SelectJob(0, select, 0, 0, 1)])
     assert output is not None
     return output
 
@@ -46,6 +46,12 @@ def test_the_most_popular_come_first_and_ties_by_row(depth: int) -> None:
     assert output.items == (20, 19, 21, 18)
     assert output.scores == output.popularity == (0.0, -0.5, -0.5, -1.0)
     assert output.model == output.repeat == (0.0,) * 4
+
+
+def test_popularity_counts_also_where_it_has_no_weight_beside_the_model() -> None:
+    output = selected(1, Select(count=4, beam_width=2, popularity_only=True), popularity_weight=0.0)
+    assert output.items == (20, 19, 21, 18)
+    assert output.scores == output.popularity == (0.0, -1.0, -1.0, -2.0)
 
 
 @pytest.mark.parametrize("depth", [1, 3])

@@ -9,11 +9,12 @@ from shoplm.request import Select, SelectOutput
 
 
 def popular(table: SelectTable, select: Select) -> SelectOutput:
-    """The items of the largest popularity terms that pass the filter; of given candidates, those alone.
+    """The most popular items that pass the filter; of given candidates, those alone.
 
-    The other terms are 0. Ties: lower item row first.
+    Where popularity has no weight beside the model it is all that counts here: the term is log popularity itself. The
+    other terms are 0. Ties: lower item row first.
     """
-    terms = table.popularity_terms
+    terms = table.popularity_terms if table.popularity_weight else table.popularity
     allowed = table.filters.allowed(select.item_filter, select.exclude_items).mask
     rows = np.flatnonzero(allowed)
     if select.candidates is not None:
