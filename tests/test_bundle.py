@@ -88,6 +88,28 @@ def test_contradictions_are_refused(
         read_manifest(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("written", "edited", "field"),
+    [
+        ("decay_days = 30.0", "decay_days = 0.0", "decay_days"),
+        ("decay_days = 30.0", "decay_days = nan", "decay_days"),
+        ("repeat_weight = 1.5", "repeat_weight = nan", "repeat_weight"),
+        ("adopt_weight = 0.0", "adopt_weight = -inf", "adopt_weight"),
+        ("history_budget_tokens = 1024", "history_budget_tokens = -1", "history_budget_tokens"),
+        ("history_block_tokens = 256", "history_block_tokens = 0", "history_block_tokens"),
+        ("slope = 1.0", "slope = inf", "parameters"),
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_refused_by_field(
+    manifest: ShopManifest, tmp_path: Path, written: str, edited: str, field: str
+) -> None:
+    text = (tmp_path / "shop.toml").read_text("utf-8")
+    assert text.count(written) == 1
+    (tmp_path / "shop.toml").write_text(text.replace(written, edited), "utf-8")
+    with pytest.raises(BundleError, match=rf"shop\.toml: Expected .*{field}"):
+        read_manifest(tmp_path)
+
+
 def test_a_later_format_is_named_before_fields_that_nobody_here_knows(tmp_path: Path) -> None:
     (tmp_path / "shop.toml").write_text(f"format = {FORMAT + 1}\nfield_of_the_future = 1\n")
     with pytest.raises(BundleError, match=f"bundle format {FORMAT + 1}, this server reads 1, 2, 3, {FORMAT}"):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from shoplm.errors import BundleError
@@ -32,6 +32,12 @@ REQUIRED_FILES = ("items.parquet", "types.parquet", "weights.safetensors")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_FOLDER = "base"
+
+# shop.toml has no hash, and people edit it: what can be meant is checked. No number is NaN or infinite.
+_FAR = 1e12
+Finite = Annotated[float, msgspec.Meta(ge=-_FAR, le=_FAR)]
+Positive = Annotated[float, msgspec.Meta(gt=0.0, le=_FAR)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class BaseReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,13 +52,13 @@ class BaseReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ScoreWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """score = log p_model + popularity_weight * log popularity + the terms of `shoplm.readout.habits`."""
 
-    repeat_weight: float
-    popularity_weight: float
-    decay_days: float
-    loyalty_weight: float = 0.0
-    goes_with_weight: float = 0.0
-    rebuy_weight: float = 0.0
-    adopt_weight: float = 0.0
+    repeat_weight: Finite
+    popularity_weight: Finite
+    decay_days: Positive
+    loyalty_weight: Finite = 0.0
+    goes_with_weight: Finite = 0.0
+    rebuy_weight: Finite = 0.0
+    adopt_weight: Finite = 0.0
 
     @property
     def formula(self) -> str:
@@ -76,9 +82,9 @@ class PromptSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     preamble: str
     attributes: tuple[str, ...] = ()
-    history_budget_tokens: int = 1024
+    history_budget_tokens: Count = 1024
     chat_reads_item_tokens: bool = True  # False: the base was never trained on them, so chat gets the history in words
-    history_block_tokens: int = 256  # the oldest baskets are dropped in blocks of this, so that the prefix stays put
+    history_block_tokens: Count = 256  # the oldest baskets are dropped in blocks of this, so that the prefix stays put
 
 
 class HeadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,10 +93,10 @@ class HeadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: str  # purchase | purchase_count | spend | churn | coupon_redemption
     transform: str  # how to read the values: see shoplm.readout.targets
     outputs: tuple[int, ...]  # indices into the head's raw values
-    base_rate: float
+    base_rate: Finite
     horizon_days: int = 0  # 0: no horizon
     campaign_type: str = ""
-    parameters: dict[str, float] = {}  # calibration and interval parameters of the transform
+    parameters: dict[str, Finite] = {}  # calibration and interval parameters of the transform
     active_within_days: float = 0.0  # 0: applies to everyone; else only to customers who bought within these days
 
     @property

@@ -12,9 +12,12 @@ import polars as pl
 import pytest
 from safetensors.numpy import load_file, save_file
 from served_shop import ShopFolders
+from shoplm.api.demo import read_demo_customers
 from shoplm.bundle import ShopManifest, file_hash, read_manifest, write_manifest
 from shoplm.bundle_check import check_bundle
 from shoplm.bundle_cli import bundle
+from shoplm.catalog.items import read_catalog
+from shoplm.errors import BundleError
 from shoplm.model.base import resolve_base
 from tiny_shop import ITEMS
 from typer.testing import CliRunner
@@ -146,3 +149,21 @@ def test_another_base_is_named(folder: Path, shop_folders: ShopFolders) -> None:
     )
     findings = {each.what: each for each in check_bundle(folder, resolve_base(str(shop_folders.base)))}
     assert not findings["base"].good and "trained on other (000000000000)" in findings["base"].found
+
+
+@pytest.mark.parametrize(
+    ("file", "column", "value"),
+    [
+        ("items.parquet", "title", pl.lit(None, pl.String)),
+        ("items.parquet", "category", pl.lit(None, pl.String)),
+        ("items.parquet", "item_id", pl.lit(None, pl.String)),
+        ("types.parquet", "description", pl.lit(None, pl.String)),
+        ("types.parquet", "description", pl.lit(7)),
+        ("customers.parquet", "time", pl.lit(None, pl.Datetime("us", "UTC"))),
+        ("customers.parquet", "price", pl.lit("dear")),
+    ],
+)
+def test_a_column_that_cannot_be_served_is_named(folder: Path, file: str, column: str, value: pl.Expr) -> None:
+    pl.read_parquet(folder / file).with_columns(value.alias(column)).write_parquet(folder / file)
+    with pytest.raises(BundleError, match=rf"{file}: .*{column}"):
+        read_demo_customers(folder, read_manifest(folder, verify=False), read_catalog(folder))

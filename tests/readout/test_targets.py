@@ -138,6 +138,7 @@ def build_empty() -> History:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"kind": "luck"}, "unknown kind 'luck'"),
         ({"transform": "softmax"}, "unknown transform 'softmax'"),
         ({"outputs": (0, 5)}, "outputs \\(0, 5\\) of a head with 3 values"),
         ({"outputs": ()}, "takes some outputs"),

@@ -103,7 +103,10 @@ def read_demo_customers(bundle: Path, manifest: ShopManifest, catalog: Catalog) 
             raise BundleError(f"{bundle / 'shop.toml'}: as_of of {customer.customer_id!r}: {error}") from error
         if as_of.tzinfo is None:
             raise BundleError(f"{bundle / 'shop.toml'}: as_of of {customer.customer_id!r} has no time zone")
-        events = _events(path, groups[customer.customer_id], catalog)
+        try:
+            events = _events(path, groups[customer.customer_id], catalog)
+        except pl.exceptions.PolarsError as error:  # a column of another type
+            raise BundleError(f"{path}: {error}") from error
         demo[customer.customer_id] = DemoHistory(events, as_of.timestamp(), customer.attributes)
     return demo
 
@@ -126,6 +129,8 @@ def _events(path: Path, table: pl.DataFrame, catalog: Catalog) -> RawEvents:
 
 
 def _unix_seconds(path: Path, column: pl.Series) -> NDArray[np.float64]:
+    if column.null_count():
+        raise BundleError(f"{path}: column time is empty in {column.null_count()} rows")
     if isinstance(column.dtype, pl.Datetime):
         return column.dt.epoch("us").cast(pl.Float64).to_numpy() / 1e6
     if column.dtype.is_numeric():

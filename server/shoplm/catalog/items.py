@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,17 +58,30 @@ class Catalog:
         return f" {self.titles[row]}, {self.categories[row]}"
 
 
+def _read(path: Path, columns: Mapping[str, pl.DataType | type[pl.DataType]]) -> pl.DataFrame:
+    try:
+        table = pl.read_parquet(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise BundleError(f"{path}: {error}") from error
+    for name, dtype in columns.items():
+        if table.schema.get(name) != dtype:
+            raise BundleError(f"{path}: column {name} is {table.schema.get(name)}, expected {dtype}")
+    return table
+
+
+def _refuse_empty(path: Path, table: pl.DataFrame, columns: Sequence[str]) -> None:
+    for name in columns:
+        if count := table[name].null_count():
+            raise BundleError(f"{path}: column {name} is empty in {count} of {len(table)} rows")
+
+
 def read_catalog(folder: Path) -> Catalog:
     """Read items.parquet and types.parquet. Raises BundleError naming file and column."""
     path = folder / "items.parquet"
-    try:
-        items = pl.read_parquet(path)
-        types = pl.read_parquet(folder / "types.parquet")
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise BundleError(f"{path}: {error}") from error
-    for name, dtype in _COLUMNS.items():
-        if items.schema.get(name) != dtype:
-            raise BundleError(f"{path}: column {name} is {items.schema.get(name)}, expected {dtype}")
+    items = _read(path, _COLUMNS)
+    types = _read(folder / "types.parquet", {"description": pl.String})
+    _refuse_empty(path, items, ("item_id", "title", "category"))
+    _refuse_empty(folder / "types.parquet", types, ("description",))
     with_row = items.filter(pl.col("row").is_not_null()).sort("row")
     if with_row["row"].to_list() != list(range(len(with_row))):
         raise BundleError(f"{path}: column row is not 0..{len(with_row) - 1}, each once")

@@ -39,6 +39,7 @@ from shoplm.readout.answers import (
 
 Floats = NDArray[np.float64]
 
+KINDS = ("purchase", "purchase_count", "spend", "churn", "coupon_redemption")
 PROBABILITIES = ("sigmoid", "hazard", "survival")
 AMOUNTS = ("count", "zero_inflated_lognormal")
 _OUTPUTS = {"sigmoid": 1, "count": 1, "zero_inflated_lognormal": 3}
@@ -47,6 +48,8 @@ _OUTPUTS = {"sigmoid": 1, "count": 1, "zero_inflated_lognormal": 3}
 def check_spec(spec: HeadSpec, values: int) -> None:
     """Raises BundleError where the target cannot be read from `values` raw head values."""
     name = f"target {spec.kind} ({spec.horizon_days} d {spec.campaign_type})".replace(" )", ")")
+    if spec.kind not in KINDS:
+        raise BundleError(f"{name}: unknown kind {spec.kind!r}; this server reads {KINDS}")
     if spec.transform not in (*PROBABILITIES, *AMOUNTS):
         raise BundleError(f"{name}: unknown transform {spec.transform!r}; this server reads {PROBABILITIES + AMOUNTS}")
     expected = _OUTPUTS.get(spec.transform)
