@@ -279,12 +279,13 @@ def test_weights_and_states_on_the_grid_are_exact(library: NativeLibrary, format
 @pytest.mark.parametrize("format", WeightFormat)
 @pytest.mark.parametrize("spread", [1.0, 1e-3])
 def test_greedy_is_the_most_likely_token(library: NativeLibrary, format: WeightFormat, spread: float) -> None:
-    """Also among 3,000 tokens whose logits lie closer together than 8 bits can tell."""
+    """Also among 3,000 tokens whose logits lie closer together than 8 bits can tell, and of rows with a large value."""
     generator = torch.Generator().manual_seed(4)
     common = torch.randn(1, 192, generator=generator)
     weight = (common + spread * torch.randn(3_001, 192, generator=generator)).bfloat16()
     weight[2_990] = weight[17]  # equal ones: the first counts
     states = torch.cat((weight[[17, 3_000, 0]], torch.randn(40, 192, generator=generator).bfloat16()))
+    states[5:20, 3] *= 100
     head = NativeHead(library, weight, format=format)
     found = head.greedy(states)
     if format is WeightFormat.BF16:

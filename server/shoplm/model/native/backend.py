@@ -65,9 +65,7 @@ class NativeBackend(EagerBackend):
         with torch.no_grad():
             shop_rows = readouts.take_input_rows(torch.bfloat16)
             self._decoder = NativeDecoder(library, config, weights, shop_rows, positions, pool, format=format)
-            tied = weights.lm_head is weights.embedding
-            text = self._decoder.embedding[: len(weights.embedding)] if tied else weights.lm_head
-            self._head = NativeHead(library, text, format=format)
+            self._head = NativeHead(library, weights.lm_head, format=format)
         super().__init__(
             str(library.instructions) + ("" if format is WeightFormat.BF16 else f"-{format.name.lower()}"),
             readouts,

@@ -8,17 +8,15 @@
 
 #ifdef __AMX_TILE__
 #include "attention_tiles.h"
-#include "linear_tiles.h"
 #else
 #include "attention_vectors.h"
-#include "linear_vectors.h"
 #endif
 #include "greedy.h"
+#include "products.h"
 
 namespace shoplm {
 
 constexpr int64_t MOST_HEAD_DIM = 256;
-constexpr int64_t LOOPS = 16;  // of a layer, at most, and of what is around all layers
 
 struct Layer {
     Linear qkv, output, gate_up, down;  // gate_up: 16 columns of gate, the 16 of up, and so on
@@ -54,34 +52,6 @@ struct Scratch {
     Buffer<Activation> queries, attended;
     Buffer<uint8_t> rows;
 };
-
-template <class Epilogue>
-void linear(const Rows& x, const Linear& w, Crew& crew, const Epilogue& epilogue) {
-    switch (w.format) {
-        case INT8: return linear_as<INT8>(x, w, crew, epilogue);
-        case INT4: return linear_as<INT4>(x, w, crew, epilogue);
-        default: return linear_as<BF16>(x, w, crew, epilogue);
-    }
-}
-
-inline float inverse_rms(const float* from, int64_t size, float epsilon) {
-    Floats squares = zero();
-    for (int64_t i = 0; i < size; i += LANES) {
-        const Floats x = load(from + i);
-        squares = multiply_add(x, x, squares);
-    }
-    return 1.f / std::sqrt(sum(squares) / static_cast<float>(size) + epsilon);
-}
-
-// RMSNorm of rows [m, next.k], as rows for `next`. `weight` null: no norm.
-inline Rows norm_rows(const float* from, int64_t m, const float* weight, float epsilon, const Linear& next, uint8_t* to, GroupScale* scales, Crew& crew) {
-    crew.divide(m, [&](int64_t row) {
-        const float* at = from + row * next.k;
-        const float factor = weight ? inverse_rms(at, next.k, epsilon) : 1.f;
-        put_row(at, factor, weight, next, to + row * row_bytes(next), scales + row * next.groups());
-    });
-    return {to, scales, m};
-}
 
 // Norms, turns and scales a head.
 inline void turn_head(const Model& model, const float* from, const float* norm, const float* cosine, const float* sine, float scale, float* to) {
@@ -241,53 +211,6 @@ void run_linear(const Linear& w, const bf16* x, int64_t m, int64_t columns, bf16
     }
 }
 
-// `tokens` [m] of rows x [m, k], m <= GREEDY_ROWS.
-void run_greedy(const Greedy& head, const bf16* x, int64_t m, int64_t* tokens, int64_t threads) {
-    static Buffer<float> wide, products, maxima;
-    static Buffer<GroupScale> scales;
-    static Buffer<uint8_t> rows;
-    static Buffer<Candidate> candidates;
-    const Linear& w = head.w;
-    const int64_t blocks = (head.tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
-    float* widened = wide.take(m, w.k);
-    float* logits = products.take(m, w.n);
-    float* most = maxima.take(m, blocks);
-    Candidate* best = candidates.take(m, blocks);
-    GroupScale* row_scales = scales.take(m, w.groups());
-    uint8_t* to = rows.take(padded(m), row_bytes(w));
-    static Loops all;
-    Loop* loops = all.take(LOOPS);
-#pragma omp parallel num_threads(static_cast<int>(threads))
-    {
-        Crew crew(loops, threads);
-        crew.divide(m * w.k / LANES, [&](int64_t i) { store(widened + i * LANES, load_bf16(x + i * LANES)); });
-        const Rows from = norm_rows(widened, m, nullptr, 0.f, w, to, row_scales, crew);
-        linear(from, w, crew, [=](int64_t row, int64_t column, Floats low, Floats high) {
-            store(logits + row * w.n + column, low);
-            store(logits + row * w.n + column + LANES, high);
-        });
-        crew.divide(m * blocks, [&](int64_t item) {
-            const int64_t begin = item % blocks * TOKEN_BLOCK;
-            most[item] = largest_of(logits + item / blocks * w.n + begin, std::min(TOKEN_BLOCK, head.tokens - begin));
-        });
-        crew.divide(m * blocks, [&](int64_t item) {
-            const int64_t row = item / blocks, begin = item % blocks * TOKEN_BLOCK;
-            const float* at = widened + row * w.k;
-            const float least = largest_of(most + row * blocks, blocks) - greedy_margin(head, at);
-            best[item] = {-1.f, -1};
-            if (most[item] >= least)
-                best[item] = best_of_block(head, logits + row * w.n, at, begin, std::min(begin + TOKEN_BLOCK, head.tokens), least);
-        });
-    }
-    for (int64_t row = 0; row < m; ++row) {
-        Candidate found{0.f, 0};  // where a number is none, the first token
-        bool any = false;
-        for (const Candidate* at = best + row * blocks; at != best + (row + 1) * blocks; ++at)
-            if (at->token >= 0 && (!any || at->value > found.value)) found = *at, any = true;
-        tokens[row] = found.token;
-    }
-}
-
 }  // namespace shoplm
 
 extern "C" {
@@ -309,7 +232,6 @@ void shoplm_linear(const shoplm::Linear* w, const void* x, int64_t m, int64_t co
 }
 
 void shoplm_greedy(const shoplm::Greedy* head, const void* x, int64_t m, int64_t* tokens, int64_t threads) {
-    for (int64_t row = 0; row < m; row += shoplm::GREEDY_ROWS)
-        shoplm::run_greedy(*head, static_cast<const shoplm::bf16*>(x) + row * head->w.k, std::min(shoplm::GREEDY_ROWS, m - row), tokens + row, threads);
+    shoplm::run_greedy(*head, static_cast<const shoplm::bf16*>(x), m, tokens, threads);
 }
 }

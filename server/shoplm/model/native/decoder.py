@@ -85,7 +85,7 @@ class NativeDecoder:
         self.pool = pool
         self._library = library
         table = weights.embedding.to(torch.bfloat16)
-        self.embedding: Tensor = table if shop_rows is None else torch.cat((table, shop_rows.to(torch.bfloat16)))
+        self._embedding = table if shop_rows is None else torch.cat((table, shop_rows.to(torch.bfloat16)))
         self._final_norm = weights.final_norm.float()
         per_layer = zip(weights.layers, config.sliding_windows, config.uses_rope, strict=True)
         self._layers = [_Layer(library, layer, window, rope, format) for layer, window, rope in per_layer]
@@ -94,7 +94,7 @@ class NativeDecoder:
         self._cosine, self._sine = cosine.contiguous(), sine.contiguous()
         self._model = ModelRef(
             ctypes.cast(self._refs, ctypes.c_void_p),
-            pointer(self.embedding),
+            pointer(self._embedding),
             pointer(self._final_norm),
             pointer(self._cosine),
             pointer(self._sine),
@@ -115,7 +115,7 @@ class NativeDecoder:
     @property
     def vocab_size(self) -> int:
         """Text rows and the shop's."""
-        return len(self.embedding)
+        return len(self._embedding)
 
     def forward(
         self,

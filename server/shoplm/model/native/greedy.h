@@ -1,29 +1,35 @@
-// The most likely token, without a table of all logits in memory that is read again, and with half of what a head in bf16
-// would read: 8-bit products of all tokens find those that can be the most likely, and bf16 decides between them.
+// The most likely token of each row, without a table of rounded logits.
 //
-// |W'x' - Wx| <= |W' - W| |x| + |W'| |x' - x| by Cauchy and Schwarz, of which the largest of any token is taken: whoever is
-// further below the best than twice that is not the best. So the result is that of bf16.
+// A few rows are bound by memory. With a head in bf16, products of bytes, half as much to read, then say which panels of
+// tokens can hold the best one, and only those are multiplied in bf16. With W' the bytes' values,
+//
+//   |W'_i x' - W_i x| <= |W'_i - W_i| |x| + |W'_i| |x' - x|
+//
+// by Cauchy and Schwarz. A row's few large values would make x' - x large, so x is split in two rows of bytes, the
+// second of what the first leaves. The bf16 products are those of many rows, to the last bit.
 #pragma once
 
-#include <cmath>
 #include <limits>
 
-#include "linear.h"
+#include "products.h"
 
 namespace shoplm {
 
-constexpr int64_t TOKEN_BLOCK = 1024;  // that one thread looks through at a time
+constexpr int64_t SCREENED_ROWS = 4;   // so few are screened: of 6 rows, all in bf16 took as long
 constexpr int64_t GREEDY_ROWS = 32;    // of x, at a time
+constexpr int64_t TOKEN_BLOCK = 1024;  // tokens that one thread looks through at a time
 
 struct Greedy {
     Linear w;
-    const bf16* exact;  // [tokens, k]: what `w` stands for; null: itself
+    Linear screen;        // `w` in 8 bits; `packed` null: none
+    const float* errors;  // [n / 32]: of each panel, the largest norm of a row of screen - w
     int64_t tokens;
-    float error;  // the largest norm of a row's difference, exact - w
-    float norm;   // the largest norm of a row of `exact`
+    float norm;  // the largest of a row of the screen
 };
 
 struct Candidate { float value; int64_t token; };
+
+constexpr float LEAST = -std::numeric_limits<float>::infinity();
 
 inline float norm_of(const float* x, int64_t size) {
     Floats squares = zero();
@@ -31,50 +37,146 @@ inline float norm_of(const float* x, int64_t size) {
     return std::sqrt(sum(squares));
 }
 
-// By how much two products can be off, together: a row is rounded by at most half a step of each of its groups.
-inline float greedy_margin(const Greedy& head, const float* x) {
-    if (!head.exact) return 0.f;
-    const int64_t k = head.w.k, group = head.w.group;
-    float rounding = 0.f;
-    for (int64_t begin = 0; begin < k; begin += group) {
-        Floats most = zero();
-        for (int64_t i = begin; i < begin + group; i += LANES) most = larger(most, magnitude(load(x + i)));
-        const float half = largest(most) / 254.f;
-        rounding += half * half * static_cast<float>(group);
-    }
-    constexpr float SUMS = 1e-4f;  // of fp32, of a few thousand products
-    const float norm = norm_of(x, k);
-    return 2.f * (head.error * norm + (head.norm + head.error) * std::sqrt(rounding) + SUMS * head.norm * norm);
-}
-
-inline float exact_product(const bf16* w, const float* x, int64_t k) {
-    Floats even = zero(), odd = zero();
-    for (int64_t i = 0; i < k; i += 2 * LANES) {
-        even = multiply_add(load_bf16(w + i), load(x + i), even);
-        odd = multiply_add(load_bf16(w + i + LANES), load(x + i + LANES), odd);
-    }
-    return sum(add(even, odd));
-}
-
-// The largest of logits [count]; what is behind them may be read.
-inline float largest_of(const float* logits, int64_t count) {
-    const int64_t whole = count / LANES * LANES;
-    Floats most = splat(-std::numeric_limits<float>::infinity());
-    for (int64_t i = 0; i < whole; i += LANES) most = larger(most, load(logits + i));
+inline float largest_of(const float* values, int64_t count) {
+    Floats most = splat(LEAST);
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) most = larger(most, load(values + i));
     float best = largest(most);
-    for (int64_t i = whole; i < count; ++i) best = std::max(best, logits[i]);
+    for (; i < count; ++i) best = std::max(best, values[i]);
     return best;
 }
 
-// The best of a block's tokens that reach `least`, the first of equal ones; `none` if none does.
-inline Candidate best_of_block(const Greedy& head, const float* logits, const float* x, int64_t begin, int64_t end, float least) {
-    Candidate best{-std::numeric_limits<float>::infinity(), -1};
-    for (int64_t token = begin; token < end; ++token) {
-        if (!(logits[token] >= least)) continue;
-        const float value = head.exact ? exact_product(head.exact + token * head.w.k, x, head.w.k) : logits[token];
-        if (value > best.value) best = {value, token};
+// The first of the largest of logits [count], of tokens from `begin` on, if it is larger than `best`.
+inline void improve(const float* logits, int64_t begin, int64_t count, Candidate& best) {
+    for (int64_t i = 0; i < count; ++i)
+        if (logits[i] > best.value) best = {logits[i], begin + i};
+}
+
+// The best of each row's candidates [m, count]; where none is a number, the first token.
+inline void choose(const Candidate* candidates, int64_t m, int64_t count, int64_t* tokens) {
+    for (int64_t row = 0; row < m; ++row) {
+        Candidate best{LEAST, 0};
+        for (const Candidate* at = candidates + row * count; at != candidates + (row + 1) * count; ++at)
+            if (at->value > best.value) best = *at;
+        tokens[row] = best.token;
     }
-    return best;
+}
+
+struct GreedyScratch {
+    Buffer<float> wide, logits, maxima;
+    Buffer<GroupScale> scales;
+    Buffer<uint8_t> rows, screened;
+    Buffer<Candidate> candidates;
+    Loops loops;
+};
+
+// All logits, then the largest.
+inline void greedy_of_all(const Greedy& head, const bf16* x, int64_t m, int64_t* tokens, int64_t threads, GreedyScratch& scratch) {
+    const Linear& w = head.w;
+    const int64_t blocks = (head.tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
+    float *widened = scratch.wide.take(m, w.k), *logits = scratch.logits.take(m, w.n);
+    GroupScale* scales = scratch.scales.take(m, w.groups());
+    uint8_t* to = scratch.rows.take(padded(m), row_bytes(w));
+    Candidate* candidates = scratch.candidates.take(m, blocks);
+    Loop* loops = scratch.loops.take(LOOPS);
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+        Crew crew(loops, threads);
+        const Rows rows = bf16_rows(x, m, w, widened, to, scales, crew);
+        linear(rows, w, crew, [=](int64_t row, int64_t column, Floats low, Floats high) {
+            store(logits + row * w.n + column, low);
+            store(logits + row * w.n + column + LANES, high);
+        });
+        crew.divide(m * blocks, [&](int64_t item) {
+            const int64_t begin = item % blocks * TOKEN_BLOCK, count = std::min(TOKEN_BLOCK, head.tokens - begin);
+            const float *from = logits + item / blocks * w.n + begin, most = largest_of(from, count);
+            candidates[item] = {LEAST, 0};
+            for (int64_t i = 0; i < count && candidates[item].value < most; ++i)
+                if (from[i] == most) candidates[item] = {most, begin + i};
+        });
+    }
+    choose(candidates, m, blocks, tokens);
+}
+
+// One row of x as SCREEN_PARTS rows of bytes.
+inline void put_parts(float* x, const Linear& screen, uint8_t* to, GroupScale* scales) {
+    put_row(x, 1.f, nullptr, screen, to, scales);
+    if constexpr (SCREEN_PARTS == 2) {
+        const int8_t* rounded = reinterpret_cast<const int8_t*>(to);
+        for (int64_t i = 0; i < screen.k; ++i) x[i] -= scales[i / screen.group].scale * static_cast<float>(rounded[i]);
+        put_row(x, 1.f, nullptr, screen, to + row_bytes(screen), scales + screen.groups());
+    }
+}
+
+// What is added to a panel's error times |x|: for the rounding of x, by half a step of a group each time, and of sums.
+inline float rest_error(const Greedy& head, const GroupScale* scales, float norm) {
+    constexpr float SUMS = 4e-5f;  // of fp32, in a few thousand products
+    float rounding = 0.f;
+    if constexpr (SCREEN_PARTS == 2)
+        for (int64_t group = 0; group < head.screen.groups(); ++group) {
+            const float half = scales[head.screen.groups() + group].scale / 2.f;
+            rounding += half * half * static_cast<float>(head.screen.group);
+        }
+    return 2.f * head.norm * (std::sqrt(rounding) + SUMS * norm);
+}
+
+// The panels that can hold the best token, then the best of those.
+inline void greedy_by_screen(const Greedy& head, const bf16* x, int64_t m, int64_t* tokens, int64_t threads, GreedyScratch& scratch) {
+    const Linear &w = head.w, &screen = head.screen;
+    const int64_t panels = w.n / PANEL, part_bytes = SCREEN_PARTS * row_bytes(screen), groups = SCREEN_PARTS * screen.groups();
+    float *widened = scratch.wide.take(2 * m, w.k), *parts = widened + m * w.k;
+    float *logits = scratch.logits.take(m * SCREEN_PARTS, w.n), *maxima = scratch.maxima.take(m, panels);
+    GroupScale* scales = scratch.scales.take(m, groups);
+    uint8_t *to = scratch.rows.take(padded(m), row_bytes(w)), *screened = scratch.screened.take(padded(m * SCREEN_PARTS), row_bytes(screen));
+    Candidate* candidates = scratch.candidates.take(m, panels);
+    Loop* loops = scratch.loops.take(LOOPS);
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+        Crew crew(loops, threads);
+        const Rows rows = bf16_rows(x, m, w, widened, to, scales, crew);
+        crew.divide(m, [&](int64_t row) {
+            std::copy_n(widened + row * w.k, w.k, parts + row * w.k);
+            put_parts(parts + row * w.k, screen, screened + row * part_bytes, scales + row * groups);
+        });
+        linear(Rows{screened, scales, m * SCREEN_PARTS}, screen, crew, [=](int64_t row, int64_t column, Floats low, Floats high) {
+            store(logits + row * w.n + column, low);
+            store(logits + row * w.n + column + LANES, high);
+        });
+        crew.divide(m * panels, [&](int64_t item) {
+            const int64_t row = item / panels, column = item % panels * PANEL, count = std::min(PANEL, head.tokens - column);
+            float* at = logits + row * SCREEN_PARTS * w.n + column;
+            if constexpr (SCREEN_PARTS == 2)
+                for (int64_t i = 0; i < PANEL; ++i) at[i] += at[w.n + i];
+            maxima[item] = largest_of(at, count);
+        });
+        crew.each(m, 1, [&](int64_t row) {  // from largest products to what the best of a panel can be at most
+            const float norm = norm_of(widened + row * w.k, w.k), rest = rest_error(head, scales + row * groups, norm);
+            float* most = maxima + row * panels;
+            float reached = LEAST;
+            for (int64_t panel = 0; panel < panels; ++panel) reached = std::max(reached, most[panel] - head.errors[panel] * norm);
+            for (int64_t panel = 0; panel < panels; ++panel)
+                candidates[row * panels + panel] = {most[panel] + head.errors[panel] * norm + rest >= reached ? 0.f : LEAST, 0};
+        });
+        crew.divide(m * panels, [&](int64_t item) {
+            if (candidates[item].value == LEAST) return;
+            alignas(64) float sums[PANEL];
+            const int64_t panel = item % panels, column = panel * PANEL;
+            multiply_panel(rows, item / panels, w, panel, sums);
+            candidates[item] = {LEAST, 0};
+            improve(sums, column, std::min(PANEL, head.tokens - column), candidates[item]);
+        });
+    }
+    choose(candidates, m, panels, tokens);
+}
+
+// `tokens` [m] of rows x [m, k]: the token of the largest logit, the first of equal ones.
+inline void run_greedy(const Greedy& head, const bf16* x, int64_t m, int64_t* tokens, int64_t threads) {
+    static GreedyScratch scratch;  // one engine loop per process
+    for (int64_t row = 0; row < m; row += GREEDY_ROWS) {
+        const int64_t rows = std::min(GREEDY_ROWS, m - row);
+        const bool few = head.screen.packed && rows <= SCREENED_ROWS;
+        (few ? greedy_by_screen : greedy_of_all)(head, x + row * head.w.k, rows, tokens + row, threads, scratch);
+    }
 }
 
 }  // namespace shoplm

@@ -5,33 +5,36 @@ from __future__ import annotations
 import ctypes
 
 import torch
-from shoplm.model.native.library import GreedyRef, NativeLibrary, pointer
-from shoplm.model.native.linear import PackedLinear, WeightFormat, rounding_error
+from shoplm.model.native.library import GreedyRef, LinearRef, NativeLibrary, pointer
+from shoplm.model.native.linear import PANEL, PackedLinear, WeightFormat, quantise
 from torch import Tensor
+from torch.nn import functional
 
 
 class NativeHead:
     """`TextHead` of this machine's products."""
 
     def __init__(self, library: NativeLibrary, weight: Tensor, *, format: WeightFormat) -> None:
-        """`weight` [tokens, H], of which a copy in bf16 is kept where `format` is bf16; else the head's is int8."""
+        """`weight` [tokens, H]; the caller may drop it. The head's integers have 8 bits, whatever the format's have."""
         self._library = library
         self._logits = PackedLinear(library, weight, format=min(format, WeightFormat.INT8))
-        self._exact: Tensor | None = None
-        self._screen, error, norm = self._logits, 0.0, 0.0
+        self._ref = GreedyRef(self._logits.ref, LinearRef(), None, len(weight), 0.0)
         if format is WeightFormat.BF16:
-            self._exact = weight.to(torch.bfloat16).contiguous()
-            self._screen = PackedLinear(library, self._exact, format=WeightFormat.INT8)
-            error = rounding_error(self._exact, WeightFormat.INT8)
-            norm = max(part.float().norm(dim=1).max().item() for part in torch.split(self._exact, 4096))
-        self._ref = GreedyRef(self._screen.ref, pointer(self._exact), len(weight), error, norm)
+            padded = functional.pad(weight, (0, 0, 0, -len(weight) % PANEL))
+            integers = quantise(padded, WeightFormat.INT8)
+            errors = integers.errors(padded)
+            self._screen = PackedLinear(library, padded, format=WeightFormat.INT8, integers=integers)
+            self._errors = errors.view(-1, PANEL).amax(dim=1)
+            self._ref.screen, self._ref.errors = self._screen.ref, pointer(self._errors)
+            self._ref.norm = _largest_norm(weight) + errors.max().item()
 
     def __call__(self, states: Tensor) -> Tensor:
         """`states` bf16 [rows, H] to logits bf16 [rows, tokens]."""
         return self._logits(states)
 
     def greedy(self, states: Tensor) -> list[int]:
-        """The token of the largest logit of each row, before that is rounded to bf16; the first of equal ones."""
+        """The token of the largest logit of each row of `states` bf16 [rows, H], before logits are rounded to bf16; the
+        first of equal ones."""
         states = states.contiguous()
         tokens = torch.empty(len(states), dtype=torch.long)
         self._library.functions.shoplm_greedy(
@@ -39,3 +42,8 @@ class NativeHead:
         )
         found: list[int] = tokens.tolist()
         return found
+
+
+def _largest_norm(weight: Tensor) -> float:
+    """Of a row."""
+    return float(torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).max())

@@ -24,7 +24,7 @@ from shoplm.model.base_cache import cache_folder
 from shoplm.model.native.memory import WeightMemory
 
 _SOURCES = (
-    *("vectors.h", "tiles.h", "crew.h", "linear.h", "linear_tiles.h", "linear_vectors.h"),
+    *("vectors.h", "tiles.h", "crew.h", "linear.h", "linear_tiles.h", "linear_vectors.h", "products.h"),
     *("products_avx2.h", "products_avx512.h"),
     *("attention.h", "attention_tiles.h", "attention_vectors.h"),
     *("attention_avx2.h", "attention_avx512.h", "greedy.h", "decoder.cpp"),
@@ -103,9 +103,9 @@ class GreedyRef(ctypes.Structure):
 
     _fields_ = (
         ("w", LinearRef),
-        ("exact", ctypes.c_void_p),
+        ("screen", LinearRef),
+        ("errors", ctypes.c_void_p),
         ("tokens", ctypes.c_int64),
-        ("error", ctypes.c_float),
         ("norm", ctypes.c_float),
     )
 

@@ -78,6 +78,8 @@ inline void put_floats(const float* from, float factor, const float* weight, int
 
 #ifdef SHOPLM_AVX512  // rows of x: bf16, or 8 bits; AVX2 has forms of its own
 
+constexpr int SCREEN_PARTS = 2;  // rows of bytes that stand for one of x (see greedy.h)
+
 inline int64_t row_bytes(const Linear& w) { return w.format == BF16 ? w.k * 2 : w.k; }
 
 // One row in the form that `next` takes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from shoplm.model.native.library import InstructionSet, LinearRef, NativeLibrary, pointer
@@ -29,6 +30,30 @@ class WeightFormat(IntEnum):
 GROUP = {WeightFormat.INT8: 64, WeightFormat.INT4: 32}
 
 
+class Integers(NamedTuple):
+    """A weight in integers: value = scale * integer (+ low) in each group of a row."""
+
+    values: Tensor  # int8 [out, in]
+    tables: tuple[Tensor, ...]  # fp16 [out, groups]: scales and, of 4 bits, lows
+
+    def errors(self, weight: Tensor) -> Tensor:
+        """Norms [out] of what 8 bits have changed of `weight`'s rows."""
+        (scales,) = self.tables
+        groups = scales.shape[1]
+        parts = zip(*(torch.split(each, _ROWS_AT_ONCE) for each in (weight, self.values, scales)), strict=True)
+        return torch.cat(
+            [
+                torch.addcmul(
+                    part.float().view(len(part), groups, -1),
+                    integers.float().view(len(part), groups, -1),
+                    scale.float()[..., None],
+                    value=-1.0,
+                ).norm(dim=(1, 2))
+                for part, integers, scale in parts
+            ]
+        )
+
+
 class PackedLinear:
     """y = x W^T + b.
 
@@ -43,8 +68,10 @@ class PackedLinear:
         bias: Tensor | None = None,
         *,
         format: WeightFormat = WeightFormat.BF16,
+        integers: Integers | None = None,
     ) -> None:
-        """`weight` [out, in], `bias` [out]; the caller may drop them. `in` is a multiple of 64."""
+        """`weight` [out, in], `bias` [out]; the caller may drop them. `in` is a multiple of 64. `integers`: the
+        weight in `format`, where that is at hand."""
         self._library = library
         self.outputs, self.inputs = weight.shape
         padding = -self.outputs % PANEL
@@ -55,9 +82,9 @@ class PackedLinear:
             group, packed = self.inputs, _pack(weight.to(torch.bfloat16), format, library.instructions)
         else:
             group = GROUP[format]
-            values, tables = _quantise(weight, format)
-            self._scales = _by_panel(tables)
-            packed = _pack(values, format, library.instructions)
+            integers = integers or quantise(weight, format)
+            self._scales = _by_panel(integers.tables)
+            packed = _pack(integers.values, format, library.instructions)
         self._packed = library.memory.keep(packed)
         self._bias = None if bias is None else functional.pad(bias.float(), (0, padding)).contiguous()
         self.ref = LinearRef(
@@ -85,25 +112,13 @@ class PackedLinear:
         return result
 
 
-def rounding_error(weight: Tensor, format: WeightFormat) -> float:
-    """The largest norm of what integers of that format change of a row of `weight` [out, in]."""
-    most = 0.0
-    for part in torch.split(weight, _ROWS_AT_ONCE):
-        values, tables = _quantise(part, format)
-        scales, *lows = (table.float()[..., None] for table in tables)
-        rounded = values.view(len(part), -1, GROUP[format]).float() * scales
-        rounded = rounded + lows[0] if lows else rounded
-        most = max(most, (part.float() - rounded.flatten(1)).norm(dim=1).max().item())
-    return most
-
-
-def _quantise(weight: Tensor, format: WeightFormat) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`weight` [out, in] to integers of the same shape and tables [out, groups]. By some rows at a time: all of a
-    head's in fp32 would be larger than all else that is loaded."""
-    quantise = _quantise_int8 if format is WeightFormat.INT8 else _quantise_int4
+def quantise(weight: Tensor, format: WeightFormat) -> Integers:
+    """`weight` [out, in] in 8 or 4 bits. By some rows at a time: all of a head's in fp32 would be larger than all else
+    that is loaded."""
+    by_group = _quantise_int8 if format is WeightFormat.INT8 else _quantise_int4
     groups = (part.float().view(len(part), -1, GROUP[format]) for part in torch.split(weight, _ROWS_AT_ONCE))
-    values, tables = zip(*map(quantise, groups), strict=True)
-    return torch.cat(values).view(weight.shape), tuple(map(torch.cat, zip(*tables, strict=True)))
+    values, tables = zip(*map(by_group, groups), strict=True)
+    return Integers(torch.cat(values).view(weight.shape), tuple(map(torch.cat, zip(*tables, strict=True))))
 
 
 def _quantise_int8(weight: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

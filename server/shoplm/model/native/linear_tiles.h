@@ -105,6 +105,15 @@ inline void multiply_groups(const uint8_t* x, const GroupScale* row_scales, int6
     }
 }
 
+// sums [PANEL] of one row and one panel of a bf16 weight.
+inline void multiply_panel(const Rows& x, int64_t row, const Linear& w, int64_t panel, float* sums) {
+    alignas(64) float tile[PANEL * PANEL];
+    use_product_tiles(1, 64);
+    multiply_steps<BF16>(x.data + row * row_bytes(w), row_bytes(w), false, w.packed + panel * w.panel_bytes(), row_bytes(w) / 64, false, tile);
+    _tile_release();
+    std::copy_n(tile, PANEL, sums);
+}
+
 // `epilogue(row, column, low, high)` gets the columns `column` .. `column` + 31 of one row.
 template <Format FORMAT, class Epilogue>
 void linear_as(const Rows& x, const Linear& w, Crew& crew, const Epilogue& epilogue) {

@@ -27,6 +27,11 @@ inline void multiply_rows(const Rows& x, int64_t first, int64_t rows, const Line
     multiply<FORMAT, ROWS>(x.data + first * row_bytes(w), x.scales + first * w.groups(), w, columns, scales, sums);
 }
 
+// sums [PANEL] of one row and one panel of a bf16 weight.
+inline void multiply_panel(const Rows& x, int64_t row, const Linear& w, int64_t panel, float* sums) {
+    multiply_rows<BF16, 1>(x, row, 1, w, columns_of<BF16>(w, panel, 1), nullptr, sums);
+}
+
 // `epilogue(row, column, low, high)` gets the columns `column` .. `column` + 31 of one row.
 template <Format FORMAT, class Epilogue>
 void linear_as(const Rows& x, const Linear& w, Crew& crew, const Epilogue& epilogue) {

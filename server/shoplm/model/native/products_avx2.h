@@ -20,6 +20,8 @@ template <Format FORMAT>
 constexpr int MOST_ROWS = FORMAT == INT4 ? 4 : 6;  // that 16 registers hold the sums of
 constexpr int64_t UNPACK_ROWS = 12;                // from so many rows on, unpacking pays
 
+constexpr int SCREEN_PARTS = 1;  // x is not rounded (see greedy.h)
+
 inline int64_t row_bytes(const Linear& w) { return w.format == INT4 ? w.k : w.k * 4; }
 
 // One row in the form that `next` takes.
