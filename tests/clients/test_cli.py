@@ -62,6 +62,11 @@ def test_history_file_is_sent(server: CannedServer, tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "events[0].time is missing" in result.stderr
 
+    path.write_text(json.dumps({"events": [{**event, "type": 9}]}))
+    result = run(server, "predict", "--history", str(path))
+    assert result.exit_code == 2
+    assert "events[0].type is 9, which is no event type" in result.stderr
+
     path.write_text("[]")
     result = run(server, "predict", "--history", str(path))
     assert result.exit_code == 2

@@ -232,6 +232,11 @@ def test_what_cannot_be_sent_is_refused_at_once(build: object, message: str) -> 
         build()
 
 
+def test_a_connection_that_is_printed_shows_no_secret() -> None:
+    shown = repr(Connection(token="hunter2", private_key=b"hunter3", certificate_chain=b"public"))
+    assert "hunter" not in shown and "public" in shown
+
+
 def test_zero_is_refused_rather_than_sent_as_the_default(server: CannedServer) -> None:
     with Client(server.address) as client:
         with pytest.raises(ValueError, match="count=0"):

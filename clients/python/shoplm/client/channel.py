@@ -6,7 +6,7 @@ import json
 import math
 import re
 import uuid
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import grpc
 
@@ -33,8 +33,8 @@ class Timeouts:
     model_seconds: float = 5.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            check_timeout(f"Timeouts.{field.name}", getattr(self, field.name))
+        for each in fields(self):
+            check_timeout(f"Timeouts.{each.name}", getattr(self, each.name))
 
     @classmethod
     def of(cls, timeout: float | Timeouts | None) -> Timeouts:
@@ -44,7 +44,7 @@ class Timeouts:
         if isinstance(timeout, Timeouts):
             return timeout
         check_timeout("timeout", timeout)
-        return replace(cls(), **{field.name: float(timeout) for field in fields(cls)})
+        return replace(cls(), **{each.name: float(timeout) for each in fields(cls)})
 
 
 def check_timeout(name: str, seconds: float) -> None:
@@ -91,12 +91,12 @@ class Connection:
     """
 
     address: str = DEFAULT_ADDRESS
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     tenant: str | None = None
     tls: bool = False
     root_certificates: bytes | None = None
     certificate_chain: bytes | None = None
-    private_key: bytes | None = None
+    private_key: bytes | None = field(default=None, repr=False)
     retries: bool = True
     round_robin: bool = False
 

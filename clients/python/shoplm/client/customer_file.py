@@ -10,7 +10,8 @@ from google.protobuf.json_format import ParseDict, ParseError
 from shoplm.client.types import Customer, Event, EventType
 from shoplm.v1 import shop_pb2
 
-_TYPES = {shop_pb2.EventType.Value(f"EVENT_TYPE_{kind.name}"): kind for kind in EventType}
+_TYPES: dict[int, EventType] = {shop_pb2.EventType.Value(f"EVENT_TYPE_{kind.name}"): kind for kind in EventType}
+_TYPES[shop_pb2.EVENT_TYPE_UNSPECIFIED] = EventType.PURCHASE
 
 
 def read_customer(path: Path, customer_id: str | None = None) -> Customer:
@@ -28,13 +29,15 @@ def read_customer(path: Path, customer_id: str | None = None) -> Customer:
     for index, event in enumerate(message.events):
         if not event.HasField("time"):
             raise ValueError(f"{path}: events[{index}].time is missing; write it as 2026-01-31T18:05:00Z")
+        if event.type not in _TYPES:
+            raise ValueError(f"{path}: events[{index}].type is {event.type}, which is no event type")
     return Customer(
         id=customer_id or message.customer_id,
         events=[
             Event(
                 item_id=event.item_id,
                 time=event.time.ToDatetime(UTC),
-                type=_TYPES.get(event.type, EventType.PURCHASE),
+                type=_TYPES[event.type],
                 quantity=event.quantity or 1.0,
                 price=event.price if event.HasField("price") else None,
                 basket_id=event.basket_id,
