@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from typing import Any
 
+import grpc
 import pytest
 from scripted_engine import CONTEXT_TOKENS
 from served_shop import Scripted, Serve
+from shoplm.grounding import Grounding
+from shoplm.prompt import PromptBuilder
 from shoplm.request import Generate
+from shoplm.retrieval import Passage
 from shoplm.v1 import chat_pb2 as pb
 from shoplm.v1 import shop_pb2
 from tiny_shop import DEMO_CUSTOMER
@@ -157,3 +163,33 @@ def test_the_history_stands_before_the_conversation(serve_scripted: Serve) -> No
 def test_a_visitor_gets_no_warning(serve_scripted: Serve) -> None:
     _, summary = answer(serve_scripted(), ask())
     assert not summary.warnings
+
+
+def test_long_texts_are_searched_and_encoded_beside_the_event_loop(
+    serve_scripted: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted = serve_scripted()
+    threads: list[int] = []
+    search, chat = Grounding.search, PromptBuilder.chat
+
+    def noted_search(*arguments: Any) -> list[Passage]:
+        threads.append(threading.get_ident())
+        return search(*arguments)
+
+    def noted_chat(*arguments: Any) -> tuple[int, ...]:
+        threads.append(threading.get_ident())
+        return chat(*arguments)
+
+    monkeypatch.setattr(Grounding, "search", noted_search)
+    monkeypatch.setattr(PromptBuilder, "chat", noted_chat)
+    loop_thread = scripted.server.run(identified())
+    answer(scripted, ask("short"))
+    assert threads == [loop_thread] * 2
+    threads.clear()
+    with pytest.raises(grpc.RpcError, match="max_context_tokens"):
+        answer(scripted, ask("long " * 4000))
+    assert len(threads) == 2 and loop_thread not in threads
+
+
+async def identified() -> int:
+    return threading.get_ident()

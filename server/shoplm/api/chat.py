@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import TypeVar
 
 from shoplm.api.core import Context, Core
 from shoplm.api.validation import Violations, quote
@@ -20,11 +21,13 @@ from shoplm.retrieval import Passage
 from shoplm.v1 import chat_pb2 as pb
 from shoplm.v1.chat_pb2_grpc import ChatServiceServicer
 
+Result = TypeVar("Result")
+
 ROLES = ("system", "user", "assistant")
 MAX_TEMPERATURE = 10.0
 MAX_STOP_BYTES = 256
 _SERVICE = Service.CHAT
-_LONG_TEXT_BYTES = 8 * 1024  # encoding more than this takes milliseconds: not on the event loop
+_LONG_TEXT_BYTES = 8 * 1024  # to search and to encode more than this takes milliseconds: not on the event loop
 _FINISH = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
 
 
@@ -99,7 +102,7 @@ class ChatService(ChatServiceServicer):
 
     async def _prompt(self, turn: _Turn, prefix: Prefix) -> tuple[tuple[int, ...], list[Passage]]:
         """Prompt tokens and the passages in them. Passages that do not fit are left out; they are an offer."""
-        passages = self._passages(turn)
+        passages = await _aside(turn, lambda: self._passages(turn))
         tokens = await self._encode(turn, prefix, passages)
         if passages and len(tokens) >= self._core.ready().max_context_tokens:
             passages = []
@@ -120,10 +123,7 @@ class ChatService(ChatServiceServicer):
 
     async def _encode(self, turn: _Turn, prefix: Prefix, passages: list[Passage]) -> tuple[int, ...]:
         texts = [passage.line for passage in passages]
-        arguments = (prefix, turn.messages, texts)
-        if turn.text_bytes > _LONG_TEXT_BYTES:
-            return await asyncio.to_thread(self._core.served.prompts.chat, *arguments)
-        return self._core.served.prompts.chat(*arguments)
+        return await _aside(turn, lambda: self._core.served.prompts.chat(prefix, turn.messages, texts))
 
     def _read(self, request: pb.ChatRequest, warnings: Warnings) -> _Turn:
         config, violations = self._core.config, Violations()
@@ -190,6 +190,11 @@ class ChatService(ChatServiceServicer):
         elif request.grounding not in pb.Grounding.values():
             violations.add("grounding", f"is {request.grounding}, which is no grounding")
         return grounding
+
+
+async def _aside(turn: _Turn, work: Callable[[], Result]) -> Result:
+    """What `work` returns; where texts are long it is done in a thread, so that other calls go on meanwhile."""
+    return await asyncio.to_thread(work) if turn.text_bytes > _LONG_TEXT_BYTES else work()
 
 
 @dataclass
