@@ -297,6 +297,24 @@ def test_fatal_problems_come_as_a_table_before_any_work(shell: Invoke, tmp_path:
     assert not (tmp_path / "shop").exists()
 
 
+def test_a_folder_with_other_things_is_no_place_for_a_bundle(shell: Invoke, tiny_files: Path, tmp_path: Path) -> None:
+    (tmp_path / "events.parquet").write_bytes((tiny_files / "events.parquet").read_bytes())
+    said = shell("train", "--events", tmp_path / "events.parquet", "--out", tmp_path, code=2)
+    assert "is no bundle" in " ".join(said.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["events.parquet"]
+
+
+def test_starting_anew_forgets_what_runs_kept_and_nothing_else(shell: Invoke, tiny_files: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    (work / "hidden-0123456789abcdef").mkdir(parents=True)
+    (work / "held-out.json").write_text("{}")
+    (work / "mine.txt").write_text("other things")
+    arguments = ["--events", tiny_files / "events.parquet", "--out", tmp_path / "shop", "--work", work]
+    shell("train", *arguments, "--history-tokens", 64, "--history-block", 32, "--no-resume", "--dry-run")
+    assert not (work / "hidden-0123456789abcdef").exists() and not (work / "held-out.json").exists()
+    assert (work / "mine.txt").read_text() == "other things"
+
+
 def test_a_bad_name_and_impossible_budgets_are_refused(shell: Invoke, tiny_files: Path, tmp_path: Path) -> None:
     events_path = tiny_files / "events.parquet"
     said = shell("train", "--events", events_path, "--out", tmp_path / "x", "--name", "No Good", code=2)

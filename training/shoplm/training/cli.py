@@ -75,9 +75,11 @@ def train(
         fail(console, f"--name {chosen!r}: use lower-case letters, digits, '.', '_' and '-'")
     if history_block > history_tokens:
         fail(console, f"--history-block {history_block} is larger than --history-tokens {history_tokens}")
+    if not _may_become_bundle(out):
+        fail(console, f"--out {out} is there and is no bundle, and its files would be lost: name another folder")
     folder = work or out.resolve().with_name(f".{out.resolve().name}.train")
     if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
+        _forget(folder)
     shown = title or chosen.replace("-", " ").title()
     request = TrainRequest(
         out=out,
@@ -109,6 +111,21 @@ def train(
             report = run.train()
     print_report(console, report)
     console.print(f"wrote [bold]{out}[/bold]; serve it with: shoplm serve --bundle {out}")
+
+
+def _may_become_bundle(folder: Path) -> bool:
+    """Whether nothing but an older bundle would be replaced. `.` has no name that a folder beside it could take."""
+    return bool(folder.name) and (
+        not folder.exists() or (folder / "shop.toml").is_file() or (folder.is_dir() and not any(folder.iterdir()))
+    )
+
+
+def _forget(work: Path) -> None:
+    """Remove what runs keep there, and nothing else: the folder may be one that holds other things."""
+    for pattern in ("hidden-*", "scratch-*"):
+        for folder in work.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+    (work / "held-out.json").unlink(missing_ok=True)
 
 
 def adapt(
