@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -321,3 +323,9 @@ def test_a_bad_name_and_impossible_budgets_are_refused(shell: Invoke, tiny_files
     assert "--name" in said
     budgets = ["--history-tokens", 64, "--history-block", 128]
     assert "--history-block" in shell("train", "--events", events_path, "--out", tmp_path / "x", *budgets, code=2)
+
+
+def test_the_help_of_all_commands_waits_for_no_torch() -> None:
+    program = "import sys; from shoplm.cli import _application; _application([]); print('torch' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "False"

@@ -12,8 +12,7 @@ import typer
 from rich.console import Console
 from shoplm.bundle_cli import table
 from shoplm.errors import ConfigurationError
-from shoplm.training.tables import print_losses, print_problems, print_report
-from shoplm.training.terminal import errors, fail, watching
+from shoplm.training.terminal import errors, fail, print_problems, watching
 
 if TYPE_CHECKING:
     from shoplm.training.log import ShopLog
@@ -68,6 +67,7 @@ def train(
 ) -> None:
     """Train a bundle from a shop's event log."""
     from shoplm.training.run import Run, TrainRequest
+    from shoplm.training.tables import print_report
 
     console = Console(stderr=True)
     chosen = name or re.sub(r"[^a-z0-9._-]+", "-", out.resolve().name.lower()).strip("-.") or "shop"
@@ -194,6 +194,7 @@ def evaluate(
     from shoplm.training.format_gate import Loss, weigh
     from shoplm.training.formats import UNROUNDED, Formats
     from shoplm.training.run import evaluate_bundle
+    from shoplm.training.tables import print_losses, print_report
 
     console = Console(stderr=True)
     folder = work or bundle.resolve().with_name(f".{bundle.resolve().name}.train")

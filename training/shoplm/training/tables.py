@@ -1,4 +1,4 @@
-"""What the terminal shows of a log's problems and of a report."""
+"""What the terminal shows of a report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from rich.table import Table
 from shoplm.bundle_cli import table
 from shoplm.training.card_tables import estimate, ranking_rows
 from shoplm.training.format_gate import Loss
-from shoplm.training.problems import Problem
 from shoplm.training.report import ExplanationResult, ProbabilityRow, RankingResult, Report, shown
 
 
@@ -67,13 +66,6 @@ def _probability(row: ProbabilityRow) -> tuple[str, ...]:
         f"{row.boosted_brier:.4f}",
         f"{row.boosted_ece:.4f}",
     )
-
-
-def print_problems(console: Console, problems: Sequence[Problem]) -> None:
-    """What is wrong with the files, one row per finding."""
-    if problems:
-        rows = [(p.table, p.column, f"{p.rows:,}", p.found, p.done) for p in problems]
-        console.print(table("the log's problems", ("file", "column", "rows", "found", "done"), rows))
 
 
 def _explanation_table(result: ExplanationResult) -> Table:

@@ -1,9 +1,9 @@
-"""How the training commands talk to the terminal: errors with exit codes, and how far a run is."""
+"""How the training commands talk to the terminal: problems and errors with exit codes, and how far a run is."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -11,9 +11,9 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from shoplm.bundle_cli import table
 from shoplm.errors import ShopLMError
-from shoplm.training.problems import LogError
-from shoplm.training.tables import print_problems
+from shoplm.training.problems import LogError, Problem
 from shoplm.training.watch import Advance, Pace, Point, Watch, event_log
 
 EXIT_WRONG = 2
@@ -35,6 +35,13 @@ def fail(console: Console, message: str) -> NoReturn:
     """Say what is wrong and leave."""
     console.print(f"[red]error:[/red] {message}", highlight=False, markup=True)
     raise typer.Exit(EXIT_WRONG)
+
+
+def print_problems(console: Console, problems: Sequence[Problem]) -> None:
+    """What is wrong with the files, one row per finding."""
+    if problems:
+        rows = [(p.table, p.column, f"{p.rows:,}", p.found, p.done) for p in problems]
+        console.print(table("the log's problems", ("file", "column", "rows", "found", "done"), rows))
 
 
 class LiveView:

@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 
 import typer
 from rich.console import Console
-from shoplm.training.terminal import errors, fail, watching
+from shoplm.training.terminal import errors, fail, print_problems, watching
 
 if TYPE_CHECKING:
     from shoplm.config import ServerConfig
@@ -46,7 +46,6 @@ def score(
     from shoplm.model.base import bundle_base
     from shoplm.training.score.run import ScoreRequest
     from shoplm.training.score.run import score as run
-    from shoplm.training.tables import print_problems
 
     console = Console(stderr=True)
     if out.suffix.lower() not in (".parquet", ".pq"):
