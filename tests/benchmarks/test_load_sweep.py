@@ -12,7 +12,17 @@ import pytest
 from shoplm.bench.plan import LoadSettings, Targets, drawn_arrivals, replayed_arrivals
 from shoplm.bench.report import LoadResult
 from shoplm.bench.summary import ServiceSummary, Verdict, distribution
-from shoplm.bench.sweep import KNEE_RATIO, Sweep, find_knee, goodput, is_carried, measure_rates, plot_page
+from shoplm.bench.sweep import (
+    BEYOND,
+    KNEE_RATIO,
+    Sweep,
+    comparison,
+    find_knees,
+    goodput,
+    is_carried,
+    measure_rates,
+    plot_page,
+)
 from shoplm.request import Service
 from shoplm.simulate.trace import Arrival as TracedArrival
 
@@ -55,27 +65,73 @@ def test_one_service_cannot_buy_anothers_capacity() -> None:
     assert is_carried(balanced) and not is_carried(bought)
 
 
+class Servers:
+    """Two policies at the same rates, a clock that each measurement takes time of, and a probe of the first."""
+
+    def __init__(self, *capacities: float) -> None:
+        # 90 % of half of the rate are predictions: so much more can be offered of them.
+        self.servers = [Server(recommendations=1e9, predictions=0.45 * each) for each in capacities]
+        self.probed: list[float] = []
+
+    async def measure(self, rate: float) -> tuple[LoadResult, ...]:
+        return tuple([await server.measure(rate) for server in self.servers])
+
+    async def probe(self, rate: float) -> bool:
+        self.probed.append(rate)
+        return is_carried(await self.servers[0].measure(rate))
+
+    def has_time(self, more: int) -> bool:
+        return len(self.servers[1].measured) + more <= self.most
+
+    most = 100
+
+
 @pytest.mark.parametrize("first", [1.0, 7.0, 300.0])
-async def test_the_knee_is_found_from_either_side(first: float) -> None:
-    server = Server(recommendations=100.0, predictions=18.0)  # 90 % of half the rate: the knee is at 40
-    points = await find_knee(server.measure, first)
-    capacity = Sweep("", points).capacity
+@pytest.mark.parametrize("other", [31.0, 40.0, 55.0])
+async def test_the_knees_of_both_are_found_at_the_same_rates(first: float, other: float) -> None:
+    servers = Servers(40.0, other)
+    points = await find_knees(servers.measure, servers.probe, first, servers.has_time)
+    rates = [[point.settings.rate for point in each] for each in points]
+    assert rates[0] == rates[1] == sorted(servers.servers[1].measured)
+    for knee, each in zip((40.0, other), points, strict=True):
+        capacity = Sweep("", each).capacity
+        assert capacity is not None
+        assert knee / KNEE_RATIO - 0.1 <= capacity <= knee
+    capacity = Sweep("", points[0]).capacity
     assert capacity is not None
-    assert 40 / KNEE_RATIO <= capacity <= 40
-    rates = [point.settings.rate for point in points]
-    assert rates == sorted(server.measured)
-    assert capacity * 1.5 in rates and capacity * 2 in rates
+    for factor in BEYOND:
+        assert min(abs(rate / capacity - factor) for rate in rates[0]) < 0.01
+    assert len(rates[0]) <= 12
+
+
+async def test_the_search_ends_in_time_with_the_rates_beyond_the_knee() -> None:
+    servers = Servers(40.0, 10.0)
+    servers.most = 6
+    points = await find_knees(servers.measure, servers.probe, 1.0, servers.has_time)
+    assert len(points[0]) <= servers.most
 
 
 async def test_a_server_that_carries_nothing_ends_the_search() -> None:
-    server = Server(0.0, 0.0)
-    points = await find_knee(server.measure, 1.0, max_points=5)
-    assert Sweep("", points).capacity is None
-    assert len(points) <= 7
+    servers = Servers(0.0, 0.0)
+    servers.has_time = lambda more: len(servers.probed) < 8  # type: ignore[method-assign]
+    points = await find_knees(servers.measure, servers.probe, 1.0, servers.has_time)
+    assert [Sweep("", each).capacity for each in points] == [None, None]
+
+
+async def test_what_the_first_policy_carries_beside_the_other_is_told() -> None:
+    servers = Servers(40.0, 20.0)
+    points = await measure_rates(servers.measure, [20.0, 40.0, 60.0, 80.0])
+    told = comparison([Sweep("slack", points[0]), Sweep("fcfs", points[1])])
+    assert told[0] == "capacity beside fcfs: x 2.00"
+    # All recommendations, and 18 or 9 predictions a second.
+    assert told[1] == "at 1.5 x capacity: goodput 48.00/s, fcfs 39.00 (x 1.23)"
+    assert told[2] == "  of each service's goodput at capacity: recommendation 150%, prediction 100%"
+    assert told[3].startswith("at 2 x capacity: goodput 58.00/s")
+    assert comparison([Sweep("slack", ()), Sweep("fcfs", points[1])]) == []
 
 
 async def test_capacity_needs_all_lower_rates_too() -> None:
-    points = await measure_rates(Server(10.0, 10.0).measure, [40.0, 10.0, 20.0])
+    (points,) = await measure_rates(Servers(20.0).measure, [40.0, 10.0, 20.0])
     assert [point.settings.rate for point in points] == [10.0, 20.0, 40.0]
     assert Sweep("", points).capacity == 20.0
     broken = (result(5.0, {Service.CHAT: 0.0}), *points)
@@ -83,7 +139,7 @@ async def test_capacity_needs_all_lower_rates_too() -> None:
 
 
 async def test_the_plot_is_well_formed_and_has_a_line_for_each_service() -> None:
-    points = await measure_rates(Server(10.0, 3.0).measure, [5.0, 10.0, 20.0])
+    (points,) = await measure_rates(Servers(6.0).measure, [5.0, 10.0, 20.0])
     html = plot_page([Sweep("slack", points), Sweep("fcfs <b>", points)], "note & more")
     charts = html.count("<svg")
     assert charts == 1 + 2 * 3

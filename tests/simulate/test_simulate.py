@@ -130,7 +130,7 @@ def test_a_light_load_is_served_in_time_by_the_latency_of_its_steps() -> None:
 
 
 def test_more_replicas_share_the_load_and_a_sample_of_them_stands_for_all() -> None:
-    trace = arrivals(400.0)
+    trace = arrivals(600.0)
     whole = fleet(replicas=4).run(trace)
     assert len(whole.outcomes) == len(trace)
     one = fleet().run(trace)

@@ -16,7 +16,6 @@ from shoplm.bench import offline, report
 from shoplm.bench.launch import LaunchError
 from shoplm.bench.plan import LoadSettings, Targets
 from shoplm.bench.run import CONNECT_SECONDS, Target, Work, measure, serve_arguments, server, sweep_rates
-from shoplm.bench.sweep import MAX_POINTS
 from shoplm.bench.workload import WorkloadError
 from shoplm.simulate.trace import parse_mix, read_trace
 
@@ -53,9 +52,7 @@ def bench(
     allow_degraded: Annotated[bool, typer.Option(help="Let the server make answers smaller.")] = True,
     rates: Annotated[str | None, typer.Option(help="Several rates, such as 1,2,4; replaces --rate.")] = None,
     find_knee: Annotated[bool, typer.Option(help="Search for the capacity, from --rate on.")] = False,
-    points: Annotated[
-        int, typer.Option(min=1, help="Rates that the search measures at most, before those beyond the knee.")
-    ] = MAX_POINTS,
+    minutes: Annotated[float, typer.Option(min=0.01, help="That the search may take.")] = 30.0,
     policies: Annotated[
         str, typer.Option(help="Scheduling policies to compare at the same rates: slack,fcfs; a server for each.")
     ] = "",
@@ -93,7 +90,7 @@ def bench(
             chosen = [] if rates is None else [float(rate) for rate in rates.split(",")]
             path = output or RESULTS / f"sweep-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
             chosen_policies = policies.split(",") if policies else []
-            sweep_rates(console, targets, settings, traced, chosen, chosen_policies, points, path)
+            sweep_rates(console, targets, settings, traced, chosen, chosen_policies, 60 * minutes, path)
             return
         if policies:
             raise ValueError("--policies needs --rates or --find-knee")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,12 +19,13 @@ from shoplm.bench.load import run_load
 from shoplm.bench.observe import ServerWatch, listening_process
 from shoplm.bench.plan import LoadSettings, Targets, drawn_arrivals, replayed_arrivals
 from shoplm.bench.summary import distribution, judge, summarise
-from shoplm.bench.sweep import Sweep, find_knee, measure_rates, plot_page, print_sweeps
+from shoplm.bench.sweep import Sweep, comparison, find_knees, is_carried, measure_rates, plot_page, print_sweeps
 from shoplm.bench.workload import Shop, get_model, make_customers, read_shop, request_for
 from shoplm.request import Service
 from shoplm.simulate.trace import Arrival as TracedArrival
 
 CONNECT_SECONDS = 10.0
+PROBE_SECONDS = 12.0  # of a rate that only brackets the knee
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,24 +58,25 @@ def sweep_rates(
     trace: Sequence[TracedArrival] | None,
     rates: Sequence[float],
     policies: Sequence[str],
-    max_points: int,
+    most_seconds: float,
     path: Path,
 ) -> None:
-    """Measure every policy at the same rates, the first one's where a knee is searched; write JSON and plots."""
+    """Measure every policy at the same rates, one after the other at each; without `rates`, those around the knees.
+    Write JSON and plots."""
     if policies and target.address is not None:
         raise ValueError("--policies starts servers of its own: leave --address out")
-    sweeps: list[Sweep] = []
     machine_before = report.machine()
-    for policy in policies or [""]:
-        arguments = serve_arguments(target.base, target.bundle, settings.targets) + (
-            ["--scheduling-policy", policy] if policy else []
-        )
-        with server(console, target.address, target.metrics_url, arguments) as running:
-            points = asyncio.run(_sweep(console, running, target, settings, trace, rates, policy, max_points))
-        rates = [point.settings.rate for point in points]
-        sweeps.append(Sweep(policy, points))
+    names = list(policies or [""])
+    with ExitStack() as stack:
+        servers = []
+        for policy in names:
+            arguments = serve_arguments(target.base, target.bundle, settings.targets)
+            arguments += ["--scheduling-policy", policy] if policy else []
+            servers.append(stack.enter_context(server(console, target.address, target.metrics_url, arguments)))
+        points = asyncio.run(_sweep(console, servers, names, target, settings, trace, rates, most_seconds))
+    sweeps = [Sweep(policy, each) for policy, each in zip(names, points, strict=True)]
     capacity = {each.policy or "server": each.capacity for each in sweeps}
-    results = {"capacity": capacity, "sweeps": [asdict(each) for each in sweeps]}
+    results = {"capacity": capacity, "comparison": comparison(sweeps), "sweeps": [asdict(each) for each in sweeps]}
     report.write_json_of(results, machine_before, path)
     note = f"{settings.seconds:g} s at each rate, seed {settings.seed}; see {path.name} for the numbers."
     path.with_suffix(".html").write_text(plot_page(sweeps, note), "utf-8")
@@ -83,28 +86,50 @@ def sweep_rates(
 
 async def _sweep(
     console: Console,
-    server: RunningServer,
+    servers: Sequence[RunningServer],
+    policies: Sequence[str],
     target: Target,
     settings: LoadSettings,
     trace: Sequence[TracedArrival] | None,
     rates: Sequence[float],
-    policy: str,
-    max_points: int,
-) -> tuple[report.LoadResult, ...]:
+    most_seconds: float,
+) -> tuple[tuple[report.LoadResult, ...], ...]:
+    started, longest, runs = time.monotonic(), 0.0, 0
     metadata = bearer(target.token)
-    async with open_channel(server.address) as channel:
+    async with open_channel(servers[0].address) as channel:
         await asyncio.wait_for(channel.channel_ready(), CONNECT_SECONDS)
         shop = await read_shop(channel, await get_model(channel, metadata), target.bundle, metadata)
 
-    async def measure_one(rate: float) -> report.LoadResult:
-        result = await measure_load(server, target.token, shop, replace(settings, rate=rate), trace)
+    async def one(index: int, load: LoadSettings) -> report.LoadResult:
+        result = await measure_load(servers[index], target.token, shop, load, trace)
         shares = ", ".join(f"{name} {s.in_time / max(s.offered, 1):.0%}" for name, s in result.services.items())
-        console.print(f"{policy or 'server'} at {rate:.2f} requests/s: in time {shares}")
+        shown = f"{policies[index] or 'server'} at {load.rate:.2f} requests/s for {load.seconds:g} s"
+        console.print(f"{shown}: in time {shares}")
         return result
 
+    def next_load(rate: float) -> LoadSettings:
+        nonlocal runs
+        runs += 1
+        # Other arrivals and customers at each rate: new customers are new to servers that have been measured before.
+        return replace(settings, rate=rate, seed=settings.seed + runs)
+
+    async def measure_all(rate: float) -> tuple[report.LoadResult, ...]:
+        nonlocal longest
+        begun, load = time.monotonic(), next_load(rate)
+        results = tuple([await one(index, load) for index in range(len(servers))])
+        longest = max(longest, time.monotonic() - begun)
+        return results
+
+    async def probe(rate: float) -> bool:
+        return is_carried(await one(0, replace(next_load(rate), seconds=min(PROBE_SECONDS, settings.seconds))))
+
+    def has_time(more: int) -> bool:
+        each = longest or len(servers) * (settings.warmup_seconds + 1.5 * settings.seconds)
+        return time.monotonic() - started + more * each <= most_seconds
+
     if rates:
-        return await measure_rates(measure_one, rates)
-    return await find_knee(measure_one, settings.rate, max_points)
+        return await measure_rates(measure_all, rates)
+    return await find_knees(measure_all, probe, settings.rate, has_time)
 
 
 async def measure(console: Console, server: RunningServer, work: Work) -> report.Report:

@@ -16,9 +16,12 @@ from shoplm.bench.report import LoadResult
 from shoplm.simulate.plot import Chart, page
 
 IN_TIME_SHARE = 0.9
-KNEE_RATIO = 1.15  # the search ends when the rates on both sides of the knee are this close
-MAX_POINTS = 12
-Measure = Callable[[float], Awaitable[LoadResult]]
+KNEE_RATIO = 1.1  # the search ends when the rates on both sides of the knee are this close
+BEYOND = (1.5, 2.0)  # of the capacity, where goodput must not collapse
+_STRIDE = 1.2  # to the next rate where all that were measured are carried, or none
+_LEAST_RATES = 3 + len(BEYOND)
+MeasureAll = Callable[[float], Awaitable[tuple[LoadResult, ...]]]  # at a rate, a result of each policy
+Probe = Callable[[float], Awaitable[bool]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,34 +52,59 @@ def goodput(result: LoadResult) -> float:
     return math.fsum(each.goodput for each in result.services.values())
 
 
-async def measure_rates(measure: Measure, rates: Sequence[float]) -> tuple[LoadResult, ...]:
-    """One load at each rate, ascending."""
-    return tuple([await measure(rate) for rate in sorted(set(rates))])
+async def measure_rates(measure: MeasureAll, rates: Sequence[float]) -> tuple[tuple[LoadResult, ...], ...]:
+    """Each policy's results, at each of the rates, ascending."""
+    return tuple(zip(*[await measure(rate) for rate in sorted(set(rates))], strict=True))
 
 
-async def find_knee(measure: Measure, first: float, max_points: int = MAX_POINTS) -> tuple[LoadResult, ...]:
-    """Rates around the knee: doubled from `first` until one is not carried (or halved until one is), then bisected
-    until the two sides are within KNEE_RATIO, then the knee times 1.5 and 2, where goodput must not collapse."""
-    points: dict[float, LoadResult] = {}
+async def find_knees(
+    measure: MeasureAll, probe: Probe, first: float, has_time: Callable[[int], bool]
+) -> tuple[tuple[LoadResult, ...], ...]:
+    """All policies at the same rates, ascending: around the knee of each, and BEYOND times the first one's capacity.
 
-    async def carried(rate: float) -> bool:
+    `probe` says whether the first policy carries a rate in a short run, doubled from `first` until it does not (or
+    halved until it does); what is between is bisected until the sides of each knee are within KNEE_RATIO. No further
+    rate is searched unless `has_time` for so many.
+    """
+    carried, failed = first, first
+    if await probe(first):
+        while has_time(_LEAST_RATES) and await probe(failed := carried * 2):
+            carried = failed
+    else:
+        while has_time(_LEAST_RATES) and not await probe(carried := failed / 2):
+            failed = carried
+    points: dict[float, tuple[LoadResult, ...]] = {}
+    policy = 0
+    while not points or (policy < len(next(iter(points.values()))) and has_time(1 + len(BEYOND))):
+        rate = _next_rate({rate: is_carried(each[policy]) for rate, each in points.items()}, carried, failed)
+        if rate is None:
+            policy += 1
+        else:
+            points[rate] = await measure(rate)
+    knee = Sweep("", tuple(points[rate][0] for rate in sorted(points))).capacity or min(points)
+    for rate in (_rounded(knee * factor) for factor in BEYOND):
         if rate not in points:
             points[rate] = await measure(rate)
-        return is_carried(points[rate])
+    return tuple(zip(*(points[rate] for rate in sorted(points)), strict=True))
 
-    low = high = first
-    if await carried(first):
-        while len(points) < max_points and await carried(high := high * 2):
-            low = high
-    else:
-        while len(points) < max_points and not await carried(low := low / 2):
-            high = low
-    while len(points) < max_points and high / low > KNEE_RATIO:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if await carried(middle) else (low, middle)
-    for factor in (1.5, 2.0):
-        await carried(low * factor)
-    return tuple(points[rate] for rate in sorted(points))
+
+def _next_rate(found: Mapping[float, bool], carried: float, failed: float) -> float | None:
+    """What to measure next of a policy that carries these rates or not; None: its knee is known. Before one is known,
+    that is expected between the other two."""
+    high = min((rate for rate, holds in found.items() if not holds), default=None)
+    low = max((rate for rate, holds in found.items() if holds and (high is None or rate < high)), default=None)
+    if low is None and high is None:
+        return _rounded(math.sqrt(carried * failed))
+    if low is None:
+        assert high is not None
+        return carried if carried < high else _rounded(high / _STRIDE)
+    if high is None:
+        return failed if failed > low else _rounded(low * _STRIDE)
+    return None if high / low <= KNEE_RATIO else _rounded(math.sqrt(low * high))
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
 
 
 def print_sweeps(sweeps: Sequence[Sweep], console: Console) -> None:
@@ -98,9 +126,45 @@ def print_sweeps(sweeps: Sequence[Sweep], console: Console) -> None:
     for sweep in sweeps:
         found = "below all of these rates" if sweep.capacity is None else f"{sweep.capacity:.2f} requests/s"
         console.print(f"capacity{f' under {sweep.policy}' if sweep.policy else ''}: [bold]{found}[/bold]")
+    for line in comparison(sweeps):
+        console.print(line, highlight=False)
+    for sweep in sweeps:
         invalid = [point for point in sweep.points if point.verdict.status == "INVALID"]
         for reason in sorted({reason for point in invalid for reason in point.verdict.reasons}):
             console.print(f"INVALID: {reason}", style="red", markup=False, highlight=False)
+
+
+def comparison(sweeps: Sequence[Sweep]) -> list[str]:
+    """What the first policy carries beside the others, and what becomes of its goodput beyond its capacity."""
+    first = sweeps[0]
+    capacity = first.capacity
+    if capacity is None:
+        return []
+    lines = []
+    for other in sweeps[1:]:
+        ratio = "which carries none of these rates" if other.capacity is None else f"x {capacity / other.capacity:.2f}"
+        lines.append(f"capacity beside {other.policy}: {ratio}")
+    at_capacity = _at(first, capacity)
+    for factor in BEYOND:
+        point = _at(first, _rounded(capacity * factor))
+        if point is None or at_capacity is None:
+            continue
+        beside = [
+            f"{other.policy} {goodput(there):.2f} (x {goodput(point) / max(goodput(there), 1e-9):.2f})"
+            for other in sweeps[1:]
+            if (there := _at(other, point.settings.rate)) is not None
+        ]
+        kept = ", ".join(
+            f"{name} {each.goodput / max(at_capacity.services[name].goodput, 1e-9):.0%}"
+            for name, each in point.services.items()
+        )
+        lines.append(f"at {factor:g} x capacity: goodput {', '.join([f'{goodput(point):.2f}/s', *beside])}")
+        lines.append(f"  of each service's goodput at capacity: {kept}")
+    return lines
+
+
+def _at(sweep: Sweep, rate: float) -> LoadResult | None:
+    return next((point for point in sweep.points if point.settings.rate == rate), None)
 
 
 def plot_page(sweeps: Sequence[Sweep], note: str) -> str:

@@ -74,7 +74,7 @@ class Admission:
             return self._full(load, by_tenants=self._waiting.is_shared(sequence))
         if not by_slack:
             return None
-        self._prospects.saw(sequence)
+        self._prospects.saw(sequence, now)
         return self._too_late(sequence, load, now)
 
     def displaced(self, sequence: Sequence, newcomer: Sequence, load: Load) -> Refusal:

@@ -14,13 +14,14 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from shoplm.request import Service
+from shoplm.scheduler.demand import Demand
+from shoplm.scheduler.pace import Pace
 
 if TYPE_CHECKING:
     from shoplm.scheduler.sequence import Sequence
 
 WINDOW_SECONDS = 0.5  # of steps, for a service of average weight
 _FEW_TENANTS = 64
-_PACE_WEIGHT = 0.1  # of the latest start among those that tell how fast a queue moves
 
 
 class Tenant:
@@ -61,9 +62,7 @@ class ServiceShare:
         self.weight = weight
         self.virtual = 0.0
         self.waiting = 0  # requests in the queue
-        self.start_gap_seconds = 0.0  # between two starts while others wait; 0: nobody waits, or too few have started
-        self._starts = 0  # since somebody has been waiting
-        self._last_start = 0.0
+        self.pace = Pace()  # of the work until first results, while some of it waits
         self.active_weight = 0.0  # of the tenants that have requests
         self.used_seconds = 0.0  # of steps, since the start
         self.tenants: dict[str, Tenant] = {}
@@ -94,18 +93,6 @@ class ServiceShare:
         """The weight of a tenant, whether it is here or not."""
         return self._weights.get(name, 1.0)
 
-    def queue_grows(self, now: float) -> None:
-        """One request more waits."""
-        if not self.waiting:
-            self._starts, self.start_gap_seconds, self._last_start = 0, 0.0, now
-        self.waiting += 1
-
-    def queue_moves(self, now: float) -> None:
-        """The first of the queue was started."""
-        gap, self._last_start = max(now - self._last_start, 0.0), now
-        self._starts += 1
-        self.start_gap_seconds += max(1 / self._starts, _PACE_WEIGHT) * (gap - self.start_gap_seconds)
-
     def begin_turn(self, virtual_times: Iterable[float | None]) -> None:
         """Newcomers begin where the tenant that is furthest behind is, by the heads of the queues."""
         waiting = [virtual for virtual in virtual_times if virtual is not None]
@@ -128,7 +115,9 @@ class Shares:
         self.services = {
             service: ServiceShare(service, weight / mean, tenant_weights) for service, weight in weights.items()
         }
-        self._fractions = {service: weight / sum(weights.values()) for service, weight in weights.items()}
+        self.demand = Demand()
+        self._by_demand = not service_weights
+        self._fixed = {service: weight / sum(weights.values()) for service, weight in weights.items()}
 
     def charge(self, tenant: Tenant, seconds: float) -> None:
         """A part of a step was planned for a tenant."""
@@ -147,12 +136,13 @@ class Shares:
 
     def ahead(self) -> frozenset[Service]:
         """Services that have had so much more than another one that waits, that they must wait now."""
-        wanting = [each.virtual for each in self.services.values() if each.waiting]
-        if not wanting:
+        waiting = [service for service, each in self.services.items() if each.waiting]
+        if not waiting:
             return frozenset()
-        bound = min(wanting) + WINDOW_SECONDS
-        return frozenset(service for service, each in self.services.items() if each.virtual > bound)
+        leads = self.demand.leads() if self._by_demand else {s: each.virtual for s, each in self.services.items()}
+        bound = min(leads[service] for service in waiting) + WINDOW_SECONDS
+        return frozenset(service for service, lead in leads.items() if lead > bound)
 
-    def fraction(self, service: Service) -> float:
-        """The share of a service while all of them are busy."""
-        return self._fractions[service]
+    def fractions(self) -> Mapping[Service, float]:
+        """The shares of the services while all of them are busy."""
+        return self.demand.shares() if self._by_demand else self._fixed

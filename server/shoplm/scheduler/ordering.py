@@ -134,6 +134,7 @@ class SlackOrder:
 
     def peek(self, now: float) -> Sequence | None:
         best: Sequence | None = None
+        self._ahead = self._shares.ahead()
         for service, share in self._shares.services.items():
             if not share.waiting or service in self._held:
                 continue

@@ -148,10 +148,10 @@ class Planner:
             spent[sequence.tenant] += seconds
             if sequence.is_late:
                 late += seconds
-            if sequence.work_bucket is not None:
-                self._prospects.count(sequence)
+            self._prospects.progressed(sequence)
             tokens += count
             keys += read
         load = StepLoad(tokens, keys, len(served.starts) + len(rows))
         self._order.spent(spent, late)
+        self._prospects.planned(now)
         return Plan(tuple(rows), tuple(served.sequences), tuple(served.starts), answers_of, load, now)

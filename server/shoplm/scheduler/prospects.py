@@ -1,7 +1,7 @@
 """When a newcomer's first result would be there, and what that would cost others.
 
-The work that is due before it, of other services and tenants no more than their shares, at the rate that running
-answers leave. Chats that queue for their turn are started as fast as the last ones were.
+The work that is due before it, of other services and tenants no more than their shares, in steps that the running
+answers leave room in; once its service's queue has been seen to move, at the pace at which it does.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from shoplm.request import Generate, Service
+from shoplm.request import Service
 from shoplm.scheduler.backlog import Backlog
 from shoplm.scheduler.budget import Budgeter
 from shoplm.scheduler.config import SchedulerConfig
+from shoplm.scheduler.correction import Correction
 from shoplm.scheduler.fairness import Shares
 from shoplm.scheduler.forecast import Forecast
 from shoplm.scheduler.sequence import Sequence
 from shoplm.scheduler.survey import Answers
 
+_SHORT_WAIT = 0.25  # of the time that a request has: it does not matter how far the forecast of less is off
 _LEAST_RATE = 0.1  # of the time, that prompts are assumed to get
-_TYPICAL_WEIGHT = 0.02  # of the latest request in what a service's requests typically cost
 
 
 class Load(NamedTuple):
@@ -40,8 +41,8 @@ class Prospects:
         self._budgeter = budgeter
         self._shares = shares
         self._backlogs = {service: Backlog() for service in Service}
-        self._typical = dict.fromkeys(Service, 0.0)  # seconds of work of a request: the mean of the latest ones
-        self._seen = dict.fromkeys(Service, 0)
+        self.corrections = {service: Correction() for service in Service}
+        self._planned = dict.fromkeys(Service, 0.0)  # seconds of work on first results, of the step that is planned
 
     def advance(self, now: float) -> None:
         """What was due before `now` is overdue. Before anything else at this moment."""
@@ -51,7 +52,7 @@ class Prospects:
     # ---- what was admitted -----------------------------------------------------------------------------------------
 
     def count(self, sequence: Sequence) -> None:
-        """Count what is left of a request's first result in the backlog; again after each part of it."""
+        """Count what is left of a request's first result in the backlog."""
         self.discount(sequence)
         if not sequence.is_late:
             sequence.work_seconds = self._forecast.work_seconds(sequence)
@@ -60,6 +61,19 @@ class Prospects:
                 sequence.work_bucket = backlog.add(sequence.due_seconds, sequence.work_seconds)
                 assert sequence.tenant is not None
                 sequence.tenant.backlog_seconds += sequence.work_seconds
+
+    def progressed(self, sequence: Sequence) -> None:
+        """A part of it was planned."""
+        if sequence.work_bucket is not None:
+            before = sequence.work_seconds
+            self.count(sequence)
+            self._planned[sequence.request.service] += before - sequence.work_seconds
+
+    def planned(self, now: float) -> None:
+        """A step was planned."""
+        for service, share in self._shares.services.items():
+            share.pace.planned(self._planned[service], share.waiting > 0, now)
+            self._planned[service] = 0.0
 
     def discount(self, sequence: Sequence) -> None:
         """Count it no more."""
@@ -76,12 +90,9 @@ class Prospects:
 
     # ---- newcomers -------------------------------------------------------------------------------------------------
 
-    def saw(self, sequence: Sequence) -> None:
+    def saw(self, sequence: Sequence, now: float) -> None:
         """A request was asked for, whether or not it is let in."""
-        service, work = sequence.request.service, self._forecast.whole_seconds(sequence)
-        self._seen[service] += 1
-        weight = max(_TYPICAL_WEIGHT, 1 / self._seen[service])
-        self._typical[service] += weight * (work - self._typical[service])
+        self._shares.demand.asked(sequence.request.service, self._forecast.whole_seconds(sequence), now)
 
     def first_result_seconds(self, sequence: Sequence, load: Load) -> float:
         """When the first result of a newcomer will be there, if it is admitted now."""
@@ -90,23 +101,40 @@ class Prospects:
         promised = self._forecast.promised_seconds(sequence)
         due = sequence.due_seconds if promised is None else promised
         own = self._ahead_of(sequence, due, work) + work
+        fractions = self._shares.fractions()
         others = [
-            (backlog.until(due), self._shares.fraction(other))
-            for other, backlog in self._backlogs.items()
-            if other is not service
+            (backlog.until(due), fractions[other]) for other, backlog in self._backlogs.items() if other is not service
         ]
         busy = own + sum(ahead for ahead, _ in others)
         # Others' work that is due first comes first, but no further than their shares: the fixed point from above.
         for _ in range(4 if busy > own else 0):
             busy = own + sum(min(ahead, fraction * busy) for ahead, fraction in others)
-        step = cost.coefficients.step
-        cycle = min(self._budgeter.longest_step_seconds(load.starts_seconds), max(busy + step, 2 * step))
+        guess = self._steps_seconds(busy, load)
+        pace = self._shares.services[service].pace
+        arrival = sequence.request.arrival_seconds
+        sequence.foreseen_seconds = load.starts_seconds + pace.wait_seconds(own, guess) - arrival if own else 0.0
+        soonest = load.starts_seconds + self._forecast.alone_seconds(sequence, work)
+        # What it takes alone needs no correction: an idle engine refuses nobody by the errors of a busy one.
+        waits = max(arrival + sequence.foreseen_seconds - soonest, 0.0)
+        levels = (sequence.depth - 1) * cost.coefficients.step
+        return soonest + self.corrections[service].factor * waits + levels
+
+    def came(self, sequence: Sequence, now: float) -> None:
+        """The first result of a request is there; infinite: it never will be."""
+        promised = self._forecast.promised_seconds(sequence)
+        if promised is not None:
+            arrival = sequence.request.arrival_seconds
+            least = _SHORT_WAIT * (promised - arrival)
+            correction = self.corrections[sequence.request.service]
+            correction.saw(max(sequence.foreseen_seconds, least), max(now - arrival, least))
+
+    def _steps_seconds(self, work: float, load: Load) -> float:
+        """How long so much work on prompts takes beside the answers that run, in whole steps."""
+        constant = self._forecast.cost.coefficients.step + load.answers.seconds
+        longest = self._budgeter.longest_step_seconds(load.starts_seconds)
         if load.answers.requests:
-            cycle = max(min(cycle, self._config.policy.token_target_seconds), step + load.answers.seconds)
-        rate = max(1 - (step + load.answers.seconds) / cycle, _LEAST_RATE)
-        alone = self._forecast.alone_seconds(sequence, work)
-        wait = max(busy / rate, alone, self._queue_seconds(sequence) + alone)
-        return load.starts_seconds + wait + (sequence.depth - 1) * step
+            longest = min(longest, self._config.policy.token_target_seconds)
+        return work + math.ceil(work / max(longest - constant, _LEAST_RATE * longest)) * constant
 
     def costs_others_more(self, sequence: Sequence, predicted: float, promised: float, now: float) -> bool:
         """Whether a request that could be in time, `predicted` before it is `promised`, is so dear that others would
@@ -117,7 +145,7 @@ class Prospects:
         and without it a queue that is always full refuses cheap and dear ones alike.
         """
         alone = self._forecast.alone_seconds(sequence)
-        typical = max(self._typical[sequence.request.service], 1e-9)
+        typical = max(self._shares.demand.typical_seconds[sequence.request.service], 1e-9)
         dearness = math.sqrt(max(1.0, self._forecast.whole_seconds(sequence) / typical))
         return (predicted - now - alone) * dearness > promised - now - alone
 
@@ -133,14 +161,3 @@ class Prospects:
         else:
             own, total = tenant.backlog_seconds, share.active_weight
         return min(ahead, (own + work) * total / weight)
-
-    def _queue_seconds(self, sequence: Sequence) -> float:
-        """How long a chat waits for its turn behind those of its service, at the pace at which they have been started:
-        what holds them back is the answers that run, which no backlog of prompts shows."""
-        if not isinstance(sequence.request.task, Generate):
-            return 0.0
-        share = self._shares.services[sequence.request.service]
-        tenant = share.tenants.get(sequence.request.tenant)
-        waiting = 0 if tenant is None else tenant.waiting
-        turns = (waiting + 1) * max(share.active_weight, 1e-9) / share.weight_of(sequence.request.tenant)
-        return min(share.waiting, turns) * share.start_gap_seconds

@@ -27,7 +27,7 @@ class Queue:
         self.order.push(sequence)
         self._prospects.count(sequence)
         self._waiting.enter(sequence)
-        self._shares.services[sequence.request.service].queue_grows(now)
+        self._shares.services[sequence.request.service].waiting += 1
 
     def drop(self, sequence: Sequence) -> None:
         """It waits no more."""
@@ -39,6 +39,6 @@ class Queue:
         """It runs."""
         self.drop(sequence)
         request = sequence.request
-        self._shares.services[request.service].queue_moves(now)
         if sequence.epoch == 0:
+            self._shares.demand.begun(request.service)
             self._stats.queued(request.service, now - request.arrival_seconds)

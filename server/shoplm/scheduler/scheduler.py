@@ -8,6 +8,7 @@ lost cause. docs/scheduling.md explains the rules; who decides what: `admission`
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -222,6 +223,7 @@ class Scheduler:
                     if row.start + row.count < sequence.length:
                         continue
                 self._end(sequence)
+                self._prospects.came(sequence, now)
                 self._outcomes.finished(sequence, now, output=output)
         self.stats.step(plan)
 
@@ -263,6 +265,8 @@ class Scheduler:
         reason = FinishReason.STOP if token in sequence.stop_token_ids else None
         if reason is None:
             sequence.tokens.append(token)
+            if sequence.first_seconds is None:
+                self._prospects.came(sequence, now)
             self._outcomes.token(sequence, token, now)
             reason = FinishReason.LENGTH if len(sequence.tokens) >= sequence.most_length else None
         if reason is not None:
@@ -304,6 +308,8 @@ class Scheduler:
     def _drop_lost(self, now: float) -> None:
         """Give up what cannot be in time, the oldest lost cause first; an answer that may be cut short is ended."""
         for sequence in self._deadlines.lost(now):
+            if sequence.first_seconds is None:
+                self._prospects.came(sequence, math.inf)
             where = "in the queue" if sequence.state_slot is None else "while it ran"
             deadline = sequence.request.deadline_seconds
             if deadline is not None and deadline <= now:

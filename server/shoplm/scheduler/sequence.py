@@ -39,6 +39,7 @@ class Sequence:
     ticket: int = 0  # of its place in the queue; 0: it does not wait
     tenant: Tenant | None = None  # whom its work is charged to
     is_late: bool = False  # it has missed its target and nobody set a deadline: it gets what others leave, and a share
+    foreseen_seconds: float = 0.0  # from its arrival to its first result, as it was predicted when it was let in
     work_seconds: float = 0.0  # what it counts in the backlog until its first result
     work_bucket: int | None = None  # where it counts; None: nowhere
     degraded: tuple[Degradation, ...] = ()
