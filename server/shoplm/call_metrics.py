@@ -5,14 +5,13 @@ A prometheus-client counter takes a lock to count; a call counts a dozen times.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
 
 import grpc
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
+from shoplm.histograms import Buckets
 
 _GRPC_LABELS = ("grpc_type", "grpc_service", "grpc_method")
 
@@ -27,9 +26,7 @@ class MethodCounts:
         self.grpc_names = grpc_names
         self.started = self.received = self.sent = 0
         self.ended: dict[grpc.StatusCode, int] = {}
-        self.seconds = 0.0
-        self._bounds = bounds
-        self._within = [0] * (len(bounds) + 1)  # calls between two bounds
+        self.seconds = Buckets(bounds)
 
     def start(self) -> None:
         """A call arrived."""
@@ -38,16 +35,11 @@ class MethodCounts:
     def end(self, code: grpc.StatusCode, seconds: float) -> None:
         """It ended."""
         self.ended[code] = self.ended.get(code, 0) + 1
-        self.seconds += seconds
-        self._within[bisect_left(self._bounds, seconds)] += 1
+        self.seconds.add(seconds)
 
     def in_flight(self) -> int:
         """Calls that have not ended."""
         return self.started - sum(tuple(self.ended.values()))
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Upper bound and calls up to it."""
-        return list(zip([*map(str, self._bounds), "+Inf"], accumulate(self._within), strict=True))
 
 
 class CallMetrics(Collector):
@@ -99,7 +91,7 @@ class CallMetrics(Collector):
             names = (each.service, each.grpc_names[2])
             for code, count in tuple(each.ended.items()):
                 ended.add_metric((*names, code.name), count)
-            seconds.add_metric(names, each.buckets(), each.seconds)
+            seconds.add_metric(names, each.seconds.cumulative(), each.seconds.total)
             in_flight[each.service] = in_flight.get(each.service, 0) + each.in_flight()
         running = GaugeMetricFamily("shoplm_requests_in_flight", "Calls that are being served.", labels=("service",))
         for service, count in in_flight.items():
@@ -116,7 +108,7 @@ class CallMetrics(Collector):
         for each in self._methods:
             for code, count in tuple(each.ended.items()):
                 handled.add_metric((*each.grpc_names, _camel(code)), count)
-            seconds.add_metric(each.grpc_names, each.buckets(), each.seconds)
+            seconds.add_metric(each.grpc_names, each.seconds.cumulative(), each.seconds.total)
         yield from (handled, seconds)
 
     def _grpc_counter(self, name: str, text: str, count: Callable[[MethodCounts], int]) -> Metric:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from shoplm.call_metrics import CallMetrics
+from shoplm.histograms import Histogram
 from shoplm.request import Service, StepStats
 
 # Fine where the latencies of the three services are promised: between 50 and 200 ms.
@@ -60,8 +61,12 @@ class Metrics:
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(name, text, labels, registry=self.registry)
 
-    def _histogram(self, name: str, text: str, *labels: str, buckets: tuple[float, ...] = LATENCY_BUCKETS) -> Histogram:
-        return Histogram(name, text, labels, registry=self.registry, buckets=buckets)
+    def _histogram(
+        self, name: str, text: str, label: str = "", *, buckets: tuple[float, ...] = LATENCY_BUCKETS
+    ) -> Histogram:
+        histogram = Histogram(name, text, buckets, label)
+        self.registry.register(histogram)
+        return histogram
 
     def _define_calls(self) -> None:
         self.calls = CallMetrics([service.value for service in Service], LATENCY_BUCKETS)
@@ -139,7 +144,7 @@ class Metrics:
             self.queued.labels(service.value)
             self.running.labels(service.value)
             for histogram in (self.queue_seconds, self.first_seconds, self.engine_seconds):
-                histogram.labels(service.value)
+                histogram.of(service.value)
             for kind in ("cancelled", "expired", "overloaded"):
                 self.engine_failures.labels(service.value, kind)
 
@@ -160,22 +165,17 @@ class Metrics:
 
     def observe_step_stats(self, stats: StepStats) -> None:
         """Fold in what the engine counted since its last message, and set its gauges."""
-        for seconds in stats.step_seconds:
-            self.step_seconds.observe(seconds)
+        self.step_seconds.of().extend(stats.step_seconds)
+        self.cost_error.of().extend(stats.cost_errors)
         for gap, count in stats.inter_token_seconds:
-            for _ in range(count):
-                self.inter_token_seconds.observe(gap)
+            self.inter_token_seconds.of().add(gap, count)
         for histogram, by_service in (
             (self.queue_seconds, stats.queue_seconds),
             (self.first_seconds, stats.first_seconds),
             (self.engine_seconds, stats.total_seconds),
         ):
             for service, values in by_service.items():
-                child = histogram.labels(service)
-                for seconds in values:
-                    child.observe(seconds)
-        for error in stats.cost_errors:
-            self.cost_error.observe(error)
+                histogram.of(service).extend(values)
         for counter, counts in (
             (self.step_tokens, stats.tokens),
             (self.step_rows, stats.rows),
