@@ -68,7 +68,9 @@ class PrefixTree:
         # Leaves are evicted first: if the last one is here, so are all before it.
         chain = self._walk(root, tokens, limit, list(known) if known and self._holds(known[-1]) else [])
         for node in chain:
-            self._hold(node)
+            if not node.users:
+                self._idle -= 1
+            node.users += 1
         return chain
 
     def _walk(self, root: Hashable, tokens: bytes, limit: int, chain: list[Node]) -> list[Node]:
@@ -139,11 +141,6 @@ class PrefixTree:
         """Evict everything that nobody uses."""
         while self._idle:
             self._evict()
-
-    def _hold(self, node: Node) -> None:
-        if not node.users:
-            self._idle -= 1
-        node.users += 1
 
     def _offer(self, node: Node) -> None:
         if not node.children and not node.users:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+
 import numpy as np
 from numpy.typing import NDArray
 from shoplm.engine.batch import (
@@ -13,46 +15,60 @@ from shoplm.engine.batch import (
     Row,
     SampleReadout,
     SelectReadout,
+    beam_of,
 )
 from shoplm.engine.forks import fork_mask, fork_positions, fork_readout
-from shoplm.request import Embed, Explain, Generate, Predict, Select
+from shoplm.request import Embed, Explain, Generate, Predict, Select, Tokens
 from shoplm.scheduler.plan import Plan, PlanRow
 from shoplm.scheduler.sequence import Sequence
+
+_FEW_TOKENS = 16
 
 
 def build_batch(plan: Plan, page_size: int) -> Batch:
     """The batch of a plan that is not empty, which must be the latest: it tells what tokens are known by now."""
-    total = plan.tokens
+    total, answers = plan.tokens, len(plan.answers)
     tokens = np.zeros(total, np.int32)
     positions = np.empty(total, np.int32)
     slots = np.empty(total, np.int64)
     rows: list[Row] = []
+    answer_slots: list[int] = []
     for start, (sequence, position) in enumerate(zip(plan.answers, plan.starts, strict=True)):
         rows.append(row := _answer_row(sequence, position, start))
-        page, offset = divmod(position, page_size)
-        positions[start] = position
-        slots[start] = int(row.pages[page]) * page_size + offset
+        answer_slots.append(_slot(sequence.page_table, position, page_size))
         if not row.token_from_state:
             tokens[start] = sequence.tokens[position]
-    start = len(plan.answers)
+    positions[:answers], slots[:answers] = plan.starts, answer_slots
+    start = answers
     for planned in plan.rows:
-        end = start + planned.count
-        task = planned.sequence.request.task
-        row = _beam_row(planned, start, page_size) if planned.is_beam else _linear_row(planned, start)
-        if row.beam is not None:
+        end, sequence = start + planned.count, planned.sequence
+        if planned.is_beam:
+            row = _beam_row(planned, start, page_size)
             positions[start:end] = planned.start + planned.level - 1
-            slots[start:end] = row.beam.own_slots[planned.level - 1]
+            slots[start:end] = beam_of(row).own_slots[planned.level - 1]
         else:
+            row = _linear_row(planned, start)
             at = np.arange(planned.start, planned.start + planned.count)
-            positions[start:end] = at
-            if isinstance(task, Explain):
-                positions[start:end] = fork_positions(at, task, planned.sequence.shareable)
-            written = at + planned.again
-            slots[start:end] = row.pages[written // page_size].astype(np.int64) * page_size + written % page_size
-            tokens[start:end] = planned.sequence.tokens[planned.start : planned.start + planned.count]
+            task = sequence.request.task
+            positions[start:end] = fork_positions(at, task, sequence.shareable) if isinstance(task, Explain) else at
+            slots[start:end] = _slots(sequence.page_table, planned, page_size)
+            tokens[start:end] = sequence.tokens[planned.start : planned.start + planned.count]
         rows.append(row)
         start = end
     return Batch(tokens, positions, slots, tuple(rows))
+
+
+def _slots(page_table: Tokens, planned: PlanRow, page_size: int) -> Seq[int] | NDArray[np.int64]:
+    """Where the keys and values of a prompt's next tokens go. Arrays take longer to begin than few tokens to end."""
+    first = planned.start + planned.again
+    if planned.count <= _FEW_TOKENS:
+        return [_slot(page_table, at, page_size) for at in range(first, first + planned.count)]
+    page, offset = np.divmod(np.arange(first, first + planned.count), page_size)
+    return np.asarray(page_table, np.int64)[page] * page_size + offset
+
+
+def _slot(page_table: Tokens, position: int, page_size: int) -> int:
+    return page_table[position // page_size] * page_size + position % page_size
 
 
 def _answer_row(sequence: Sequence, position: int, start: int) -> Row:
@@ -103,7 +119,7 @@ def _beam_row(planned: PlanRow, start: int, page_size: int) -> Row:
 
 
 def _pages(sequence: Sequence) -> NDArray[np.int32]:
-    return np.asarray([*(node.page for node in sequence.nodes), *sequence.pages], np.int32)
+    return np.array(sequence.page_table, np.int32)  # a copy: the table grows
 
 
 def _readout(planned: PlanRow) -> Readout | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from shoplm.cache.pages import PagePool
 from shoplm.cache.prefix import PrefixTree
-from shoplm.request import Explain
+from shoplm.request import Explain, token_ids
 from shoplm.scheduler.sequence import Sequence
 
 
@@ -60,6 +60,7 @@ class SequenceMemory:
             sequence.nodes.append(node)
         while self._pages(len(tokens)) + whole > len(sequence.nodes) + len(sequence.pages):
             sequence.pages.append(tree.take())
+        sequence.page_table = token_ids([*[node.page for node in sequence.nodes], *sequence.pages])
         beam_pages = self._pages(sequence.lanes * (sequence.depth - 1))
         sequence.beam_pages = [tree.take() for _ in range(beam_pages)]
         shared_tokens = min(len(chain) * size, len(tokens) - 1)
@@ -107,7 +108,8 @@ class SequenceMemory:
             return True
         if not self.tree.available:
             return False
-        sequence.pages.append(self.tree.take())
+        sequence.pages.append(page := self.tree.take())
+        sequence.page_table.append(page)
         return True
 
     def fill(self, sequence: Sequence, end: int) -> None:
@@ -144,6 +146,7 @@ class SequenceMemory:
                 node.writer = None
             tree.release(node)
         sequence.nodes, sequence.pages, sequence.beam_pages = [], [], []
+        sequence.page_table = token_ids(())
 
     def check(self, running: Iterable[Sequence]) -> None:
         """Every page has exactly one owner. AssertionError names what does not."""
@@ -160,6 +163,8 @@ class SequenceMemory:
         held = 0
         for sequence in running:
             held += len(sequence.nodes)
+            table = [*(node.page for node in sequence.nodes), *sequence.pages]
+            assert sequence.page_table.tolist() == table, f"{sequence.request.request_id} has a page table of others"
             for page in (*sequence.pages, *sequence.beam_pages):
                 own(page, sequence.request.request_id)
         assert users == held, f"nodes count {users} holders, sequences hold {held}"

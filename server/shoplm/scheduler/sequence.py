@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shoplm.cache.prefix import Node
-from shoplm.request import Degradation, Explain, Generate, Request, Tokens, forks_start
+from shoplm.request import Degradation, Explain, Generate, Request, Tokens, forks_start, token_ids
 
 if TYPE_CHECKING:
     from shoplm.scheduler.fairness import Tenant
@@ -29,6 +29,7 @@ class Sequence:
     parts: tuple[float, ...] = ()  # Explain: what the forks read that have ended
     nodes: list[Node] = field(default_factory=list)  # shared pages, from the start of the prompt
     pages: list[int] = field(default_factory=list)  # own pages behind them: linear ones
+    page_table: Tokens = field(default_factory=lambda: token_ids(()))  # int32: the pages of `nodes`, then `pages`
     beam_pages: list[int] = field(default_factory=list)
     state_slot: int | None = None  # None: not running
     epoch: int = 0  # counts preemptions: results of an earlier life of a selection are void
