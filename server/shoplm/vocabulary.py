@@ -72,6 +72,10 @@ class ShopVocabulary:
         return tuple(starts)
 
     @cached_property
+    def _first_gap(self) -> int:
+        return self.special("<gap:0>")  # the others follow it
+
+    @cached_property
     def first_type(self) -> int:
         return self.text_size + len(SPECIAL_TEXTS) + sum(self.level_sizes)
 
@@ -81,7 +85,7 @@ class ShopVocabulary:
 
     def gap(self, days: float) -> int:
         """Token id of the gap of `days` between two baskets; negative gaps count as none."""
-        return self.special(f"<gap:{bisect_left(GAP_DAYS, days)}>")
+        return self._first_gap + bisect_left(GAP_DAYS, days)
 
     def product_type(self, index: int) -> int:
         """Token id of a product type."""

@@ -45,7 +45,7 @@ def read_caller(metadata: Iterable[tuple[str, str | bytes]], tenant_key: str) ->
             tenant = value
         elif key == PRIORITY_KEY:
             priority = _priority(value)
-    return Caller(tenant, priority)
+    return Caller(tenant, priority) if tenant or priority else _NOBODY
 
 
 def _priority(value: str | bytes) -> int:

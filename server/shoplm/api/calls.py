@@ -102,6 +102,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         return _refusing(handler, status_of(_unauthenticated()))
 
     def _wrap(self, method: Method, handler: Handler) -> Handler:
+        counts = self._counts[method]
         if method.streams:
             stream: Callable[[Message, Context], AsyncIterator[Message]] = handler.unary_stream  # type: ignore[assignment]
 
@@ -112,7 +113,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
                             await context.write(response)
                             call.sent()
 
-                await self._serve(method, context, body)
+                await self._serve(method, counts, context, body)
 
             return grpc.unary_stream_rpc_method_handler(serve_stream, None, handler.response_serializer)
 
@@ -124,17 +125,17 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
                 call.sent()
                 return response
 
-            response: Message = await self._serve(method, context, body)
+            response: Message = await self._serve(method, counts, context, body)
             return response
 
         return grpc.unary_unary_rpc_method_handler(serve_unary, None, handler.response_serializer)
 
-    async def _serve(self, method: Method, context: Context, body: Callable[[_Call], Awaitable[Any]]) -> Any:
+    async def _serve(
+        self, method: Method, counts: MethodCounts, context: Context, body: Callable[[_Call], Awaitable[Any]]
+    ) -> Any:
         """Run one call to its end. Aborts the context on any error."""
         metadata = context.invocation_metadata() or ()
-        call = _Call(
-            self._metrics, method, self._counts[method], context, _request_id(metadata), self._max_message_bytes
-        )
+        call = _Call(self._metrics, method, counts, context, _request_id(metadata), self._max_message_bytes)
         request_id.set(call.request_id)  # this task's own: gRPC gives every call a task
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         self.in_flight += 1
@@ -222,7 +223,7 @@ class _Call:
         self._log(code, seconds, error)
 
     def _log(self, code: grpc.StatusCode, seconds: float, error: Exception | None) -> None:
-        level = _LEVELS.get(code, logging.DEBUG)
+        level = logging.DEBUG if code is grpc.StatusCode.OK else _LEVELS.get(code, logging.DEBUG)
         if not log.isEnabledFor(level):
             return
         fields = {"service": self._method.label, "method": self._method.name, "code": code.name}

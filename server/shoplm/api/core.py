@@ -157,14 +157,17 @@ class Core:
 
     def usage(self, request: Request, cached: int, completion: int, explanation: int = 0) -> shop_pb2.Usage:
         """What an answered request cost; also counted in the metrics, the explanation's tokens by the explainer."""
-        self.metrics.calls.used(request.service.value, len(request.tokens), cached, completion)
-        return shop_pb2.Usage(
-            prompt_tokens=len(request.tokens),
-            cached_tokens=cached,
-            history_tokens=request.history_tokens,
-            completion_tokens=completion,
-            explanation_tokens=explanation,
-        )
+        self.fill_usage(usage := shop_pb2.Usage(), request, cached, completion, explanation)
+        return usage
+
+    def fill_usage(
+        self, usage: shop_pb2.Usage, request: Request, cached: int, completion: int, explanation: int
+    ) -> None:
+        """`usage`, in place."""
+        prompt = len(request.tokens)
+        self.metrics.calls.used(request.service, prompt, cached, completion)
+        usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens = prompt, cached, completion
+        usage.history_tokens, usage.explanation_tokens = request.history_tokens, explanation
 
     def warned(self, service: Service, warnings: Warnings) -> list[shop_pb2.Warning]:
         """The warnings for the response; also counted in the metrics."""

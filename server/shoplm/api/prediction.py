@@ -9,7 +9,7 @@ from shoplm.api.explanations import Asked, Explainer, Explanation
 from shoplm.api.validation import Violations, quote
 from shoplm.api.warnings import Warnings
 from shoplm.bundle import HeadSpec
-from shoplm.readout.answers import applies, reader
+from shoplm.readout.answers import population_seconds, reader
 from shoplm.request import Predict, Service
 from shoplm.v1 import prediction_pb2 as pb
 from shoplm.v1.prediction_pb2_grpc import PredictionServiceServicer
@@ -23,6 +23,7 @@ _NAMES: dict[int, str] = {
     pb.TARGET_KIND_CHURN: "churn",
     pb.TARGET_KIND_COUPON_REDEMPTION: "coupon_redemption",
 }
+_NOTHING_SAID = Explanation(())
 _KINDS = {name: pb.TargetKind.ValueType(kind) for kind, name in _NAMES.items()}
 
 
@@ -32,6 +33,7 @@ class _Target:
     def __init__(self, spec: HeadSpec) -> None:
         self.spec = spec
         self._read = reader(spec)
+        self._population_seconds = population_seconds(spec)
         self.constant = pb.Prediction(target=target_message(spec), base_rate=spec.base_rate)
 
     def fill(self, message: pb.Prediction, values: Sequence[float], since_purchase: float) -> None:
@@ -43,7 +45,7 @@ class _Target:
             message.amount = amount
         if low is not None and high is not None:
             message.interval_low, message.interval_high = low, high
-        message.applicable = applies(self.spec, since_purchase)
+        message.applicable = since_purchase <= self._population_seconds
 
 
 class PredictionService(PredictionServiceServicer):
@@ -74,16 +76,17 @@ class PredictionService(PredictionServiceServicer):
         since_purchase = history.as_of - core.last_purchase(history)
         for target, message in zip(targets, response.predictions, strict=True):
             target.fill(message, finished.values, since_purchase)
-        why = Explanation(())
+        why = _NOTHING_SAID
         if request.explain and targets and self._explainer.can_explain(history, prefix, warnings, items=False):
             asked = Asked(_SERVICE, history, prefix, context, request.allow_degraded)
             why = await self._explainer.targets(asked, [target.spec for target in targets])
             for message, influences in zip(response.predictions, why.influences, strict=True):
                 message.influences.extend(influences)
-        usage = core.usage(work, finished.cached_tokens, finished.completion_tokens, why.tokens)
-        response.usage.CopyFrom(usage)
-        response.warnings.extend(core.warned(_SERVICE, warnings))
-        response.degradations.extend(core.degraded(why.degraded))
+        core.fill_usage(response.usage, work, finished.cached_tokens, finished.completion_tokens, why.tokens)
+        if warnings:
+            response.warnings.extend(core.warned(_SERVICE, warnings))
+        if why.degraded:
+            response.degradations.extend(core.degraded(why.degraded))
         return response
 
     def _template(self, targets: Sequence[_Target]) -> bytes:

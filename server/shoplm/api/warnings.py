@@ -27,6 +27,9 @@ class Warnings:
         if count > 0:
             self._counts[code] = self._counts.get(code, 0) + count
 
+    def __bool__(self) -> bool:
+        return bool(self._counts)
+
     def counts(self) -> dict[str, int]:
         """How often by code."""
         return dict(self._counts)

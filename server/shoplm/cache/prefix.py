@@ -76,12 +76,15 @@ class PrefixTree:
     def _walk(self, root: Hashable, tokens: bytes, limit: int, chain: list[Node]) -> list[Node]:
         """The chain with the nodes behind it for the full pages among the first `limit` tokens."""
         node = chain[-1] if chain else self._roots.get(root)
-        size = self._page_bytes
+        if node is None:
+            return chain
+        size, children = self._page_bytes, node.children
         for start in range(len(chain) * size, limit * _TOKEN_BYTES - size + 1, size):
-            node = node.children.get(tokens[start : start + size]) if node is not None else None
+            node = children.get(tokens[start : start + size])
             if node is None:
                 break
             chain.append(node)
+            children = node.children
         return chain
 
     def _holds(self, node: Node) -> bool:
@@ -106,19 +109,21 @@ class PrefixTree:
         self.release(node)
         return node
 
-    def release(self, node: Node) -> None:
-        """One holder less. A page that nobody holds stays cached if it is filled, else it is freed."""
-        assert node.users > 0, "released more often than acquired"
-        node.users -= 1
-        if node.users:
-            return
-        self._idle += 1
-        if node.filled:
-            node.last_used = next(self._clock)
-            self._offer(node)
-        else:
-            # Nothing below an unfilled node can be filled, and its holders hold it too: it is a leaf by now.
-            self._remove(node)
+    def release(self, *chain: Node) -> None:
+        """One holder less of these nodes, each a child of the one before it. A page that nobody holds stays cached if
+        it is filled, else it is freed."""
+        for node in reversed(chain):
+            assert node.users > 0, "released more often than acquired"
+            node.users -= 1
+            if node.users:
+                continue
+            self._idle += 1
+            if node.filled:
+                node.last_used = next(self._clock)
+                self._offer(node)
+            else:
+                # Nothing below an unfilled node can be filled, and its holders hold it too: it is a leaf by now.
+                self._remove(node)
 
     def take(self) -> int:
         """A page for a new owner: a free one, or the least recently used leaf's. IndexError when none is available."""

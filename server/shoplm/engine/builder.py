@@ -90,7 +90,7 @@ def _answer_row(sequence: Sequence, position: int, start: int) -> Row:
 def _linear_row(planned: PlanRow, start: int) -> Row:
     sequence = planned.sequence
     assert sequence.state_slot is not None
-    task, span = sequence.request.task, (sequence.shareable, planned.start, planned.count)
+    task = sequence.request.task
     return Row(
         state_slot=sequence.state_slot,
         query_start=start,
@@ -98,7 +98,7 @@ def _linear_row(planned: PlanRow, start: int) -> Row:
         pages=_pages(sequence),
         kv_len=planned.start + planned.count,
         readout=_readout(planned) if planned.reads else None,
-        hidden=fork_mask(task, *span) if isinstance(task, Explain) else None,
+        hidden=fork_mask(task, sequence.shareable, planned.start, planned.count) if isinstance(task, Explain) else None,
     )
 
 

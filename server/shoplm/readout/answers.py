@@ -72,7 +72,12 @@ def last_purchase(history: History) -> float:
 
 def applies(spec: HeadSpec, since_purchase: float) -> bool:
     """Whether a customer who last bought this many seconds ago belongs to the target's population."""
-    return spec.active_within_days <= 0 or since_purchase <= spec.active_within_days * SECONDS_PER_DAY
+    return since_purchase <= population_seconds(spec)
+
+
+def population_seconds(spec: HeadSpec) -> float:
+    """How long ago the customers of the target's population last bought, at most; infinite where it is everybody."""
+    return spec.active_within_days * SECONDS_PER_DAY if spec.active_within_days > 0 else math.inf
 
 
 def count_quantile(mean: float, dispersion: float, level: float) -> float:
@@ -127,7 +132,8 @@ def _probability_reader(spec: HeadSpec) -> Reader:
         # A sigmoid is a hazard of one step. 1 / (1 - s(a)) is 1 + exp(a), and p / (1 - p) is 1 / (1 - p) - 1.
         inverse = 1.0
         for index in outputs:
-            inverse *= 1.0 + exp(min(values[index], _MOST_LOGIT))
+            logit = values[index]
+            inverse *= 1.0 + exp(logit if logit < _MOST_LOGIT else _MOST_LOGIT)
         odds = min(max(inverse - 1.0, _LEAST_ODDS), _MOST_ODDS)
         return Answer(one_sigmoid(slope * log(odds) + intercept))
 

@@ -49,8 +49,7 @@ class SequenceMemory:
             whole, shareable = False, shareable - size
             tree.release(chain.pop())
         if tree.available < needed:
-            for node in reversed(chain):
-                tree.release(node)
+            tree.release(*chain)
             return False
         sequence.nodes, sequence.matched = list(chain), []
         for start in range(len(chain) * size, shareable - size + 1, size):
@@ -142,9 +141,11 @@ class SequenceMemory:
             if page not in kept:
                 self.pool.give_back(page)
         for node in reversed(sequence.nodes):
+            if node.filled:  # and so are all before it
+                break
             if node.writer is sequence:
                 node.writer = None
-            tree.release(node)
+        tree.release(*sequence.nodes)
         sequence.nodes, sequence.pages, sequence.beam_pages = [], [], []
         sequence.page_table = token_ids(())
 
