@@ -11,8 +11,9 @@ between the two, and the medians of the ratios are reported, because machines ha
     streamed    Chat, as many answers at once: tokens per second. The bare server sends a message per token; ours
                 sends tokens together that came while a message was under way: `messages_per_token` says how often.
                 The engine's steps of a millisecond bound 32 answers to fewer tokens than a bare server can send
-    added       open loop at half of our unary rate: by how much our percentiles are later than the echo's, in ms;
-                the millisecond of the engine's step is in it
+    latency     open loop at half of our unary rate, the same for both: percentiles of either, and `added`, by how much
+                ours are later, in ms; medians over the rounds, whose order alternates. Our calls wait for the engine's
+                step under way and for their own: a millisecond and a half on average, and two at the most, is that
 
 `cpu_microseconds` are spent per call or token, by process: where client, server and engine share the cores, their sum
 is what bounds the rate.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import socket
 import statistics
@@ -55,6 +57,7 @@ STREAM_TOKENS = 64
 HEAD_OUTPUTS = 64
 TEXT_TOKEN = 30  # some token of plain text
 WARM_UP_SECONDS, RUN_SECONDS = 1.0, 4.0
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 Call = Callable[[], Awaitable[object]]
 
 
@@ -191,20 +194,22 @@ async def rate(call: Call, concurrency: int, subject: Subject) -> Round:
 
 
 async def latencies(call: Call, per_second: float) -> list[float]:
-    """Seconds of each call, from the moment it was meant to be sent, open loop at a fixed rate; ascending."""
+    """Seconds of each call, from the moment it was meant to be sent, open loop at a fixed rate; ascending. Those of the
+    first second do not count."""
     found: list[float] = []
 
     async def timed(intended: float) -> None:
         await call()
-        found.append(time.perf_counter() - intended)
+        if intended - start >= WARM_UP_SECONDS:
+            found.append(time.perf_counter() - intended)
 
-    start, tasks = time.perf_counter(), []
-    for number in range(round(per_second * RUN_SECONDS)):
-        intended = start + number / per_second
-        if (delay := intended - time.perf_counter()) > 0:
-            await asyncio.sleep(delay)
-        tasks.append(asyncio.create_task(timed(intended)))
-    await asyncio.gather(*tasks)
+    start = time.perf_counter()
+    async with asyncio.TaskGroup() as calls:
+        for number in range(round(per_second * (WARM_UP_SECONDS + RUN_SECONDS))):
+            intended = start + number / per_second
+            if (delay := intended - time.perf_counter()) > 0:
+                await asyncio.sleep(delay)
+            calls.create_task(timed(intended))
     return sorted(found)
 
 
@@ -273,29 +278,31 @@ async def _measure(
     callers = {name: Caller(subject.address, *messages) for name, subject in subjects.items()}
     unary: dict[str, list[Round]] = {name: [] for name in callers}
     streamed: dict[str, list[Round]] = {name: [] for name in callers}
-    added: list[dict[str, float]] = []
-    for _ in range(rounds):
-        for name, caller in callers.items():
+    late: dict[str, list[dict[str, float]]] = {name: [] for name in callers}
+    for number in range(rounds):
+        order = list(callers.items())[:: -1 if number % 2 else 1]  # neither is always the one before or after the other
+        for name, caller in order:
             unary[name].append(await rate(caller.predict, concurrency, subjects[name]))
-        for name, caller in callers.items():
+        for name, caller in order:
             streamed[name].append(await rate(caller.chat, concurrency, subjects[name]))
         half = unary["shoplm"][-1].per_second / 2
-        late = {name: await latencies(caller.predict, half) for name, caller in callers.items()}
-        added.append(
-            {
-                quantile: 1e3 * (_at(late["shoplm"], share) - _at(late["echo"], share))
-                for quantile, share in (("p50", 0.5), ("p99", 0.99))
-            }
-        )
+        for name, caller in order:
+            seconds = await latencies(caller.predict, half)
+            late[name].append({name: 1e3 * _at(seconds, share) for name, share in QUANTILES.items()})
     ours = callers["shoplm"]
+    added = [{key: ours[key] - bare[key] for key in ours} for bare, ours in zip(*late.values(), strict=True)]
     return {
         "unary": _compared(unary, "calls_per_second"),
         "streamed": {
             **_compared(streamed, "tokens_per_second"),
             "messages_per_token": round(ours.messages / ours.tokens, 3),
         },
-        "added_milliseconds": {key: round(statistics.median(each[key] for each in added), 2) for key in added[0]},
+        "latency_milliseconds": {name: _medians(found) for name, found in {**late, "added": added}.items()},
     }
+
+
+def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {key: round(statistics.median(each[key] for each in rounds), 2) for key in rounds[0]}
 
 
 def _at(ordered: list[float], share: float) -> float:
@@ -338,6 +345,7 @@ def main() -> int:
     flags = ["--bundle", arguments.bundle, "--port", "0", "--metrics-port", "0"]
     flags += [] if arguments.base is None else ["--base", arguments.base]
     before, ours = machine(), Subject("serve", flags)
+    gc.freeze()  # what was imported: the client's own collections are in neither's latencies then
     try:
         report = uvloop.run(measure(ours, arguments.rounds, arguments.concurrency))
     finally:

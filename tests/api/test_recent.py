@@ -73,6 +73,18 @@ def test_a_second_reading_is_the_first(shop_folders: ShopFolders, reader: Reader
     assert again.as_of == (float(as_of) if as_of else NOW + 60)
 
 
+def test_the_calls_of_a_moment_share_a_history_and_later_ones_do_not(reader: Reader) -> None:
+    message = customer(400, 300)
+    first = reader(message)[0]
+    reader.now += 0.5
+    assert reader(message)[0] is first  # and so does what is computed of it
+    reader.now += 0.5
+    later = reader(message)[0]
+    assert (first.as_of, later.as_of) == (NOW, NOW + 1)
+    reader.now += 0.5
+    assert reader(message)[0] is later
+
+
 def test_an_event_of_the_future_counts_once_it_has_happened(reader: Reader) -> None:
     message = customer(400, 300, -30)
     before, warned = reader(message)

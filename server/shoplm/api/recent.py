@@ -1,6 +1,7 @@
 """What was computed lately of a customer, for the other calls of a page view, which send the same customer again.
 
-Only what cannot have changed is reused: an answer is the same with and without. For one event loop, not for threads.
+Only what cannot have changed is reused: an answer is the same with and without, but for `now`, which is told to the
+second. For one event loop, not for threads.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from shoplm.history import History
 from shoplm.v1 import shop_pb2
 
 MAX_EVENTS = 500_000  # kept in all, about 50 bytes each
+MOMENT_SECONDS = 1.0  # that are one moment for who names none: the calls of a page view share what the moment goes into
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -44,16 +46,17 @@ class RecentCustomers:
         return digest.digest()
 
     def get(self, key: bytes, now: float) -> Read | None:
-        """What was read, as of `now` (Unix seconds) where the message names no moment."""
+        """What was read, as of `now` (Unix seconds), or up to a second before, where the message names no moment."""
         read = self._entries.get(key)
         if read is None:
             return None
         self._entries.move_to_end(key)
-        if read.is_fixed:
+        if read.is_fixed or 0 <= now - read.history.as_of < MOMENT_SECONDS:
             return read
         if now < read.history.as_of:  # the clock was set back: an event may be one of the future now
             return None
-        return replace(read, history=replace(read.history, as_of=now))
+        read = self._entries[key] = replace(read, history=replace(read.history, as_of=now))
+        return read
 
     def put(self, key: bytes, read: Read) -> None:
         """Keep it. A history of now must hold every event of its message, none of them in the future."""
