@@ -122,8 +122,10 @@ class CustomerReader:
         rows = np.arange(len(events)) if len(events) <= self._max_events else self._newest(times, as_of)
         warnings.add("EVENTS_TRUNCATED", len(events) - len(rows))
         read = [(row, events[row]) for row in rows.tolist()]
+        latest = now + MAX_FUTURE_DAYS * SECONDS_PER_DAY
         for row, event in read:
-            _check_event(f"{field}.events[{row}]", event, now, violations)
+            if not _is_sound(event, latest):
+                _check_event(f"{field}.events[{row}]", event, now, violations)
         if violations:
             return _NO_EVENTS
         item, has_item, known = resolve_items([event.item_id for _, event in read], self._catalog)
@@ -149,6 +151,21 @@ class CustomerReader:
         order = np.argsort(np.where(times > as_of, -np.inf, times), kind="stable")
         excess = len(times) - self._max_events
         return np.sort(order[min(-(-excess // block) * block, len(times) - 1) :])
+
+
+def _is_sound(event: shop_pb2.Event, latest: float) -> bool:
+    """Whether `_check_event` would find nothing, at a third of the cost; it may be unsure of one that is fine."""
+    moment = event.time
+    return (
+        0 < len(event.item_id) <= MAX_ID_BYTES // 4  # a character takes at most four bytes
+        and len(event.basket_id) <= MAX_ID_BYTES // 4
+        and event.type in _KINDS
+        and event.HasField("time")
+        and 0 <= moment.seconds <= latest
+        and 0 <= moment.nanos < 1_000_000_000
+        and 0.0 <= event.quantity <= MAX_AMOUNT
+        and 0.0 <= event.price <= MAX_AMOUNT  # 0 where there is none
+    )
 
 
 def _check_event(path: str, event: shop_pb2.Event, now: float, violations: Violations) -> None:
