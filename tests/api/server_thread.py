@@ -23,6 +23,7 @@ from shoplm.v1.recommendation_pb2_grpc import RecommendationServiceStub
 
 T = TypeVar("T")
 TIMEOUT_SECONDS = 30.0  # of what takes milliseconds: a test fails instead of hanging
+START_SECONDS = 120.0  # of a server, which may load a base and an engine, on a machine that may be busy
 
 
 class ServerThread:
@@ -35,7 +36,7 @@ class ServerThread:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self.run(self.server.start())
+        asyncio.run_coroutine_threadsafe(self.server.start(), self.loop).result(START_SECONDS)
         self.address = f"127.0.0.1:{self.server.port}"
         self.channel = grpc.insecure_channel(self.address)
         self.recommendation = RecommendationServiceStub(self.channel)
