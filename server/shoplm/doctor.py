@@ -11,7 +11,8 @@ from pathlib import Path
 DISK_GB = 8
 PORTS = {50051: "gRPC", 9464: "metrics and probes"}
 PROGRAMS = {
-    "cc": "compiler: only for Triton kernels on a GPU; the CPU path needs none",
+    "g++": "compiles the fast CPU decoder at the first start (clang++ or $CXX will do); without it torch serves, slower",
+    "cc": "compiles the launchers of Triton kernels, on a GPU only",
     "node": "runs the Node client and its tests",
     "npm": "installs the Node client's packages",
     "promtool": "checks the metrics' format in a test (Debian: prometheus)",
