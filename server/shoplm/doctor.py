@@ -11,7 +11,7 @@ from pathlib import Path
 DISK_GB = 8
 PORTS = {50051: "gRPC", 9464: "metrics and probes"}
 PROGRAMS = {
-    "g++": "compiles the fast CPU decoder at the first start (clang++ or $CXX will do); without it torch serves, slower",
+    "g++": "compiles the fast CPU decoder at the first start (clang++ or $CXX will do); else torch serves, slower",
     "cc": "compiles the launchers of Triton kernels, on a GPU only",
     "node": "runs the Node client and its tests",
     "npm": "installs the Node client's packages",
