@@ -123,6 +123,9 @@ class Metrics:
         self.cost_error = self._histogram(
             "shoplm_cost_error_ratio", "|predicted - measured| / measured step time.", buckets=RATIO_BUCKETS
         )
+        self.wait_correction = self._gauge(
+            "shoplm_wait_correction_ratio", "Factor on predicted waits that fits those observed.", "service"
+        )
         self.queued = self._gauge("shoplm_requests_queued", "Requests that wait for their first step.", "service")
         self.running = self._gauge("shoplm_requests_running", "Requests that hold pages.", "service")
         self.queued_tokens = self._gauge("shoplm_queued_tokens", "Prompt tokens that wait.")
@@ -202,6 +205,7 @@ class Metrics:
         for service in Service:
             self.queued.labels(service.value).set(stats.queued_requests.get(service.value, 0))
             self.running.labels(service.value).set(stats.running_requests.get(service.value, 0))
+            self.wait_correction.labels(service.value).set(stats.wait_corrections.get(service.value, 1.0))
         self.queued_tokens.set(stats.queued_tokens)
         for state, pages in (("used", stats.pages_used), ("cached", stats.pages_cached), ("free", stats.pages_free)):
             self.kv_pages.labels(state).set(pages)

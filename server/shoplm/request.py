@@ -267,6 +267,7 @@ class StepStats(msgspec.Struct, frozen=True):
     degraded: dict[str, int] = {}  # "service:degradation" -> count
     preemptions: int = 0
     cost_errors: tuple[float, ...] = ()  # |predicted - measured| / measured, one entry per step
+    wait_corrections: dict[str, float] = {}  # by service: the factor on predicted waits that fits those observed
     queued_requests: dict[str, int] = {}
     running_requests: dict[str, int] = {}
     queued_tokens: int = 0

@@ -168,6 +168,7 @@ def test_what_the_scheduler_counts_becomes_metrics(serve_scripted: Serve) -> Non
                 degraded={"recommendation:narrower_beams": 3},
                 preemptions=4,
                 cost_errors=(0.04, 0.6),
+                wait_corrections={"chat": 1.25},
             )
         )
 
@@ -182,6 +183,8 @@ def test_what_the_scheduler_counts_becomes_metrics(serve_scripted: Serve) -> Non
     assert value("shoplm_preemptions_total") == 4
     assert value("shoplm_cost_error_ratio_bucket", le="0.05") == 1
     assert value("shoplm_cost_error_ratio_count") == 2
+    assert value("shoplm_wait_correction_ratio", service="chat") == 1.25
+    assert value("shoplm_wait_correction_ratio", service="prediction") == 1.0
 
 
 def test_a_message_over_what_grpc_reads_is_refused_in_words(serve_scripted: Serve) -> None:

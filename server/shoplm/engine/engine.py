@@ -103,6 +103,7 @@ class Engine:
             degraded=dict(stats.degraded),
             preemptions=stats.preemptions,
             cost_errors=tuple(stats.cost_errors),
+            wait_corrections={str(service): each for service, each in scheduler.wait_corrections().items()},
             queued_requests={str(service): n for service, n in scheduler.services_queued().items()},
             running_requests={str(service): n for service, n in scheduler.services_running().items()},
             queued_tokens=scheduler.queued_tokens,

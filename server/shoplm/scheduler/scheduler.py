@@ -172,6 +172,10 @@ class Scheduler:
         """Queued requests by service."""
         return {service: share.waiting for service, share in self.shares.services.items()}
 
+    def wait_corrections(self) -> dict[Service, float]:
+        """By how much the forecast of waits is corrected at present, as a factor."""
+        return {service: each.factor for service, each in self._prospects.corrections.items()}
+
     def check(self) -> None:
         """Every page and state slot has exactly one owner; AssertionError says which has not."""
         self._residents.check()
