@@ -1,4 +1,5 @@
-"""What a step costs on this machine: the CPU backend under a mixed load, and the coefficients the scheduler learns.
+"""What a step costs on this machine: the backend that a server takes on a CPU, under a mixed load, and the
+coefficients that the scheduler learns.
 
     python benchmarks/cost_curve.py --seconds 60 --out benchmarks/results/cost-cpu.json
 
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from backend_cpu import CONFIG, cpu_name, random_weights
 from shoplm.engine.engine import Engine
+from shoplm.model.native.backend import NativeBackend, native_refusal
 from shoplm.model.shop_weights import random_trie
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.request import Generate, Request, Select, Service, Task, token_ids
@@ -68,7 +70,9 @@ def main() -> None:
         random_trie("catalogue", items=100_000, level_sizes=(256,) * 3, hidden_size=576, seed=0),
         random_trie("flat", items=20_000, level_sizes=(20_000,), hidden_size=576, seed=0),
     ]
-    backend = TorchBackend(CONFIG, random_weights(CONFIG, torch.bfloat16), tries=tries, pages=2400, state_slots=64)
+    weights, is_native = random_weights(CONFIG, torch.bfloat16), native_refusal(CONFIG, torch.bfloat16, 16) is None
+    kind = NativeBackend if is_native else TorchBackend
+    backend = kind(CONFIG, weights, tries=tries, pages=2400, state_slots=64)
     engine = Engine(backend, SchedulerConfig())
     load = Load(engine, arguments.seed)
     errors: list[float] = []
@@ -92,6 +96,7 @@ def main() -> None:
         "error": {"median": statistics.median(errors), "p90": statistics.quantiles(errors, n=10)[-1]},
         "steps": steps,
         "machine": {"cpu": cpu_name(), "threads": arguments.threads, "model": "SmolLM2-135M's shape, bfloat16"},
+        "backend": backend.info.name,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

@@ -119,7 +119,9 @@ class ServerConfig(BaseSettings):
     chat_first_target_seconds: float = Field(0.5, description="default target of a chat's first token", gt=0)
     chat_token_target_seconds: float = Field(0.06, description="target of each further token", gt=0)
     enforced_targets: Names = Field((), description="services whose target refuses as a caller's deadline would")
-    service_weights: Names = Field((), description="shares of a busy engine, each SERVICE=WEIGHT; 1 where unnamed")
+    service_weights: Names = Field(
+        (), description="shares of a busy engine, each SERVICE=WEIGHT; 1 where unnamed; none: by what is asked for"
+    )
     tenant_weights: Names = Field((), description="shares within a service, each TENANT=WEIGHT; 1 where unnamed")
     tenant_metadata_key: str = Field(
         "x-tenant-id", description="metadata key whose value is the tenant; empty: all callers are one"

@@ -139,6 +139,14 @@ def test_more_replicas_share_the_load_and_a_sample_of_them_stands_for_all() -> N
     assert sample.goodput() == pytest.approx(whole.goodput(), rel=0.15)
 
 
+def test_an_overload_costs_all_services_alike_and_none_has_less_in_time_than_before() -> None:
+    calm, over = (fleet().run(arrivals(rate, 20.0)).services(4.0) for rate in (220.0, 440.0))
+    assert all(each.in_time_share >= 0.9 for each in calm.values())
+    shares = [each.in_time_share for each in over.values()]
+    assert max(shares) < 0.9 and max(shares) - min(shares) < 0.1
+    assert all(over[service].goodput >= calm[service].goodput for service in Service)
+
+
 def test_requests_of_a_customer_meet_their_prefix_in_one_replica() -> None:
     again = [Arrival(float(second), Service.PREDICTION, customer=7, history_tokens=320) for second in range(20)]
     result = fleet(replicas=8, noise=0.0).run(again)

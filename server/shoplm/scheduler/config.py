@@ -22,7 +22,9 @@ class SchedulingPolicy:
     target_seconds: dict[Service, float] = field(default_factory=lambda: dict(DEFAULT_TARGETS))  # of the first result
     token_target_seconds: float = DEFAULT_TOKEN_TARGET  # between two tokens of a chat answer
     enforced: tuple[Service, ...] = ()  # their target refuses and sheds as a deadline of the first result would
-    service_weights: dict[Service, float] = field(default_factory=dict)  # shares of a busy engine; 1 where unnamed
+    service_weights: dict[Service, float] = field(
+        default_factory=dict
+    )  # shares of a busy engine; 1 where unnamed; none: by demand
     tenant_weights: dict[str, float] = field(default_factory=dict)  # shares within a service; 1 where unnamed
 
     def __post_init__(self) -> None:

@@ -5,7 +5,8 @@ its weight (start-time fair queueing: Goyal, Vin and Cheng, 1996). Whoever has n
 others, so nobody saves up time while idle.
 
 Services have targets of different lengths, so deadlines may decide between them within a window; a service that is
-further ahead than that waits. The tenants of a service take turns by their virtual times alone.
+further ahead than that waits. Where no weights are set, it is ahead by its demand (`demand`), not by virtual time. The
+tenants of a service take turns by their virtual times alone.
 """
 
 from __future__ import annotations

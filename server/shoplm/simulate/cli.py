@@ -148,6 +148,10 @@ def _capacities(fleet: Fleet, arrivals: Sequence[Arrival], warm_up: float, compa
     above = faster(arrivals, 1.5 * own)
     here, there = (each.run(above).goodput(warm_up / own / 1.5) for each in (fleet, other))
     typer.echo(f"  in time at 1.5 x capacity: {here:.4g}/s, fcfs {there:.4g}/s{_ratio(here, there)}")
+    if own:
+        at, twice = (fleet.run(faster(arrivals, load)).services(warm_up / load) for load in (own, 2 * own))
+        kept = (f"{s.value} {twice[s].goodput / each.goodput:.0%}" for s, each in at.items() if each.goodput)
+        typer.echo(f"  of each service's answers in time at capacity, at 2 x capacity: {', '.join(kept)}")
     if fleet.replicas == 1:
         split = capacity_of(fleet, split=True)
         typer.echo(f"  three engines with a third each: {split * rate:.4g} requests/s{_ratio(own, split)}")
