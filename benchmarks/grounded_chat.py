@@ -1,10 +1,11 @@
 """Does chat answer from the shop's facts? Asks a running server a list of questions, and compares by string.
 
     shoplm serve --bundle bundles/complete-journey
-    python benchmarks/grounded_chat.py benchmarks/questions/complete-journey.toml --customer 1000
+    python benchmarks/grounded_chat.py benchmarks/questions/complete-journey.toml --customers 1800 441 569
 
 A question counts as right if the answer holds one of its expected strings, and as declined if it
-holds `DECLINED`'s first words. Greedy, at most 40 tokens; asked with grounding, and once more without.
+holds `DECLINED`'s first words. Greedy, at most 40 tokens; asked with grounding, and once more without,
+behind the history of each customer: one whom the shop does not know ends the run.
 """
 
 from __future__ import annotations
@@ -42,18 +43,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", type=Path, help="TOML: `answered`, with `expect`, and `unanswered`")
     parser.add_argument("--address", default="127.0.0.1:50051")
-    parser.add_argument("--customer", help="a demo customer, whose history stands before every question")
+    parser.add_argument(
+        "--customers", nargs="*", default=[], help="demo customers, whose history stands before each question"
+    )
     parser.add_argument("--out", type=Path, help="write all answers here, as JSON")
     options = parser.parse_args()
     questions = tomllib.loads(options.questions.read_text("utf-8"))
     with Client(options.address) as client:
         version = client.get_model().model.version
         rows = {
-            f"{kind}, grounding {name}": ask(client, questions[kind], options.customer, grounding)
+            f"{kind}, grounding {name}": [
+                asked
+                for customer in options.customers or [None]
+                for asked in ask(client, questions[kind], customer, grounding)
+            ]
             for name, grounding in (("on", True), ("off", False))
             for kind in ("answered", "unanswered")
         }
-    print(f"bundle version {version}, customer {options.customer or 'none'}")
+    print(f"bundle version {version}, customers {', '.join(options.customers) or 'none'}")
     for name, asked in rows.items():
         right = sum(each.right for each in asked)
         print(f"{name:28} {right:3} of {len(asked)} right ({100.0 * right / len(asked):.0f} %)")
@@ -72,6 +79,8 @@ def ask(client: Client, questions: list[dict[str, object]], customer: str | None
             question, customer=customer, max_tokens=MAX_TOKENS, grounding=grounding, timeout=_TIMEOUT_SECONDS
         )
         answer = stream.text()
+        if customer is not None and not stream.summary.usage.history_tokens:
+            raise SystemExit(f"customer {customer} has no history here")
         wanted = [str(each) for each in expect] if isinstance(expect, list) else [_DECLINED]
         right = any(each.lower() in answer.lower() for each in wanted)
         cited = tuple(each.title for each in stream.summary.citations)

@@ -160,6 +160,11 @@ def test_the_history_stands_before_the_conversation(serve_scripted: Serve) -> No
     assert other.tokens[: other.history_tokens] == request.tokens[: request.history_tokens]
 
 
+def test_a_customer_whom_the_shop_does_not_know_is_said(serve_scripted: Serve) -> None:
+    _, summary = answer(serve_scripted(), ask(customer=shop_pb2.Customer(customer_id="nobody")))
+    assert [warning.code for warning in summary.warnings] == ["EMPTY_HISTORY"]
+
+
 def test_a_visitor_gets_no_warning(serve_scripted: Serve) -> None:
     _, summary = answer(serve_scripted(), ask())
     assert not summary.warnings

@@ -128,6 +128,8 @@ class ChatService(ChatServiceServicer):
     def _read(self, request: pb.ChatRequest, warnings: Warnings) -> _Turn:
         config, violations = self._core.config, Violations()
         history = self._core.customers.read(request.customer, violations, warnings)
+        # A visitor has none to go by; whoever is named was expected to.
+        warnings.add("EMPTY_HISTORY", int(bool(request.customer.customer_id) and not len(history)))
         text_bytes = self._check_messages(request, violations)
         violations.at_most("max_tokens", request.max_tokens, config.max_completion_tokens, "max_completion_tokens")
         if request.HasField("temperature"):
