@@ -48,6 +48,7 @@ def test_defaults_listen_on_loopback_only() -> None:
         (["--dtype", "int3"], {}, "--dtype is 'int3': Input should be 'bfloat16' or 'float32'"),
         (["--default-beam-width", "500"], {}, "default_beam_width 500 is over max_beam_width 128"),
         (["--tls-key", "k.pem"], {}, "tls_certificate and tls_key come together"),
+        (["--engine-hang-seconds", "0.2"], {}, "engine_hang_seconds 0.2 is below 1"),
         (["--port"], {}, "expected one argument"),
         (["stray"], {}, "unrecognized arguments: stray"),
         (["--synthetic-tries", "bench=9:2x4"], {}, "levels of 2x4 codes hold fewer than 9 items"),

@@ -111,6 +111,13 @@ class ServerConfig(BaseSettings):
     max_running_requests: int = Field(256, description="most requests in one forward pass", ge=1)
     max_queued_requests: int = Field(2048, description="more are refused with RESOURCE_EXHAUSTED", ge=1)
     max_queued_tokens: int = Field(1_000_000, description="the same, in prompt tokens", ge=1)
+    engine_hang_seconds: float = Field(
+        60.0,
+        description="silence after which an engine with work to do is killed and started again, at least 1 and longer "
+        "than any step; 0: never",
+        ge=0,
+        le=86_400,
+    )
 
     # Scheduling (docs/scheduling.md)
     scheduling_policy: Literal["slack", "fcfs"] = Field("slack", description="by deadlines and shares, or by arrival")
@@ -180,6 +187,8 @@ class ServerConfig(BaseSettings):
         ):
             if getattr(self, default) > getattr(self, limit):
                 raise ValueError(f"{default} {getattr(self, default)} is over {limit} {getattr(self, limit)}")
+        if 0 < self.engine_hang_seconds < 1:  # it says something five times a second, if steps are short
+            raise ValueError(f"engine_hang_seconds {self.engine_hang_seconds} is below 1: every step would be a hang")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key come together: set both or none")
         if self.tls_client_ca is not None and self.tls_certificate is None:

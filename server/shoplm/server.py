@@ -61,7 +61,7 @@ def engine_process(config: ServerConfig, base: Base) -> ManagedEngine:
     """The engine in a process of its own."""
     from shoplm.engine.supervisor import ProcessEngineClient
 
-    return ProcessEngineClient(config.engine_spec(base.folder))
+    return ProcessEngineClient(config.engine_spec(base.folder), config.engine_hang_seconds)
 
 
 class Server:

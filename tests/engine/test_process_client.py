@@ -1,4 +1,4 @@
-"""The engine as a process: killed, orphaned, unable to load."""
+"""The engine as a process: killed, hanging, orphaned, unable to load."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ def chat(name: str, tokens: int) -> Request:
 
 
 @asynccontextmanager
-async def running(folder: Path) -> AsyncIterator[ProcessEngineClient]:
-    client = ProcessEngineClient(spec(folder))
+async def running(
+    folder: Path, hang_seconds: float = 0.0, kind: type[ProcessEngineClient] = ProcessEngineClient
+) -> AsyncIterator[ProcessEngineClient]:
+    client = kind(spec(folder), hang_seconds)
     async with asyncio.timeout(2 * START_SECONDS):
         await client.start()
         try:
@@ -78,6 +80,75 @@ async def test_a_killed_engine_fails_its_calls_at_once_and_comes_back(tiny_model
         assert client.process_id not in (first, None)
         ended = await client.run(chat("next", 5))
         assert isinstance(ended, FinishedOutput) and ended.completion_tokens == 5
+
+
+async def test_an_engine_that_hangs_is_killed_and_comes_back(
+    tiny_model: TinyModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    states: asyncio.Queue[bool] = asyncio.Queue()
+    async with running(tiny_model("smollm2"), hang_seconds=2.0) as client:
+        client.on_state(states.put_nowait)
+        started = client.generate(chat("started", 230))
+        await anext(started)
+        first = client.process_id
+        assert first is not None
+        os.kill(first, signal.SIGSTOP)
+        waiting = asyncio.create_task(client.run(chat("waiting", 5)))
+        with pytest.raises(EngineUnavailableError, match="the engine was lost"):
+            async for _ in started:
+                pass
+        with pytest.raises(EngineUnavailableError, match="the engine was lost"):
+            await waiting
+        assert "the engine hangs: it has said nothing for engine_hang_seconds (2)" in caplog.text
+        assert [await states.get(), await states.get()] == [False, True]
+        assert client.process_id not in (first, None)
+        assert not psutil.pid_exists(first)
+        assert (await client.run(chat("next", 5))).completion_tokens == 5
+
+
+SLOW = """
+import sys, time
+from shoplm.engine import load, process
+
+load_backend = load.load_backend
+
+def load_slow(spec):
+    backend = load_backend(spec)
+    submit = backend.submit
+
+    def submit_late(batch):
+        time.sleep(1.0)
+        return submit(batch)
+
+    backend.submit = submit_late
+    return backend
+
+load.load_backend = load_slow
+sys.exit(process.main())
+"""
+
+
+class Slow(ProcessEngineClient):
+    """Each step takes a second."""
+
+    program = (sys.executable, "-c", SLOW)
+
+
+async def test_steps_shorter_than_a_hang_are_left_alone(tiny_model: TinyModel) -> None:
+    states: list[bool] = []
+    async with running(tiny_model("smollm2"), 3.0, Slow) as client:
+        client.on_state(states.append)
+        first, started = client.process_id, time.monotonic()
+        assert (await client.run(chat("long", 4))).completion_tokens == 4
+        assert time.monotonic() - started > 3.0  # it took longer than the engine may be silent
+        assert (client.process_id, states) == (first, [])
+
+
+async def test_an_idle_engine_owes_nothing(tiny_model: TinyModel) -> None:
+    async with running(tiny_model("smollm2"), hang_seconds=0.05) as client:
+        assert client.process_id is not None
+        await asyncio.sleep(0.5)
+        assert psutil.Process(client.process_id).status() == psutil.STATUS_SLEEPING
 
 
 async def test_a_terminal_s_signals_are_left_to_the_parent(tiny_model: TinyModel) -> None:

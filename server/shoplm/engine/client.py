@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable
 from shoplm.engine.calls import Call
 from shoplm.engine.channel import Frames, decode_outputs, encode, frame, socket_pair
 from shoplm.engine.process import run
+from shoplm.engine.silence import Silence
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import (
     ConfigurationError,
@@ -73,6 +74,7 @@ class EngineClient(ABC):
         self._stats_callbacks: list[Callable[[StepStats], None]] = []
         self._state_callbacks: list[Callable[[bool], None]] = []
         self._loaded: asyncio.Future[None] | None = None
+        self._silence = Silence()
         self._serving = False
 
     # ---- calls -------------------------------------------------------------------------------------------------
@@ -169,6 +171,7 @@ class EngineClient(ABC):
         """Wait for the end of the engine, which has been told to drain."""
 
     def _send(self, message: Submit | Cancel | Drain) -> None:
+        self._silence.told()
         # What one turn of the event loop has to say goes out at its end, at the cost of one system call. While there is
         # much to say, which the engine hears between its steps only, that is done once in a while.
         if not self._unsent:
@@ -185,6 +188,7 @@ class EngineClient(ABC):
             self._transport.write(b"".join(unsent))
 
     def _take(self, output: EngineOutput) -> None:
+        self._silence.heard()
         if isinstance(output, StepTokensOutput):
             for request_id, token in zip(output.request_ids, output.tokens, strict=True):
                 if (call := self._calls.get(request_id)) is not None:

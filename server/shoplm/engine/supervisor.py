@@ -1,4 +1,4 @@
-"""The engine as a process of its own, which is started again when it dies."""
+"""The engine as a process of its own, which is started again when it dies and when it hangs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from shoplm.errors import ConfigurationError, ShopLMError
 
 _STOP_SECONDS = 10.0  # for an engine that was told to drain
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 10.0
+_LOOKS = 10  # for a sign of life, in the time that an engine may be silent
 # Threads that spin while they wait take the cores from whoever shares them, the API process first. But a step has
 # hundreds of waits of some microseconds, and to be woken takes longer: they spin for about a tenth of a millisecond.
 _THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
@@ -24,13 +25,15 @@ log = logging.getLogger("shoplm.engine")
 
 
 class ProcessEngineClient(EngineClient):
-    """The engine in a process of its own, started again with a growing pause when it dies."""
+    """The engine in a process of its own, started again with a growing pause when it dies or is killed for hanging."""
 
     # Called with descriptor and spec. -P: no module of the working directory, as for the command that starts this.
     program = (sys.executable, "-P", "-m", "shoplm.engine.process")
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, hang_seconds: float = 0.0) -> None:
+        """An engine that owes something and says nothing for `hang_seconds` is killed; 0: however long it takes."""
         super().__init__(spec)
+        self._hang_seconds = hang_seconds
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._closing = False
@@ -74,12 +77,19 @@ class ProcessEngineClient(EngineClient):
         pause = _FIRST_BACKOFF_SECONDS
         while True:
             assert self._process is not None
-            code = await self._process.wait()
+            ended = asyncio.create_task(self._process.wait())
+            if not await self._ends(ended):
+                log.error(
+                    "the engine hangs: it has said nothing for engine_hang_seconds (%g) and is killed",
+                    self._hang_seconds,
+                )
+                self._kill()
             if self._closing:
                 return
-            log.error("the engine process ended with code %s", code)
+            # Not only once it has ended: what waits in a device's driver may take its time to die.
             self._fail_calls("the engine was lost")
             self._changed(False)
+            log.error("the engine process ended with code %s", await ended)
             while True:
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LAST_BACKOFF_SECONDS)
@@ -92,6 +102,20 @@ class ProcessEngineClient(EngineClient):
             pause = _FIRST_BACKOFF_SECONDS
             self._changed(True)
 
+    async def _ends(self, ended: asyncio.Task[int]) -> bool:
+        """Wait until the engine has ended (True) or hangs (False)."""
+        pause = self._hang_seconds / _LOOKS or None
+        while not (await asyncio.wait((ended,), timeout=pause))[0]:
+            calls_wait = any(not call.has_ended for call in self._calls.values())
+            if self._silence.look(calls_wait=calls_wait) > _LOOKS:  # the first came sooner than a pause after the call
+                return False
+        return True
+
+    def _kill(self) -> None:
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
     async def _stop_engine(self) -> None:
         self._closing = True
         if self._watcher is not None:
@@ -100,13 +124,12 @@ class ProcessEngineClient(EngineClient):
         if self._process is None:
             return
         if self._is_loading:  # it has nothing to finish, and reads no message before it has loaded
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+            self._kill()
         try:
             async with asyncio.timeout(_STOP_SECONDS):
                 await self._process.wait()
         except TimeoutError:
             log.warning("the engine did not stop in %s s and is killed", _STOP_SECONDS)
-            self._process.kill()
+            self._kill()
             await self._process.wait()
         await self._early_death

@@ -76,7 +76,7 @@ def engine_process(config: ServerConfig, base: Base) -> EngineClient:
     """The engine in a process of its own, as the server runs it."""
     from shoplm.engine.supervisor import ProcessEngineClient
 
-    return ProcessEngineClient(config.engine_spec(base.folder))
+    return ProcessEngineClient(config.engine_spec(base.folder), config.engine_hang_seconds)
 
 
 def _moment(console: Console, text: str | None, timezone: str) -> float | None:
