@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
+import subprocess
 from functools import lru_cache
 from pathlib import Path
 
@@ -323,12 +325,31 @@ def test_sizes_that_do_not_fill_tiles_are_named() -> None:
     assert "head_dim 48" in str(unsupported(dataclasses.replace(CONFIG, head_dim=48, num_heads=8), 16))
 
 
+@pytest.mark.parametrize("instructions", InstructionSet)
+def test_the_compiler_may_use_what_is_looked_for_and_nothing_else(instructions: InstructionSet) -> None:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++")
+
+    def features(*flags: str) -> set[str]:
+        """Names of the macros that say what the compiler may use."""
+        command = [compiler, *flags, "-dM", "-E", "-x", "c++", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = re.findall(r"^#define __([A-Z][A-Z0-9_]+)__ 1$", said, re.MULTILINE)
+        return {name.lower().replace("_", "") for name in found}
+
+    # No CPU has AVX2 without the older ones; the last two are names of later compilers for widths of AVX-512.
+    older = {"avx", "sse3", "ssse3", "sse41", "sse42", "popcnt", "crc32", "xsave", "mwait", "evex256", "evex512"}
+    looked_for = {name.replace("_", "").replace("bmi1", "bmi") for name in instructions.extensions}
+    assert features(*instructions.compiler_flags) - features() - older == looked_for
+
+
 def test_a_machine_without_a_compiler_falls_back(
     monkeypatch: pytest.MonkeyPatch, tmp_path: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("SHOPLM_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(native.InstructionSet, "cpu_flags", frozenset())
+    monkeypatch.setattr(native.InstructionSet, "extensions", {})
     native.native_library.cache_clear()
     weights = random_weights()
     weights = dataclasses.replace(weights, embedding=weights.embedding.bfloat16())

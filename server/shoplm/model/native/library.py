@@ -30,6 +30,20 @@ _SOURCES = (
     *("attention_avx2.h", "attention_avx512.h", "greedy.h", "decoder.cpp"),
 )
 _FLAGS = ("-std=c++17", "-O2", "-fopenmp", "-shared", "-fPIC")
+_AVX2 = {"avx2": "-mavx2", "fma": "-mfma", "f16c": "-mf16c"}
+_AVX512 = {
+    **_AVX2,
+    "bmi1": "-mbmi",
+    "bmi2": "-mbmi2",
+    "avx512f": "-mavx512f",
+    "avx512bw": "-mavx512bw",
+    "avx512vl": "-mavx512vl",
+    "avx512dq": "-mavx512dq",
+    "avx512cd": "-mavx512cd",
+    "avx512_bf16": "-mavx512bf16",
+    "avx512_vnni": "-mavx512vnni",
+}
+_AMX = {**_AVX512, "amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16", "amx_int8": "-mamx-int8"}
 _COMPILERS = ("g++", "c++", "clang++")
 _COMPILE_SECONDS = 600  # it takes three of a core's, which a busy machine may not have to give
 
@@ -44,31 +58,31 @@ class InstructionSet(StrEnum):
     AVX2 = "avx2"
 
     @property
-    def compiler_flags(self) -> tuple[str, ...]:
-        """Beside those of all."""
+    def extensions(self) -> dict[str, str]:
+        """All that the compiler may use beside plain x86-64: what /proc/cpuinfo must list, and the compiler's flag."""
         match self:
             case InstructionSet.AMX:
-                return ("-march=sapphirerapids", "-DSHOPLM_AVX512")
+                return _AMX
             case InstructionSet.AVX512:
-                return ("-march=cascadelake", "-mavx512bf16", "-DSHOPLM_AVX512")
+                return _AVX512
             case InstructionSet.AVX2:
-                return ("-mavx2", "-mfma", "-mf16c")
+                return _AVX2
+
+    @property
+    def compiler_flags(self) -> tuple[str, ...]:
+        """Beside those of all. They name extensions and no CPU, which would bring more than is looked for."""
+        match self:
+            case InstructionSet.AMX:
+                return (*self.extensions.values(), "-mtune=sapphirerapids", "-DSHOPLM_AVX512")
+            case InstructionSet.AVX512:
+                return (*self.extensions.values(), "-mtune=cascadelake", "-DSHOPLM_AVX512")
+            case InstructionSet.AVX2:
+                return tuple(self.extensions.values())
 
     @property
     def multiplies_bytes(self) -> bool:
         """So that integer weights are faster than bf16 for many rows, too."""
         return self is not InstructionSet.AVX2
-
-    @property
-    def cpu_flags(self) -> frozenset[str]:
-        """What /proc/cpuinfo must list."""
-        match self:
-            case InstructionSet.AMX:
-                return frozenset({"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16", "avx512vl", "avx512bw"})
-            case InstructionSet.AVX512:
-                return frozenset({"avx512_bf16", "avx512_vnni", "avx512vl", "avx512bw", "avx512dq", "avx512cd"})
-            case InstructionSet.AVX2:
-                return frozenset({"avx2", "fma", "f16c"})
 
 
 class NativeUnavailableError(Exception):
@@ -202,7 +216,7 @@ def _check_cpu(instructions: InstructionSet) -> None:
     if platform.system() != "Linux" or not info.exists():
         raise NativeUnavailableError("the C++ decoder is for Linux only")
     flags = next((line.split() for line in info.read_text().splitlines() if line.startswith("flags")), [])
-    missing = instructions.cpu_flags.difference(flags)
+    missing = instructions.extensions.keys() - set(flags)
     if missing:
         raise NativeUnavailableError(f"this CPU lacks {', '.join(sorted(missing))}")
 
