@@ -23,6 +23,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 from shoplm.api.caller import caller, read_caller
+from shoplm.api.lost_calls import LostCalls
 from shoplm.api.methods import METHODS, Method
 from shoplm.api.status import CallStatus, status_of
 from shoplm.api.wire import parse
@@ -67,6 +68,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             method: metrics.calls.method(method.label, method.grpc_type, method.grpc_service, method.name)
             for method in METHODS.values()
         }
+        self._lost = LostCalls()
         self._idle = asyncio.Event()
         self._idle.set()
         self._last_arrival = 0.0  # monotonic seconds
@@ -153,6 +155,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         except Exception as error:
             status = status_of(error)
             call.end(status.code, status.reason, error)
+            if status.code is grpc.StatusCode.UNAVAILABLE:
+                self._lost.add(error)
             await _abort(context, status, call.request_id)
         else:
             call.end(grpc.StatusCode.OK)
@@ -236,10 +240,9 @@ class _Call:
 
 
 # A caller's mistake is the caller's to log; every call at INFO would cost more than serving some of them, and a line
-# for each refusal under load would add to the load. The metrics count them.
+# for each refusal under load would add to the load. The metrics count them; `LostCalls` warns where there is no engine.
 _LEVELS = {
     grpc.StatusCode.INTERNAL: logging.ERROR,
-    grpc.StatusCode.UNAVAILABLE: logging.WARNING,
     grpc.StatusCode.UNAUTHENTICATED: logging.WARNING,
     grpc.StatusCode.INVALID_ARGUMENT: logging.INFO,
     grpc.StatusCode.FAILED_PRECONDITION: logging.INFO,

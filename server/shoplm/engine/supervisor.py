@@ -28,7 +28,7 @@ class ProcessEngineClient(EngineClient):
     """The engine in a process of its own, started again with a growing pause when it dies or is killed for hanging."""
 
     # Called with descriptor and spec. -P: no module of the working directory, as for the command that starts this.
-    program = (sys.executable, "-P", "-m", "shoplm.engine.process")
+    program: tuple[str, ...] = (sys.executable, "-P", "-m", "shoplm.engine.process")
 
     def __init__(self, spec: EngineSpec, hang_seconds: float = 0.0) -> None:
         """An engine that owes something and says nothing for `hang_seconds` is killed; 0: however long it takes."""

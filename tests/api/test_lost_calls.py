@@ -1,0 +1,54 @@
+"""Calls without an engine are warned of by their number."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import grpc
+import pytest
+from served_shop import Serve
+from shoplm.api.lost_calls import LostCalls
+from shoplm.errors import EngineUnavailableError
+from shoplm.v1 import chat_pb2
+
+CALLS = 20
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [each.getMessage() for each in caplog.records if (each.name, each.levelname) == ("shoplm.api", "WARNING")]
+
+
+def test_many_lost_calls_are_one_line_and_all_in_the_metric(
+    serve_scripted: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    scripted = serve_scripted()
+    scripted.engine.error = EngineUnavailableError("the engine is not running", retry_seconds=0.0)
+    ask = chat_pb2.ChatRequest(messages=[chat_pb2.Message(role="user", content="hello")])
+    for _ in range(CALLS):
+        with pytest.raises(grpc.RpcError) as raised:
+            list(scripted.server.chat.Chat(ask))
+        assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+    said = warnings(caplog)
+    assert said[0] == "calls end with UNAVAILABLE: the engine is not running"
+    assert len(said) < CALLS / 2  # on a machine that is slow, also a number every five seconds
+    assert f'reason="ENGINE_UNAVAILABLE",service="chat"}} {CALLS}.0' in scripted.server.get("/metrics")[2]
+
+
+async def test_the_number_of_the_others_is_told_once_and_then_it_begins_anew(caplog: pytest.LogCaptureFixture) -> None:
+    async def until_told(lines: int) -> None:
+        async with asyncio.timeout(30.0):
+            while len(warnings(caplog)) < lines:  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(0.01)
+
+    lost = LostCalls(0.05)
+    with caplog.at_level(logging.WARNING, "shoplm.api"):
+        for _ in range(3):
+            lost.add(EngineUnavailableError("gone"))
+        await until_told(2)
+        assert warnings(caplog) == ["calls end with UNAVAILABLE: gone", "2 more calls ended with UNAVAILABLE"]
+        async with asyncio.timeout(30.0):
+            while lost._is_counting:  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(0.01)
+        lost.add(EngineUnavailableError("gone again"))
+        assert warnings(caplog)[2:] == ["calls end with UNAVAILABLE: gone again"]
