@@ -42,11 +42,11 @@ def shell(tiny_base: Base, tiny_files: Path) -> Shell:
     for command in (adapt, train, evaluate):
         app.command()(command)
 
-    def invoke(*arguments: object) -> str:
+    def invoke(*arguments: object, code: int = 0) -> str:
         log = [tiny_files / name for name in ("events.parquet", "items.parquet", "customers.parquet")]
         files = ["--events", log[0], "--items", log[1], "--customers", log[2], "--base", tiny_base.folder]
         result = CliRunner().invoke(app, [*map(str, (*arguments, *files))])
-        assert result.exit_code == 0, result.output
+        assert result.exit_code == code, result.output
         return result.output
 
     return invoke
@@ -169,6 +169,14 @@ def test_all_layers_are_trained_to_a_base_of_its_own(
     base = resolve_base(str(tmp_path / "out" / "base"))
     assert base.origin is Origin.ADAPTED and base.config == tiny_base.config
     assert base.fingerprint != tiny_base.fingerprint
+
+
+def test_a_tuned_base_replaces_no_other_things(shell: Shell, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "mine.txt").write_text("mine")
+    said = shell("adapt", "--bundle", bundle, "--out", tmp_path, "--steps", 1, "--full", code=2)
+    assert "no base that was trained like this" in " ".join(said.split())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["base", "mine.txt"]
 
 
 def test_an_adapter_is_kept_at_the_strength_that_keeps_chat() -> None:

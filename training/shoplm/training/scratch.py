@@ -27,6 +27,7 @@ from shoplm.model.chat_template import ChatTemplate
 from shoplm.model.linear import packing_supported
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.prompt import PromptBuilder
+from shoplm.training.adapt.saved_base import check_place
 from shoplm.training.adapt.scratch_model import INPUT_ROWS, SIZES, ScratchModel, ScratchSize
 from shoplm.training.adapt.trainer import AdaptSettings, JointTrainer
 from shoplm.training.catalogue import token_texts
@@ -92,6 +93,7 @@ class ScratchRun:
         identity = (msgspec.to_builtins(schema), repr(size), shop.fingerprint, seed)
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.folder = work / f"scratch-{digest[:16]}"
+        check_place(self.folder / ScratchModel.saved_as, ScratchModel.origin)
         tokenizer_folder = self.folder / "tokenizer"
         texts = [schema.preamble, *schema.attributes, *token_texts(catalog)]
         write_tokenizer(tokenizer_folder, texts)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
-from shoplm.model.origin import Origin, write_origin
+from shoplm.model.origin import Origin
 from shoplm.model.shop_weights import mean_embeddings
 from shoplm.training.adapt.replay import Replay
+from shoplm.training.adapt.saved_base import saved_base
 from shoplm.training.adapt.tensors import PassInputs, pass_inputs
 from shoplm.training.ranker import OutputRows
 from torch import Tensor, nn
@@ -172,7 +173,7 @@ class AdaptedModel(TalkingModel):
 class TunedModel(TalkingModel):
     """All layers of the base are trained; its embedding and LM head are not, so that the words keep their rows."""
 
-    saved_as = "base"
+    saved_as, origin = "base", Origin.ADAPTED
 
     def __init__(
         self,
@@ -201,15 +202,11 @@ class TunedModel(TalkingModel):
 
     def save(self, folder: Path) -> None:
         """A base of its own, with the tokenizer of the old one."""
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        self._causal[0].save_pretrained(str(partial))
-        for path in sorted(self._folder.iterdir()):
-            if path.suffix in (".json", ".jinja") and not (partial / path.name).exists():
-                shutil.copyfile(path, partial / path.name)
-        write_origin(partial, Origin.ADAPTED)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        with saved_base(folder, self.origin) as partial:
+            self._causal[0].save_pretrained(str(partial))
+            for path in sorted(self._folder.iterdir()):
+                if path.suffix in (".json", ".jinja") and not (partial / path.name).exists():
+                    shutil.copyfile(path, partial / path.name)
 
 
 def load_causal(folder: Path, *, checkpointing: bool) -> Any:

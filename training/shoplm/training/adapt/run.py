@@ -26,6 +26,7 @@ from shoplm.training.adapt.kept import (
 )
 from shoplm.training.adapt.model import AdaptedModel, TalkingModel, TunedModel
 from shoplm.training.adapt.replay import Replay, replays_of
+from shoplm.training.adapt.saved_base import check_place
 from shoplm.training.adapt.trainer import AdaptSettings, JointTrainer, Talk
 from shoplm.training.catalogue import token_texts
 from shoplm.training.log import ShopLog
@@ -54,8 +55,11 @@ class AdaptRun:
     """One run: everything is loaded here, trained in `train`, weighed and measured in `finish`."""
 
     def __init__(self, request: AdaptRequest, log: ShopLog, watch: Watch) -> None:
-        """Raises BundleError where bundle, base and log do not belong together."""
+        """Raises BundleError where bundle, base and log do not belong together, ConfigurationError where a tuned base
+        would replace other things."""
         self._request, self._watch = request, watch
+        if request.rank is None:  # before hours of training, not at the first checkpoint
+            check_place(request.out / TunedModel.saved_as, TunedModel.origin)
         manifest = read_manifest(request.bundle)
         base = self._base = resolve_base(request.base)
         if manifest.base.fingerprint != base.fingerprint:

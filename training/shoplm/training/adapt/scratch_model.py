@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from shoplm.model.origin import Origin, write_origin
+from shoplm.model.origin import Origin
 from shoplm.training.adapt.model import JointModel
+from shoplm.training.adapt.saved_base import saved_base
 from shoplm.training.ranker import CountPrior
 from shoplm.vocabulary import SPECIAL_TEXTS
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ SIZES = {"small": ScratchSize(4, 4, 2, 768)}
 class ScratchModel(JointModel):
     """Input and output rows of an item are the same while it is trained: few items are bought often enough for two."""
 
-    saved_as = "base"
+    saved_as, origin = "base", Origin.SCRATCH
 
     def __init__(
         self,
@@ -89,17 +90,13 @@ class ScratchModel(JointModel):
 
     def save(self, folder: Path) -> None:
         """A base for the server, and beside it the rows of the shop's tokens."""
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
         causal, rows = self._causal[0], self.table.detach()
         causal.get_input_embeddings().weight.data.copy_(rows[: self._text_size])
-        causal.save_pretrained(str(partial))
-        for path in sorted(self._tokenizer.iterdir()):
-            shutil.copyfile(path, partial / path.name)
-        write_origin(partial, Origin.SCRATCH)
-        save_file({"input_rows": rows[self._text_size :].contiguous()}, folder.parent / INPUT_ROWS)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        with saved_base(folder, self.origin) as partial:
+            causal.save_pretrained(str(partial))
+            for path in sorted(self._tokenizer.iterdir()):
+                shutil.copyfile(path, partial / path.name)
+            save_file({"input_rows": rows[self._text_size :].contiguous()}, folder.parent / INPUT_ROWS)
 
 
 def _first_rows(text_size: int, item_types: NDArray[np.int32], type_count: int, hidden_size: int) -> Tensor:
