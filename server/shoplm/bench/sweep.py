@@ -150,13 +150,14 @@ def comparison(sweeps: Sequence[Sweep]) -> list[str]:
         if point is None or at_capacity is None:
             continue
         beside = [
-            f"{other.policy} {goodput(there):.2f} (x {goodput(point) / max(goodput(there), 1e-9):.2f})"
+            f"{other.policy} {goodput(there):.2f}{_times(goodput(point), goodput(there))}"
             for other in sweeps[1:]
             if (there := _at(other, point.settings.rate)) is not None
         ]
         kept = ", ".join(
-            f"{name} {each.goodput / max(at_capacity.services[name].goodput, 1e-9):.0%}"
+            f"{name} {each.goodput / before:.0%}"
             for name, each in point.services.items()
+            if (before := at_capacity.services[name].goodput)
         )
         lines.append(f"at {factor:g} x capacity: goodput {', '.join([f'{goodput(point):.2f}/s', *beside])}")
         lines.append(f"  of each service's goodput at capacity: {kept}")
@@ -200,3 +201,7 @@ def _goodput_chart(sweeps: Sequence[Sweep]) -> Chart:
 
 def _milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else seconds * 1e3
+
+
+def _times(one: float, other: float) -> str:
+    return f" (x {one / other:.2f})" if other else ""
