@@ -152,11 +152,7 @@ void run(const Model& model, const Step& step) {
             const Layer& layer = model.layers[index];
             const Pool pool{model.keys + index * model.layer_elements, model.values + index * model.layer_elements, model.kv_heads, model.page_size, model.head_dim};
             Rows x = norm_rows(residual, tokens, layer.input_norm, model.epsilon, layer.qkv, rows, scales, crew);
-            const int64_t columns = layer.qkv.n;
-            linear(x, layer.qkv, crew, [=](int64_t row, int64_t column, Floats low, Floats high) {
-                store(projected + row * columns + column, low);
-                store(projected + row * columns + column + LANES, high);
-            });
+            linear(x, layer.qkv, crew, stored(projected, layer.qkv.n));
             place_heads(model, layer, step, pool, projected, queries, crew);
             attend(model, layer, step, pool, work, queries, attended, crew);
             int64_t m = tokens;
@@ -198,8 +194,7 @@ void run_linear(const Linear& w, const bf16* x, int64_t m, int64_t columns, bf16
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
         Crew crew(loops, threads);
-        crew.divide(m * w.k / LANES, [&](int64_t i) { store(widened + i * LANES, load_bf16(x + i * LANES)); });
-        const Rows from = norm_rows(widened, m, nullptr, 0.f, w, to, row_scales, crew);
+        const Rows from = bf16_rows(x, m, w, widened, to, row_scales, crew);
         linear(from, w, crew, [=](int64_t row, int64_t column, Floats low, Floats high) {
             bf16* to = result + row * columns + column;
             alignas(64) bf16 padded[PANEL];

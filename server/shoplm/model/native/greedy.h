@@ -31,12 +31,6 @@ struct Candidate { float value; int64_t token; };
 
 constexpr float LEAST = -std::numeric_limits<float>::infinity();
 
-inline float norm_of(const float* x, int64_t size) {
-    Floats squares = zero();
-    for (int64_t i = 0; i < size; i += LANES) squares = multiply_add(load(x + i), load(x + i), squares);
-    return std::sqrt(sum(squares));
-}
-
 inline float largest_of(const float* values, int64_t count) {
     Floats most = splat(LEAST);
     int64_t i = 0;
@@ -46,10 +40,12 @@ inline float largest_of(const float* values, int64_t count) {
     return best;
 }
 
-// The first of the largest of logits [count], of tokens from `begin` on, if it is larger than `best`.
-inline void improve(const float* logits, int64_t begin, int64_t count, Candidate& best) {
+// The first of the largest of logits [count], which are of the tokens from `begin` on.
+inline Candidate best_of(const float* logits, int64_t begin, int64_t count) {
+    const float most = largest_of(logits, count);
     for (int64_t i = 0; i < count; ++i)
-        if (logits[i] > best.value) best = {logits[i], begin + i};
+        if (logits[i] == most) return {most, begin + i};
+    return {LEAST, 0};
 }
 
 // The best of each row's candidates [m, count]; where none is a number, the first token.
@@ -83,16 +79,10 @@ inline void greedy_of_all(const Greedy& head, const bf16* x, int64_t m, int64_t*
     {
         Crew crew(loops, threads);
         const Rows rows = bf16_rows(x, m, w, widened, to, scales, crew);
-        linear(rows, w, crew, [=](int64_t row, int64_t column, Floats low, Floats high) {
-            store(logits + row * w.n + column, low);
-            store(logits + row * w.n + column + LANES, high);
-        });
+        linear(rows, w, crew, stored(logits, w.n));
         crew.divide(m * blocks, [&](int64_t item) {
             const int64_t begin = item % blocks * TOKEN_BLOCK, count = std::min(TOKEN_BLOCK, head.tokens - begin);
-            const float *from = logits + item / blocks * w.n + begin, most = largest_of(from, count);
-            candidates[item] = {LEAST, 0};
-            for (int64_t i = 0; i < count && candidates[item].value < most; ++i)
-                if (from[i] == most) candidates[item] = {most, begin + i};
+            candidates[item] = best_of(logits + item / blocks * w.n + begin, begin, count);
         });
     }
     choose(candidates, m, blocks, tokens);
@@ -138,10 +128,7 @@ inline void greedy_by_screen(const Greedy& head, const bf16* x, int64_t m, int64
             std::copy_n(widened + row * w.k, w.k, parts + row * w.k);
             put_parts(parts + row * w.k, screen, screened + row * part_bytes, scales + row * groups);
         });
-        linear(Rows{screened, scales, m * SCREEN_PARTS}, screen, crew, [=](int64_t row, int64_t column, Floats low, Floats high) {
-            store(logits + row * w.n + column, low);
-            store(logits + row * w.n + column + LANES, high);
-        });
+        linear(Rows{screened, scales, m * SCREEN_PARTS}, screen, crew, stored(logits, w.n));
         crew.divide(m * panels, [&](int64_t item) {
             const int64_t row = item / panels, column = item % panels * PANEL, count = std::min(PANEL, head.tokens - column);
             float* at = logits + row * SCREEN_PARTS * w.n + column;
@@ -150,7 +137,7 @@ inline void greedy_by_screen(const Greedy& head, const bf16* x, int64_t m, int64
             maxima[item] = largest_of(at, count);
         });
         crew.each(m, 1, [&](int64_t row) {  // from largest products to what the best of a panel can be at most
-            const float norm = norm_of(widened + row * w.k, w.k), rest = rest_error(head, scales + row * groups, norm);
+            const float norm = std::sqrt(sum_of_squares(widened + row * w.k, w.k)), rest = rest_error(head, scales + row * groups, norm);
             float* most = maxima + row * panels;
             float reached = LEAST;
             for (int64_t panel = 0; panel < panels; ++panel) reached = std::max(reached, most[panel] - head.errors[panel] * norm);
@@ -162,8 +149,7 @@ inline void greedy_by_screen(const Greedy& head, const bf16* x, int64_t m, int64
             alignas(64) float sums[PANEL];
             const int64_t panel = item % panels, column = panel * PANEL;
             multiply_panel(rows, item / panels, w, panel, sums);
-            candidates[item] = {LEAST, 0};
-            improve(sums, column, std::min(PANEL, head.tokens - column), candidates[item]);
+            candidates[item] = best_of(sums, column, std::min(PANEL, head.tokens - column));
         });
     }
     choose(candidates, m, panels, tokens);

@@ -22,13 +22,25 @@ void linear(const Rows& x, const Linear& w, Crew& crew, const Epilogue& epilogue
     }
 }
 
-inline float inverse_rms(const float* from, int64_t size, float epsilon) {
+// An epilogue: the sums as they are, to [rows, columns].
+inline auto stored(float* to, int64_t columns) {
+    return [=](int64_t row, int64_t column, Floats low, Floats high) {
+        store(to + row * columns + column, low);
+        store(to + row * columns + column + LANES, high);
+    };
+}
+
+inline float sum_of_squares(const float* from, int64_t size) {
     Floats squares = zero();
     for (int64_t i = 0; i < size; i += LANES) {
         const Floats x = load(from + i);
         squares = multiply_add(x, x, squares);
     }
-    return 1.f / std::sqrt(sum(squares) / static_cast<float>(size) + epsilon);
+    return sum(squares);
+}
+
+inline float inverse_rms(const float* from, int64_t size, float epsilon) {
+    return 1.f / std::sqrt(sum_of_squares(from, size) / static_cast<float>(size) + epsilon);
 }
 
 // RMSNorm of rows [m, next.k], as rows for `next`. `weight` null: no norm.
