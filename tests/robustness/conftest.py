@@ -17,7 +17,9 @@ from ordeal import Ordeal
 from served_shop import ShopFolders
 from tiny_shop import write_base, write_bundle
 
-FLAGS = ("--dtype", "float32", "--threads", "1", "--kv-cache-mib", "16", "--max-queued-requests", "64")
+# Few run and few wait at once, so that a flood overfills the queue however fast the machine is.
+BOUNDS = ("--max-running-requests", "16", "--max-queued-requests", "64")
+FLAGS = ("--dtype", "float32", "--threads", "1", "--kv-cache-mib", "16", *BOUNDS)
 
 
 @pytest.fixture(scope="session")
