@@ -47,8 +47,7 @@ inline void put_token(const float* from, int64_t head_dim, bf16* to) {
     for (int64_t i = 0; i < head_dim; i += LANES) store_bf16(to + i, load(from + i));
 }
 
-template <class Activation>
-struct AttentionOf {
+struct AttentionInputs {
     Pool pool;
     const Row* row;
     const int64_t* pages;

@@ -15,7 +15,7 @@ inline void put_value(const Pool& pool, const float* from, int64_t page, int64_t
     put_column(from, pool.head_dim, offset, pool.values + pool.block_at(page, head, offset));
 }
 
-struct Attention : AttentionOf<bf16> {
+struct Attention : AttentionInputs {
     // Queries `first` .. `first` + 15 of a key-value head, counted token by token and within it head by head.
     void block(int64_t head, int64_t first, std::vector<float>& scratch) const;
 

@@ -13,7 +13,7 @@ namespace shoplm {
 inline void use_attention() {}
 inline void leave_attention() {}
 
-struct Attention : AttentionOf<Activation> {
+struct Attention : AttentionInputs {
     // Queries `first` .. `first` + 15 of a key-value head, counted token by token and within it head by head.
     void block(int64_t head, int64_t first, std::vector<float>& scratch) const;
 

@@ -15,6 +15,7 @@
 
 namespace shoplm {
 
+constexpr int64_t SCREEN_PARTS = 2;    // rows of bytes that stand for one of x
 constexpr int64_t SCREENED_ROWS = 4;   // so few are screened: of 6 rows, all in bf16 took as long
 constexpr int64_t GREEDY_ROWS = 32;    // of x, at a time
 constexpr int64_t TOKEN_BLOCK = 1024;  // tokens that one thread looks through at a time
@@ -91,22 +92,19 @@ inline void greedy_of_all(const Greedy& head, const bf16* x, int64_t m, int64_t*
 // One row of x as SCREEN_PARTS rows of bytes.
 inline void put_parts(float* x, const Linear& screen, uint8_t* to, GroupScale* scales) {
     put_row(x, 1.f, nullptr, screen, to, scales);
-    if constexpr (SCREEN_PARTS == 2) {
-        const int8_t* rounded = reinterpret_cast<const int8_t*>(to);
-        for (int64_t i = 0; i < screen.k; ++i) x[i] -= scales[i / screen.group].scale * static_cast<float>(rounded[i]);
-        put_row(x, 1.f, nullptr, screen, to + row_bytes(screen), scales + screen.groups());
-    }
+    const int8_t* rounded = reinterpret_cast<const int8_t*>(to);
+    for (int64_t i = 0; i < screen.k; ++i) x[i] -= scales[i / screen.group].scale * static_cast<float>(rounded[i]);
+    put_row(x, 1.f, nullptr, screen, to + row_bytes(screen), scales + screen.groups());
 }
 
 // What is added to a panel's error times |x|: for the rounding of x, by half a step of a group each time, and of sums.
 inline float rest_error(const Greedy& head, const GroupScale* scales, float norm) {
     constexpr float SUMS = 4e-5f;  // of fp32, in a few thousand products
     float rounding = 0.f;
-    if constexpr (SCREEN_PARTS == 2)
-        for (int64_t group = 0; group < head.screen.groups(); ++group) {
-            const float half = scales[head.screen.groups() + group].scale / 2.f;
-            rounding += half * half * static_cast<float>(head.screen.group);
-        }
+    for (int64_t group = 0; group < head.screen.groups(); ++group) {
+        const float half = scales[head.screen.groups() + group].scale / 2.f;
+        rounding += half * half * static_cast<float>(head.screen.group);
+    }
     return 2.f * head.norm * (std::sqrt(rounding) + SUMS * norm);
 }
 
@@ -132,8 +130,7 @@ inline void greedy_by_screen(const Greedy& head, const bf16* x, int64_t m, int64
         crew.divide(m * panels, [&](int64_t item) {
             const int64_t row = item / panels, column = item % panels * PANEL, count = std::min(PANEL, head.tokens - column);
             float* at = logits + row * SCREEN_PARTS * w.n + column;
-            if constexpr (SCREEN_PARTS == 2)
-                for (int64_t i = 0; i < PANEL; ++i) at[i] += at[w.n + i];
+            for (int64_t i = 0; i < PANEL; ++i) at[i] += at[w.n + i];
             maxima[item] = largest_of(at, count);
         });
         crew.each(m, 1, [&](int64_t row) {  // from largest products to what the best of a panel can be at most

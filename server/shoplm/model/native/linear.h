@@ -67,8 +67,8 @@ inline void put_integers(const float* from, float factor, const float* weight, i
     }
 }
 
-template <class Activation>
-inline void put_floats(const float* from, float factor, const float* weight, int64_t size, Activation* to) {
+template <class Number>
+inline void put_floats(const float* from, float factor, const float* weight, int64_t size, Number* to) {
     const Floats by = splat(factor);
     for (int64_t i = 0; i < size; i += LANES) {
         const Floats value = multiply(load(from + i), by);
@@ -76,18 +76,12 @@ inline void put_floats(const float* from, float factor, const float* weight, int
     }
 }
 
-#ifdef SHOPLM_AVX512  // rows of x: bf16, or 8 bits; AVX2 has forms of its own
-
-constexpr int SCREEN_PARTS = 2;  // rows of bytes that stand for one of x (see greedy.h)
-
-inline int64_t row_bytes(const Linear& w) { return w.format == BF16 ? w.k * 2 : w.k; }
+inline int64_t row_bytes(const Linear& w) { return w.format == BF16 ? w.k * static_cast<int64_t>(sizeof(Activation)) : w.k; }
 
 // One row in the form that `next` takes.
 inline void put_row(const float* from, float factor, const float* weight, const Linear& next, uint8_t* to, GroupScale* scales) {
-    if (next.format == BF16) put_floats(from, factor, weight, next.k, reinterpret_cast<bf16*>(to));
+    if (next.format == BF16) put_floats(from, factor, weight, next.k, reinterpret_cast<Activation*>(to));
     else put_integers(from, factor, weight, next.k, next.group, reinterpret_cast<int8_t*>(to), scales);
 }
-
-#endif
 
 }  // namespace shoplm

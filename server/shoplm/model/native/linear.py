@@ -147,10 +147,10 @@ def _pack(weight: Tensor, format: WeightFormat, instructions: InstructionSet) ->
     """In the order of `linear_tiles.h`, `products_avx512.h` or `products_avx2.h`."""
     if instructions is InstructionSet.AMX:
         return _pack_tiles(weight, format)
+    together = 2 if format is WeightFormat.BF16 else 4
     if instructions is InstructionSet.AVX512:
         weight = (weight.short() + 128).to(torch.uint8) if format is WeightFormat.INT8 else weight
-        return _pack_vectors(weight, format, columns=PANEL, together=2 if format is WeightFormat.BF16 else 4)
-    together = {WeightFormat.BF16: 2, WeightFormat.INT8: 1, WeightFormat.INT4: 4}[format]
+        return _pack_vectors(weight, format, columns=PANEL, together=together)
     return _pack_vectors(weight, format, columns=16, together=together)
 
 

@@ -13,7 +13,6 @@
 
 namespace shoplm {
 
-using Activation = bf16;  // of attention's queries and results
 constexpr int64_t ROW_BLOCK = 256;  // rows of x that one thread takes: they stay in its second-level cache
 constexpr int64_t STEP_BYTES = 2048;  // of a panel: one step's two tiles
 constexpr int64_t AHEAD = 8192;       // bytes that are fetched before they are needed

@@ -20,7 +20,7 @@ inline int64_t padded(int64_t rows) { return rows; }  // what is read
 
 // sums [rows][PANEL] of `rows` <= ROWS rows from `first` on.
 template <Format FORMAT, int ROWS = MOST_ROWS<FORMAT>>
-inline void multiply_rows(const Rows& x, int64_t first, int64_t rows, const Linear& w, const Columns& columns, const uint16_t* scales, float* sums) {
+inline void multiply_rows(const Rows& x, int64_t first, int64_t rows, const Linear& w, Columns& columns, const uint16_t* scales, float* sums) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS) return multiply_rows<FORMAT, ROWS - 1>(x, first, rows, w, columns, scales, sums);
     }
@@ -29,7 +29,8 @@ inline void multiply_rows(const Rows& x, int64_t first, int64_t rows, const Line
 
 // sums [PANEL] of one row and one panel of a bf16 weight.
 inline void multiply_panel(const Rows& x, int64_t row, const Linear& w, int64_t panel, float* sums) {
-    multiply_rows<BF16, 1>(x, row, 1, w, columns_of<BF16>(w, panel, 1), nullptr, sums);
+    Columns columns = columns_of<BF16>(w, panel, 1);
+    multiply_rows<BF16, 1>(x, row, 1, w, columns, nullptr, sums);
 }
 
 // `epilogue(row, column, low, high)` gets the columns `column` .. `column` + 31 of one row.
@@ -45,10 +46,9 @@ void linear_as(const Rows& x, const Linear& w, Crew& crew, const Epilogue& epilo
         const int64_t end = std::min(begin + ROW_BLOCK, x.m);
         Columns columns = columns_of<FORMAT>(w, panel, end - begin);
         const Floats bias[2] = {w.bias ? load(w.bias + column) : zero(), w.bias ? load(w.bias + column + LANES) : zero()};
-        for (int64_t row = begin; row < end; row += most) {
-            const int64_t rows = std::min(end - row, most);
+        for (int64_t row = begin, rows, passes = (end - begin + most - 1) / most; passes; row += rows, --passes) {
+            rows = (end - row + passes - 1) / passes;  // about as many in each pass: few rows hide no latency
             multiply_rows<FORMAT>(x, row, rows, w, columns, w.panel_scales(panel), sums);
-            columns.passed();
             for (int64_t r = 0; r < rows; ++r)
                 epilogue(row + r, column, add(load(sums + r * PANEL), bias[0]), add(load(sums + r * PANEL + LANES), bias[1]));
         }

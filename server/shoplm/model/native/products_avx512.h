@@ -13,7 +13,6 @@ namespace shoplm {
 template <Format FORMAT>
 constexpr int MOST_ROWS = FORMAT == BF16 ? 12 : 6;  // that 32 registers hold the sums of; integers have two of each
 
-using Activation = bf16;  // of attention's queries and results
 constexpr int64_t STEP_BYTES = 128;  // of a panel
 
 // A panel. While rows pass over it, the panel behind it is fetched, evenly, so that memory works all the time.

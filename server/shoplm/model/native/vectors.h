@@ -14,6 +14,7 @@ constexpr int LANES = 16;
 
 #ifdef SHOPLM_AVX512
 
+using Activation = bf16;  // of attention's queries and results, and of x where W is bf16
 using Floats = __m512;
 using Integers = int32_t __attribute__((vector_size(64)));  // as __m512i, GCC would copy sums in every step of a loop
 
@@ -62,6 +63,7 @@ inline void store_integers(int8_t* to, Integers x) {
 
 #else
 
+using Activation = float;
 struct Floats { __m256 low, high; };
 struct Integers { __m256i low, high; };  // 32 bits each
 
