@@ -99,8 +99,8 @@ class ServerConfig(BaseSettings):
     )
     weight_format: Literal["auto", "model", "int8", "int4", "fp8"] = Field(
         "auto",
-        description="the layers' products; int8, int4: a GPU's or the C++ decoder's; fp8: a GPU's; auto: int8 on CPUs "
-        "that multiply bytes where the bundle has passed the quality gate with it, else model",
+        description="the layers' products; int8, int4: a GPU's or the C++ decoder's; fp8: a GPU's; auto: int8 where "
+        "that decoder runs and the bundle has passed the quality gate with it, else model",
     )
     kv_format: Literal["model", "int8", "fp8"] = Field("model", description="keys and values; int8, fp8: a GPU's")
     graph_seconds: float = Field(30.0, description="GPU: time to capture steps as CUDA graphs; 0: none", ge=0, le=600)

@@ -22,7 +22,6 @@ from shoplm.model.gpu import check_device, kv_page_bytes
 from shoplm.model.gpu_warmup import warm_up
 from shoplm.model.kv_pool import KV_FORMATS
 from shoplm.model.native.backend import native_refusal
-from shoplm.model.native.library import best_library
 from shoplm.model.shop_weights import ShopWeights, load_shop_weights, random_trie
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.model.weights import DecoderWeights, load_weights
@@ -91,8 +90,6 @@ def served_weight_format(spec: EngineSpec, config: ModelConfig) -> str:
     if "int8" not in read_manifest(Path(spec.bundle_folder), verify=False).cpu_formats:
         return "model"
     if native_refusal(config, _DTYPES[spec.dtype], spec.page_size) is not None:
-        return "model"
-    if not best_library().instructions.multiplies_bytes:
         return "model"
     log.info("weights in int8, with which the bundle has passed the quality gate; weight_format model: as they are")
     return "int8"

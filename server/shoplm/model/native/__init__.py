@@ -1,1 +1,1 @@
-"""The decoder in C++, for CPUs with AMX tiles or AVX2 vectors: one call a step."""
+"""The decoder in C++, for CPUs with AMX tiles, AVX-512 or AVX2 vectors: one call a step."""

@@ -79,11 +79,6 @@ class InstructionSet(StrEnum):
             case InstructionSet.AVX2:
                 return tuple(self.extensions.values())
 
-    @property
-    def multiplies_bytes(self) -> bool:
-        """So that integer weights are faster than bf16 for many rows, too."""
-        return self is not InstructionSet.AVX2
-
 
 class NativeUnavailableError(Exception):
     """Says why this machine cannot use the C++ decoder."""

@@ -26,7 +26,6 @@ struct Columns {
         _mm_prefetch(at, _MM_HINT_T1);
         _mm_prefetch(at + 64, _MM_HINT_T1);
     }
-    void passed() { behind += steps * stride; }
 };
 
 template <Format FORMAT>
@@ -115,9 +114,10 @@ inline void multiply_integers(const uint8_t* x, const GroupScale* row_scales, co
 }
 
 template <Format FORMAT, int ROWS>
-inline void multiply(const uint8_t* x, const GroupScale* row_scales, const Linear& w, const Columns& columns, const uint16_t* scales, float* sums) {
+inline void multiply(const uint8_t* x, const GroupScale* row_scales, const Linear& w, Columns& columns, const uint16_t* scales, float* sums) {
     if constexpr (FORMAT == BF16) multiply_bf16<ROWS>(x, w.k, columns, sums);
     else multiply_integers<FORMAT, ROWS>(x, row_scales, w, columns, scales, sums);
+    columns.behind += columns.steps * columns.stride;
 }
 
 }  // namespace shoplm
