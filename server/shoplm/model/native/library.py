@@ -181,9 +181,14 @@ def native_library(instructions: InstructionSet) -> NativeLibrary:
     Raises NativeUnavailableError.
     """
     _check_cpu(instructions)
-    library = _loaded(instructions)  # torch has loaded OpenMP's runtime already: both share its threads
-    if library.shoplm_allow():
+    functions = load_or_build(instructions, instructions.compiler_flags, cache_folder() / "native")
+    if functions.shoplm_allow():
         raise NativeUnavailableError("the system does not let this process use them")
+    return declared(instructions, functions)
+
+
+def declared(instructions: InstructionSet, library: ctypes.CDLL) -> NativeLibrary:
+    """A library that was built in the form of `instructions`, with its functions' types."""
     library.shoplm_step.argtypes = (ctypes.POINTER(ModelRef), ctypes.POINTER(StepRef))
     library.shoplm_step.restype = None
     library.shoplm_linear.argtypes = (
@@ -216,20 +221,23 @@ def _check_cpu(instructions: InstructionSet) -> None:
         raise NativeUnavailableError(f"this CPU lacks {', '.join(sorted(missing))}")
 
 
-def _loaded(instructions: InstructionSet) -> ctypes.CDLL:
-    """The cache's library for these sources; built where there is none, or none that this process may trust."""
-    folder = Path(__file__).parent
-    flags = (*_FLAGS, *instructions.compiler_flags)
+def load_or_build(instructions: InstructionSet, compiler_flags: tuple[str, ...], folder: Path) -> ctypes.CDLL:
+    """The folder's library for these sources and flags; built where there is none, or none that this process may trust.
+
+    Raises NativeUnavailableError. Torch has loaded OpenMP's runtime already: both share its threads.
+    """
+    sources = Path(__file__).parent
+    flags = (*_FLAGS, *compiler_flags)
     digest = hashlib.sha256(" ".join(flags).encode())
     for name in _SOURCES:
-        digest.update((folder / name).read_bytes())
-    kept = cache_folder() / "native" / f"decoder-{instructions}-{digest.hexdigest()[:16]}.so"
-    if kept.exists() and _is_safe(kept.parent) and _is_safe(kept):
+        digest.update((sources / name).read_bytes())
+    path = folder / f"decoder-{instructions}-{digest.hexdigest()[:16]}.so"
+    if path.exists() and _is_safe(folder) and _is_safe(path):
         try:
-            return ctypes.CDLL(str(kept))
+            return ctypes.CDLL(str(path))
         except OSError as error:  # damaged, or made on another system
             log.info("the C++ decoder is built again: %s", error)
-    return _build(flags, folder / _SOURCES[-1], kept)
+    return _build(flags, sources / _SOURCES[-1], path)
 
 
 def _is_safe(path: Path) -> bool:
@@ -240,10 +248,7 @@ def _is_safe(path: Path) -> bool:
 
 def _build(flags: tuple[str, ...], source: Path, target: Path) -> ctypes.CDLL:
     """Compiles and loads it; keeps it as `target` if that folder can be written and is safe."""
-    named = os.environ.get("CXX")
-    compiler = next(filter(None, map(shutil.which, (named,) if named else _COMPILERS)), None)
-    if compiler is None:
-        raise NativeUnavailableError("there is no C++ compiler (g++ or clang++)")
+    compiler = find_compiler()
     keeps = _can_keep(target.parent)
     if not keeps:
         log.info("%s cannot be written, or others can write it: the C++ decoder is not kept", target.parent)
@@ -260,6 +265,15 @@ def _build(flags: tuple[str, ...], source: Path, target: Path) -> ctypes.CDLL:
             return library
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeUnavailableError(f"the decoder cannot be built: {error}") from error
+
+
+def find_compiler() -> str:
+    """Path of the C++ compiler. Raises NativeUnavailableError."""
+    named = os.environ.get("CXX")
+    compiler = next(filter(None, map(shutil.which, (named,) if named else _COMPILERS)), None)
+    if compiler is None:
+        raise NativeUnavailableError("there is no C++ compiler (g++ or clang++)")
+    return compiler
 
 
 def _can_keep(folder: Path) -> bool:

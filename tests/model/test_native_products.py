@@ -1,0 +1,79 @@
+"""Products of the C++ decoder in each format, and the memory that their weights lie in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from native_forms import real_library
+from shoplm.model.native.library import InstructionSet, NativeLibrary
+from shoplm.model.native.linear import GROUP, PackedLinear, WeightFormat
+from shoplm.model.native.memory import WeightMemory
+
+
+@pytest.mark.parametrize(
+    ("format", "error"), [(WeightFormat.BF16, 0.004), (WeightFormat.INT8, 0.015), (WeightFormat.INT4, 0.12)]
+)
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 32, 64), (17, 70, 128), (300, 33, 192), (40, 64, 1152)])
+def test_a_product_equals_torch(
+    library: NativeLibrary, rows: int, outputs: int, inputs: int, format: WeightFormat, error: float
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator)
+    states = torch.randn(rows, inputs, generator=generator).bfloat16()
+    expected = states.float() @ weight.bfloat16().float().T + bias
+    result = PackedLinear(library, weight, bias, format=format)(states).float()
+    assert ((result - expected).norm() / expected.norm()).item() < error
+
+
+@pytest.mark.parametrize("format", [WeightFormat.INT8, WeightFormat.INT4])
+def test_weights_and_states_on_the_grid_are_exact(library: NativeLibrary, format: WeightFormat) -> None:
+    """Groups whose scales differ, integers that reach both ends of their range: only the bf16 of the result rounds."""
+    generator = torch.Generator().manual_seed(2)
+    low, high = (-127, 127) if format is WeightFormat.INT8 else (0, 15)
+    group = GROUP[format]
+
+    def grid(rows: int, low: int, high: int) -> torch.Tensor:
+        values = torch.randint(low, high + 1, (rows, 384 // group, group), generator=generator).float()
+        values[..., 0], values[..., 1] = low, high
+        return values
+
+    scales = 2.0 ** -(8 + torch.arange(384 // group) % 4)[:, None]
+    weight = grid(64, low, high) * scales + (0.0 if format is WeightFormat.INT8 else 0.25)
+    states = grid(20, -127, 127) / 64
+    expected = states.flatten(1).double() @ weight.flatten(1).double().T
+    result = PackedLinear(library, weight.flatten(1), format=format)(states.flatten(1).bfloat16()).double()
+    torch.testing.assert_close(result, expected, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", WeightFormat)
+@pytest.mark.parametrize("instructions", [InstructionSet.AMX, InstructionSet.AVX512])
+def test_the_emulation_multiplies_as_the_hardware_does(
+    emulate: Callable[[InstructionSet], NativeLibrary], instructions: InstructionSet, format: WeightFormat
+) -> None:
+    """Integers to the last bit; of bf16, the order of additions is the hardware's own."""
+    real = real_library(instructions)
+    if isinstance(real, str):
+        pytest.skip(real)
+    generator = torch.Generator().manual_seed(6)
+    weight, states = torch.randn(70, 384, generator=generator), torch.randn(45, 384, generator=generator).bfloat16()
+    expected, result = (
+        PackedLinear(library, weight, format=format)(states) for library in (real, emulate(instructions))
+    )
+    if format is WeightFormat.BF16:
+        torch.testing.assert_close(result, expected, rtol=2**-7, atol=1e-4)
+    else:
+        assert torch.equal(result, expected)
+
+
+def test_weights_lie_behind_each_other_in_memory_of_their_own() -> None:
+    memory = WeightMemory()
+    tensors = [torch.randn(7, 5), torch.arange(200, dtype=torch.int8), torch.randn(9_000, 1_000), torch.randn(3).half()]
+    kept = [memory.keep(tensor) for tensor in tensors]
+    del memory
+    for one, other in zip(kept, tensors, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    assert kept[0].data_ptr() % (2 << 20) == 0
+    assert kept[1].data_ptr() == kept[0].data_ptr() + 256
