@@ -7,43 +7,37 @@ contract asynchronous: a step can be submitted whose inputs the step before it h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from shoplm.request import HeadValues, ItemScores, Sampling, Select, SelectOutput
 
 
-@dataclass(frozen=True, slots=True)
-class SampleReadout:
+class SampleReadout(msgspec.Struct, frozen=True, gc=False):
     """Draw one token from the text rows. `index` counts the request's produced tokens and varies the seed."""
 
     sampling: Sampling
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class SelectReadout:
+class SelectReadout(msgspec.Struct, frozen=True, gc=False):
     """Extend the beams by one level of the trie; the last level yields the items. Level 0 starts the beams."""
 
     select: Select
     level: int
 
 
-@dataclass(frozen=True, slots=True)
-class PredictReadout:
+class PredictReadout(msgspec.Struct, frozen=True, gc=False):
     """Evaluate the bundle's heads on the last hidden state and these dense features."""
 
     features: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class EmbedReadout:
+class EmbedReadout(msgspec.Struct, frozen=True, gc=False):
     """Return the last hidden state, after the final norm."""
 
 
-@dataclass(frozen=True, slots=True)
-class ForkReadout:
+class ForkReadout(msgspec.Struct, frozen=True, gc=False):
     """Read the last token of each fork that ends in this step."""
 
     reads: ItemScores | HeadValues  # of these forks alone
@@ -53,16 +47,14 @@ class ForkReadout:
 Readout = SampleReadout | SelectReadout | PredictReadout | EmbedReadout | ForkReadout
 
 
-@dataclass(frozen=True, slots=True)
-class BeamStep:
+class BeamStep(msgspec.Struct, frozen=True, gc=False):
     """The beams of one request at one position. Their tokens and parents are in the backend's state."""
 
     step: int  # 1 .. depth - 1: how many codes each lane has chosen
     own_slots: NDArray[np.int64]  # [depth - 1, lanes]: pool slot of lane b's code of step s + 1; filled by the engine
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(msgspec.Struct, frozen=True, gc=False):
     """The part of a step that belongs to one request."""
 
     state_slot: int
@@ -104,8 +96,7 @@ def beam_of(row: Row) -> BeamStep:
     return row.beam
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(msgspec.Struct, frozen=True, gc=False):
     """One step, tokens of all rows in one flat axis."""
 
     tokens: NDArray[np.int32]  # [T]; 0 where the token comes from a state slot
@@ -136,8 +127,7 @@ class Batch:
 RowOutput = int | SelectOutput | tuple[float, ...] | None
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(msgspec.Struct, frozen=True, gc=False):
     """What a step produced, aligned with the batch's rows.
 
     int: the sampled token. SelectOutput: the items (last level). tuple: head outputs or hidden state, or what the forks
