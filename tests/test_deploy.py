@@ -1,4 +1,4 @@
-"""What deploy/ asks Prometheus for exists: no alert and no panel is silent because a name changed."""
+"""What deploy/ asks for exists: no alert, panel, probe or setting is silent because a name or a port changed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from shoplm.config import ServerConfig
 from shoplm.metrics import Metrics
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -90,3 +92,33 @@ def test_every_panel_is_valid_promql(tmp_path: Path) -> None:
         ["promtool", "check", "rules", "panels.yml"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def default_of(setting: str) -> Any:
+    return ServerConfig.model_fields[setting].default
+
+
+@pytest.mark.parametrize("path", ["container/Containerfile", "kubernetes/shoplm.yaml", "systemd/shoplm.service"])
+def test_every_variable_is_a_setting(path: str) -> None:
+    used = set(re.findall(r"SHOPLM_[A-Z_]+", (DEPLOY / path).read_text())) - {"SHOPLM_CACHE"}
+    assert used
+    assert {name.removeprefix("SHOPLM_").lower() for name in used} <= set(ServerConfig.model_fields)
+
+
+def test_a_pod_is_asked_where_the_server_answers_and_given_time_to_drain() -> None:
+    deployment, service, _ = yaml.safe_load_all((DEPLOY / "kubernetes" / "shoplm.yaml").read_text())
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"grpc": default_of("port"), "metrics": default_of("metrics_port")}
+    paths = {probe: container[probe]["httpGet"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")}
+    assert {probe: each["path"] for probe, each in paths.items()} == {
+        "startupProbe": "/readyz",
+        "readinessProbe": "/readyz",
+        "livenessProbe": "/healthz",
+    }
+    assert all(each["port"] == "metrics" for each in paths.values())
+    assert service["spec"]["clusterIP"] == "None"  # a client sees all replicas
+    assert pod["terminationGracePeriodSeconds"] > default_of("drain_seconds")
+    unit = (DEPLOY / "systemd" / "shoplm.service").read_text()
+    assert int(re.search(r"TimeoutStopSec=(\d+)", unit)[1]) > default_of("drain_seconds")  # type: ignore[index]

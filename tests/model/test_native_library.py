@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -109,3 +110,15 @@ def test_a_cache_that_cannot_be_written_costs_a_compilation_and_not_the_decoder(
     kept.parent.parent.mkdir()
     kept.parent.write_text("a file, so that nothing can be put below it")
     assert build(kept.parent).a is not None
+
+
+def test_all_forms_are_built_into_the_cache_for_machines_without_a_compiler(
+    kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SHOPLM_CACHE", str(kept.parents[1]))
+    runpy.run_module("shoplm.model.native", run_name="__main__")
+    assert {path.name.split("-")[1] for path in kept.parent.iterdir()} == set(InstructionSet)
+    capsys.readouterr()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    runpy.run_module("shoplm.model.native", run_name="__main__")
+    assert len(capsys.readouterr().out.splitlines()) == len(InstructionSet)

@@ -181,10 +181,15 @@ def native_library(instructions: InstructionSet) -> NativeLibrary:
     Raises NativeUnavailableError.
     """
     _check_cpu(instructions)
-    functions = load_or_build(instructions, instructions.compiler_flags, cache_folder() / "native")
+    functions = built(instructions)
     if functions.shoplm_allow():
         raise NativeUnavailableError("the system does not let this process use them")
     return declared(instructions, functions)
+
+
+def built(instructions: InstructionSet) -> ctypes.CDLL:
+    """The cache's library of that form, whether or not this CPU has the instructions. Raises NativeUnavailableError."""
+    return load_or_build(instructions, instructions.compiler_flags, cache_folder() / "native")
 
 
 def declared(instructions: InstructionSet, library: ctypes.CDLL) -> NativeLibrary:

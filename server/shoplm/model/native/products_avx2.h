@@ -107,10 +107,10 @@ inline void multiply_integers(const int8_t* x, const GroupScale* row_scales, con
     const __m256i lower = _mm256_set1_epi8(15);
     for (int64_t group = 0; group < groups; ++group, x += w.group, scales += TABLES * PANEL) {
         behind.fetch();
-        using Sums = std::conditional_t<FORMAT == INT4, Sums4, Sums8>;
-        Sums low[ROWS], high[ROWS];
+        using Of = std::conditional_t<FORMAT == INT4, Sums4, Sums8>;
+        Of low[ROWS], high[ROWS];
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) low[r] = high[r] = Sums{};
+        for (int r = 0; r < ROWS; ++r) low[r] = high[r] = Of{};
         auto add_step = [&](int64_t i, __m256i a, __m256i b) __attribute__((always_inline)) {
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) {

@@ -1,0 +1,18 @@
+"""`python -m shoplm.model.native`: the decoder for every set of instructions, into the cache.
+
+For an image or a shared cache whose machines have no compiler, and maybe another CPU than this one.
+"""
+
+from __future__ import annotations
+
+import typer
+from shoplm.model.native.library import InstructionSet, built
+
+
+def main() -> None:
+    for instructions in InstructionSet:
+        typer.echo(built(instructions)._name)
+
+
+if __name__ == "__main__":
+    main()
