@@ -127,14 +127,13 @@ class Budgeter:
         """Most tokens of a prompt, from `start` on, that add no more than so much to a step."""
         if seconds == math.inf:
             return self._config.max_step_tokens
+        # n tokens add n * per_token + n * n * kv / 2, as `kv_tokens` counts keys: n is the larger root.
         each = self._cost.coefficients
-        per_token = each.token + each.kv * start
-        if per_token <= 0:
+        per_token, left = each.token + each.kv * (start + 0.5), max(seconds - each.row, 0.0)
+        divisor = per_token + math.sqrt(per_token * per_token + 2 * each.kv * left)
+        if divisor <= 0:
             return self._config.max_step_tokens
-        count = (seconds - each.row) / per_token
-        # Later tokens read more keys; once more with those of the middle one.
-        count = (seconds - each.row) / (per_token + each.kv * max(count, 0.0) / 2)
-        return max(int(min(count, self._config.max_step_tokens)), 0)
+        return int(min(2 * left / divisor, self._config.max_step_tokens))
 
     def row_seconds(self, row: PlanRow) -> float:
         """What a row adds to a step."""
