@@ -8,6 +8,7 @@ begun, whole: an answer's tokens are computed later, and until then a service wo
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from shoplm.request import Service
 
@@ -26,6 +27,7 @@ class Demand:
         self._asked = dict.fromkeys(Service, 0.0)
         self._begun = dict.fromkeys(Service, 0.0)
         self._now = 0.0
+        self._leads: dict[Service, float] | None = None  # as of the last request that came or was begun; None: unknown
 
     def asked(self, service: Service, work_seconds: float, now: float) -> None:
         """A request that is so much work came, whether or not it is let in."""
@@ -39,13 +41,20 @@ class Demand:
         weight = max(_TYPICAL_WEIGHT, 1 / self._seen[service])
         self.typical_seconds[service] += weight * (work_seconds - self.typical_seconds[service])
         self._asked[service] += 1
+        self._leads = None
 
     def begun(self, service: Service) -> None:
         """A request was started."""
         self._begun[service] += 1
+        self._leads = None
 
-    def leads(self) -> dict[Service, float]:
+    def leads(self) -> Mapping[Service, float]:
         """Seconds of work that each service has had beyond its part."""
+        if self._leads is None:
+            self._leads = self._find_leads()
+        return self._leads
+
+    def _find_leads(self) -> dict[Service, float]:
         asked = self._asked_seconds()
         begun = {service: count * self.typical_seconds[service] for service, count in self._begun.items()}
         total = sum(begun.values())

@@ -52,12 +52,13 @@ class Planner:
         self._order.open(now)
         searches, prompts, self.answers = survey(self._residents, self._cost, self._token_target)
         self._arrange(prompts, now)
-        budget = self._budgeter.open(self.answers, self._most_urgent(prompts, now), begin)
+        waiting = self._order.peek(now)
+        budget = self._budgeter.open(self.answers, self._most_urgent(prompts, waiting), begin)
         rows: list[PlanRow] = []
         served = Served()
         if budget.answers_first:
             served = self._plan_answers(searches, rows, budget, now)
-        self._plan_prompts(prompts, rows, budget, now)
+        self._plan_prompts(prompts, waiting, rows, budget, now)
         if not budget.answers_first:
             served = self._plan_answers(searches, rows, budget, now)
         return self._close(served, rows, now)
@@ -68,9 +69,8 @@ class Planner:
             self._order.overdue(prompt, now)
         prompts.sort(key=cmp_to_key(lambda one, other: -1 if self._order.before(one, other) else 1))
 
-    def _most_urgent(self, prompts: Seq[Sequence], now: float) -> Sequence | None:
+    def _most_urgent(self, prompts: Seq[Sequence], waiting: Sequence | None) -> Sequence | None:
         first = prompts[0] if prompts else None
-        waiting = self._order.peek(now)
         if waiting is None or (first is not None and not self._order.before(waiting, first)):
             return first
         return waiting
@@ -96,17 +96,24 @@ class Planner:
                 budget.take_answers(row.count, self._budgeter.row_seconds(row))
         return answering.serve(chosen, now)
 
-    def _plan_prompts(self, prompts: list[Sequence], rows: list[PlanRow], budget: StepBudget, now: float) -> None:
-        """Chunks of prompts: running ones and, in the same order, newly started ones."""
+    def _plan_prompts(
+        self,
+        prompts: list[Sequence],
+        waiting: Sequence | None,
+        rows: list[PlanRow],
+        budget: StepBudget,
+        now: float,
+    ) -> None:
+        """Chunks of prompts: running ones and, in the same order, newly started ones, `waiting` first."""
         at = 0
         while budget.prompt_tokens > 0 and budget.tokens > 0 and (budget.seconds > 0 or not budget.used):
             running = prompts[at] if at < len(prompts) else None
-            waiting = self._order.peek(now)
             if waiting is not None and (running is None or self._order.before(waiting, running)):
                 if self._start(waiting, now):
                     prompts.insert(at, waiting)
                 else:
                     self._order.hold(waiting)
+                waiting = self._order.peek(now)
                 continue
             if running is None:
                 return
