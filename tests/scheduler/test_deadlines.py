@@ -189,6 +189,32 @@ def test_behind_a_queue_the_dearest_are_refused_first() -> None:
     shop.served("dear again")
 
 
+def test_who_is_dear_and_waits_gives_way_to_the_cheap_that_could_not_be_in_time_behind_it() -> None:
+    shop = Shop()
+    shop.submit("dear", 250, Predict(()), within=1.0)
+    for number in range(16):
+        shop.submit(f"cheap {number}", 40, Predict(()), within=1.0)
+    shop.simulation.run()
+    given_up = shop.refused("dear")
+    assert given_up.reason == "TOO_COSTLY_NOW" and given_up.retry_seconds > 0
+    for number in range(16):
+        shop.served(f"cheap {number}")
+    shop.simulation.check_idle()
+
+
+@pytest.mark.parametrize("fields", [{"priority": 1}, {"tenant": "another"}, {"within": None}])
+def test_nobody_gives_way_to_another_tenant_or_a_lower_priority_or_for_a_deadline_it_has_not(
+    fields: dict[str, object],
+) -> None:
+    shop = Shop()
+    shop.submit("dear", 250, Predict(()), **{"within": 1.0, **fields})  # type: ignore[arg-type]
+    for number in range(40):
+        shop.submit(f"cheap {number}", 40, Predict(()), within=1.0)
+    shop.simulation.run()
+    shop.served("dear")
+    assert shop.refused("cheap 39").reason == "DEADLINE_UNREACHABLE"
+
+
 def test_the_deadlines_of_one_tenant_do_not_wait_for_the_backlog_of_another() -> None:
     shop = Shop()
     for number in range(8):

@@ -6,11 +6,13 @@ import math
 import random
 
 import pytest
-from shoplm.request import Service
+from shoplm.request import Predict, Request, Service, token_ids
 from shoplm.scheduler.correction import Correction
+from shoplm.scheduler.dearest import Dearest
 from shoplm.scheduler.demand import Demand
 from shoplm.scheduler.fairness import Shares
 from shoplm.scheduler.pace import Pace
+from shoplm.scheduler.sequence import Sequence
 
 
 def test_a_queue_that_moves_is_believed_more_than_the_guess() -> None:
@@ -59,6 +61,32 @@ def test_each_service_leads_by_what_it_began_beyond_the_part_of_all() -> None:
     assert sum(leads.values()) == pytest.approx(0.0, abs=1e-6)
     shares = demand.shares()
     assert shares[Service.CHAT] == pytest.approx(5 / 7)
+
+
+def test_the_rate_of_a_service_is_the_work_that_it_was_asked_for_of_late() -> None:
+    demand = Demand()
+    for moment in range(20_000):
+        demand.asked(Service.CHAT, 0.004, 0.01 * moment)
+    assert demand.rates()[Service.CHAT] == pytest.approx(0.4, rel=0.01)
+    assert demand.rates()[Service.PREDICTION] == 0.0
+
+
+def test_the_dearest_of_those_that_wait_is_found_and_who_has_left_is_forgotten() -> None:
+    dearest, waiting = Dearest(), []
+    for number in range(1_000):
+        request = Request(str(number), Service.PREDICTION, token_ids([1]), Predict(()), 0.0, deadline_seconds=1.0)
+        sequence = Sequence(request, 1.0, token_ids([1]), ticket=number + 1, queued_tokens=1)
+        sequence.work_seconds = (number * 7 % 10) / 10
+        dearest.push(sequence, len(waiting))
+        waiting.append(sequence)
+        if len(waiting) > 5:
+            waiting.pop(0).queued_tokens = 0
+    found = dearest.peek()
+    assert found in waiting and found.work_seconds == max(each.work_seconds for each in waiting)
+    assert len(dearest) < 150
+    for each in waiting:
+        each.queued_tokens = 0
+    assert dearest.peek() is None
 
 
 def test_a_flood_of_one_service_leaves_a_tenth_to_another() -> None:

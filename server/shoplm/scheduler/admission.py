@@ -52,7 +52,9 @@ class Admission:
         budgeter: Budgeter,
         prospects: Prospects,
         waiting: WaitingRoom,
+        give_up: Callable[[Sequence, Refusal], None],
     ) -> None:
+        """`give_up` ends a request that waits."""
         self._config = config
         self._limits = limits
         self._memory = memory
@@ -60,6 +62,7 @@ class Admission:
         self._budgeter = budgeter
         self._prospects = prospects
         self._waiting = waiting
+        self._give_up = give_up
 
     def refusal(self, sequence: Sequence, load: Load, now: float) -> Refusal | None:
         """Why the request is not let in; None: it is. Then it may have been degraded."""
@@ -133,13 +136,32 @@ class Admission:
             return None
         if sequence.request.allow_degraded and self._degrade(sequence, load, now):
             return None
+        dearer = self._waiting.dearest(sequence)
+        if dearer is not None and self._takes_place(sequence, dearer, load, now):
+            self._give_up(dearer, self._too_costly(dearer, load, "given up in the queue"))
+            return None
         late = self._prospects.first_result_seconds(sequence, load) - promised
         if late <= 0:
-            message = "for what it costs, more than one other answer could be in time"
-            retry = self._retry_seconds(sequence, self._prospects.backlog_seconds(load))
-            return Refusal(FailureKind.OVERLOADED, "TOO_COSTLY_NOW", message, retry)
+            return self._too_costly(sequence, load, "refused")
         message = f"the answer would come {late:.3g} s after its deadline"
         return Refusal(FailureKind.OVERLOADED, "DEADLINE_UNREACHABLE", message, self._retry_seconds(sequence, late))
+
+    def _takes_place(self, sequence: Sequence, dearer: Sequence, load: Load, now: float) -> bool:
+        """Whether a newcomer is welcome in the place of one that waits and is more work, of its own tenant and of no
+        higher priority."""
+        is_more = dearer.work_seconds > self._forecast.work_seconds(sequence)
+        if not is_more or dearer.request.priority > sequence.request.priority:
+            return False
+        self._prospects.discount(dearer)
+        if self._is_welcome(sequence, load, now):
+            return True
+        self._prospects.count(dearer)
+        return False
+
+    def _too_costly(self, sequence: Sequence, load: Load, how: str) -> Refusal:
+        message = f"for what it costs, more than one other answer could be in time: {how}"
+        retry = self._retry_seconds(sequence, self._prospects.backlog_seconds(load))
+        return Refusal(FailureKind.OVERLOADED, "TOO_COSTLY_NOW", message, retry)
 
     def _retry_seconds(self, sequence: Sequence, wait: float) -> float:
         limit = sequence.limit_seconds

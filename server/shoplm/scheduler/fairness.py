@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from shoplm.request import Service
+from shoplm.scheduler.dearest import Dearest
 from shoplm.scheduler.demand import Demand
-from shoplm.scheduler.pace import Pace
 
 if TYPE_CHECKING:
     from shoplm.scheduler.sequence import Sequence
@@ -30,6 +30,7 @@ class Tenant:
 
     __slots__ = (
         "backlog_seconds",
+        "dearest",
         "name",
         "newest",
         "planned_answers",
@@ -53,6 +54,7 @@ class Tenant:
         self.waiting_tokens = 0
         self.planned_answers = self.planned_keys = 0  # of the step that is being planned
         self.newest: list[Sequence] = []  # of these, the latest comer last; some of them wait no more
+        self.dearest = Dearest()  # of these, who may give way to cheaper ones
 
 
 class ServiceShare:
@@ -63,7 +65,6 @@ class ServiceShare:
         self.weight = weight
         self.virtual = 0.0
         self.waiting = 0  # requests in the queue
-        self.pace = Pace()  # of the work until first results, while some of it waits
         self.active_weight = 0.0  # of the tenants that have requests
         self.used_seconds = 0.0  # of steps, since the start
         self.tenants: dict[str, Tenant] = {}

@@ -1,7 +1,7 @@
 """When a newcomer's first result would be there, and what that would cost others.
 
 The work that is due before it, of other services and tenants no more than their shares, in steps that the running
-answers leave room in; once its service's queue has been seen to move, at the pace at which it does.
+answers leave room in; once the queue has been seen to move, at the pace at which it does.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from shoplm.scheduler.config import SchedulerConfig
 from shoplm.scheduler.correction import Correction
 from shoplm.scheduler.fairness import Shares
 from shoplm.scheduler.forecast import Forecast
+from shoplm.scheduler.pace import Pace
 from shoplm.scheduler.sequence import Sequence
 from shoplm.scheduler.survey import Answers
 
-_SHORT_WAIT = 0.25  # of the time that a request has: it does not matter how far the forecast of less is off
+_SHORT_WAIT = 0.5  # of the time that a request has: it does not matter how far the forecast of less is off
+_ROUNDS = 6  # of the fixed point
 _LEAST_RATE = 0.1  # of the time, that prompts are assumed to get
 
 
@@ -42,6 +44,8 @@ class Prospects:
         self._shares = shares
         self._backlogs = {service: Backlog() for service in Service}
         self.corrections = {service: Correction() for service in Service}
+        self._pace = Pace()
+        self._pace_of = {service: Pace() for service in Service}
         self._planned = dict.fromkeys(Service, 0.0)  # seconds of work on first results, of the step that is planned
 
     def advance(self, now: float) -> None:
@@ -71,9 +75,11 @@ class Prospects:
 
     def planned(self, now: float) -> None:
         """A step was planned."""
-        for service, share in self._shares.services.items():
-            share.pace.planned(self._planned[service], share.waiting > 0, now)
-            self._planned[service] = 0.0
+        services, done = self._shares.services, self._planned
+        self._pace.planned(sum(done.values()), any(share.waiting for share in services.values()), now)
+        for service, pace in self._pace_of.items():
+            pace.planned(done[service], services[service].waiting > 0, now)
+        self._planned = dict.fromkeys(Service, 0.0)
 
     def discount(self, sequence: Sequence) -> None:
         """Count it no more."""
@@ -101,23 +107,36 @@ class Prospects:
         promised = self._forecast.promised_seconds(sequence)
         due = sequence.due_seconds if promised is None else promised
         own = self._ahead_of(sequence, due, work) + work
-        fractions = self._shares.fractions()
-        others = [
-            (backlog.until(due), fractions[other]) for other, backlog in self._backlogs.items() if other is not service
-        ]
-        busy = own + sum(ahead for ahead, _ in others)
-        # Others' work that is due first comes first, but no further than their shares: the fixed point from above.
-        for _ in range(4 if busy > own else 0):
-            busy = own + sum(min(ahead, fraction * busy) for ahead, fraction in others)
+        busy = self._busy_seconds(service, own, due, load) if own else 0.0
         guess = self._steps_seconds(busy, load)
-        pace = self._shares.services[service].pace
+        wait = self._pace.wait_seconds(busy, guess) if own else 0.0
+        if own and service in self._shares.ahead():  # held back: others' queues move, its own less
+            wait = max(wait, self._pace_of[service].wait_seconds(own, guess))
         arrival = sequence.request.arrival_seconds
-        sequence.foreseen_seconds = load.starts_seconds + pace.wait_seconds(own, guess) - arrival if own else 0.0
+        sequence.foreseen_seconds = load.starts_seconds + wait - arrival if own else 0.0
         soonest = load.starts_seconds + self._forecast.alone_seconds(sequence, work)
         # What it takes alone needs no correction: an idle engine refuses nobody by the errors of a busy one.
         waits = max(arrival + sequence.foreseen_seconds - soonest, 0.0)
         levels = (sequence.depth - 1) * cost.coefficients.step
         return soonest + self.corrections[service].factor * waits + levels
+
+    def _busy_seconds(self, service: Service, own: float, due: float, load: Load) -> float:
+        """Seconds of work until so much of a service's own is done: others' that is due first comes first, what is
+        there and what will have come, but no further than their shares."""
+        shares, left = self._shares, due - load.starts_seconds
+        fractions, rates = shares.fractions(), shares.demand.rates()
+        targets = self._config.policy.target_seconds
+        others = [
+            (backlog.until(due), rates[other], max(left - targets[other], 0.0), fractions[other])
+            for other, backlog in self._backlogs.items()
+            if other is not service
+        ]
+        busy = own + sum(ahead + rate * window for ahead, rate, window, _ in others)
+        for _ in range(_ROUNDS if busy > own else 0):  # the fixed point from above
+            busy = own + sum(
+                min(ahead + rate * min(busy, window), fraction * busy) for ahead, rate, window, fraction in others
+            )
+        return busy
 
     def came(self, sequence: Sequence, now: float) -> None:
         """The first result of a request is there; infinite: it never will be."""

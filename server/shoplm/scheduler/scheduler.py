@@ -73,7 +73,14 @@ class Scheduler:
         self._prospects = Prospects(config, self._forecast, self._budgeter, self.shares)
         self._waiting = WaitingRoom(config, self.shares)
         self._admission = Admission(
-            config, self._limits, self.memory, self._forecast, self._budgeter, self._prospects, self._waiting
+            config,
+            self._limits,
+            self.memory,
+            self._forecast,
+            self._budgeter,
+            self._prospects,
+            self._waiting,
+            give_up=self._fail,
         )
         self._deadlines = Deadlines(self._forecast.lost_at)
         self._outcomes = Outcomes(self.stats, self._forecast)

@@ -38,6 +38,8 @@ class WaitingRoom:
         if len(tenant.newest) > 2 * tenant.waiting + _SLACK_ENTRIES:
             tenant.newest = [each for each in tenant.newest if each.queued_tokens]
         tenant.newest.append(sequence)
+        if sequence.limit_seconds is not None:  # nobody else is refused by time
+            tenant.dearest.push(sequence, tenant.waiting)
 
     def leave(self, sequence: Sequence) -> None:
         """It waits no more."""
@@ -67,6 +69,11 @@ class WaitingRoom:
         """Whether other tenants of the service wait, too."""
         tenants = self._shares.services[sequence.request.service].tenants.values()
         return any(each.waiting and each.name != sequence.request.tenant for each in tenants)
+
+    def dearest(self, sequence: Sequence) -> Sequence | None:
+        """Of the requests of a newcomer's service and tenant that wait and have a deadline, the most work."""
+        tenant = self._shares.services[sequence.request.service].tenants.get(sequence.request.tenant)
+        return None if tenant is None else tenant.dearest.peek()
 
     def displaced(self, sequence: Sequence) -> Iterator[Sequence]:
         """Who gives way to a newcomer that may displace others; each must leave before the next is asked for."""
