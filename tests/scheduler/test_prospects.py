@@ -63,14 +63,6 @@ def test_each_service_leads_by_what_it_began_beyond_the_part_of_all() -> None:
     assert shares[Service.CHAT] == pytest.approx(5 / 7)
 
 
-def test_the_rate_of_a_service_is_the_work_that_it_was_asked_for_of_late() -> None:
-    demand = Demand()
-    for moment in range(20_000):
-        demand.asked(Service.CHAT, 0.004, 0.01 * moment)
-    assert demand.rates()[Service.CHAT] == pytest.approx(0.4, rel=0.01)
-    assert demand.rates()[Service.PREDICTION] == 0.0
-
-
 def test_the_dearest_of_those_that_wait_is_found_and_who_has_left_is_forgotten() -> None:
     dearest, waiting = Dearest(), []
     for number in range(1_000):

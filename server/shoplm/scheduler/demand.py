@@ -67,10 +67,6 @@ class Demand:
         total = sum(asked.values()) or 1.0
         return {service: max(each / total, _LEAST_SHARE) for service, each in asked.items()}
 
-    def rates(self) -> dict[Service, float]:
-        """Seconds of work that each was asked for per second."""
-        return {service: each / _FORGET_SECONDS for service, each in self._asked_seconds().items()}
-
     def _asked_seconds(self) -> dict[Service, float]:
         most = _MOST_RATE * _FORGET_SECONDS
         return {service: min(count * self.typical_seconds[service], most) for service, count in self._asked.items()}

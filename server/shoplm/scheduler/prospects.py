@@ -21,7 +21,6 @@ from shoplm.scheduler.sequence import Sequence
 from shoplm.scheduler.survey import Answers
 
 _SHORT_WAIT = 0.5  # of the time that a request has: it does not matter how far the forecast of less is off
-_ROUNDS = 6  # of the fixed point
 _LEAST_RATE = 0.1  # of the time, that prompts are assumed to get
 
 
@@ -107,7 +106,7 @@ class Prospects:
         promised = self._forecast.promised_seconds(sequence)
         due = sequence.due_seconds if promised is None else promised
         own = self._ahead_of(sequence, due, work) + work
-        busy = self._busy_seconds(service, own, due, load) if own else 0.0
+        busy = self._busy_seconds(service, own, due) if own else 0.0
         guess = self._steps_seconds(busy, load)
         wait = self._pace.wait_seconds(busy, guess) if own else 0.0
         if own and service in self._shares.ahead():  # held back: others' queues move, its own less
@@ -120,22 +119,16 @@ class Prospects:
         levels = (sequence.depth - 1) * cost.coefficients.step
         return soonest + self.corrections[service].factor * waits + levels
 
-    def _busy_seconds(self, service: Service, own: float, due: float, load: Load) -> float:
-        """Seconds of work until so much of a service's own is done: others' that is due first comes first, what is
-        there and what will have come, but no further than their shares."""
-        shares, left = self._shares, due - load.starts_seconds
-        fractions, rates = shares.fractions(), shares.demand.rates()
-        targets = self._config.policy.target_seconds
+    def _busy_seconds(self, service: Service, own: float, due: float) -> float:
+        """Seconds of work until so much of a service's own is done: others' that is due first comes first, but no
+        further than their shares."""
+        fractions = self._shares.fractions()
         others = [
-            (backlog.until(due), rates[other], max(left - targets[other], 0.0), fractions[other])
-            for other, backlog in self._backlogs.items()
-            if other is not service
+            (backlog.until(due), fractions[other]) for other, backlog in self._backlogs.items() if other is not service
         ]
-        busy = own + sum(ahead + rate * window for ahead, rate, window, _ in others)
-        for _ in range(_ROUNDS if busy > own else 0):  # the fixed point from above
-            busy = own + sum(
-                min(ahead + rate * min(busy, window), fraction * busy) for ahead, rate, window, fraction in others
-            )
+        busy = own + sum(ahead for ahead, _ in others)
+        for _ in range(4 if busy > own else 0):  # the fixed point from above
+            busy = own + sum(min(ahead, fraction * busy) for ahead, fraction in others)
         return busy
 
     def came(self, sequence: Sequence, now: float) -> None:
