@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import heapq
 from typing import TYPE_CHECKING
+
+from shoplm.scheduler.lazy_heap import LazyHeap
 
 if TYPE_CHECKING:
     from shoplm.scheduler.sequence import Sequence
 
-_SLACK_ENTRIES = 64
-
 
 class Dearest:
-    """A heap by the work until the first result, which does not change while a request waits. Entries of requests that
-    wait no more are dropped when they come up, or once they are the larger part."""
+    """Requests by the work until the first result, which does not change while a request waits."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Sequence]] = []
+        self._heap = LazyHeap(lambda sequence: not sequence.queued_tokens)
 
     def __len__(self) -> int:
         return len(self._heap)
 
     def push(self, sequence: Sequence, waiting: int) -> None:
         """A request begins to wait, beside so many others; its work is known."""
-        if len(self._heap) > 2 * waiting + _SLACK_ENTRIES:
-            self._heap = [entry for entry in self._heap if _waits(entry)]
-            heapq.heapify(self._heap)
-        heapq.heappush(self._heap, (-sequence.work_seconds, sequence.ticket, sequence))
+        self._heap.trim(waiting)
+        self._heap.push(-sequence.work_seconds, sequence)
 
     def peek(self) -> Sequence | None:
         """The dearest that still waits."""
-        while self._heap and not _waits(self._heap[0]):
-            heapq.heappop(self._heap)
-        return self._heap[0][2] if self._heap else None
-
-
-def _waits(entry: tuple[float, int, Sequence]) -> bool:
-    return entry[2].queued_tokens > 0
+        first = self._heap.first()
+        return None if first is None else first[1]

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 
 from shoplm.scheduler.config import SchedulerConfig
 from shoplm.scheduler.fairness import ServiceShare, Shares, Tenant
+from shoplm.scheduler.lazy_heap import mostly_gone
 from shoplm.scheduler.sequence import Sequence
-
-_SLACK_ENTRIES = 64
 
 
 class WaitingRoom:
@@ -35,7 +34,7 @@ class WaitingRoom:
         self.tokens += sequence.queued_tokens
         tenant.waiting += 1
         tenant.waiting_tokens += sequence.queued_tokens
-        if len(tenant.newest) > 2 * tenant.waiting + _SLACK_ENTRIES:
+        if mostly_gone(len(tenant.newest), tenant.waiting):
             tenant.newest = [each for each in tenant.newest if each.queued_tokens]
         tenant.newest.append(sequence)
         if sequence.limit_seconds is not None:  # nobody else is refused by time
