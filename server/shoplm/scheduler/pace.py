@@ -1,4 +1,4 @@
-"""How fast the queue moves: seconds of its work that are done per second, while more of it waits."""
+"""How fast a queue moves: seconds of its work that are done per second, while more of it waits."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ _PRIOR_SECONDS = 0.5  # of watching, that the guess weighs
 
 
 class Pace:
-    """Watches the queue. It sees everything that no model of the engine holds: answers that have yet to begin, and what
-    steps cost beside their load."""
+    """Watches the whole queue, or one service's part of it. It sees everything that no model of the engine holds:
+    answers that have yet to begin, and what steps cost beside their load."""
 
     def __init__(self) -> None:
         self._done = self._watched = 0.0  # forgotten sums

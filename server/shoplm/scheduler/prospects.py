@@ -106,18 +106,24 @@ class Prospects:
         promised = self._forecast.promised_seconds(sequence)
         due = sequence.due_seconds if promised is None else promised
         own = self._ahead_of(sequence, due, work) + work
-        busy = self._busy_seconds(service, own, due) if own else 0.0
-        guess = self._steps_seconds(busy, load)
-        wait = self._pace.wait_seconds(busy, guess) if own else 0.0
-        if own and service in self._shares.ahead():  # held back: others' queues move, its own less
-            wait = max(wait, self._pace_of[service].wait_seconds(own, guess))
         arrival = sequence.request.arrival_seconds
-        sequence.foreseen_seconds = load.starts_seconds + wait - arrival if own else 0.0
+        sequence.foreseen_seconds = 0.0
+        if own:
+            sequence.foreseen_seconds = load.starts_seconds + self._wait_seconds(service, own, due, load) - arrival
         soonest = load.starts_seconds + self._forecast.alone_seconds(sequence, work)
         # What it takes alone needs no correction: an idle engine refuses nobody by the errors of a busy one.
         waits = max(arrival + sequence.foreseen_seconds - soonest, 0.0)
         levels = (sequence.depth - 1) * cost.coefficients.step
         return soonest + self.corrections[service].factor * waits + levels
+
+    def _wait_seconds(self, service: Service, own: float, due: float, load: Load) -> float:
+        """How long so much of a service's own work takes, beside others' that is due first."""
+        busy = self._busy_seconds(service, own, due)
+        guess = self._steps_seconds(busy, load)
+        wait = self._pace.wait_seconds(busy, guess)
+        if service in self._shares.ahead():  # held back: others' queues move, its own less
+            wait = max(wait, self._pace_of[service].wait_seconds(own, guess))
+        return wait
 
     def _busy_seconds(self, service: Service, own: float, due: float) -> float:
         """Seconds of work until so much of a service's own is done: others' that is due first comes first, but no
