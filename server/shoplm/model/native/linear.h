@@ -32,6 +32,8 @@ struct Linear {
 // A group of a row of integers: value = scale * integer.
 struct GroupScale { float scale, sum; };  // sum of the integers
 
+inline int64_t passes_of(int64_t rows, int64_t most) { return (rows + most - 1) / most; }  // over a panel, of `most` rows each
+
 // Rows of x in the form that the weight's format asks for.
 struct Rows {
     const uint8_t* data;       // [m, k]

@@ -46,7 +46,7 @@ void linear_as(const Rows& x, const Linear& w, Crew& crew, const Epilogue& epilo
         const int64_t end = std::min(begin + ROW_BLOCK, x.m);
         Columns columns = columns_of<FORMAT>(w, panel, end - begin);
         const Floats bias[2] = {w.bias ? load(w.bias + column) : zero(), w.bias ? load(w.bias + column + LANES) : zero()};
-        for (int64_t row = begin, rows, passes = (end - begin + most - 1) / most; passes; row += rows, --passes) {
+        for (int64_t row = begin, rows, passes = passes_of(end - begin, most); passes; row += rows, --passes) {
             rows = (end - row + passes - 1) / passes;  // about as many in each pass: few rows hide no latency
             multiply_rows<FORMAT>(x, row, rows, w, columns, w.panel_scales(panel), sums);
             for (int64_t r = 0; r < rows; ++r)

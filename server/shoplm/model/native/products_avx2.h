@@ -160,7 +160,7 @@ template <Format FORMAT>
 inline Columns columns_of(const Linear& w, int64_t panel, int64_t rows) {
     const uint8_t* first = w.packed + panel * w.panel_bytes();
     const Halves packed{first, first + w.panel_bytes() / 2};
-    const int64_t passes = (rows + MOST_ROWS<FORMAT> - 1) / MOST_ROWS<FORMAT>, times = 2 * passes * (w.k / std::min(w.group, FETCH_INPUTS));
+    const int64_t times = 2 * passes_of(rows, MOST_ROWS<FORMAT>) * (w.k / std::min(w.group, FETCH_INPUTS));
     const Behind behind{first + w.panel_bytes(), (w.panel_bytes() + times - 1) / times};
     if (FORMAT == INT8 || rows < UNPACK_ROWS) return {packed, false, behind};
     static thread_local Buffer<uint8_t> buffer;

@@ -31,7 +31,7 @@ struct Columns {
 template <Format FORMAT>
 inline Columns columns_of(const Linear& w, int64_t panel, int64_t rows) {
     const uint8_t* packed = w.packed + panel * w.panel_bytes();
-    const int64_t passes = (rows + MOST_ROWS<FORMAT> - 1) / MOST_ROWS<FORMAT>;
+    const int64_t passes = passes_of(rows, MOST_ROWS<FORMAT>);
     return {packed, packed + w.panel_bytes(), (STEP_BYTES + passes - 1) / passes, w.panel_bytes() / STEP_BYTES};
 }
 
