@@ -17,13 +17,14 @@ import grpc
 import psutil
 import pytest
 import typer
+from shoplm.bench import run
 from shoplm.bench.cli import bench
 from shoplm.bench.launch import LaunchError, RunningServer, own_server
 from shoplm.bench.load import run_load
 from shoplm.bench.observe import listening_process
 from shoplm.bench.offline import OfflineError, OfflineShape, run_offline
 from shoplm.bench.plan import Arrival, LoadSettings, drawn_arrivals
-from shoplm.bench.workload import request_for
+from shoplm.bench.workload import Shop, request_for
 from shoplm.request import Service
 from shoplm.v1 import shop_pb2
 from typer.testing import CliRunner
@@ -220,9 +221,47 @@ def test_the_command_starts_a_server_for_each_policy(
     assert json.loads(output.read_text())["capacity"] == {"slack": 20.0, "fcfs": 20.0}
 
 
+def test_rounds_of_a_rate_are_taken_in_turns_and_count_as_one(
+    server: CannedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[str, int]] = []
+    offered: dict[int, int] = {}
+
+    @contextmanager
+    def stand_in(arguments: list[str], log: Path) -> Iterator[RunningServer]:
+        policy = arguments[arguments.index("--scheduling-policy") + 1]
+        yield RunningServer(server.address, f"http://127.0.0.1:1/{policy}", None)
+
+    async def noted(
+        running: RunningServer, token: str | None, shop: Shop, settings: LoadSettings, trace: None
+    ) -> run.Window:
+        sent.append((str(running.metrics_url).rpartition("/")[2], settings.seed))
+        window = await observed(running, token, shop, settings, trace)
+        offered[settings.seed] = sum(outcome.measured for outcome in window.run.outcomes)
+        return window
+
+    observed = run.observe_load
+    monkeypatch.setattr(run, "own_server", stand_in)
+    monkeypatch.setattr(run, "observe_load", noted)
+    output = tmp_path / "rounds.json"
+    load = ["--seconds", "0.3", "--warmup-seconds", "0", "--mix", "prediction=1", "--prediction-target", "2"]
+    flags = ["--policies", "slack,fcfs", "--rates", "20", "--rounds", "3", "--seed", "5"]
+    result = invoke(*flags, *load, "--output", str(output))
+    assert result.exit_code == 0, result.output
+    assert sent == [(policy, seed) for seed in (6, 7, 8) for policy in ("slack", "fcfs")]
+    for sweep in json.loads(output.read_text())["sweeps"]:
+        (point,) = sweep["points"]
+        prediction = point["services"]["prediction"]
+        assert point["windows"] == 3
+        assert prediction["in_time"] == prediction["offered"] == sum(offered[seed] for seed in (6, 7, 8))
+        assert prediction["offered_per_second"] == pytest.approx(prediction["offered"] / 0.9)
+        assert len(point["problems"]) == 2  # no metrics, no process: each is told once
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--rounds", "2"], "--rounds needs --rates or --find-knee"),
         (["--policies", "slack,fcfs"], "--policies needs --rates or --find-knee"),
         (["--policies", "slack", "--rates", "1", "--address", "127.0.0.1:1"], "leave --address out"),
         (["--rates", "1,fast"], "could not convert"),

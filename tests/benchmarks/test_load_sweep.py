@@ -43,7 +43,7 @@ def result(rate: float, timely: Mapping[Service, float]) -> LoadResult:
     services = {service: summary(rate / 2, min(value, rate / 2)) for service, value in timely.items()}
     verdict = Verdict("VALID", (), server_limited=False)
     settings = LoadSettings(rate=rate, seconds=SECONDS)
-    return LoadResult(settings, services, verdict, None, None, (), distribution([]), distribution([]), 0.0)
+    return LoadResult(settings, 1, services, verdict, None, None, (), distribution([]), distribution([]), 0.0)
 
 
 class Server:

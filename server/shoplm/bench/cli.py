@@ -56,6 +56,12 @@ def bench(
     policies: Annotated[
         str, typer.Option(help="Scheduling policies to compare at the same rates: slack,fcfs; a server for each.")
     ] = "",
+    rounds: Annotated[
+        int,
+        typer.Option(
+            min=1, max=20, help="Windows of --seconds at each rate, the policies in turns; they count as one."
+        ),
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Of arrivals, customers and prompts.")] = 1,
     mixed: Annotated[bool, typer.Option(help="Run the mixed load.")] = True,
     throughput: Annotated[bool, typer.Option(help="Run the offline throughput; needs --engine-api.")] = True,
@@ -90,10 +96,12 @@ def bench(
             chosen = [] if rates is None else [float(rate) for rate in rates.split(",")]
             path = output or RESULTS / f"sweep-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
             chosen_policies = policies.split(",") if policies else []
-            sweep_rates(console, targets, settings, traced, chosen, chosen_policies, 60 * minutes, path)
+            sweep_rates(console, targets, settings, traced, chosen, chosen_policies, rounds, 60 * minutes, path)
             return
         if policies:
             raise ValueError("--policies needs --rates or --find-knee")
+        if rounds > 1:
+            raise ValueError("--rounds needs --rates or --find-knee")
         shapes = (offline.PROMPTS, offline.OUTPUTS) if throughput else ()
         work = Work(settings if mixed else None, shapes, throughput_runs, bundle, token, traced)
         with server(console, address, metrics_url, serve_arguments(base, bundle, settings.targets)) as running:

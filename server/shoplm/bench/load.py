@@ -27,6 +27,17 @@ class LoadRun:
     pulse_lags: tuple[float, ...]  # seconds by which the client's event loop was late, sampled while measuring
     client_cpu_seconds: float  # while measuring
 
+    @classmethod
+    def joined(cls, runs: Sequence[LoadRun]) -> LoadRun:
+        """As if the windows had been one."""
+        return cls(
+            outcomes=tuple(outcome for run in runs for outcome in run.outcomes),
+            measured_seconds=sum(run.measured_seconds for run in runs),
+            dropped=sum(run.dropped for run in runs),
+            pulse_lags=tuple(lag for run in runs for lag in run.pulse_lags),
+            client_cpu_seconds=sum(run.client_cpu_seconds for run in runs),
+        )
+
 
 async def run_load(
     address: str,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import urllib.request
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -28,6 +30,24 @@ class StepComposition:
     prefix_query_tokens: int
     prefix_hit_tokens: int
 
+    @classmethod
+    def joined(cls, parts: Sequence[StepComposition]) -> StepComposition:
+        """Of all windows together."""
+        tokens: Counter[str] = Counter()
+        rows: Counter[str] = Counter()
+        for part in parts:
+            tokens.update(part.tokens)
+            rows.update(part.rows)
+        return cls(
+            steps=sum(part.steps for part in parts),
+            mixed_steps=sum(part.mixed_steps for part in parts),
+            tokens=dict(tokens),
+            rows=dict(rows),
+            step_seconds=sum(part.step_seconds for part in parts),
+            prefix_query_tokens=sum(part.prefix_query_tokens for part in parts),
+            prefix_hit_tokens=sum(part.prefix_hit_tokens for part in parts),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessUse:
@@ -36,6 +56,15 @@ class ProcessUse:
     processes: int
     cpu_seconds: float
     peak_rss_bytes: int
+
+    @classmethod
+    def joined(cls, parts: Sequence[ProcessUse]) -> ProcessUse:
+        """Of all windows together."""
+        return cls(
+            processes=max(part.processes for part in parts),
+            cpu_seconds=sum(part.cpu_seconds for part in parts),
+            peak_rss_bytes=max(part.peak_rss_bytes for part in parts),
+        )
 
 
 def parse_metrics(text: str) -> Samples:

@@ -39,7 +39,8 @@ class Served:
 class LoadResult:
     """The mixed load and what the server said of it; None where it could not be observed."""
 
-    settings: LoadSettings
+    settings: LoadSettings  # of each window
+    windows: int
     services: dict[Service, ServiceSummary]
     verdict: Verdict
     steps: StepComposition | None

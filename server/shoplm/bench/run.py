@@ -15,8 +15,8 @@ from rich.console import Console
 from shoplm.bench import offline, report
 from shoplm.bench.calls import bearer, open_channel
 from shoplm.bench.launch import RunningServer, own_server
-from shoplm.bench.load import run_load
-from shoplm.bench.observe import ServerWatch, listening_process
+from shoplm.bench.load import LoadRun, run_load
+from shoplm.bench.observe import ProcessUse, ServerWatch, StepComposition, listening_process
 from shoplm.bench.plan import LoadSettings, Targets, drawn_arrivals, replayed_arrivals
 from shoplm.bench.summary import distribution, judge, summarise
 from shoplm.bench.sweep import Sweep, comparison, find_knees, is_carried, measure_rates, plot_page, print_sweeps
@@ -41,6 +41,16 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """A load that was sent once, and what the server said of it; None where it could not be observed."""
+
+    run: LoadRun
+    steps: StepComposition | None
+    use: ProcessUse | None
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """What to send a sweep to: a running server, or own ones of this base and bundle."""
 
@@ -58,11 +68,12 @@ def sweep_rates(
     trace: Sequence[TracedArrival] | None,
     rates: Sequence[float],
     policies: Sequence[str],
+    rounds: int,
     most_seconds: float,
     path: Path,
 ) -> None:
-    """Measure every policy at the same rates, one after the other at each; without `rates`, those around the knees.
-    Write JSON and plots."""
+    """Measure every policy at the same rates, in so many rounds at each, in turns; without `rates`, those around the
+    knees. Write JSON and plots."""
     if policies and target.address is not None:
         raise ValueError("--policies starts servers of its own: leave --address out")
     machine_before = report.machine()
@@ -73,12 +84,12 @@ def sweep_rates(
             arguments = serve_arguments(target.base, target.bundle, settings.targets)
             arguments += ["--scheduling-policy", policy] if policy else []
             servers.append(stack.enter_context(server(console, target.address, target.metrics_url, arguments)))
-        points = asyncio.run(_sweep(console, servers, names, target, settings, trace, rates, most_seconds))
+        points = asyncio.run(_sweep(console, servers, names, target, settings, trace, rates, rounds, most_seconds))
     sweeps = [Sweep(policy, each) for policy, each in zip(names, points, strict=True)]
     capacity = {each.policy or "server": each.capacity for each in sweeps}
     results = {"capacity": capacity, "comparison": comparison(sweeps), "sweeps": [asdict(each) for each in sweeps]}
     report.write_json_of(results, machine_before, path)
-    note = f"{settings.seconds:g} s at each rate, seed {settings.seed}; see {path.name} for the numbers."
+    note = f"{rounds * settings.seconds:g} s at each rate, seed {settings.seed}; see {path.name} for the numbers."
     path.with_suffix(".html").write_text(plot_page(sweeps, note), "utf-8")
     print_sweeps(sweeps, console)
     console.print(f"[dim]written to {path} and {path.with_suffix('.html').name}[/dim]")
@@ -92,6 +103,7 @@ async def _sweep(
     settings: LoadSettings,
     trace: Sequence[TracedArrival] | None,
     rates: Sequence[float],
+    rounds: int,
     most_seconds: float,
 ) -> tuple[tuple[report.LoadResult, ...], ...]:
     started, longest, runs = time.monotonic(), 0.0, 0
@@ -100,31 +112,41 @@ async def _sweep(
         await asyncio.wait_for(channel.channel_ready(), CONNECT_SECONDS)
         shop = await read_shop(channel, await get_model(channel, metadata), target.bundle, metadata)
 
-    async def one(index: int, load: LoadSettings) -> report.LoadResult:
-        result = await measure_load(servers[index], target.token, shop, load, trace)
+    async def one(index: int, load: LoadSettings) -> Window:
+        return await observe_load(servers[index], target.token, shop, load, trace)
+
+    def told(index: int, settings: LoadSettings, windows: Sequence[Window]) -> report.LoadResult:
+        result = load_result(settings, windows)
         shares = ", ".join(f"{name} {s.in_time / max(s.offered, 1):.0%}" for name, s in result.services.items())
-        shown = f"{policies[index] or 'server'} at {load.rate:.2f} requests/s for {load.seconds:g} s"
+        shown = (
+            f"{policies[index] or 'server'} at {settings.rate:.2f} requests/s for {settings.seconds * len(windows):g} s"
+        )
         console.print(f"{shown}: in time {shares}")
         return result
 
     def next_load(rate: float) -> LoadSettings:
         nonlocal runs
         runs += 1
-        # Other arrivals and customers at each rate: new customers are new to servers that have been measured before.
+        # Other arrivals and customers each time: new customers are new to servers that have been measured before.
         return replace(settings, rate=rate, seed=settings.seed + runs)
 
     async def measure_all(rate: float) -> tuple[report.LoadResult, ...]:
         nonlocal longest
-        begun, load = time.monotonic(), next_load(rate)
-        results = tuple([await one(index, load) for index in range(len(servers))])
+        begun = time.monotonic()
+        windows: list[list[Window]] = [[] for _ in servers]
+        for _ in range(rounds):  # a slow spell of the machine is every policy's
+            load = next_load(rate)
+            for index, found in enumerate(windows):
+                found.append(await one(index, load))
         longest = max(longest, time.monotonic() - begun)
-        return results
+        return tuple(told(index, replace(settings, rate=rate), found) for index, found in enumerate(windows))
 
     async def probe(rate: float) -> bool:
-        return is_carried(await one(0, replace(next_load(rate), seconds=min(PROBE_SECONDS, settings.seconds))))
+        load = replace(next_load(rate), seconds=min(PROBE_SECONDS, settings.seconds))
+        return is_carried(told(0, load, [await one(0, load)]))
 
     def has_time(more: int) -> bool:
-        each = longest or len(servers) * (settings.warmup_seconds + 1.5 * settings.seconds)
+        each = longest or rounds * len(servers) * (settings.warmup_seconds + 1.5 * settings.seconds)
         return time.monotonic() - started + more * each <= most_seconds
 
     if rates:
@@ -142,7 +164,7 @@ async def measure(console: Console, server: RunningServer, work: Work) -> report
     load = None
     if work.load is not None and shop is not None:
         console.print(f"mixed load: {work.load.warmup_seconds:g} s of warm-up, then {work.load.seconds:g} s …")
-        load = await measure_load(server, work.token, shop, work.load, work.trace)
+        load = load_result(work.load, [await observe_load(server, work.token, shop, work.load, work.trace)])
     results = []
     for shape in work.shapes:
         console.print(f"offline: {shape.requests} x {shape.prompt_tokens} in, {shape.output_tokens} out …")
@@ -152,14 +174,14 @@ async def measure(console: Console, server: RunningServer, work: Work) -> report
     return report.Report(served, load, tuple(results))
 
 
-async def measure_load(
+async def observe_load(
     server: RunningServer,
     token: str | None,
     shop: Shop,
     settings: LoadSettings,
     trace: Sequence[TracedArrival] | None = None,
-) -> report.LoadResult:
-    """Run the mixed load of `settings` and sum it up."""
+) -> Window:
+    """Run the mixed load of `settings` once."""
     watch = ServerWatch(server.metrics_url, server.pid)
     people = make_customers(shop, settings)
     count = len(people)
@@ -173,16 +195,24 @@ async def measure_load(
         window_starts=watch.start,
         window_ends=watch.stop,
     )
+    return Window(run, watch.steps, watch.use, tuple(watch.problems))
+
+
+def load_result(settings: LoadSettings, windows: Sequence[Window]) -> report.LoadResult:
+    """All `windows` of a load, summed up as one."""
+    run = LoadRun.joined([window.run for window in windows])
+    steps, uses = [window.steps for window in windows], [window.use for window in windows]
     services = {
         service: summarise(service, run, settings.targets) for service in Service if settings.mix.get(service, 0) > 0
     }
     return report.LoadResult(
         settings=settings,
+        windows=len(windows),
         services=services,
         verdict=judge(settings, run, services),
-        steps=watch.steps,
-        use=watch.use,
-        problems=tuple(watch.problems),
+        steps=None if None in steps else StepComposition.joined([part for part in steps if part is not None]),
+        use=None if None in uses else ProcessUse.joined([part for part in uses if part is not None]),
+        problems=tuple(dict.fromkeys(problem for window in windows for problem in window.problems)),
         send_lag=report.send_lag(run),
         pulse_lag=distribution(run.pulse_lags),
         client_cpu_seconds=run.client_cpu_seconds,
