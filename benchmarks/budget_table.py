@@ -10,7 +10,7 @@ from shoplm.kernels.aot import AotCell
 
 # Opt-in limit of a thread block, CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-PIPELINED_KERNELS = ("_prefill_kernel", "_split_kernel", "_beam_prompt_kernel", "_span_mass_kernel")
+PIPELINED_KERNELS = ("_prefill_kernel", "_split_kernel", "_beam_prompt_kernel", "_forks_kernel", "_span_mass_kernel")
 
 REGISTER_SLACK = 8  # ptxas allocates in steps of 8
 SHARED_SLACK_BYTES = 1024

@@ -46,6 +46,7 @@ OPS = (
     "decode",
     "beam",
     "merge",
+    "forks",
     "span_mass",
     "kv_write",
     "norm",

@@ -141,6 +141,14 @@ def merge(model: ModelShape, rows: int, splits: int) -> Work:
     return Work(4 * partial + query_bytes(model, rows), vector_flops=2 * partial)
 
 
+def forks(model: ModelShape, rows: int, new: int, history: int, cache_bytes: int = 2) -> Work:
+    """`new` tokens of forks per explained prompt, which read the history, its KV once per prompt; their own keys are
+    few. A bit for each key that each might read."""
+    keys = history + new
+    moved = 2 * query_bytes(model, new) + kv_bytes(model, keys, cache_bytes) + new * keys // 8
+    return Work(rows * moved, rows * 4 * new * history * model.head_dim * model.q_heads)
+
+
 def span_mass(model: ModelShape, rows: int, kv_len: int, spans: int, cache_bytes: int = 2) -> Work:
     """Keys only, once per explained row; one sum per (row, KV head, span)."""
     keys = kv_bytes(model, kv_len, cache_bytes) // 2
@@ -211,6 +219,7 @@ def entries(model: ModelShape) -> list[Entry]:
         ("beam", "1 x 256 beams, prompt 1000, step 2", beam(model, 1, 256, 1000, 2)),
         ("beam", "8 x 256 beams, prompt 5000, step 2", beam(model, 8, 256, 5000, 2)),
         ("merge", "64 x 8 splits", merge(model, 64, 8)),
+        ("forks", "1 x 33 forks x 4 tokens behind 1024", forks(model, 1, 132, 1024)),
         ("span_mass", "8 x 4096, 64 spans", span_mass(model, 8, 4096, 64)),
         ("kv_write", "64 tokens", kv_write(model, 64)),
         ("kv_write", "8192 tokens", kv_write(model, 8192)),

@@ -8,11 +8,20 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from attention_cases import Case, Shape, check_attention, check_beams, make_beam_case, make_case
+from attention_cases import (
+    Case,
+    Shape,
+    check_attention,
+    check_beams,
+    check_forks,
+    make_beam_case,
+    make_case,
+    make_forks,
+)
 from attention_cases import Row as Lengths
 from shoplm.kernels import reference
 from shoplm.kernels.attention import beam_attention, paged_attention
-from shoplm.kernels.forks import ForkRow, fork_attention
+from shoplm.kernels.forks import fork_attention
 from shoplm.kernels.span_mass import span_mass
 
 from gpu_stages.common import Stage
@@ -74,7 +83,7 @@ def _specification() -> None:
 
 def _rows(stage: Stage, shape: Shape, window: int | None) -> None:
     """Single tokens over several splits, short chunks, prompts with and without a prefix, empty rows; then the mass of
-    spans, and forks that see everything and so equal the row that they are of."""
+    spans, and forks."""
     page = shape.page_size
     rows: list[Lengths] = [(1, 1), (1, page), (1, page + 1), (3, 40), (0, 9), (80, 80), (65, 130)]
     if not stage.smoke:
@@ -96,14 +105,11 @@ def _spans(case: Case, window: int | None) -> None:
 
 
 def _forks(case: Case, window: int | None) -> None:
-    """The prompt of 65 new tokens once more, as `fork_attention` computes it with an ordinary mask."""
-    row, new, kv_len = 6, 65, 130
-    first = int(case.rows.query_start[row])
-    slots = reference.row_slots(case.rows.page_table[row], kv_len, case.kv.page_size)
-    at, position = torch.arange(kv_len), torch.arange(kv_len - new, kv_len)
-    fork = ForkRow(first, first + new, slots, at <= position[:, None], position)
-    fork_attention(case.q, case.kv, fork, out=case.out, window=window)
-    check_attention(case, window=window)
+    """All rows once more, each token reading a random share of the keys before it."""
+    forks, read = make_forks(case, 0.3)
+    case.out.fill_(torch.nan)
+    fork_attention(case.q, case.kv, forks, out=case.out, window=window)
+    check_forks(case, forks, read, window)
 
 
 def _beams(stage: Stage, shape: Shape, window: int | None) -> None:

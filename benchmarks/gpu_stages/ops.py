@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import roofline
 import torch
 from roofline import MODELS, ModelShape, Work
 from shoplm.kernels.attention import paged_attention
 from shoplm.kernels.beam_step import beam_step
 from shoplm.kernels.beam_step_types import BeamBounds, BeamSelection, BeamWorkspace, TrieTables
+from shoplm.kernels.forks import WORD_BITS, ForkRows, fork_attention, packed_bits
 from shoplm.kernels.kv_write import kv_write
 from shoplm.kernels.norm import add_rms_norm
 from shoplm.kernels.sample import SampleWorkspace, sample
@@ -24,10 +26,11 @@ from gpu_stages.kernels import PAGE, pool, queries, ragged, timed, workspace
 
 
 def ops(stage: Stage) -> None:
-    """beam_step at a million items, sampling, the element-wise ops, products with few-bit weights, and spans."""
+    """beam_step at a million items, sampling, the element-wise ops, products with few-bit weights, forks and spans."""
     _beam_steps(stage)
     for bits in (8, 4):
         _weight_only(stage, bits)
+    _forks(stage)
     _span_mass(stage)
     for name in ("smollm2-135m", "qwen3-1.7b"):
         model = MODELS[name]
@@ -146,6 +149,29 @@ def _weight_only(stage: Stage, bits: int) -> None:
             out = torch.empty(rows, outputs, device=stage.device, dtype=stage.dtype)
             calls.append(partial(weight_only, x, weight, out=out))
         timed(stage, f"weight_only int{bits} {outputs} x {inputs}, {rows} rows", calls, work)
+
+
+def _forks(stage: Stage) -> None:
+    """One explained prompt: 33 forks of four tokens, each without another part of the history."""
+    model, device = MODELS["qwen3-1.7b"], stage.device
+    forks, suffix, history = stage.size(33, 3), 4, stage.size(1024, 40)
+    new = forks * suffix
+    kv_len = history + new
+    work = roofline.forks(model, 1, new, history)
+    at = np.arange(new)
+    own = np.arange(kv_len) - history
+    readable = (own < 0) | ((own <= at[:, None]) & (own >= (at - at % suffix)[:, None]))
+    readable[:, :history] &= np.arange(history) // 16 != (at // suffix)[:, None]
+    bits = torch.from_numpy(packed_bits(readable, -(-kv_len // WORD_BITS)))[None].to(device)
+    position = torch.from_numpy((history + at % suffix).astype(np.int32))[None].to(device)
+    calls: list[Call] = []
+    for _ in range(copies(work.bytes, stage.smoke)):
+        q, step = queries(new, model, stage), ragged(1, new, kv_len, device)
+        kv = pool(step.page_table.numel(), model, stage.dtype, device)
+        first, count = step.query_start[:1], torch.full((1,), new, dtype=torch.int32, device=device)
+        rows = ForkRows(step.page_table, step.kv_len, first, count, position, bits)
+        calls.append(partial(fork_attention, q, kv, rows, out=torch.empty_like(q)))
+    timed(stage, f"forks {forks} x {suffix} tokens behind {history}", calls, work)
 
 
 def _span_mass(stage: Stage) -> None:

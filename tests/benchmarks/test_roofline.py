@@ -66,6 +66,9 @@ def test_elementwise_ops() -> None:
     assert roofline.kv_write(QWEN, 1).bytes == 8192 + 8192 + 524
     # Two rows of three splits: 2 x 3 x 16 x 129 fp32 partials, 2 x 4096 bytes of output.
     assert roofline.merge(QWEN, 2, 3).bytes == 4 * 12_384 + 8192
+    # 8 tokens behind 1000: q and out 2 x 8 x 4096, 1008 keys and values of 4096, a bit for each of 8 x 1008; 16 heads.
+    assert roofline.forks(QWEN, 1, 8, 1000).bytes == 65_536 + 4_128_768 + 1008
+    assert roofline.forks(QWEN, 2, 8, 1000).tensor_flops == 2 * 4 * 8 * 1000 * 128 * 16
     # Keys 4096 x 2048 bytes, q 4096, log-sum-exps 64, two spans of 8 + 32 bytes.
     assert roofline.span_mass(QWEN, 1, 4096, 2).bytes == 8_388_608 + 4096 + 64 + 80
     # 12,288 x 2048 weights of one or half a byte, 12,288 scales or 32 times as many, 64 x (2048 + 12,288) x 2.
@@ -86,8 +89,8 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert roofline.main(["--model", "qwen3-1.7b", "--card", "H100", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {row["op"] for row in rows} == {
-        "prefill", "decode", "beam", "merge", "span_mass", "kv_write", "norm", "swiglu", "weight_only", "beam_step",
-        "sample",
+        "prefill", "decode", "beam", "merge", "forks", "span_mass", "kv_write", "norm", "swiglu", "weight_only",
+        "beam_step", "sample",
     }  # fmt: skip
     decode = next(row for row in rows if row["op"] == "decode")
     assert decode["floor_microseconds"] == {"H100": pytest.approx(320.68, abs=0.01)}

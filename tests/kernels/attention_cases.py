@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from shoplm.kernels import reference
+from shoplm.kernels.forks import WORD_BITS, ForkRows, packed_bits
 from shoplm.kernels.inputs import BeamGroups, PagedKv, RaggedRows
 from shoplm.kernels.workspace import Workspace
 
@@ -222,6 +224,55 @@ def check_attention(
     assert case.out[~selected].isnan().all(), "a token outside the rows was written"
     if check_lse:
         assert case.lse[~selected].isnan().all(), "a log-sum-exp outside the rows was written"
+
+
+def make_forks(case: Case, hidden: float) -> tuple[ForkRows, list[torch.Tensor]]:
+    """Rows of `case` with new tokens, each of which reads the keys up to it but for a share of those before, at random;
+    a token's position is at most where it is kept. Also what each row's tokens read, bool [new, kv_len]."""
+    starts, lengths = case.rows.query_start.tolist(), case.rows.kv_len.tolist()
+    rows = [(row, first, last - first) for row, (first, last) in enumerate(pairwise(starts)) if last > first]
+    most, longest = max(new for _, _, new in rows) + 1, max(lengths)
+    position = torch.full((len(rows), most), -(2**30), dtype=torch.int32)
+    words = -(-longest // WORD_BITS) + 1
+    readable = torch.full((len(rows), most, words), -1, dtype=torch.int32)
+    read = []
+    for index, (row, _, new) in enumerate(rows):
+        kept_at = torch.arange(lengths[row] - new, lengths[row])
+        position[index, :new] = kept_at - torch.randint(0, 3, (new,))
+        seen = (torch.arange(lengths[row]) <= kept_at[:, None]) & (torch.rand(new, lengths[row]) >= hidden)
+        readable[index, :new] = torch.from_numpy(packed_bits(seen.cpu().numpy(), words))
+        read.append(seen)
+    forks = ForkRows(
+        page_table=case.rows.page_table[[row for row, _, _ in rows]],
+        kv_len=case.rows.kv_len[[row for row, _, _ in rows]],
+        first_token=int32([first for _, first, _ in rows]),
+        new_tokens=int32([new for _, _, new in rows]),
+        position=position,
+        readable=readable,
+    )
+    return forks, read
+
+
+def check_forks(case: Case, forks: ForkRows, read: Sequence[torch.Tensor], window: int | None = None) -> None:
+    """Against the reference, token for token; no other may have been written."""
+    owned = torch.zeros(len(case.q), dtype=torch.bool)
+    expected, same_dtype = torch.full_like(case.q, torch.nan, dtype=torch.float32), poisoned(case.q)
+    for index, seen in enumerate(read):
+        first, new = int(forks.first_token[index]), len(seen)
+        part = slice(first, first + new)
+        slots = reference.row_slots(forks.page_table[index], int(forks.kv_len[index]), case.shape.page_size)
+        position = forks.position[index, :new]
+        expected[part] = reference.fork_attention(case.q[part], case.kv, slots, seen, position, window=window)
+        if window is not None:
+            seen = seen & (torch.arange(seen.shape[1]) > position[:, None] - window)
+        keys, values = (x.to(case.q.dtype).transpose(0, 1) for x in reference.gather_slots(case.kv, slots))
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            case.q[part].transpose(0, 1), keys, values, attn_mask=seen, enable_gqa=True
+        )
+        same_dtype[part] = attended.transpose(0, 1).nan_to_num(0.0)
+        owned[part] = True
+    assert_close(case.out[owned], expected[owned], same_dtype[owned])
+    assert case.out[~owned].isnan().all(), "a token of no fork was written"
 
 
 @dataclass(frozen=True)

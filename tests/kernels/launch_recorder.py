@@ -19,11 +19,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from attention_cases import BeamCase, Case, Shape, int32, make_beam_case, make_case, poisoned_workspace
+from attention_cases import BeamCase, Case, Shape, int32, make_beam_case, make_case, make_forks, poisoned_workspace
 from shoplm.kernels.aot import AotCell, AttentionShape, attention_shapes
 from shoplm.kernels.attention import beam_attention, paged_attention
 from shoplm.kernels.beam import beam_cells
 from shoplm.kernels.decode import split_cell
+from shoplm.kernels.forks import aot_cells as forks_cells
+from shoplm.kernels.forks import fork_attention
 from shoplm.kernels.merge import aot_cells as merge_cells
 from shoplm.kernels.prefill import prefill_cell
 from shoplm.kernels.span_mass import aot_cells as span_mass_cells
@@ -135,6 +137,12 @@ def explain(case: Case, spans: int, window: int | None) -> Callable[[], None]:
     return lambda: void(span_mass(case.q, case.kv, case.rows, case.lse, row_ids, start, end, out=out, window=window))
 
 
+def explain_forks(case: Case, window: int | None) -> Callable[[], None]:
+    """A call on all rows with forks; its inputs are made here, outside the recorded block."""
+    forks, _ = make_forks(case, 0.5)
+    return lambda: void(fork_attention(case.q, case.kv, forks, out=case.out, window=window))
+
+
 def void(_: object) -> None:
     """Drop a result."""
 
@@ -148,16 +156,21 @@ def second_steps() -> dict[str, Any]:
         step_inputs(shape, [(33, 33)], [(17, 7, 0), (0, 0, 0), (160, 31, 2)], 32),
         step_inputs(shape, [(1, 4000), (16, 4001)], [(999, 3, 1)], 32),
     ]
-    explained_first = explain(first[0], 16, None)
-    explained = [explain(case, spans, None) for (case, _), spans in zip(others, (1, 3, 17), strict=True)]
+    explained_first = explain(first[0], 16, None), explain_forks(first[0], None)
+    explained = [
+        (explain(case, spans, None), explain_forks(case, None))
+        for (case, _), spans in zip(others, (1, 3, 17), strict=True)
+    ]
     with recorded() as before:
         run_step(first[0], first[1], window=None)
-        explained_first()
+        for explanation in explained_first:
+            explanation()
         run_step(first[0], first[1], window=64)
     with recorded() as after, OpRecorder() as operators:
-        for (case, beam_case), explanation in zip(others, explained, strict=True):
+        for (case, beam_case), explanations in zip(others, explained, strict=True):
             run_step(case, beam_case, window=None)
-            explanation()
+            for explanation in explanations:
+                explanation()
             run_step(case, beam_case, window=63)
     return {
         "first": sorted(launch.name for launch in before.values()),
@@ -196,6 +209,7 @@ def launched_cells(shape: AttentionShape) -> dict[str, Launch]:
                 window=window,
             )  # fmt: skip
         explain(case, 3, window)()
+        explain_forks(case, window)()
     return launches
 
 
@@ -218,7 +232,7 @@ def cell_mismatches() -> list[str]:
         cells: list[AotCell] = [prefill_cell(shape, ARCH)]
         cells += [split_cell(shape, ARCH, short=short) for short in (False, True)]
         cells += [cell for width in (256, 64 // shape.group) for cell in beam_cells(shape, ARCH, max_width=width)]
-        for op_cells in (merge_cells, span_mass_cells):
+        for op_cells in (merge_cells, forks_cells, span_mass_cells):
             cells += [cell for cell in op_cells(ARCH, full=False) if cell.variant.endswith(shape.variant)]
         mismatches += [
             cell.name

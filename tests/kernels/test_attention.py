@@ -171,7 +171,7 @@ def recording() -> dict[str, Any]:
 def test_other_lengths_compile_nothing(recording: dict[str, Any]) -> None:
     """Steps with other rows, lengths, widths and bounds need no kernel that the first step had not compiled."""
     assert recording["control"]["specialisations"] == 3, "the recorder must see a counter that is specialised"
-    assert len(recording["steps"]["first"]) == 13
+    assert len(recording["steps"]["first"]) == 14
     assert recording["steps"]["new"] == []
 
 

@@ -1,12 +1,15 @@
-"""Forks on the GPU backend under the interpreter equal the torch backend's, among other work and in chunks."""
+"""Forks under the interpreter: the kernel against the reference, and the whole backend against the torch backend."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
-from shoplm.kernels.forks import ForkRow, fork_attention
-from shoplm.kernels.inputs import PagedKv
+from attention_cases import Shape, check_attention, check_forks, make_case, make_forks, poisoned
+from shoplm.kernels.forks import ForkRows, fork_attention
 from shoplm.request import Explain, HeadValues, ItemScores
 from toy_backend import FEATURES, ITEMS, assert_same, backends, run, work
 
@@ -16,7 +19,7 @@ HIDDEN = ((), ((2, 9),), ((0, 1), (15, 23)))
 
 @pytest.mark.parametrize("traits", [False, True], ids=["llama", "every-trait"])
 def test_forks_equal_the_torch_backend(traits: bool) -> None:
-    reference, backend = backends(traits=traits)
+    expecting, backend = backends(traits=traits)
     tokens = HISTORY + [11, 12] * len(HIDDEN)
     features = tuple((0.5 * at,) * FEATURES for at in range(len(HIDDEN)))
     jobs = [
@@ -24,7 +27,7 @@ def test_forks_equal_the_torch_backend(traits: bool) -> None:
         (tokens, Explain(2, HIDDEN, ItemScores((0, ITEMS - 1, 7)))),
         (tokens, Explain(2, HIDDEN, HeadValues(features))),
     ]
-    _, expected = run(reference, 9, jobs)
+    _, expected = run(expecting, 9, jobs)
     _, found = run(backend, 9, jobs)
     for one, other in zip(expected, found, strict=True):
         assert_same(one, other)
@@ -32,16 +35,90 @@ def test_forks_equal_the_torch_backend(traits: bool) -> None:
     assert np.abs(values[1:] - values[0]).max() > 0.01
 
 
-def test_a_token_reads_what_it_may_and_the_window_counts_positions() -> None:
-    generator = torch.Generator().manual_seed(2)
-    keys, values = (torch.randn(2, 1, 16, 64, generator=generator) for _ in range(2))
-    q, out = torch.randn(3, 2, 64, generator=generator), torch.full((3, 2, 64), torch.nan)
-    slots = torch.tensor([20, 21, 3, 4, 17])
-    visible = torch.tensor([[True, False, True, True, False]] * 2)
-    row = ForkRow(1, 3, slots, visible, torch.tensor([4, 3]))
-    fork_attention(q, PagedKv(keys, values), row, out=out, window=2)
-    pool_keys, pool_values = (part[slots // 16, 0, slots % 16] for part in (keys, values))
-    for token, seen in ((1, [3]), (2, [2, 3])):  # of positions 4 and 3; the window is two keys
-        weights = torch.softmax(q[token] @ pool_keys[seen].T / 8.0, dim=-1)
-        torch.testing.assert_close(out[token], weights @ pool_values[seen])
-    assert out[0].isnan().all()
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(64, 1, 2, 16),
+        Shape(64, 3, 2, 32),
+        Shape(96, 4, 1, 64, torch.float16),
+        Shape(96, 7, 1, 16),
+        Shape(128, 8, 1, 32, torch.float16),
+        Shape(256, 16, 1, 64, torch.float16),
+        Shape(128, 4, 2, 16, torch.float16, torch.int8),
+        Shape(64, 7, 1, 64, torch.float16, torch.float8_e4m3fn),
+    ],
+    ids=str,
+)
+def test_equals_reference(shape: Shape) -> None:
+    """Several prompts in one launch: one token, a page and one token, more than a tile, and a row without any."""
+    page = shape.page_size
+    case = make_case(shape, [(1, 1), (17, 2 * page + 1), (0, 9), (5, page - 1), (70, 3 * page + 71)])
+    forks, read = make_forks(case, 0.3)
+    fork_attention(case.q, case.kv, forks, out=case.out)
+    check_forks(case, forks, read)
+
+
+@pytest.mark.parametrize("window", [1, 5, 33, 200])
+def test_a_window_goes_by_positions(window: int) -> None:
+    case = make_case(Shape(64, 3, 1, 16), [(50, 190), (23, 23), (90, 100)])
+    forks, read = make_forks(case, 0.3)
+    fork_attention(case.q, case.kv, forks, out=case.out, window=window)
+    check_forks(case, forks, read, window)
+
+
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+def test_lengths_around_pages_words_and_tiles(offset: int) -> None:
+    case = make_case(Shape(64, 4, 1, 32), [(32 + offset, 32 + offset), (16 + offset, 64 + offset), (3, 128 + offset)])
+    forks, read = make_forks(case, 0.5)
+    fork_attention(case.q, case.kv, forks, out=case.out)
+    check_forks(case, forks, read)
+
+
+def test_what_reads_nothing_is_zero() -> None:
+    case = make_case(Shape(), [(5, 40)])
+    forks, read = make_forks(case, 1.0)
+    fork_attention(case.q, case.kv, forks, out=case.out)
+    check_forks(case, forks, read)
+    assert not case.out[:5].any()
+
+
+def test_what_reads_all_is_ordinary_attention() -> None:
+    case = make_case(Shape(), [(30, 75), (4, 50)])
+    forks, _ = make_forks(case, 0.0)
+    fork_attention(case.q, case.kv, forks, out=case.out)
+    check_attention(case, check_lse=False)
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    case = make_case(Shape(dtype=torch.float16), [(21, 90), (40, 41), (7, 130)])
+    forks, _ = make_forks(case, 0.3)
+    fork_attention(case.q, case.kv, forks, out=case.out)
+    for row in range(3):
+        alone = ForkRows(*(getattr(forks, field.name)[row : row + 1] for field in fields(ForkRows)))
+        out = poisoned(case.q)
+        fork_attention(case.q, case.kv, alone, out=out)
+        first = int(forks.first_token[row])
+        part = slice(first, first + int(forks.new_tokens[row]))
+        assert torch.equal(out[part], case.out[part])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("readable", lambda tensor: tensor[:, :-1], "readable"),
+        ("readable", lambda tensor: tensor.long(), "readable"),
+        ("position", lambda tensor: tensor[:1], "position"),
+        ("kv_len", lambda tensor: tensor[:1], "kv_len"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name: str, change: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
+    forks, _ = make_forks(make_case(Shape(), [(3, 9), (4, 20)]), 0.3)
+    with pytest.raises((ValueError, TypeError), match=message):
+        replace(forks, **{name: change(getattr(forks, name))})
+
+
+def test_windows_below_one_are_refused() -> None:
+    case = make_case(Shape(), [(3, 9)])
+    forks, _ = make_forks(case, 0.3)
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        fork_attention(case.q, case.kv, forks, out=case.out, window=0)

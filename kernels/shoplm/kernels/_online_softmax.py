@@ -95,11 +95,14 @@ def attend_tiles(
     MASKED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     QUANTISED: tl.constexpr,
+    readable_ptrs: tl.tensor = None,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Fold the keys [start, end) into the online softmax, one tile of BLOCK_N at a time.
 
     `start` is a multiple of BLOCK_N. In a masked run, keys at or past `key_end`, after `query_position` [M] (causal)
     or more than `window - 1` before it are left out; an unmasked run asserts that every row sees every key.
+    `readable_ptrs` [M] point to words of BLOCK_N = 32 bits, one bit for each key from 0 on, which say what a row reads
+    instead of all up to its position.
     """
     for first_key in range(start, end, BLOCK_N):
         first_key = tl.multiple_of(first_key, BLOCK_N)
@@ -112,7 +115,11 @@ def attend_tiles(
             # One scale per (token, head): exact on the column of scores, after the product.
             scores = scores * load_scales(k_scale_ptr, rows, in_range, MASKED)[None, :]
         if MASKED:
-            visible = in_range[None, :] & (keys[None, :] <= query_position[:, None])
+            if readable_ptrs is None:
+                visible = in_range[None, :] & (keys[None, :] <= query_position[:, None])
+            else:
+                words = tl.load(readable_ptrs + first_key // BLOCK_N)[:, None]
+                visible = in_range[None, :] & (((words >> tl.arange(0, BLOCK_N)[None, :]) & 1) != 0)
             if HAS_WINDOW:
                 visible = visible & (keys[None, :] > query_position[:, None] - window)
             scores = tl.where(visible, scores, float("-inf"))

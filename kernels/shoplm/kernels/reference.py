@@ -29,6 +29,7 @@ __all__ = [
     "beam_path",
     "beam_step",
     "dequantise",
+    "fork_attention",
     "gather_slots",
     "gumbel_noise",
     "kv_write",
@@ -100,6 +101,28 @@ def paged_attention(
             visible = _visible(position[kv_len - (last - first) :], position, window)
             out[first:last], lse[first:last], _ = attend(q[first:last], k, v, visible, scale)
     return out, lse
+
+
+def fork_attention(
+    q: torch.Tensor,
+    kv: PagedKv,
+    slots: torch.Tensor,
+    readable: torch.Tensor,
+    position: torch.Tensor,
+    *,
+    softmax_scale: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """fp32 output [n, q_heads, head_dim] of one prompt's new tokens, `q` [n, q_heads, head_dim].
+
+    `slots` int64 [kv_len] are the pool slots of all its tokens, `readable` bool [n, kv_len] what each new one reads,
+    `position` int [n] where it stands in its fork: of the keys kept at `position - window` and before it reads none.
+    """
+    scale = 1.0 / math.sqrt(kv.head_dim) if softmax_scale is None else softmax_scale
+    k, v = gather_slots(kv, slots)
+    if window is not None:
+        readable = readable & (torch.arange(len(slots), device=q.device) > position[:, None] - window)
+    return attend(q, k, v, readable, scale)[0]
 
 
 def span_mass(

@@ -151,6 +151,6 @@ class TritonDecoder:
         if beams is not None:
             part = slice(step.bounds.row_tokens, None)
             beam_attention(q[part], kv, beams, out=out[part], workspace=self._workspace, window=window)
-        for fork in step.forks:
-            fork_attention(q, kv, fork, out=out, window=window)
+        if step.forks is not None:
+            fork_attention(q, kv, step.forks, out=out, window=window)
         return out.flatten(1)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from shoplm.engine.batch import Batch, Row, SampleReadout, SelectReadout, beam_of
-from shoplm.kernels.forks import ForkRow
+from shoplm.kernels.forks import WORD_BITS, ForkRows, packed_bits
 from shoplm.kernels.inputs import BeamGroups, RaggedRows
 from shoplm.model.device_io import upload
 from shoplm.model.device_state import DeviceState
@@ -144,7 +144,7 @@ class KernelStep:
     seed: Tensor
     sample_index: Tensor
     # Prompts with forks: rows like others, whose attention is computed once more. In no captured graph.
-    forks: tuple[ForkRow, ...] = field(default=(), kw_only=True)
+    forks: ForkRows | None = field(default=None, kw_only=True)
 
     @staticmethod
     def upload(arrays: StepArrays, bounds: StepBounds, device: torch.device, into: Tensor | None = None) -> KernelStep:
@@ -185,22 +185,31 @@ class KernelStep:
         )
 
 
-def fork_rows(batch: Batch, page_size: int, device: torch.device) -> tuple[ForkRow, ...]:
-    """The prompts of a step that have forks. Steps with one are in no captured graph."""
-    found = []
-    start = 0
-    for row in batch.rows:
-        if row.beam is not None:  # beams come behind all rows
-            continue
-        if row.hidden is not None:
-            at = np.arange(row.kv_len)
-            slots = row.pages[at // page_size].astype(np.int64) * page_size + at % page_size
-            kept_at = np.arange(row.kv_len - row.query_len, row.kv_len)
-            visible = (at <= kept_at[:, None]) & ~row.hidden
-            positions = batch.positions[row.query_start : row.query_end].astype(np.int64)
-            found.append(ForkRow(start, start + row.query_len, *upload([slots, visible, positions], device)))
-        start += row.query_len
-    return tuple(found)
+def fork_rows(batch: Batch, page_size: int, device: torch.device) -> ForkRows | None:
+    """The prompts of a step that have forks; None: there are none. Steps with one are in no captured graph."""
+    linear = [row for row in batch.rows if row.beam is None]  # beams come behind all rows
+    starts = _starts(linear, len(linear))
+    chosen = [(row, row.hidden, starts[at]) for at, row in enumerate(linear) if row.hidden is not None]
+    if not chosen:
+        return None
+    rows = [row for row, _, _ in chosen]
+    most, longest = max(row.query_len for row in rows), max(row.kv_len for row in rows)
+    position = np.zeros((len(rows), most), np.int32)
+    words = -(-longest // WORD_BITS)
+    readable = np.zeros((len(rows), most, words), np.int32)
+    for index, (row, hidden, _) in enumerate(chosen):
+        position[index, : row.query_len] = batch.positions[row.query_start : row.query_end]
+        kept_at = np.arange(row.kv_len - row.query_len, row.kv_len)
+        readable[index, : row.query_len] = packed_bits((np.arange(row.kv_len) <= kept_at[:, None]) & ~hidden, words)
+    arrays = (
+        _page_table(rows, len(rows), max(len(row.pages) for row in rows)),
+        np.array([row.kv_len for row in rows], np.int32),
+        np.array([start for _, _, start in chosen], np.int32),
+        np.array([row.query_len for row in rows], np.int32),
+        position,
+        readable,
+    )
+    return ForkRows(*upload(arrays, device))
 
 
 def host_arrays(arrays: StepArrays) -> list[NDArray[np.generic]]:
