@@ -8,6 +8,7 @@
 `--keep FILE` adds each measured cell to a file and compiles no cell again that the file has, of the same kernel source
 and the same compiler: a run of the whole matrix that was stopped goes on, and one after a change compiles what changed.
 `--arch 90` (or `80,89`) leaves the other architectures as the table has them; the summary says which it is of.
+`--op forks` (or `forks,decode`) compiles these ops alone, and leaves the others' rows of the table and of the summary.
 
 A cell is one kernel specialisation exactly as its launcher would ask for it (`shoplm.kernels.aot`). Its numbers come
 from Triton's own ptxas run: registers a thread, spilled bytes, shared memory, and instruction counts in the PTX.
@@ -61,13 +62,13 @@ WORKERS = 2
 Scope = Literal["representative", "table", "full"]
 
 
-def cells_in(scope: Scope) -> list[AotCell]:
-    """The cells of a scope, on every architecture; each name occurs once.
+def cells_in(scope: Scope, ops: Sequence[str] = OPS) -> list[AotCell]:
+    """The cells of some ops in a scope, on every architecture; each name occurs once.
 
     `table`: the shapes that each op calls representative. `full`: the whole matrix besides. `representative`: about 60
     of the table's: on sm_90 every attention cell and the first of each other kernel, elsewhere the first of each op.
     """
-    modules = [importlib.import_module(f"shoplm.kernels.{op}") for op in OPS]
+    modules = [importlib.import_module(f"shoplm.kernels.{op}") for op in ops]
     sizes = (False, True) if scope == "full" else (False,)
     cells = [cell for arch in ARCHES for m in modules for size in sizes for cell in m.aot_cells(arch, full=size)]
     cells = list({cell.name: cell for cell in cells}.values())
@@ -111,13 +112,13 @@ def measure(cell: AotCell) -> BudgetRow:
 
 
 @functools.cache
-def _worker_cells(scope: Scope) -> list[AotCell]:
-    return cells_in(scope)
+def _worker_cells(scope: Scope, ops: tuple[str, ...]) -> list[AotCell]:
+    return cells_in(scope, ops)
 
 
-def _measure_at(position: int, scope: Scope) -> BudgetRow | str:
+def _measure_at(position: int, scope: Scope, ops: tuple[str, ...]) -> BudgetRow | str:
     """In a worker: kernels do not travel between processes, so a cell is named by its place in the list."""
-    cell = _worker_cells(scope)[position]
+    cell = _worker_cells(scope, ops)[position]
     try:
         return measure(cell)
     except Exception as error:  # the report of a failed compile is the result; Triton raises many kinds
@@ -125,21 +126,27 @@ def _measure_at(position: int, scope: Scope) -> BudgetRow | str:
 
 
 def measure_all(
-    scope: Scope, workers: int = WORKERS, keep: Path | None = None, arches: Sequence[int] = ARCHES
+    scope: Scope,
+    workers: int = WORKERS,
+    keep: Path | None = None,
+    arches: Sequence[int] = ARCHES,
+    ops: tuple[str, ...] = OPS,
 ) -> list[Measured]:
-    """Every (cell, row or the reason why it has none) of a scope on `arches`, compiled in `workers` processes.
+    """Every (cell, row or the reason why it has none) of some ops in a scope on `arches`, compiled in `workers`
+    processes.
 
     `keep`: a file that has cells measured before, and gets each new one.
     """
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise RuntimeError("TRITON_INTERPRET is set: there is nothing to compile under the interpreter; unset it")
-    cells = cells_in(scope)
+    cells = cells_in(scope, ops)
     kept = KeptRows(keep, compiler_versions())
     wanted = [position for position, cell in enumerate(cells) if cell.arch in arches]
     rows = {position: kept.find(cells[position]) for position in wanted}
     missing = [position for position in wanted if rows[position] is None]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for position, row in zip(missing, pool.map(_measure_at, missing, itertools.repeat(scope)), strict=True):
+        repeated = (itertools.repeat(each) for each in (scope, ops))
+        for position, row in zip(missing, pool.map(_measure_at, missing, *repeated), strict=True):
             rows[position] = row
             kept.add(cells[position], row)
     return [(cells[position], row) for position, row in rows.items() if row is not None]
@@ -174,30 +181,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, help="file of cells measured before; each new one is added")
     parser.add_argument("--workers", type=int, default=WORKERS, help="processes that compile")
     parser.add_argument("--arch", default=",".join(map(str, ARCHES)), help="which, separated by commas; default: all")
+    parser.add_argument("--op", default=",".join(OPS), help="which, separated by commas; default: all")
     options = parser.parse_args(arguments)
     arches = [int(arch) for arch in options.arch.split(",")]
     if unknown := set(arches) - set(ARCHES):
         parser.error(f"unknown architectures {sorted(unknown)}; there are {', '.join(map(str, ARCHES))}")
+    ops = tuple(options.op.split(","))
+    if unknown_ops := set(ops) - set(OPS):
+        parser.error(f"unknown ops {sorted(unknown_ops)}; there are {', '.join(OPS)}")
     scope: Scope = "full" if options.full else "table" if options.write else "representative"
-    measured = measure_all(scope, options.workers, options.keep, arches)
+    measured = measure_all(scope, options.workers, options.keep, arches, ops)
     for cell, row in measured:
         detail = row if isinstance(row, str) else f"{row.registers} registers, {row.shared_bytes} B shared"
         print(f"{cell.name:90s} {detail}")
     table = None
     if options.write:
-        listed = {cell.name: cell.arch for cell in cells_in("table")}
+        listed = {cell.name: cell for cell in cells_in("table")}
         rows = {row.name: row for _, row in measured if isinstance(row, BudgetRow) and row.name in listed}
-        if len(arches) < len(ARCHES):
+        if len(arches) < len(ARCHES) or len(ops) < len(OPS):
             older = BudgetTable.read()
             if (older.triton_version, older.ptxas_version) != compiler_versions():
-                parser.error(f"the table is of Triton {older.triton_version}: write all architectures anew")
-            rows |= {name: row for name, row in older.rows.items() if listed.get(name, arches[0]) not in arches}
+                parser.error(f"the table is of Triton {older.triton_version}: write all ops and architectures anew")
+            for name in listed.keys() & older.rows.keys():
+                if listed[name].arch not in arches or listed[name].op not in ops:
+                    rows[name] = older.rows[name]
         BudgetTable(*compiler_versions(), rows).write()
     elif not options.full and TABLE_PATH.exists() and (read := BudgetTable.read()).triton_version == triton.__version__:
         table = read
     found = problems(measured, table)
     if options.full and options.write:
-        write_matrix(measured, found, compiler_versions(), MATRIX_PATH)
+        write_matrix(measured, found, compiler_versions(), MATRIX_PATH, only_ops=None if set(ops) == set(OPS) else ops)
     for text in found:
         print(f"PROBLEM {text}")
     compared = "the committed table" if table else "the rules only"

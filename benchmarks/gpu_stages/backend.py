@@ -24,7 +24,7 @@ from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.triton_backend import TritonBackend
 from shoplm.model.triton_step import StepBounds
 from shoplm.request import Embed, Sampling, Select
-from toy_backend import Recorder, assert_same, backends, chats, run, work
+from toy_backend import Recorder, assert_same, backends, chats, explanations, run, work
 
 from gpu_stages.common import Stage, median_us
 from gpu_stages.models import CONFIGS, TINY, random_weights
@@ -50,7 +50,7 @@ def equality(stage: Stage) -> None:
 
 def _services(stage: Stage, traits: bool, graph_seconds: float) -> None:
     reference, backend = backends(traits=traits, device=str(stage.device), graph_seconds=graph_seconds)
-    jobs = work()[:3] if stage.smoke else work()
+    jobs = [*(work()[:3] if stage.smoke else work()), *explanations()]
     expected, _ = run(reference, 15, jobs)
     found, _ = run(backend, 15, jobs)
     for (_, want), (_, have) in zip(expected.steps, found.steps, strict=True):

@@ -6,17 +6,29 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from shoplm.engine.batch import Batch, EmbedReadout, PredictReadout, Row, SampleReadout, SelectReadout
+from shoplm.engine.batch import Batch, EmbedReadout, ForkReadout, PredictReadout, Row, SampleReadout, SelectReadout
 from shoplm.errors import ConfigurationError
 from shoplm.model.gpu_warmup import warm_up
 from shoplm.model.triton_backend import TritonBackend
 from shoplm.request import Embed, Sampling, Select
-from toy_backend import TOLERANCE, Recorder, assert_same, backends, chats, run, toy_config, toy_weights, work
+from toy_backend import (
+    TOLERANCE,
+    Recorder,
+    assert_same,
+    backends,
+    chats,
+    explanations,
+    run,
+    toy_config,
+    toy_weights,
+    work,
+)
 
 
 def kinds(batch: Batch) -> set[str]:
     """What a step mixes."""
     names = {SampleReadout: "sample", PredictReadout: "predict", EmbedReadout: "embed", type(None): "chunk"}
+    names |= {ForkReadout: "forks"}
     found = set()
     for row in batch.rows:
         if isinstance(row.readout, SelectReadout):
@@ -29,13 +41,15 @@ def kinds(batch: Batch) -> set[str]:
 @pytest.mark.parametrize("traits", [False, True], ids=["llama", "every-trait"])
 def test_mixed_steps_of_all_services_equal_the_torch_backend(traits: bool) -> None:
     reference, backend = backends(traits=traits)
-    expected, outputs = run(reference, 15, work())
-    found, answers = run(backend, 15, work())
+    jobs = [*work(), *explanations()]
+    expected, outputs = run(reference, 15, jobs)
+    found, answers = run(backend, 15, jobs)
     assert backend.info == replace(reference.info, name="triton", pipeline_depth=2)
     # Else the test would not show what it says: prompt, chat, searches and predictions in one launch.
     mixes = [kinds(batch) for batch, _ in expected.steps]
     assert any({"chunk", "decode", "beams"} <= mix for mix in mixes), mixes
     assert any({"decode", "predict", "beams"} <= mix for mix in mixes), mixes
+    assert any({"decode", "beams", "forks"} <= mix for mix in mixes), mixes
     assert {"select", "embed", "sample"} <= set().union(*mixes)
     assert len(found.steps) == len(expected.steps) >= 7
     for (batch, want), (_, have) in zip(expected.steps, found.steps, strict=True):
@@ -96,7 +110,7 @@ def test_warming_up_changes_no_answer() -> None:
     recorder = Recorder(backend)
     assert warm_up(recorder, 32) > 0
     done = set().union(*(kinds(batch) for batch, _ in recorder.steps))
-    assert {"sample", "decode", "predict", "select", "beams"} <= done
+    assert {"sample", "decode", "predict", "select", "beams", "forks"} <= done
     assert run(backend, 15, jobs)[1] == cold
 
 

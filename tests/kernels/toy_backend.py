@@ -21,7 +21,19 @@ from shoplm.model.weights import DecoderWeights, LayerWeights
 from shoplm.readout.habits import HabitTable, Neighbours
 from shoplm.readout.heads import Heads
 from shoplm.readout.table import SelectTable
-from shoplm.request import Embed, Generate, ItemFilter, Predict, Sampling, Select, SelectOutput, Task
+from shoplm.request import (
+    Embed,
+    Explain,
+    Generate,
+    HeadValues,
+    ItemFilter,
+    ItemScores,
+    Predict,
+    Sampling,
+    Select,
+    SelectOutput,
+    Task,
+)
 
 HIDDEN, MIDDLE, VOCABULARY, HEAD_DIM, QUERY_HEADS = 48, 80, 96, 64, 2
 ITEMS, FEATURES = 40, 3
@@ -135,6 +147,18 @@ def work() -> list[tuple[list[int], Task]]:
     ]
     generator = np.random.default_rng(8)
     return [(generator.integers(0, VOCABULARY, length).tolist(), task) for length, task in tasks]
+
+
+def explanations() -> list[tuple[list[int], Task]]:
+    """Prompts with forks that read items, or heads, without parts of their histories."""
+    history = np.random.default_rng(9).integers(0, VOCABULARY, 23).tolist()
+    hidden = ((), ((2, 9),), ((0, 1), (15, 23)))
+    features = tuple((0.5 * at,) * FEATURES for at in range(len(hidden)))
+    return [
+        (history + [11, 12] * 3, Explain(2, hidden, ItemScores((0, ITEMS - 1, 7)))),
+        (history + [11, 12] * 3, Explain(2, hidden, HeadValues(features))),
+        (history[:17] + [11, 12, 13] * 3, Explain(3, (((0, 17),), (), ((3, 5),)), ItemScores((1, 2, 3)))),
+    ]
 
 
 @dataclass

@@ -145,3 +145,18 @@ def test_the_matrix_shows_the_worst_of_a_kernels_cells(tmp_path: Path) -> None:
     assert f"| {cell.op}/{cell.kernel.__name__}/sm{cell.arch} | 3 | 200 | 0 | 65536 | 1000 |" in text
     assert f"all 3 cells of sm_{cell.arch}; 1 problems" in text
     assert text.endswith(f"## Problems\n\n- {reason}\n")
+
+
+def test_a_summary_of_one_op_leaves_the_lines_of_others(tmp_path: Path) -> None:
+    """Their cells are counted, their problems stay; those of the op itself are replaced."""
+    versions, path = ("3.7.1", "12.8.93"), tmp_path / "matrix.md"
+    merge, swiglu = (
+        next(cell for cell in kernel_budget.cells_in("table", (op,)) if cell.arch == 90) for op in ("merge", "swiglu")
+    )
+    first = [f"{cell.name} spills 4 bytes" for cell in (merge, swiglu)]
+    write_matrix([(merge, row()), (merge, row()), (swiglu, row())], first, versions, path)
+    write_matrix([(swiglu, row(registers=90))], [], versions, path, only_ops=("swiglu",))
+    text = path.read_text()
+    assert "all 3 cells of sm_90; 1 problems" in text and text.endswith(f"\n- {first[0]}\n")
+    assert "| merge/_merge_kernel/sm90 | 2 | 100 | 0 | 65536 | 1000 |" in text
+    assert "| swiglu/_swiglu_kernel/sm90 | 1 | 90 | 0 | 65536 | 1000 |" in text

@@ -1,8 +1,8 @@
 """Work before the first request, so that it does not wait for Triton's compiler: one request of each kind.
 
 Kernels are specialised on what a model and its catalogues fix, never on lengths, so a few requests compile nearly all
-of them: a prompt long enough for every split and merge, a short one behind it, greedy and random draws, and each
-catalogue at the usual widths with and without a filter. What is left compiles where it is first asked for.
+of them: a prompt long enough for every split and merge, a short one behind it, greedy and random draws, each catalogue
+at the usual widths with and without a filter, and explanations. What is left compiles where it is first asked for.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import time
 from shoplm.model.backend import Backend
 from shoplm.model.direct import DirectRunner
 from shoplm.model.gpu import memory_for
-from shoplm.request import Generate, Predict, Sampling, Select, Task
+from shoplm.request import Explain, Generate, HeadValues, ItemScores, Predict, Sampling, Select, Task
 
 LONGEST = 2100  # tokens: more than one split of a short chunk on every card
 WIDTHS = (10, 32, 128)  # beams and items; each stands for the powers of two around it
+_FORKS = ((), ((0, 1),))  # what they hide of a history
 
 log = logging.getLogger("shoplm.warmup")
 
@@ -35,7 +36,9 @@ def warm_up(backend: Backend, max_lanes: int) -> float:
     drawn = Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=1)
     tasks: list[Task] = [Generate(2), Generate(2, drawn), Generate(2, Sampling(temperature=0.8))]
     if info.feature_count:
-        tasks.append(Predict((0.0,) * info.feature_count))
+        features = (0.0,) * info.feature_count
+        tasks += [Predict(features), Explain(1, _FORKS, HeadValues((features,) * len(_FORKS)))]
+    tasks += [Explain(1, _FORKS, ItemScores((0,), name)) for name, depth in info.trie_depths.items() if depth == 1]
     for name, items in info.trie_items.items():
         for width in WIDTHS:
             for excluded in ((), (0,)):

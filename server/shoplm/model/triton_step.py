@@ -143,7 +143,7 @@ class KernelStep:
     top_p: Tensor
     seed: Tensor
     sample_index: Tensor
-    # Prompts with forks: rows like others, whose attention is computed once more. In no captured graph.
+    # Prompts with forks: their tokens come between those of the other rows and the beams'. In no captured graph.
     forks: ForkRows | None = field(default=None, kw_only=True)
 
     @staticmethod
@@ -185,26 +185,32 @@ class KernelStep:
         )
 
 
+def _parts(batch: Batch) -> tuple[list[Row], list[Row], list[Row]]:
+    """Rows of each kernel's, in the order that their tokens have on the device: prompts and chats, prompts with forks,
+    beams."""
+    linear = [row for row in batch.rows if row.beam is None]
+    plain, forked = [row for row in linear if row.hidden is None], [row for row in linear if row.hidden is not None]
+    return plain, forked, [row for row in batch.rows if row.beam is not None]
+
+
 def fork_rows(batch: Batch, page_size: int, device: torch.device) -> ForkRows | None:
     """The prompts of a step that have forks; None: there are none. Steps with one are in no captured graph."""
-    linear = [row for row in batch.rows if row.beam is None]  # beams come behind all rows
-    starts = _starts(linear, len(linear))
-    chosen = [(row, row.hidden, starts[at]) for at, row in enumerate(linear) if row.hidden is not None]
-    if not chosen:
+    plain, rows, _ = _parts(batch)
+    if not rows:
         return None
-    rows = [row for row, _, _ in chosen]
     most, longest = max(row.query_len for row in rows), max(row.kv_len for row in rows)
     position = np.zeros((len(rows), most), np.int32)
     words = -(-longest // WORD_BITS)
     readable = np.zeros((len(rows), most, words), np.int32)
-    for index, (row, hidden, _) in enumerate(chosen):
+    for index, row in enumerate(rows):
+        assert row.hidden is not None
         position[index, : row.query_len] = batch.positions[row.query_start : row.query_end]
         kept_at = np.arange(row.kv_len - row.query_len, row.kv_len)
-        readable[index, : row.query_len] = packed_bits((np.arange(row.kv_len) <= kept_at[:, None]) & ~hidden, words)
+        readable[index, : row.query_len] = packed_bits((np.arange(row.kv_len) <= kept_at[:, None]) & ~row.hidden, words)
     arrays = (
         _page_table(rows, len(rows), max(len(row.pages) for row in rows)),
         np.array([row.kv_len for row in rows], np.int32),
-        np.array([start for _, _, start in chosen], np.int32),
+        sum(row.query_len for row in plain) + _starts(rows, len(rows))[:-1],
         np.array([row.query_len for row in rows], np.int32),
         position,
         readable,
@@ -223,11 +229,10 @@ def plan_step(batch: Batch, bounds: StepBounds, state: DeviceState) -> StepArray
     Padding computes nothing that is kept: no page is written, rows and groups are empty, drawn tokens go to the spare
     slot. A padded output repeats the first one, so that no garbage is multiplied.
     """
-    linear = [row for row in batch.rows if row.beam is None]
-    beams = [row for row in batch.rows if row.beam is not None]
+    plain, forked, beams = _parts(batch)
     place = np.zeros(len(batch.tokens), np.int64)
     start = 0
-    for row in linear:
+    for row in (*plain, *forked):
         place[row.query_start : row.query_end] = np.arange(start, start + row.query_len)
         start += row.query_len
     start = bounds.row_tokens
@@ -250,9 +255,9 @@ def plan_step(batch: Batch, bounds: StepBounds, state: DeviceState) -> StepArray
         positions=_spread(batch.positions, place, size, 0, np.int32),
         slots=_spread(batch.slots, place, size, -1, np.int64),
         outputs=padded,
-        row_pages=_page_table(linear, bounds.rows, bounds.pages),
-        row_kv_len=_column([row.kv_len for row in linear], bounds.rows, 0, np.int32),
-        row_start=_starts(linear, bounds.rows),
+        row_pages=_page_table(plain, bounds.rows, bounds.pages),
+        row_kv_len=_column([row.kv_len for row in plain], bounds.rows, 0, np.int32),
+        row_start=_starts(plain, bounds.rows),
         beam_pages=_page_table(beams, bounds.groups, bounds.pages),
         beam_prompt_len=_column([row.kv_len for row in beams], bounds.groups, 0, np.int32),
         beam_start=_starts(beams, bounds.groups),
