@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Iterable
 
 import pytest
@@ -122,6 +123,24 @@ def test_the_least_recently_used_leaf_goes_first() -> None:
     tree.take()
     assert len(tree.acquire("root", packed(new), 8)) == 1  # its leaf is gone, its first page still there
     assert len(tree.acquire("root", packed(old), 8)) == 2
+
+
+def test_what_is_used_again_and_again_is_remembered_once() -> None:
+    tree, _ = make_tree(8)
+    release(tree, write(tree, list(range(8))))
+
+    def use_it(times: int) -> int:
+        """Bytes that are held afterwards."""
+        for _ in range(times):
+            tree.release(*tree.acquire("root", packed(range(8)), 8))
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        few = use_it(1_000)
+        assert use_it(3_000) < few + 20_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_page_with_a_held_page_below_it_is_never_evicted() -> None:

@@ -16,6 +16,7 @@ from itertools import count
 from shoplm.cache.pages import PagePool
 
 _TOKEN_BYTES = 4
+_SLACK_ENTRIES = 64
 
 
 @dataclass(eq=False, slots=True)
@@ -112,6 +113,7 @@ class PrefixTree:
     def release(self, *chain: Node) -> None:
         """One holder less of these nodes, each a child of the one before it. A page that nobody holds stays cached if
         it is filled, else it is freed."""
+        now = next(self._clock)
         for node in reversed(chain):
             assert node.users > 0, "released more often than acquired"
             node.users -= 1
@@ -119,8 +121,9 @@ class PrefixTree:
                 continue
             self._idle += 1
             if node.filled:
-                node.last_used = next(self._clock)
-                self._offer(node)
+                node.last_used = now
+                if not node.children:
+                    self._offer(node)
             else:
                 # Nothing below an unfilled node can be filled, and its holders hold it too: it is a leaf by now.
                 self._remove(node)
@@ -148,17 +151,22 @@ class PrefixTree:
             self._evict()
 
     def _offer(self, node: Node) -> None:
-        if not node.children and not node.users:
-            heapq.heappush(self._leaves, (node.last_used, next(self._tie), node))
+        """An idle leaf: it may be evicted. Entries of what is none any more are dropped once they are most."""
+        if len(self._leaves) > 2 * self._idle + _SLACK_ENTRIES:
+            self._leaves = [entry for entry in self._leaves if self._is_due(entry)]
+            heapq.heapify(self._leaves)
+        heapq.heappush(self._leaves, (node.last_used, next(self._tie), node))
+
+    def _is_due(self, entry: tuple[int, int, Node]) -> bool:
+        """Whether it is still an idle leaf that has not been used since."""
+        last_used, _, node = entry
+        return node.last_used == last_used and not node.users and not node.children and self._holds(node)
 
     def _evict(self) -> None:
-        while True:
-            last_used, _, node = heapq.heappop(self._leaves)
-            current = node.last_used == last_used and not node.users and not node.children
-            if current and self._holds(node):
-                break
+        while not self._is_due(entry := heapq.heappop(self._leaves)):
+            pass
         self.evicted += 1
-        self._remove(node)
+        self._remove(entry[2])
 
     def _remove(self, node: Node) -> None:
         assert not node.children and not node.users
@@ -168,6 +176,7 @@ class PrefixTree:
         self._pool.give_back(node.page)
         self._idle -= 1
         if parent.parent is not None:
-            self._offer(parent)
+            if not parent.children and not parent.users:
+                self._offer(parent)
         elif not parent.children:
             self._roots.pop(parent.root, None)
