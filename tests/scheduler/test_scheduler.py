@@ -24,6 +24,7 @@ from shoplm.request import (
     token_ids,
 )
 from shoplm.scheduler.config import SchedulerConfig
+from shoplm.scheduler.cost import MIN_SAMPLES, Coefficients
 from simulation import CheckingBackend, Clock, CostCurve, Simulation, expected_answer
 
 PAGE_SIZE = 4
@@ -99,6 +100,21 @@ def test_a_cached_prompt_that_fills_the_pool_computes_its_last_page_again() -> N
         simulation.run()
     assert finished(simulation, "second").cached_tokens == 36
     simulation.check_idle()
+
+
+def test_a_cached_prompt_takes_the_time_of_the_tokens_that_are_left_of_it() -> None:
+    simulation = simulate()
+    simulation.submit(request("before", range(40), Predict(())))
+    simulation.run()
+    cost, now = simulation.engine.scheduler.cost, simulation.clock.now
+    cost.coefficients, cost.samples = Coefficients(step=1e-3, token=1e-3, kv=0.0, row=0.0), MIN_SAMPLES
+    # A step of 25 ms, half of a prediction's target, has 4 ms left behind the prompt of 20 tokens.
+    simulation.submit(
+        request("new", range(100, 120), Predict(()), arrival_seconds=now, priority=1),
+        request("cached", [*range(40), 77, 78, 79], Predict(()), arrival_seconds=now),
+    )
+    simulation.step()
+    assert [row.query_len for row in simulation.backend.batches[-1].rows] == [20, 3]
 
 
 def test_an_answer_goes_on_behind_a_prompt_that_was_all_cached() -> None:

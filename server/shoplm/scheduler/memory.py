@@ -70,7 +70,8 @@ class SequenceMemory:
         return True
 
     def catch_up(self, sequence: Sequence) -> bool:
-        """Skip the pages that others have computed; False when the next one is being computed by another sequence."""
+        """Skip the pages that others have computed, but for a prompt's last token, whose hidden state is wanted; False
+        when the next one is being computed by another sequence."""
         size, nodes = self.page_size, sequence.nodes
         if nodes and nodes[-1].filled:  # and so are all before it
             sequence.computed = max(sequence.computed, size * len(nodes))
@@ -82,7 +83,13 @@ class SequenceMemory:
             if node.writer is None:
                 node.writer = sequence
             return node.writer is sequence
+        sequence.computed = min(sequence.computed, len(sequence.tokens) - 1)
         return True
+
+    def is_known(self, sequence: Sequence) -> bool:
+        """Whether the keys and values of the next token are in a page of others."""
+        page = sequence.computed // self.page_size
+        return page < len(sequence.nodes) and sequence.nodes[page].filled
 
     def computable(self, sequence: Sequence) -> int:
         """Tokens of the prompt that this sequence itself may compute next: up to the first page that is another's."""

@@ -118,15 +118,16 @@ class Planner:
             if running is None:
                 return
             at += 1
+            if not self._memory.catch_up(running):
+                continue
             within = self._budgeter.tokens_within(budget.seconds, running.computed)
             if within < min(LEAST_CHUNK, running.pending):
                 if budget.used:
                     return  # nobody is started for whom there is no time
                 within = LEAST_CHUNK
             row = next_tokens(running, min(budget.tokens, budget.prompt_tokens, within), self._memory)
-            if row is not None:
-                rows.append(row)
-                budget.take_prompt(row.count, self._budgeter.row_seconds(row))
+            rows.append(row)
+            budget.take_prompt(row.count, self._budgeter.row_seconds(row))
 
     def _start(self, sequence: Sequence, now: float) -> bool:
         """Let the first of the queue run, if it may and there is room for it."""

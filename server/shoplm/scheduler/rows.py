@@ -15,16 +15,10 @@ def next_level(sequence: Sequence) -> PlanRow:
     return row
 
 
-def next_tokens(sequence: Sequence, most: int, memory: SequenceMemory) -> PlanRow | None:
-    """The next tokens of a prompt, as many as `most` and the pages of others allow; None when there are none."""
-    if not memory.catch_up(sequence):
-        return None
-    again = sequence.computed == len(sequence.tokens)
-    if again:  # all is in pages of others, but for the hidden state that the task reads
-        sequence.computed -= 1
+def next_tokens(sequence: Sequence, most: int, memory: SequenceMemory) -> PlanRow:
+    """The next tokens of a prompt that has caught up, as many as `most` > 0 and the pages of others allow."""
+    again = memory.is_known(sequence)  # all of it, but for the hidden state that the task reads
     size = 1 if again else min(memory.computable(sequence), most)
-    if size < 1:
-        return None
     start = sequence.computed
     sequence.computed += size
     task = sequence.request.task
