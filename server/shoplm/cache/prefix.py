@@ -8,15 +8,14 @@ Tokens are bytes here, four of each: a page's are cut, compared and hashed at on
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
 from shoplm.cache.pages import PagePool
+from shoplm.lazy_heap import LazyHeap
 
 _TOKEN_BYTES = 4
-_SLACK_ENTRIES = 64
 
 
 @dataclass(eq=False, slots=True)
@@ -42,8 +41,7 @@ class PrefixTree:
         self._page_bytes = page_size * _TOKEN_BYTES
         self._roots: dict[Hashable, Node] = {}
         self._clock = count(1)
-        self._leaves: list[tuple[int, int, Node]] = []  # heap of (last used, tie, node); entries may be stale
-        self._tie = count()
+        self._leaves = LazyHeap(self._is_in_use)  # idle ones, by when they were used last
         self._idle = 0
         self.evicted = 0  # pages, since the start
 
@@ -122,8 +120,7 @@ class PrefixTree:
             self._idle += 1
             if node.filled:
                 node.last_used = now
-                if not node.children:
-                    self._offer(node)
+                self._offer(node)
             else:
                 # Nothing below an unfilled node can be filled, and its holders hold it too: it is a leaf by now.
                 self._remove(node)
@@ -151,22 +148,22 @@ class PrefixTree:
             self._evict()
 
     def _offer(self, node: Node) -> None:
-        """An idle leaf: it may be evicted. Entries of what is none any more are dropped once they are most."""
-        if len(self._leaves) > 2 * self._idle + _SLACK_ENTRIES:
-            self._leaves = [entry for entry in self._leaves if self._is_due(entry)]
-            heapq.heapify(self._leaves)
-        heapq.heappush(self._leaves, (node.last_used, next(self._tie), node))
+        """It may be evicted, if it is an idle leaf."""
+        if not node.children and not node.users:
+            self._leaves.trim(self._idle)
+            self._leaves.push(node.last_used, node)
 
-    def _is_due(self, entry: tuple[int, int, Node]) -> bool:
-        """Whether it is still an idle leaf that has not been used since."""
-        last_used, _, node = entry
-        return node.last_used == last_used and not node.users and not node.children and self._holds(node)
+    def _is_in_use(self, last_used: float, node: Node) -> bool:
+        """Whether it is no idle leaf, or has been used since."""
+        return node.last_used != last_used or bool(node.users or node.children) or not self._holds(node)
 
     def _evict(self) -> None:
-        while not self._is_due(entry := heapq.heappop(self._leaves)):
-            pass
+        found = self._leaves.first()
+        if found is None:
+            raise IndexError("no page is idle")
+        self._leaves.pop()
         self.evicted += 1
-        self._remove(entry[2])
+        self._remove(found[1])
 
     def _remove(self, node: Node) -> None:
         assert not node.children and not node.users
@@ -176,7 +173,6 @@ class PrefixTree:
         self._pool.give_back(node.page)
         self._idle -= 1
         if parent.parent is not None:
-            if not parent.children and not parent.users:
-                self._offer(parent)
+            self._offer(parent)
         elif not parent.children:
             self._roots.pop(parent.root, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from shoplm.scheduler.lazy_heap import LazyHeap
+from shoplm.lazy_heap import LazyHeap
 from shoplm.scheduler.sequence import Sequence
 
 
@@ -19,7 +19,7 @@ class Deadlines:
     def __init__(self, moment: Callable[[Sequence], float | None]) -> None:
         """`moment` tells when a request will be lost if nothing more is computed of it; None: never, from now on."""
         self._moment = moment
-        self._heap = LazyHeap(lambda sequence: sequence.ended)
+        self._heap: LazyHeap[Sequence] = LazyHeap(lambda _, sequence: sequence.ended)
         self._alive = 0
 
     def __len__(self) -> int:

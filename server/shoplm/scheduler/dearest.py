@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shoplm.scheduler.lazy_heap import LazyHeap
+from shoplm.lazy_heap import LazyHeap
 
 if TYPE_CHECKING:
     from shoplm.scheduler.sequence import Sequence
@@ -14,7 +14,7 @@ class Dearest:
     """Requests by the work until the first result, which does not change while a request waits."""
 
     def __init__(self) -> None:
-        self._heap = LazyHeap(lambda sequence: not sequence.queued_tokens)
+        self._heap: LazyHeap[Sequence] = LazyHeap(lambda _, sequence: not sequence.queued_tokens)
 
     def __len__(self) -> int:
         return len(self._heap)

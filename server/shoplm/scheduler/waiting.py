@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from shoplm.lazy_heap import mostly_gone
 from shoplm.scheduler.config import SchedulerConfig
 from shoplm.scheduler.fairness import ServiceShare, Shares, Tenant
-from shoplm.scheduler.lazy_heap import mostly_gone
 from shoplm.scheduler.sequence import Sequence
 
 
