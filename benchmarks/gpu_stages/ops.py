@@ -13,7 +13,8 @@ from roofline import MODELS, ModelShape, Work
 from shoplm.kernels.attention import paged_attention
 from shoplm.kernels.beam_step import beam_step
 from shoplm.kernels.beam_step_types import BeamBounds, BeamSelection, BeamWorkspace, TrieTables
-from shoplm.kernels.forks import WORD_BITS, ForkRows, fork_attention, packed_bits
+from shoplm.kernels.forks import fork_attention
+from shoplm.kernels.inputs import WORD_BITS, ForkRows, packed_bits
 from shoplm.kernels.kv_write import kv_write
 from shoplm.kernels.norm import add_rms_norm
 from shoplm.kernels.sample import SampleWorkspace, sample

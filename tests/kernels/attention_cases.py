@@ -9,8 +9,7 @@ from itertools import pairwise
 
 import torch
 from shoplm.kernels import reference
-from shoplm.kernels.forks import WORD_BITS, ForkRows, packed_bits
-from shoplm.kernels.inputs import BeamGroups, PagedKv, RaggedRows
+from shoplm.kernels.inputs import WORD_BITS, BeamGroups, ForkRows, PagedKv, RaggedRows, packed_bits
 from shoplm.kernels.workspace import Workspace
 
 NEVER_A_PAGE = 2**30
@@ -33,6 +32,19 @@ class Shape:
     @property
     def q_heads(self) -> int:
         return self.group * self.kv_heads
+
+
+# Every head size, group and page size, the dtypes that the interpreter can do, and both quantised pools.
+SHAPES = (
+    Shape(64, 1, 2, 16),
+    Shape(64, 3, 2, 32),
+    Shape(96, 4, 1, 64, torch.float16),
+    Shape(96, 7, 1, 16),
+    Shape(128, 8, 1, 32, torch.float16),
+    Shape(256, 16, 1, 64, torch.float16),
+    Shape(128, 4, 2, 16, torch.float16, torch.int8),
+    Shape(64, 7, 1, 64, torch.float16, torch.float8_e4m3fn),
+)
 
 
 @dataclass(frozen=True)

@@ -8,47 +8,38 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from attention_cases import Shape, check_attention, check_forks, make_case, make_forks, poisoned
-from shoplm.kernels.forks import ForkRows, fork_attention
-from shoplm.request import Explain, HeadValues, ItemScores
-from toy_backend import FEATURES, ITEMS, assert_same, backends, run, work
-
-HISTORY = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6]
-HIDDEN = ((), ((2, 9),), ((0, 1), (15, 23)))
+from attention_cases import SHAPES, Shape, check_attention, check_forks, int32, make_case, make_forks, poisoned
+from shoplm.kernels.forks import fork_attention
+from shoplm.kernels.inputs import ForkRows, PagedKv, packed_bits
+from toy_backend import assert_same, backends, explanations, run, work
 
 
 @pytest.mark.parametrize("traits", [False, True], ids=["llama", "every-trait"])
 def test_forks_equal_the_torch_backend(traits: bool) -> None:
     expecting, backend = backends(traits=traits)
-    tokens = HISTORY + [11, 12] * len(HIDDEN)
-    features = tuple((0.5 * at,) * FEATURES for at in range(len(HIDDEN)))
-    jobs = [
-        work()[0],
-        (tokens, Explain(2, HIDDEN, ItemScores((0, ITEMS - 1, 7)))),
-        (tokens, Explain(2, HIDDEN, HeadValues(features))),
-    ]
+    jobs = [work()[0], *explanations()]
     _, expected = run(expecting, 9, jobs)
     _, found = run(backend, 9, jobs)
     for one, other in zip(expected, found, strict=True):
         assert_same(one, other)
-    values = np.array(expected[1]).reshape(len(HIDDEN), 3)
+    values = np.array(expected[1]).reshape(3, 3)  # three forks read three items
     assert np.abs(values[1:] - values[0]).max() > 0.01
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        Shape(64, 1, 2, 16),
-        Shape(64, 3, 2, 32),
-        Shape(96, 4, 1, 64, torch.float16),
-        Shape(96, 7, 1, 16),
-        Shape(128, 8, 1, 32, torch.float16),
-        Shape(256, 16, 1, 64, torch.float16),
-        Shape(128, 4, 2, 16, torch.float16, torch.int8),
-        Shape(64, 7, 1, 64, torch.float16, torch.float8_e4m3fn),
-    ],
-    ids=str,
-)
+def test_a_token_reads_what_it_may_and_the_window_counts_positions() -> None:
+    generator = torch.Generator().manual_seed(2)
+    keys, values = (torch.randn(2, 1, 16, 64, generator=generator) for _ in range(2))
+    q, out = torch.randn(3, 2, 64, generator=generator), torch.full((3, 2, 64), torch.nan)
+    readable = packed_bits(np.array([[True, False, True, True, False]] * 2), 1)
+    forks = ForkRows(int32([1, 0])[None], *map(int32, ([5], [1], [2], [[4, 3]])), torch.from_numpy(readable)[None])
+    fork_attention(q, PagedKv(keys, values), forks, out=out, window=2)
+    for token, seen in ((1, [3]), (2, [2, 3])):  # of positions 4 and 3; the window is two keys
+        weights = torch.softmax(q[token] @ keys[1, 0, seen].T / 8.0, dim=-1)
+        torch.testing.assert_close(out[token], weights @ values[1, 0, seen])
+    assert out[0].isnan().all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_reference(shape: Shape) -> None:
     """Several prompts in one launch: one token, a page and one token, more than a tile, and a row without any."""
     page = shape.page_size

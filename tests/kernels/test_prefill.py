@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from attention_cases import Case, Shape, check_attention, make_case
+from attention_cases import SHAPES, Case, Shape, check_attention, make_case
 from shoplm.kernels.attention import score_scale_of
 from shoplm.kernels.prefill import prefill_attention
 from shoplm.kernels.tile_config import SHORT_ROWS, TileConfig, tile_config
@@ -30,20 +30,7 @@ def prefill_tokens(case: Case) -> torch.Tensor:
     return mask
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        Shape(64, 1, 2, 16),
-        Shape(64, 3, 2, 32),
-        Shape(96, 4, 1, 64, torch.float16),
-        Shape(96, 7, 1, 16),
-        Shape(128, 8, 1, 32, torch.float16),
-        Shape(256, 16, 1, 64, torch.float16),
-        Shape(128, 4, 2, 16, torch.float16, torch.int8),
-        Shape(64, 7, 1, 64, torch.float16, torch.float8_e4m3fn),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_reference(shape: Shape) -> None:
     """Long rows with and without a cached prefix, page and tile boundaries, and rows left to other kernels."""
     least = SHORT_ROWS // shape.group + 1

@@ -14,67 +14,16 @@ Source: as `prefill.py`; which keys a fork reads is `shoplm.engine.forks`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
-from numpy.typing import NDArray
-from shoplm.kernels._checks import check_tensor
 from shoplm.kernels._online_softmax import attend_tiles, load_packed_queries, normalise
 from shoplm.kernels.aot import AotCell, AttentionShape, attention_shapes
 from shoplm.kernels.attention import check_queries, check_window, score_scale_of
-from shoplm.kernels.inputs import COUNTER, PagedKv
+from shoplm.kernels.inputs import WORD_BITS, ForkRows, PagedKv
 from shoplm.kernels.tile_config import SHORT_ROWS, TileConfig, arch_of, padded_head_dim, tile_config
-
-WORD_BITS = 32
-
-
-def packed_bits(readable: NDArray[np.bool_], words: int) -> NDArray[np.int32]:
-    """What tokens read, [tokens, keys], as `ForkRows` has it: [tokens, words], 0 behind the keys."""
-    bits = np.packbits(readable, axis=1, bitorder="little")
-    packed = np.zeros((len(readable), words), np.int32)
-    packed.view(np.uint8)[:, : bits.shape[1]] = bits
-    return packed
-
-
-@dataclass(frozen=True, slots=True)
-class ForkRows:
-    """The prompts of one step that have forks. One per step, for all layers.
-
-    Row r's new tokens are `first_token[r] .. first_token[r] + new_tokens[r] - 1` of the flat batch. Bit `j % 32` of
-    `readable[r, i, j // 32]` says whether its new token i reads the key at place j of its pages, which must not be
-    behind the token's own.
-
-    Raises:
-        ValueError, TypeError: a shape, dtype, device or bound is wrong; the message names the field and its value.
-    """
-
-    page_table: torch.Tensor  # int32 [rows, max_pages]; entries past a row's length are never read
-    kv_len: torch.Tensor  # int32 [rows], keys in the pages, those of the new tokens included
-    first_token: torch.Tensor  # int32 [rows]
-    new_tokens: torch.Tensor  # int32 [rows]
-    position: torch.Tensor  # int32 [rows, max_new_tokens]: a window goes by it, not by where a token is kept
-    readable: torch.Tensor  # int32 [rows, max_new_tokens, words]
-
-    def __post_init__(self) -> None:
-        device = self.page_table.device
-        check_tensor("page_table", self.page_table, (None, None), COUNTER, device, contiguous=True)
-        for name in ("kv_len", "first_token", "new_tokens"):
-            check_tensor(name, getattr(self, name), (self.rows,), COUNTER, device)
-        check_tensor("position", self.position, (self.rows, None), COUNTER, device, contiguous=True)
-        check_tensor("readable", self.readable, (*self.position.shape, None), COUNTER, device, contiguous=True)
-
-    @property
-    def rows(self) -> int:
-        """Number of prompts."""
-        return self.page_table.shape[0]
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Upper bound of a row's new tokens."""
-        return self.position.shape[1]
 
 
 @triton.jit(

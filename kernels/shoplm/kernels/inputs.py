@@ -1,4 +1,4 @@
-"""What the attention ops read: the paged pool of one layer, the rows of a batch, and groups of beams.
+"""What the attention ops read: the paged pool of one layer, the rows of a batch, groups of beams, and forks.
 
 Each type validates its tensors once, when it is made: `PagedKv` when the pool is allocated, the others once per step
 for all layers. Nothing here reads a device value, so nothing waits for the device. No Triton is imported.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from shoplm.kernels._checks import check_tensor
 from shoplm.kernels.tile_config import SUPPORTED_HEAD_DIMS, SUPPORTED_PAGE_SIZES
 
@@ -16,6 +18,7 @@ QUANTISED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 KV_DTYPES = (torch.float16, torch.bfloat16, torch.float32, *QUANTISED_DTYPES)
 
 COUNTER = (torch.int32,)
+WORD_BITS = 32
 
 
 def check_aligned(name: str, tensor: torch.Tensor) -> None:
@@ -160,3 +163,49 @@ class BeamGroups:
     def max_width(self) -> int:
         """Most beams of a group."""
         return self.own_slots.shape[2]
+
+
+@dataclass(frozen=True, slots=True)
+class ForkRows:
+    """The prompts of one step that have forks. One per step, for all layers.
+
+    Row r's new tokens are `first_token[r] .. first_token[r] + new_tokens[r] - 1` of the flat batch. Bit `j % 32` of
+    `readable[r, i, j // 32]` says whether its new token i reads the key at place j of its pages, which must not be
+    behind the token's own.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or bound is wrong; the message names the field and its value.
+    """
+
+    page_table: torch.Tensor  # int32 [rows, max_pages]; entries past a row's length are never read
+    kv_len: torch.Tensor  # int32 [rows], keys in the pages, those of the new tokens included
+    first_token: torch.Tensor  # int32 [rows]
+    new_tokens: torch.Tensor  # int32 [rows]
+    position: torch.Tensor  # int32 [rows, max_new_tokens]: a window goes by it, not by where a token is kept
+    readable: torch.Tensor  # int32 [rows, max_new_tokens, words]
+
+    def __post_init__(self) -> None:
+        device = self.page_table.device
+        check_tensor("page_table", self.page_table, (None, None), COUNTER, device, contiguous=True)
+        for name in ("kv_len", "first_token", "new_tokens"):
+            check_tensor(name, getattr(self, name), (self.rows,), COUNTER, device)
+        check_tensor("position", self.position, (self.rows, None), COUNTER, device, contiguous=True)
+        check_tensor("readable", self.readable, (*self.position.shape, None), COUNTER, device, contiguous=True)
+
+    @property
+    def rows(self) -> int:
+        """Number of prompts."""
+        return self.page_table.shape[0]
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Upper bound of a row's new tokens."""
+        return self.position.shape[1]
+
+
+def packed_bits(readable: NDArray[np.bool_], words: int) -> NDArray[np.int32]:
+    """What tokens read, [tokens, keys], as `ForkRows` has it: [tokens, words], 0 behind the keys."""
+    bits = np.packbits(readable, axis=1, bitorder="little")
+    packed = np.zeros((len(readable), words), np.int32)
+    packed.view(np.uint8)[:, : bits.shape[1]] = bits
+    return packed

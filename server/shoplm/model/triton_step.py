@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from shoplm.engine.batch import Batch, Row, SampleReadout, SelectReadout, beam_of
-from shoplm.kernels.forks import WORD_BITS, ForkRows, packed_bits
-from shoplm.kernels.inputs import BeamGroups, RaggedRows
+from shoplm.kernels.inputs import WORD_BITS, BeamGroups, ForkRows, RaggedRows, packed_bits
 from shoplm.model.device_io import upload
 from shoplm.model.device_state import DeviceState
 from shoplm.model.readouts import output_tokens
@@ -41,8 +40,8 @@ class StepBounds:
     (more packed rows than a narrow tile has) makes the tile the same for every step.
     """
 
-    row_tokens: int  # tokens of prompts and chats
-    rows: int
+    row_tokens: int  # tokens of prompts and chats, with and without forks
+    rows: int  # without forks
     query_len: int  # most new tokens of a row
     kv_len: int  # most tokens that a row reads, or that a search's prompt has
     pages: int  # columns of the page tables
@@ -56,13 +55,12 @@ class StepBounds:
     @staticmethod
     def of(batch: Batch) -> StepBounds:
         """What a step needs."""
-        linear = [row for row in batch.rows if row.beam is None]
-        beams = [row for row in batch.rows if row.beam is not None]
+        plain, forked, beams = _parts(batch)
         widest = max((row.query_len for row in beams), default=0)
         return StepBounds(
-            row_tokens=sum(row.query_len for row in linear),
-            rows=len(linear),
-            query_len=max((row.query_len for row in linear), default=0),
+            row_tokens=sum(row.query_len for row in (*plain, *forked)),
+            rows=len(plain),
+            query_len=max((row.query_len for row in plain), default=0),
             kv_len=max(row.kv_len for row in batch.rows),
             pages=max(len(row.pages) for row in batch.rows),
             groups=len(beams),
@@ -195,9 +193,9 @@ def _parts(batch: Batch) -> tuple[list[Row], list[Row], list[Row]]:
 
 def fork_rows(batch: Batch, page_size: int, device: torch.device) -> ForkRows | None:
     """The prompts of a step that have forks; None: there are none. Steps with one are in no captured graph."""
-    plain, rows, _ = _parts(batch)
-    if not rows:
+    if all(row.hidden is None for row in batch.rows):
         return None
+    plain, rows, _ = _parts(batch)
     most, longest = max(row.query_len for row in rows), max(row.kv_len for row in rows)
     position = np.zeros((len(rows), most), np.int32)
     words = -(-longest // WORD_BITS)
