@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from served_shop import Scripted, Serve
 from server_thread import TIMEOUT_SECONDS, detail, details
+from shoplm.api.calls import has_expired
 from shoplm.api.methods import METHODS
 from shoplm.api.status import CODES
 from shoplm.errors import (
@@ -136,13 +137,14 @@ def test_the_deadline_reaches_the_engine(serve_scripted: Serve) -> None:
 def test_who_has_gone_costs_nothing_more(serve_scripted: Serve, service: str, how: str) -> None:
     scripted = serve_scripted()
     scripted.engine.holds = True
-    timeout = 0.3 if how == "deadline" else TIMEOUT_SECONDS
+    # The deadline goes as gRPC sends it, without the caller's own timer: its cancellation may come first.
+    metadata = (("grpc-timeout", "1S"),) if how == "deadline" else ()
     call: Any
     if service == "chat":
-        call = scripted.server.chat.Chat(ASK, timeout=timeout)
+        call = scripted.server.chat.Chat(ASK, metadata=metadata)
         method = "Chat"
     else:
-        call = scripted.server.recommendation.Recommend.future(RECOMMEND, timeout=timeout)
+        call = scripted.server.recommendation.Recommend.future(RECOMMEND, metadata=metadata)
         method = "Recommend"
     scripted.server.wait_until(scripted.engine.started.is_set)
     if how == "cancel":
@@ -154,6 +156,23 @@ def test_who_has_gone_costs_nothing_more(serve_scripted: Serve, service: str, ho
         lambda: sample(scripted, "shoplm_requests_total", service=service, method=method, code=code) == 1
     )
     assert sample(scripted, "shoplm_requests_in_flight", service=service) == 0
+
+
+@pytest.mark.parametrize(
+    ("remaining", "elapsed", "expired"),
+    [
+        (None, 9.0, False),
+        (-0.1, 0.3, True),
+        (0.01, 0.29, True),  # the caller's timer was first
+        (0.1, 0.2, False),
+        (0.09, 9.91, True),  # sent rounded up
+        (0.2, 9.8, False),
+    ],
+)
+def test_a_cancellation_by_the_callers_timer_is_the_deadlines(
+    remaining: float | None, elapsed: float, expired: bool
+) -> None:
+    assert has_expired(remaining, elapsed) is expired
 
 
 def test_calls_over_the_limit_are_refused_and_may_come_again(serve_scripted: Serve) -> None:

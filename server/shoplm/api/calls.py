@@ -137,7 +137,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     ) -> Any:
         """Run one call to its end. Aborts the context on any error."""
         metadata = context.invocation_metadata() or ()
-        call = _Call(self._metrics, method, counts, context, _request_id(metadata), self._max_message_bytes)
+        call = _Call(self._metrics, method, counts, _request_id(metadata), self._max_message_bytes)
         request_id.set(call.request_id)  # this task's own: gRPC gives every call a task
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         self.in_flight += 1
@@ -149,7 +149,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             result = await body(call)
         except asyncio.CancelledError:
             # gRPC cancels the task when the caller has gone and when the deadline passes.
-            expired = call.has_expired()
+            expired = has_expired(context.time_remaining(), call.seconds())
             call.end(grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED)
             raise
         except Exception as error:
@@ -193,14 +193,12 @@ class _Call:
         metrics: Metrics,
         method: Method,
         counts: MethodCounts,
-        context: Context,
         identifier: str,
         max_message_bytes: int,
     ) -> None:
         self._metrics = metrics
         self._method = method
         self._counts = counts
-        self._context = context
         self._max_message_bytes = max_message_bytes
         self._started = time.perf_counter()
         self.request_id = identifier
@@ -213,12 +211,12 @@ class _Call:
     def sent(self) -> None:
         self._counts.sent += 1
 
-    def has_expired(self) -> bool:
-        remaining = self._context.time_remaining()
-        return remaining is not None and remaining <= 0
+    def seconds(self) -> float:
+        """Since the call came."""
+        return time.perf_counter() - self._started
 
     def end(self, code: grpc.StatusCode, reason: str = "", error: Exception | None = None) -> None:
-        seconds = time.perf_counter() - self._started
+        seconds = self.seconds()
         self._counts.end(code, seconds)
         if code is not grpc.StatusCode.OK:
             self._metrics.refusals.labels(
@@ -237,6 +235,16 @@ class _Call:
             extra={**fields, "seconds": round(seconds, 6)},
             exc_info=error if code is grpc.StatusCode.INTERNAL else None,
         )
+
+
+def has_expired(remaining: float | None, elapsed: float) -> bool:
+    """Whether it was the deadline that ended a call: `remaining` seconds before it (None: there is none), `elapsed`
+    seconds after the call came.
+
+    The caller keeps the same deadline, and its cancellation may be here before our own timer: by what the network took
+    more for the request than for the cancellation, and by what gRPC rounds a deadline up for the wire, 1 % at most.
+    """
+    return remaining is not None and remaining <= 0.02 + 0.01 * (remaining + elapsed)
 
 
 # A caller's mistake is the caller's to log; every call at INFO would cost more than serving some of them, and a line
