@@ -27,6 +27,9 @@ TimezoneOption = Annotated[str, typer.Option(help="zone of times that name none,
 BaseOption = Annotated[
     str | None, typer.Option(help="base model: folder, GGUF file or hub id; default: the default base")
 ]
+DeviceOption = Annotated[
+    str, typer.Option(help="what an adapter or a base is trained on: cpu, cuda, cuda:1; auto: a GPU, if there is one")
+]
 WorkOption = Annotated[Path | None, typer.Option(help="where hidden states are kept; default: beside the bundle")]
 
 ExplainedOption = Annotated[
@@ -60,12 +63,14 @@ def train(
     epochs: Annotated[int, typer.Option(min=1, help="most passes over the baskets")] = 6,
     seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
     explained: ExplainedOption = 20,
+    device: DeviceOption = "auto",
     work: WorkOption = None,
     resume: Annotated[bool, typer.Option(help="go on from what a stopped run computed")] = True,
     logs: LogsOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and stop")] = False,
 ) -> None:
     """Train a bundle from a shop's event log."""
+    from shoplm.training.adapt.causal import training_device
     from shoplm.training.run import Run, TrainRequest
     from shoplm.training.tables import print_report
 
@@ -81,6 +86,8 @@ def train(
     if not resume:
         _forget(folder)
     shown = title or chosen.replace("-", " ").title()
+    with errors(console):
+        where = training_device(device)
     request = TrainRequest(
         out=out,
         base=base,
@@ -100,6 +107,7 @@ def train(
         seed=seed,
         work=folder,
         explained=explained,
+        device=where,
     )
     with errors(console):
         log = _read(console, events, items, customers, campaigns, timezone)
@@ -141,6 +149,7 @@ def adapt(
     rank: Annotated[int, typer.Option(min=1, max=256, help="of the low-rank matrices")] = 16,
     full: Annotated[bool, typer.Option("--full", help="train all layers, for machines with room")] = False,
     checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="less memory, more time")] = False,
+    device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
     logs: LogsOption = None,
 ) -> None:
@@ -148,13 +157,15 @@ def adapt(
 
     Give the result to `shoplm train --adapter`; that of `--full`, a base, to `shoplm train --base`.
     """
+    from shoplm.training.adapt.causal import training_device
     from shoplm.training.adapt.run import AdaptRequest, adapt
 
     console = Console(stderr=True)
     with errors(console):
+        where = training_device(device)
         log = _read(console, events, items, customers, campaigns, timezone)
         with watching(console, logs) as watch:
-            request = AdaptRequest(bundle, out, base, steps, None if full else rank, checkpointing, seed)
+            request = AdaptRequest(bundle, out, base, steps, None if full else rank, checkpointing, seed, where)
             folder = adapt(request, log, watch)
     flag = "--base" if full else "--adapter"
     console.print(f"wrote [bold]{folder}[/bold]; use it with: shoplm train {flag} {folder}")

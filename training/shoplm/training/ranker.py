@@ -121,11 +121,13 @@ class Ranker(nn.Module):
 
 def basket_loss(logits: Tensor, repeat_weight: Tensor, examples: Examples, batch: NDArray[np.integer]) -> Tensor:
     """Multi-positive cross-entropy of `logits` [batch, items] with the count term added, mean over the batch."""
-    at, column, count = examples.owned.select(batch)
+    device = logits.device
+    at, column, count = (part.to(device) for part in examples.owned.select(batch))
     logits = logits.index_put((at, column), repeat_weight * count, accumulate=True)
-    at, column, one = examples.baskets.select(batch)
-    size = torch.zeros(len(batch)).index_add_(0, at, one)
-    positive = torch.zeros(len(batch)).index_add(0, at, logits[at, column] / size[at])
+    at, column, one = (part.to(device) for part in examples.baskets.select(batch))
+    nothing = torch.zeros(len(batch), device=device)
+    size = nothing.index_add(0, at, one)
+    positive = nothing.index_add(0, at, logits[at, column] / size[at])
     return (torch.logsumexp(logits, dim=1) - positive).mean()
 
 

@@ -23,6 +23,7 @@ from shoplm.model.origin import Origin
 from shoplm.readout.habits import load_habits
 from shoplm.readout.rebuy import load_rebuy
 from shoplm.training import pipeline
+from shoplm.training.adapt.causal import CPU
 from shoplm.training.adapt.kept import measure_adapter
 from shoplm.training.bundle_writer import Identity, choose_demo_customers, moment_text, write_bundle
 from shoplm.training.card import render_card
@@ -74,6 +75,7 @@ class TrainRequest:
     seed: int
     work: Path
     explained: int = 0  # customers whose explanations are measured
+    device: torch.device = CPU  # of what is trained from nothing
     remarks: tuple[str, ...] = ()
 
 
@@ -115,7 +117,7 @@ class Run:
             raise ConfigurationError(f"--base {request.base} trains a base of its own: leave --adapter out")
         elif size is not None:
             arguments = (self._shop, self._catalog, self._schema, request.work, request.seed)
-            self._scratch = ScratchRun(size, *arguments)
+            self._scratch = ScratchRun(size, *arguments, device=request.device)
 
     def _load(self, base: Base, input_rows: torch.Tensor | None) -> Loaded:
         request = self._request

@@ -27,6 +27,7 @@ from shoplm.model.chat_template import ChatTemplate
 from shoplm.model.linear import packing_supported
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.prompt import PromptBuilder
+from shoplm.training.adapt.causal import CPU
 from shoplm.training.adapt.saved_base import check_place
 from shoplm.training.adapt.scratch_model import INPUT_ROWS, SIZES, ScratchModel, ScratchSize
 from shoplm.training.adapt.trainer import AdaptSettings, JointTrainer
@@ -87,7 +88,15 @@ class ScratchRun:
     """One training from nothing; a stopped one goes on in the same folder."""
 
     def __init__(
-        self, size: ScratchSize, shop: Shop, catalog: Catalog, schema: PromptSchema, work: Path, seed: int
+        self,
+        size: ScratchSize,
+        shop: Shop,
+        catalog: Catalog,
+        schema: PromptSchema,
+        work: Path,
+        seed: int,
+        *,
+        device: torch.device = CPU,
     ) -> None:
         self._shop, self._seed = shop, seed
         identity = (msgspec.to_builtins(schema), repr(size), shop.fingerprint, seed)
@@ -109,7 +118,8 @@ class ScratchRun:
             len(shop.items.types),
             self._prior(),
             len(shop.timeline.horizons),
-            torch.bfloat16 if packing_supported() else torch.float32,
+            torch.bfloat16 if device.type == "cuda" or packing_supported() else torch.float32,
+            device,
         )
 
     def train(self, minutes: float | None, watch: Watch) -> Scratch:

@@ -16,13 +16,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from shoplm.model.origin import Origin
 from shoplm.model.shop_weights import mean_embeddings
+from shoplm.training.adapt.causal import CPU, load_causal
 from shoplm.training.adapt.replay import Replay
 from shoplm.training.adapt.saved_base import saved_base
 from shoplm.training.adapt.tensors import PassInputs, pass_inputs
 from shoplm.training.ranker import OutputRows
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
 
 
 class JointModel(nn.Module):
@@ -32,14 +32,19 @@ class JointModel(nn.Module):
     saved_as: str  # the folder that `save` is given
 
     def __init__(self, trunk: Any, table: Tensor, bias: Tensor, repeat_weight: float, horizons: int) -> None:
-        """`trunk` is a decoder without its LM head; `table` [vocabulary, H] are the input rows of text and shop tokens;
-        `bias` [items] is where item logits start."""
+        """`trunk` is a decoder without its LM head; `table` [vocabulary, H], on the same device, are the input rows of
+        text and shop tokens; `bias` [items] is where item logits start."""
         super().__init__()
         self._trunk = [trunk]  # in a list: what of it is trained, a subclass says
         self._table = [table]
-        self.bias = nn.Parameter(bias.clone())
-        self.repeat_weight = nn.Parameter(torch.tensor(repeat_weight))
-        self.behaviour = nn.Linear(table.shape[1], max(horizons, 1))
+        self.bias = nn.Parameter(bias.to(table.device, copy=True))
+        self.repeat_weight = nn.Parameter(torch.tensor(repeat_weight, device=table.device))
+        self.behaviour = nn.Linear(table.shape[1], max(horizons, 1)).to(table.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything of it lies, and what it returns."""
+        return self._table[0].device
 
     def trunk_parameters(self) -> list[nn.Parameter]:
         """What is trained at the adapter's rate."""
@@ -49,14 +54,14 @@ class JointModel(nn.Module):
         return [self.bias, self.repeat_weight, *self.behaviour.parameters()]
 
     def hidden(self, inputs: PassInputs) -> Tensor:
-        """[T, H] in the trunk's dtype."""
+        """[T, H] in the trunk's dtype. `inputs` may lie on the host."""
         return self._states(self._trunk[0], inputs)
 
     def _states(self, trunk: Any, inputs: PassInputs) -> Tensor:
         states: Tensor = trunk(
-            inputs_embeds=functional.embedding(inputs.tokens, self._table[0])[None],
-            attention_mask=inputs.mask,
-            position_ids=inputs.positions,
+            inputs_embeds=functional.embedding(inputs.tokens.to(self.device), self._table[0])[None],
+            attention_mask=inputs.mask.to(self.device),
+            position_ids=inputs.positions.to(self.device),
             use_cache=False,
         ).last_hidden_state
         return states[0]
@@ -86,13 +91,14 @@ class TalkingModel(JointModel):
         rows: OutputRows,
         repeat_weight: float,
         horizons: int,
+        device: torch.device,
     ) -> None:
         """`texts` are the words of each shop token, tokenised: their mean embeddings stand behind the text vocabulary,
         and are not trained."""
         embedding = causal.get_input_embeddings().weight.detach()
-        table = torch.cat((embedding, mean_embeddings(embedding, texts)))
-        super().__init__(causal.model, table, rows.bias, repeat_weight, horizons)
-        self.rows = nn.Parameter(rows.rows.clone())
+        table = torch.cat((embedding, mean_embeddings(embedding, texts))).to(device)
+        super().__init__(causal.to(device).model, table, rows.bias, repeat_weight, horizons)
+        self.rows = nn.Parameter(rows.rows.to(device, copy=True))
         self._text_head = causal.get_output_embeddings().weight.detach()
 
     def head_parameters(self) -> list[nn.Parameter]:
@@ -131,10 +137,11 @@ class AdaptedModel(TalkingModel):
         *,
         checkpointing: bool = False,
         adapter: Path | None = None,
+        device: torch.device = CPU,
     ) -> None:
         """With `adapter`, that one of PEFT's format, whatever its rank, and not to be trained; else a new one."""
         causal = load_causal(folder, checkpointing=checkpointing)
-        super().__init__(causal, texts, rows, repeat_weight, horizons)
+        super().__init__(causal, texts, rows, repeat_weight, horizons, device)
         if adapter is not None:
             self.peft: PeftModel = PeftModel.from_pretrained(causal, str(adapter), autocast_adapter_dtype=False)
             return
@@ -184,12 +191,13 @@ class TunedModel(TalkingModel):
         horizons: int,
         *,
         checkpointing: bool = False,
+        device: torch.device = CPU,
     ) -> None:
         causal = load_causal(folder, checkpointing=checkpointing)
         causal.requires_grad_(False)
-        super().__init__(causal, texts, rows, repeat_weight, horizons)
+        super().__init__(causal, texts, rows, repeat_weight, horizons, device)
         self._folder, self._causal = folder, [causal]
-        self._teacher = [load_causal(folder, checkpointing=False).model.requires_grad_(False).train(False)]
+        self._teacher = [load_causal(folder, checkpointing=False).to(device).model.requires_grad_(False).train(False)]
         self.layers, self.norm = causal.model.layers, causal.model.norm
         for parameter in self.trunk_parameters():
             parameter.requires_grad_(True)
@@ -207,12 +215,3 @@ class TunedModel(TalkingModel):
             for path in sorted(self._folder.iterdir()):
                 if path.suffix in (".json", ".jinja") and not (partial / path.name).exists():
                     shutil.copyfile(path, partial / path.name)
-
-
-def load_causal(folder: Path, *, checkpointing: bool) -> Any:
-    """The base in bf16. With `checkpointing`, activations are computed again in the backward pass: less memory, more
-    time."""
-    causal: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
-    if checkpointing:
-        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return causal

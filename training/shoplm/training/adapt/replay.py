@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import torch
 from shoplm.prompt import PromptBuilder
-from transformers import AutoModelForCausalLM
+from shoplm.training.adapt.causal import CPU, load_causal
 
 _BATCH = 24
 _MAX_ANSWER_TOKENS = 72
@@ -31,13 +31,13 @@ def replays_of(
     *,
     seed: int,
     progress: Callable[[int, int], None],
+    device: torch.device = CPU,
 ) -> list[Replay]:
     """The base's answers to `prompts` (temperature 0.8), from `path` where it has them, else written there."""
     if path.exists():
         return msgspec.json.decode(path.read_bytes(), type=list[Replay])
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="sdpa")
-    model.train(False)
+    model = load_causal(base, checkpointing=False).to(device).train(False)
     prefix = builder.prefix(None)
     full = [builder.chat(prefix, [("user", prompt)]) for prompt in prompts]
     order = sorted(range(len(full)), key=lambda index: len(full[index]))  # little padding
@@ -51,8 +51,8 @@ def replays_of(
             ids[at, width - len(tokens) :] = torch.tensor(tokens)
             mask[at, width - len(tokens) :] = 1
         answers = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
             do_sample=True,
             temperature=0.8,
             max_new_tokens=_MAX_ANSWER_TOKENS,

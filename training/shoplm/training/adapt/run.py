@@ -16,6 +16,7 @@ from shoplm.model.chat_template import ChatTemplate
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.prompt import PromptBuilder
 from shoplm.retrieval import read_knowledge
+from shoplm.training.adapt.causal import CPU
 from shoplm.training.adapt.conversations import FactWriter, talk_prompts
 from shoplm.training.adapt.kept import (
     TALK_PROMPTS,
@@ -49,6 +50,7 @@ class AdaptRequest:
     rank: int | None  # of the adapter; None: all layers of the base are trained
     checkpointing: bool
     seed: int
+    device: torch.device = CPU
 
 
 class AdaptRun:
@@ -98,8 +100,8 @@ class AdaptRun:
         texts = [self._tokenizer.encode(text) for text in token_texts(self._catalog)]
         common = (self._base.folder, texts, rows, repeat_weight, horizons)
         if request.rank is None:
-            return TunedModel(*common, checkpointing=request.checkpointing)
-        return AdaptedModel(*common, request.rank, checkpointing=request.checkpointing)
+            return TunedModel(*common, checkpointing=request.checkpointing, device=request.device)
+        return AdaptedModel(*common, request.rank, checkpointing=request.checkpointing, device=request.device)
 
     @property
     def saved_as(self) -> str:
@@ -129,7 +131,7 @@ class AdaptRun:
     def _held_out(self, name: str, part: int) -> list[Replay]:
         path, seed = self._request.out / name, self._request.seed
         parts = (self._catalog, self._base, self._builder, self._tokenizer, seed, self._watch)
-        return held_out(path, *parts, part=part)
+        return held_out(path, *parts, part=part, device=self._request.device)
 
     def _answers(self, name: str, count: int, seed: int) -> list[Replay]:
         prompts = talk_prompts(self._catalog, count, np.random.default_rng(seed))
@@ -142,6 +144,7 @@ class AdaptRun:
             ends,
             seed=seed,
             progress=lambda done, total: self._watch.advance(f"the base's answers for {name}", done, total),
+            device=self._request.device,
         )
 
 

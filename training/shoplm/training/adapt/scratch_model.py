@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from shoplm.model.origin import Origin
+from shoplm.training.adapt.causal import CPU
 from shoplm.training.adapt.model import JointModel
 from shoplm.training.adapt.saved_base import saved_base
 from shoplm.training.ranker import CountPrior
@@ -56,6 +57,7 @@ class ScratchModel(JointModel):
         prior: CountPrior,
         horizons: int,
         dtype: torch.dtype,
+        device: torch.device = CPU,
     ) -> None:
         """`tokenizer` is a folder with the tokenizer's files; `item_types` [items] are product types: items of one type
         start near each other. Draws from torch's global generator."""
@@ -72,8 +74,8 @@ class ScratchModel(JointModel):
         )
         causal: Any = LlamaForCausalLM(config)
         causal.set_attn_implementation("sdpa")
-        causal.to(dtype)
-        table = nn.Parameter(_first_rows(text_size, item_types, type_count, size.hidden_size).to(dtype))
+        causal.to(device, dtype)
+        table = nn.Parameter(_first_rows(text_size, item_types, type_count, size.hidden_size).to(device, dtype))
         super().__init__(causal.model, table, prior.bias, prior.repeat_weight, horizons)
         self.table = table
         self.layers, self.norm = causal.model.layers, causal.model.norm
@@ -90,7 +92,7 @@ class ScratchModel(JointModel):
 
     def save(self, folder: Path) -> None:
         """A base for the server, and beside it the rows of the shop's tokens."""
-        causal, rows = self._causal[0], self.table.detach()
+        causal, rows = self._causal[0], self.table.detach().cpu()
         causal.get_input_embeddings().weight.data.copy_(rows[: self._text_size])
         with saved_base(folder, self.origin) as partial:
             causal.save_pretrained(str(partial))

@@ -247,9 +247,9 @@ class JointTrainer:
                 behaviour(history, moment, longest, shop.items.row_prices).delay_days
                 for moment in table.moment[heads].tolist()
             ]
-            wanted = torch.tensor([[delay < horizon for horizon in shop.timeline.horizons] for delay in delays])
+            wanted = [[float(delay < horizon) for horizon in shop.timeline.horizons] for delay in delays]
             logits = self.model.purchase_logits(hidden[torch.from_numpy(heads)])
-            loss = functional.binary_cross_entropy_with_logits(logits, wanted.float())
+            loss = functional.binary_cross_entropy_with_logits(logits, torch.tensor(wanted, device=hidden.device))
             parts.append(self.settings.behaviour_weight * losses.add("purchase", loss))
         return parts
 
@@ -258,7 +258,7 @@ class JointTrainer:
         assert isinstance(self.model, TalkingModel)
         logits = self.model.text_logits(states)
         if not talk:
-            return losses.add("fact", functional.cross_entropy(logits, torch.tensor(chat.answer)))
+            return losses.add("fact", functional.cross_entropy(logits, torch.tensor(chat.answer, device=logits.device)))
         with torch.no_grad():
             teacher = self.model.answer_logits(self._builder.prefix(None).tokens, chat, adapted=False)
             target = teacher.log_softmax(-1)
@@ -289,7 +289,7 @@ class JointTrainer:
         path = self._folder / "checkpoint.pt"
         if not path.exists():
             return 0
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if state["steps"] != self.settings.steps:
             raise ConfigurationError(
                 f"{path} is of a run of {state['steps']} steps, not {self.settings.steps}: change --steps or --out"

@@ -53,7 +53,7 @@ class BasketValidation:
             inputs = pass_inputs(prefix, [Branch(len(prefix), suffix)])
             states.append(model.hidden(inputs)[-1])
         model.train()
-        logits = model.item_logits(torch.stack(states)) if states else None
+        logits = model.item_logits(torch.stack(states)).cpu() if states else None
         repeat = float(model.repeat_weight)
         tried = (Weights(1.0, repeat * factor, 0.0, self._decay_days) for factor in _REPEAT_FACTORS)
         return max(self._window.ndcg(weights, logits) for weights in tried)
