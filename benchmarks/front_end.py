@@ -9,11 +9,12 @@ between the two, and the medians of the ratios are reported, because machines ha
 
     unary       Predict of a demo customer, `--concurrency` calls at once: calls per second
     streamed    Chat, as many answers at once: tokens per second. The bare server sends a message per token; ours
-                sends tokens together that came while a message was under way: `messages_per_token` says how often.
-                The engine's steps of a millisecond bound 32 answers to fewer tokens than a bare server can send
+                sends tokens together that came while a message was under way: `messages_per_token` says how often
     latency     open loop at half of our unary rate, the same for both: percentiles of either, and `added`, by how much
-                ours are later, in ms; medians over the rounds, whose order alternates. Our calls wait for the engine's
-                step under way and for their own: a millisecond and a half on average, and two at the most, is that
+                ours are later, in ms; medians over the rounds, whose order alternates
+
+The engine's steps take no time unless `--step-milliseconds` says so. With a millisecond each, a call waits for the step
+under way and for its own: a millisecond and a half on average and two at the most of what is added is that.
 
 `cpu_microseconds` are spent per call or token, by process: where client, server and engine share the cores, their sum
 is what bounds the rate.
@@ -88,7 +89,8 @@ class NullBackend:
         return self.lane_count
 
     def submit(self, batch: Batch) -> Finished:
-        time.sleep(self._step_seconds)
+        if self._step_seconds:
+            time.sleep(self._step_seconds)
         return Finished(StepResult(tuple(map(_answer, batch.rows)), self._step_seconds))
 
     def close(self) -> None:
@@ -107,7 +109,7 @@ def _answer(row: Row) -> RowOutput:
 class NullEngine(ProcessEngineClient):
     """The engine's process, with this file's backend in it."""
 
-    program = (sys.executable, str(Path(__file__).resolve()), "engine")
+    program: tuple[str, ...]
 
 
 async def serve_echo(reply: bytes, delta: bytes, summary: bytes) -> None:
@@ -328,12 +330,12 @@ def _null_engine(config: ServerConfig, base: Base) -> NullEngine:
 
 def main() -> int:
     if sys.argv[1:2] == ["engine"]:
-        connection = socket.socket(fileno=int(sys.argv[2]))
-        spec = msgspec.json.decode(sys.argv[3], type=EngineSpec)
-        # An engine's steps take a while; none at all would make a message of every single answer.
-        return run_engine(connection, spec, lambda spec: NullBackend(spec, 0.001))
+        step_seconds, connection = 1e-3 * float(sys.argv[2]), socket.socket(fileno=int(sys.argv[3]))
+        spec = msgspec.json.decode(sys.argv[4], type=EngineSpec)
+        return run_engine(connection, spec, lambda spec: NullBackend(spec, step_seconds))
     if sys.argv[1:2] == ["serve"]:
-        return uvloop.run(serve(load_config(sys.argv[2:]), _null_engine))
+        NullEngine.program = (sys.executable, str(Path(__file__).resolve()), "engine", sys.argv[2])
+        return uvloop.run(serve(load_config(sys.argv[3:]), _null_engine))
     if sys.argv[1:2] == ["echo"]:
         uvloop.run(serve_echo(*map(bytes.fromhex, sys.argv[2:5])))
         return 0
@@ -342,9 +344,10 @@ def main() -> int:
     parser.add_argument("--base")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--step-milliseconds", type=float, default=0.0, help="of the engine that computes nothing")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/front-end.json"))
     arguments = parser.parse_args()
-    flags = ["--bundle", arguments.bundle, "--port", "0", "--metrics-port", "0"]
+    flags = [str(arguments.step_milliseconds), "--bundle", arguments.bundle, "--port", "0", "--metrics-port", "0"]
     flags += [] if arguments.base is None else ["--base", arguments.base]
     before, ours = machine(), Subject("serve", flags)
     gc.freeze()  # what was imported: the client's own collections are in neither's latencies then
@@ -352,7 +355,7 @@ def main() -> int:
         report = uvloop.run(measure(ours, arguments.rounds, arguments.concurrency))
     finally:
         ours.close()
-    settings = {"rounds": arguments.rounds, "concurrency": arguments.concurrency}
+    settings = {name: vars(arguments)[name] for name in ("rounds", "concurrency", "step_milliseconds")}
     write_json_of({"settings": settings, **report}, before, arguments.out)
     print(json.dumps(report, indent=2))
     return 0
