@@ -109,8 +109,6 @@ def _answer(row: Row) -> RowOutput:
 class NullEngine(ProcessEngineClient):
     """The engine's process, with this file's backend in it."""
 
-    program: tuple[str, ...]
-
 
 async def serve_echo(reply: bytes, delta: bytes, summary: bytes) -> None:
     """A bare grpc.aio server on any free port, which it prints. It sends these messages, whatever it is asked."""

@@ -10,7 +10,6 @@ from shoplm.errors import ConfigurationError
 from transformers import AutoModelForCausalLM
 
 CPU = torch.device("cpu")
-DEVICE_TYPES = ("cpu", "cuda")
 
 
 def training_device(name: str) -> torch.device:
@@ -22,7 +21,7 @@ def training_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in DEVICE_TYPES:
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ConfigurationError(f"--device {name}: not auto, cpu, cuda or one GPU as cuda:0")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= found:
