@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -218,6 +219,26 @@ def test_without_a_token_only_health_answers(serve_scripted: Serve) -> None:
     for token in ("one", "two"):
         metadata = (("authorization", f"Bearer {token}"),)
         assert scripted.server.recommendation.Recommend(RECOMMEND, metadata=metadata).items
+
+
+def test_nothing_is_read_of_a_stranger(serve_scripted: Serve) -> None:
+    """Who is refused while the message is still to come has not had it read: a call of a kind that never sends it."""
+    scripted = serve_scripted("--auth-tokens", "one")
+    silence = threading.Event()
+
+    def never() -> Iterator[bytes]:
+        silence.wait(TIMEOUT_SECONDS)
+        yield from ()
+
+    try:
+        for path in ("/shoplm.v1.RecommendationService/Recommend", "/shoplm.v1.ChatService/Chat"):
+            call = scripted.server.channel.stream_stream(path, None, None)
+            failed = failure(lambda: list(call(never(), timeout=TIMEOUT_SECONDS)))  # noqa: B023
+            assert failed.code() is grpc.StatusCode.UNAUTHENTICATED
+    finally:
+        silence.set()
+    labels = {"service": "recommendation", "reason": "UNAUTHENTICATED"}
+    assert sample(scripted, "shoplm_refusals_total", **labels) == 1
 
 
 def test_reflection_describes_all_services(scripted_shop: Scripted) -> None:

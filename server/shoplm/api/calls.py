@@ -64,6 +64,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         self._max_message_bytes = max_message_bytes
         self._tenant_key = tenant_key
         self._handlers: dict[str, Handler] = {}
+        self._refusals: dict[str, Handler] = {}  # of calls without a token
         self._counts = {
             method: metrics.calls.method(method.label, method.grpc_type, method.grpc_service, method.name)
             for method in METHODS.values()
@@ -90,6 +91,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             path = f"/{service}/{name}"
             method = METHODS.get(path)
             self._handlers[path] = handler if method is None else self._wrap(method, handler)
+            self._refusals[path] = self._refusal(method)
 
     def add_generic_rpc_handlers(self, handlers: object) -> None:
         """Generated code says it again."""
@@ -97,11 +99,9 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     def service(self, handler_call_details: Any) -> Handler | None:
         path: str = handler_call_details.method
         handler = self._handlers.get(path)
-        if handler is None or path in METHODS or path.startswith(_HEALTH):
+        if handler is None or not self._tokens or path.startswith(_HEALTH):
             return handler
-        if not self._tokens or self._authorized(handler_call_details.invocation_metadata or ()):
-            return handler
-        return _refusing(handler, status_of(_unauthenticated()))
+        return handler if self._authorized(handler_call_details.invocation_metadata or ()) else self._refusals[path]
 
     def _wrap(self, method: Method, handler: Handler) -> Handler:
         counts = self._counts[method]
@@ -131,6 +131,21 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             return response
 
         return grpc.unary_unary_rpc_method_handler(serve_unary, None, handler.response_serializer)
+
+    def _refusal(self, method: Method | None) -> Handler:
+        """Of a kind for which gRPC reads no message before the handler asks for it: a stranger's are not read."""
+        error = UnauthenticatedError("send a valid token in the metadata: authorization: Bearer <token>")
+
+        async def refuse(_: object, context: Context) -> None:
+            async def body(_: _Call) -> None:
+                raise error
+
+            if method is None:
+                await _abort(context, status_of(error), _request_id(context.invocation_metadata() or ()))
+            else:
+                await self._serve(method, self._counts[method], context, body)
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
     async def _serve(
         self, method: Method, counts: MethodCounts, context: Context, body: Callable[[_Call], Awaitable[Any]]
@@ -169,8 +184,6 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     def _admit(self, metadata: Metadata) -> None:
         if self.draining:
             raise EngineUnavailableError("the server is shutting down", retry_seconds=_RETRY_SECONDS)
-        if self._tokens and not self._authorized(metadata):
-            raise _unauthenticated()
         if self.in_flight > self._max_calls:
             raise OverloadedError(
                 f"{self._max_calls} calls are in flight, more are not taken (max_concurrent_calls)",
@@ -276,24 +289,5 @@ def _request_id(metadata: Metadata) -> str:
     return f"{random.getrandbits(64):016x}"
 
 
-def _unauthenticated() -> UnauthenticatedError:
-    return UnauthenticatedError("send a valid token in the metadata: authorization: Bearer <token>")
-
-
 async def _abort(context: Context, status: CallStatus, identifier: str) -> None:
     await context.abort(status.code, status.message, status.trailers((REQUEST_ID_KEY, identifier)))
-
-
-def _refusing(handler: Handler, status: CallStatus) -> Handler:
-    """A handler of the same kind that refuses."""
-
-    async def refuse(_: Any, context: Context) -> None:
-        await _abort(context, status, _request_id(context.invocation_metadata() or ()))
-
-    if handler.request_streaming and handler.response_streaming:
-        return grpc.stream_stream_rpc_method_handler(refuse)
-    if handler.response_streaming:
-        return grpc.unary_stream_rpc_method_handler(refuse)
-    if handler.request_streaming:
-        return grpc.stream_unary_rpc_method_handler(refuse)
-    return grpc.unary_unary_rpc_method_handler(refuse)
