@@ -179,9 +179,10 @@ def swiglu(model: ModelShape, tokens: int) -> Work:
 
 
 def weight_only(outputs: int, inputs: int, rows: int, bits: int) -> Work:
-    """The weight in 8 bits with a scale per output, or in 4 with one per 64 inputs; x read, output written."""
-    scales = 4 * outputs * (1 if bits == 8 else inputs // 64)
-    return Work(outputs * inputs * bits // 8 + scales + 2 * rows * (inputs + outputs), 2 * rows * outputs * inputs)
+    """The weight in 8 bits with a scale of 4 bytes per output, or in 4 with a scale and a low of 2 bytes each per 32
+    inputs; x read, output written."""
+    tables = 4 * outputs * (1 if bits == 8 else inputs // 32)
+    return Work(outputs * inputs * bits // 8 + tables + 2 * rows * (inputs + outputs), 2 * rows * outputs * inputs)
 
 
 def beam_step(groups: int, live: int, children: int, select: int, *, filtered: bool = True) -> Work:

@@ -9,7 +9,7 @@ customers.parquet    demo customers' events: customer_id, item_id, type, time, q
 card.md              data, splits, metrics beside baselines, limits
 report.html          the card's numbers as charts, where the bundle was written by a version that makes it
 metrics.json         the card's numbers as data
-adapter_*            where the base was adapted: a LoRA adapter in PEFT's format, merged when the base is loaded
+adapter_*            where the base was adapted: a LoRA adapter in PEFT's format
 base/                where the base was trained for this shop alone: a Hugging Face folder, known by its fingerprint
 knowledge/*.md       the shop's own texts for chat
 """

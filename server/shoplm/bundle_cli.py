@@ -63,7 +63,7 @@ def _facts(folder: Path, manifest: ShopManifest) -> list[tuple[str, str]]:
         ("format, features", f"{manifest.format}, {manifest.feature_version}"),
         ("trained until", manifest.trained_until),
         ("base", f"{manifest.base.name} ({manifest.base.fingerprint[:12]})"),
-        ("adapter", "yes, merged when the base is loaded" if manifest.has_adapter else "none"),
+        ("adapter", "yes" if manifest.has_adapter else "none"),
         ("items, product types", f"{items}, {manifest.type_count:,}"),
         ("score", score.formula),
         ("history", f"{prompt.history_budget_tokens} tokens, dropped in blocks of {prompt.history_block_tokens}"),

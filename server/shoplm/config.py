@@ -79,8 +79,11 @@ class ServerConfig(BaseSettings):
     # What is served
     base: str | None = Field(None, description="base model: folder, GGUF file or hub id; unset: the packaged default")
     bundle: Path | None = Field(None, description="bundle folder of the shop; unset: chat only")
-    adapter: Path | None = Field(
-        None, description="LoRA adapter in PEFT's format for a base without a bundle; merged at load"
+    adapter: Path | None = Field(None, description="LoRA adapter in PEFT's format for a base without a bundle")
+    adapter_mode: Literal["auto", "merged", "apart"] = Field(
+        "auto",
+        description="an adapter, the bundle's too, is added to the weights as they are loaded, or kept apart as "
+        "products of its own; auto: apart where weights are int4, which would round it away, else merged",
     )
     verify_bundle: bool = Field(True, description="compare the bundle's files with their SHA-256 at start")
 
@@ -263,6 +266,7 @@ class ServerConfig(BaseSettings):
             base_folder=str(base_folder),
             bundle_folder=None if self.bundle is None else str(self.bundle),
             adapter_folder=None if self.adapter is None else str(self.adapter),
+            adapter_mode=self.adapter_mode,
             backend=self.backend,
             dtype=self.dtype,
             threads=self.threads,

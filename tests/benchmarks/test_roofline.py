@@ -71,9 +71,9 @@ def test_elementwise_ops() -> None:
     assert roofline.forks(QWEN, 2, 8, 1000).tensor_flops == 2 * 4 * 8 * 1000 * 128 * 16
     # Keys 4096 x 2048 bytes, q 4096, log-sum-exps 64, two spans of 8 + 32 bytes.
     assert roofline.span_mass(QWEN, 1, 4096, 2).bytes == 8_388_608 + 4096 + 64 + 80
-    # 12,288 x 2048 weights of one or half a byte, 12,288 scales or 32 times as many, 64 x (2048 + 12,288) x 2.
+    # 12,288 x 2048 weights of one or half a byte, 12,288 scales or 64 times as many pairs, 64 x (2048 + 12,288) x 2.
     assert roofline.weight_only(12_288, 2048, 64, 8).bytes == 25_165_824 + 49_152 + 1_835_008
-    assert roofline.weight_only(12_288, 2048, 64, 4).bytes == 12_582_912 + 1_572_864 + 1_835_008
+    assert roofline.weight_only(12_288, 2048, 64, 4).bytes == 12_582_912 + 3_145_728 + 1_835_008
 
 
 def test_the_floor_is_the_largest_of_the_three() -> None:

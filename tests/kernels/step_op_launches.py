@@ -45,9 +45,7 @@ def swiglu_call(tokens: int, features: int) -> Call:
 
 
 def weight_only_call(rows: int, outputs: int, inputs: int, bits: int) -> Call:
-    packed, groups = (torch.int8, 1) if bits == 8 else (torch.uint8, inputs // weight_only_op.GROUP)
-    values = torch.zeros(outputs, inputs * bits // 8, dtype=packed)
-    weight = weight_only_op.QuantisedWeight(values, torch.zeros(outputs, groups))
+    weight = weight_only_op.quantise(torch.zeros(outputs, inputs), bits)
     x, out = torch.zeros(rows, inputs, dtype=BF16), torch.zeros(rows, outputs, dtype=BF16)
     return lambda: weight_only_op.weight_only(x, weight, out=out)
 

@@ -60,6 +60,16 @@ def test_mixed_steps_of_all_services_equal_the_torch_backend(traits: bool) -> No
         assert_same(output, answer)
 
 
+def test_an_adapter_apart_equals_a_merged_one() -> None:
+    reference, backend = backends(traits=True, adapted=True)
+    jobs = [work()[1], work()[4], *chats(Sampling())]
+    plain = run(backends(traits=True)[0], 15, jobs)[1]
+    expected, found = (run(each, 15, jobs)[1] for each in (reference, backend))
+    assert expected[2] != plain[2]
+    for one, other in zip(expected, found, strict=True):
+        assert_same(one, other)
+
+
 def test_a_seed_gives_the_same_tokens_in_every_run() -> None:
     """Beside other rows and alone, on a fresh backend: settings and seed decide, and both do."""
     _, backend = backends(traits=False, layers=1)

@@ -34,6 +34,7 @@ from shoplm.request import (
     SelectOutput,
     Task,
 )
+from toy_adapter import with_adapter
 
 HIDDEN, MIDDLE, VOCABULARY, HEAD_DIM, QUERY_HEADS = 48, 80, 96, 64, 2
 ITEMS, FEATURES = 40, 3
@@ -191,21 +192,24 @@ def run(backend: Backend, chunk_tokens: int, jobs: Sequence[tuple[list[int], Tas
     return recorder, runner.run(jobs)
 
 
-def backends(*, traits: bool, layers: int = 2, **options: Any) -> tuple[TorchBackend, TritonBackend]:
+def backends(
+    *, traits: bool, layers: int = 2, adapted: bool = False, **options: Any
+) -> tuple[TorchBackend, TritonBackend]:
     """Both on the same weights and with the same `kv_format`; slots that nothing was written to read as NaN. `options`
-    are the Triton backend's.
+    are the Triton backend's. `adapted`: with an adapter, which the torch backend has merged, the Triton one apart.
 
     Interpreting takes as long as there are layers: one does where a test is not about the layers.
     """
     torch.manual_seed(20240607)
     config = toy_config(traits=traits, layers=layers)
     weights, shop, tries = toy_weights(config), toy_shop(), [toy_trie()]
+    apart, merged = with_adapter(weights) if adapted else (weights, weights)
     reference = TorchBackend(
-        config, weights, shop, tries, pages=PAGES, page_size=PAGE_SIZE, state_slots=STATE_SLOTS,
+        config, merged, shop, tries, pages=PAGES, page_size=PAGE_SIZE, state_slots=STATE_SLOTS,
         kv_format=options.get("kv_format", "model"),
     )  # fmt: skip
     backend = TritonBackend(
-        config, weights, shop, tries, pages=PAGES, page_size=PAGE_SIZE, state_slots=STATE_SLOTS, max_beam_tokens=32,
+        config, apart, shop, tries, pages=PAGES, page_size=PAGE_SIZE, state_slots=STATE_SLOTS, max_beam_tokens=32,
         **{"device": "cpu", **options},
     )  # fmt: skip
     for kv in backend.pool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from shoplm.model.native.library import InstructionSet, NativeLibrary
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 Emulate = Callable[[InstructionSet], NativeLibrary]

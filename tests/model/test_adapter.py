@@ -1,4 +1,4 @@
-"""An adapter that PEFT saved, merged at load, equals PEFT's own merge; one that does not fit is refused by name."""
+"""An adapter that PEFT saved, merged at load or kept apart, equals PEFT's merge; one that does not fit is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from shoplm.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from shoplm.engine.load import load_backend
+from shoplm.engine.load import load_backend, load_tensors
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import BaseModelError
 from shoplm.model.adapter import read_adapter
@@ -45,22 +45,30 @@ def save_adapter(base: Path, folder: Path, **options: Any) -> Any:
     ],
     ids=["all", "rank-stabilised", "patterns", "two"],
 )
-def test_equals_peft(tiny_model: Callable[[str], Path], tmp_path: Path, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("apart", [False, True], ids=["merged", "apart"])
+def test_equals_peft(tiny_model: Callable[[str], Path], tmp_path: Path, options: dict[str, Any], apart: bool) -> None:
     folder = tiny_model("qwen3")
     merged = save_adapter(folder, tmp_path, **options).merge_and_unload().state_dict()
-    weights = load_weights(folder, ModelConfig.from_folder(folder), adapter=read_adapter(tmp_path))
-    plain = load_weights(folder, ModelConfig.from_folder(folder))
-    for index, layer in enumerate(weights.layers):
+    config = ModelConfig.from_folder(folder)
+    weights = load_weights(folder, config, adapter=read_adapter(tmp_path), apart=apart)
+    plain = load_weights(folder, config)
+    for index, (layer, unchanged) in enumerate(zip(weights.layers, plain.layers, strict=True)):
         prefix = f"model.layers.{index}."
-        for ours, *names in (
-            (layer.qkv, *(f"self_attn.{part}_proj" for part in "qkv")),
-            (layer.output, "self_attn.o_proj"),
-            (layer.gate_up, "mlp.gate_proj", "mlp.up_proj"),
-            (layer.down, "mlp.down_proj"),
+        for name, *modules in (
+            ("qkv", *(f"self_attn.{part}_proj" for part in "qkv")),
+            ("output", "self_attn.o_proj"),
+            ("gate_up", "mlp.gate_proj", "mlp.up_proj"),
+            ("down", "mlp.down_proj"),
         ):
-            expected = torch.cat([merged[f"{prefix}{name}.weight"] for name in names])
+            ours, path = getattr(layer, name), layer.paths.get(name)
+            expected = torch.cat([merged[f"{prefix}{module}.weight"] for module in modules])
+            if apart:
+                assert torch.equal(ours, getattr(unchanged, name))
+            if path is not None:
+                ours = ours + path.up @ path.down
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(weights.layers[0].qkv, plain.layers[0].qkv, atol=1e-3)
+        assert bool(layer.paths) == apart
+        assert apart or not torch.allclose(layer.qkv, unchanged.qkv, atol=1e-3)
 
 
 def _config(change: dict[str, Any]) -> Callable[[Path], None]:
@@ -83,6 +91,7 @@ def _tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[P
 _KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["merged", "apart"])
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -107,13 +116,33 @@ _KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     ],
 )
 def test_refused(
-    tiny_model: Callable[[str], Path], tmp_path: Path, edit: Callable[[Path], object], message: str
+    tiny_model: Callable[[str], Path], tmp_path: Path, edit: Callable[[Path], object], message: str, apart: bool
 ) -> None:
     folder = tiny_model("qwen3")
     save_adapter(folder, tmp_path)
     edit(tmp_path)
     with pytest.raises(BaseModelError, match=message):
-        load_weights(folder, ModelConfig.from_folder(folder), adapter=read_adapter(tmp_path))
+        load_weights(folder, ModelConfig.from_folder(folder), adapter=read_adapter(tmp_path), apart=apart)
+
+
+@pytest.mark.parametrize(
+    ("mode", "weight_format", "apart"),
+    [
+        ("auto", "model", False),
+        ("auto", "int8", False),
+        ("auto", "int4", True),
+        ("apart", "model", True),
+        ("merged", "int4", False),
+    ],
+)
+def test_the_mode_and_the_format_say_where_an_adapter_goes(
+    tiny_model: Callable[[str], Path], tmp_path: Path, mode: str, weight_format: str, apart: bool
+) -> None:
+    folder = tiny_model("llama")
+    save_adapter(folder, tmp_path)
+    spec = EngineSpec(str(folder), None, str(tmp_path), adapter_mode=mode, weight_format=weight_format)
+    weights, _ = load_tensors(spec, ModelConfig.from_folder(folder))
+    assert [bool(layer.paths) for layer in weights.layers] == [apart] * 3
 
 
 def test_an_engine_merges_the_adapter_of_its_spec(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

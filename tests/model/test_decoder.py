@@ -16,6 +16,7 @@ from shoplm.model.kv_pool import KVPool
 from shoplm.model.linear import Linear, packing_supported
 from shoplm.model.weights import load_weights
 from torch.nn import functional
+from toy_adapter import with_adapter
 from transformers import AutoModelForCausalLM
 
 TinyModel = Callable[[str], Path]
@@ -74,6 +75,19 @@ def test_hidden_states_equal_transformers(tiny_model: TinyModel, family: str, le
         torch.testing.assert_close(chosen, expected[some], atol=2e-4, rtol=2e-4)
         nothing = decoder.forward(inputs_of(batch, config, pool, []), pool)
     assert nothing.shape == (0, config.hidden_size)
+
+
+def test_an_adapter_apart_equals_a_merged_one(tiny_model: TinyModel, family: str) -> None:
+    folder = tiny_model(family)
+    config = ModelConfig.from_folder(folder)
+    tokens, states = list(range(5, 35)), []
+    for weights in with_adapter(load_weights(folder, config)):
+        decoder, pool = Decoder(config, weights, None, 256), new_pool(config)
+        with torch.inference_mode():
+            states.append(
+                decoder.forward(inputs_of(one_row(tokens, list(range(8))), config, pool, list(range(30))), pool)
+            )
+    torch.testing.assert_close(*states, atol=2e-4, rtol=2e-4)
 
 
 def test_a_step_writes_its_slots_and_no_others(tiny_model: TinyModel, family: str) -> None:

@@ -17,6 +17,7 @@ from shoplm.model.native.linear import WeightFormat
 from shoplm.model.shop_weights import ShopWeights, random_trie
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.request import Embed, Explain, Generate, ItemScores, Sampling, Select, SelectOutput, Task
+from toy_adapter import with_adapter
 from toy_decoder import CONFIG, make, prompts, random_weights, tries
 
 
@@ -52,6 +53,22 @@ def test_integer_states_follow_fp32(library: NativeLibrary, format: WeightFormat
     states = DirectRunner(make(library, format=format)).run([(prompt, Embed()) for prompt in prompts()])
     errors = relative_errors(states, reference_states())
     assert 0.002 < errors.max() < most
+
+
+@pytest.mark.parametrize(
+    ("format", "most"), [(WeightFormat.BF16, 0.02), (WeightFormat.INT8, 0.08), (WeightFormat.INT4, 0.5)]
+)
+def test_an_adapter_apart_follows_a_merged_one_in_fp32(
+    library: NativeLibrary, format: WeightFormat, most: float
+) -> None:
+    apart, merged = with_adapter(random_weights())
+    work: list[tuple[list[int], Task]] = [(prompt, Embed()) for prompt in prompts()]
+    expected = np.array(DirectRunner(TorchBackend(CONFIG, merged, pages=64, state_slots=8)).run(work))
+    backend = NativeBackend(CONFIG, apart, pages=128, format=format, library=library)
+    for chunk_tokens in (2048, 13):
+        states = DirectRunner(backend, chunk_tokens=chunk_tokens).run(work)
+        assert relative_errors(states, expected).max() < most
+    assert relative_errors(list(reference_states()), expected).min() > 0.6  # the adapter is not a small part of it
 
 
 @pytest.mark.parametrize("format", WeightFormat)

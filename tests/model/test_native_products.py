@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from native_forms import real_library
+from shoplm.model.adapter import LowRankPath
 from shoplm.model.native.library import InstructionSet, NativeLibrary
 from shoplm.model.native.linear import GROUP, PackedLinear, WeightFormat
 from shoplm.model.native.memory import WeightMemory
@@ -77,3 +78,23 @@ def test_weights_lie_behind_each_other_in_memory_of_their_own() -> None:
         assert torch.equal(one, other)
     assert kept[0].data_ptr() % (2 << 20) == 0
     assert kept[1].data_ptr() == kept[0].data_ptr() + 256
+
+
+@pytest.mark.parametrize(
+    ("format", "error"), [(WeightFormat.BF16, 0.005), (WeightFormat.INT8, 0.015), (WeightFormat.INT4, 0.12)]
+)
+@pytest.mark.parametrize(("rows", "rank"), [(1, 4), (17, 48), (100, 70)])
+def test_an_adapter_beside_a_weight_equals_their_sum(
+    library: NativeLibrary, rows: int, rank: int, format: WeightFormat, error: float
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    outputs, inputs = 70, 192
+    weight, bias = torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator)
+    path = LowRankPath(
+        torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator) * rank**-0.5
+    )
+    linear = PackedLinear(library, weight, bias, format=format, path=path)
+    for _ in range(2):  # the second time in memory that the first one has left behind
+        states = torch.randn(rows, inputs, generator=generator).bfloat16()
+        expected = states.float() @ (weight + path.up @ path.down).T + bias
+        assert ((linear(states).float() - expected).norm() / expected.norm()).item() < error

@@ -162,5 +162,5 @@ def _tensors(weights: DecoderWeights) -> list[torch.Tensor]:
     tensors = [weights.embedding, weights.final_norm, weights.lm_head]
     for layer in weights.layers:
         fields = (getattr(layer, name) for name in layer.__slots__)
-        tensors += [tensor for tensor in fields if tensor is not None]
+        tensors += [tensor for tensor in fields if isinstance(tensor, torch.Tensor)]
     return tensors

@@ -22,6 +22,7 @@ def weight_only_kernel(
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ) -> None:
     """Grid (output blocks, row blocks). `x_stride` is in units of 16 elements."""
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -31,30 +32,27 @@ def weight_only_kernel(
     x_rows = x_ptr + (row.to(tl.int64) * (x_stride * 16))[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if BITS == 8:
-        inputs = tl.arange(0, GROUP)
+        inputs = tl.arange(0, BLOCK_K)
         w_rows = w_ptr + output.to(tl.int64)[None, :] * K
-        for start in range(0, K, GROUP):
+        for start in range(0, K, BLOCK_K):
             x = tl.load(x_rows + start + inputs[None, :], mask=in_rows[:, None], other=0.0)
             w = tl.load(w_rows + start + inputs[:, None], mask=in_outputs[None, :], other=0)
             acc = tl.dot(x, w.to(x.dtype), acc, input_precision="ieee")
         acc = acc * tl.load(scale_ptr + output, mask=in_outputs, other=0.0)[None, :]
     else:
-        half: tl.constexpr = GROUP // 2
-        inputs = tl.arange(0, half)
+        inputs = tl.arange(0, GROUP)
         w_rows = w_ptr + output.to(tl.int64)[None, :] * (K // 2)
-        for group in range(K // GROUP):
-            packed = tl.load(w_rows + group * half + inputs[:, None], mask=in_outputs[None, :], other=0)
-            # As signed bytes: a shift to the right repeats the sign.
-            signed = packed.to(tl.int8, bitcast=True)
-            low = (signed << 4) >> 4
-            high = signed >> 4
-            columns = x_rows + group * GROUP + inputs[None, :]
-            x_low = tl.load(columns, mask=in_rows[:, None], other=0.0)
-            x_high = tl.load(columns + half, mask=in_rows[:, None], other=0.0)
-            part = tl.dot(x_low, low.to(x_low.dtype), input_precision="ieee")
-            part = tl.dot(x_high, high.to(x_high.dtype), part, input_precision="ieee")
-            scale = tl.load(scale_ptr + output.to(tl.int64) * (K // GROUP) + group, mask=in_outputs, other=0.0)
-            acc += part * scale[None, :]
+        for pair in range(K // (2 * GROUP)):
+            packed = tl.load(w_rows + pair * GROUP + inputs[:, None], mask=in_outputs[None, :], other=0)
+            columns = x_rows + pair * (2 * GROUP) + inputs[None, :]
+            for part in tl.static_range(2):
+                x = tl.load(columns + part * GROUP, mask=in_rows[:, None], other=0.0)
+                # Two fp16 numbers in a word: 4 bytes are the least that is loaded ahead.
+                both = tl.load(scale_ptr + (2 * pair + part) * N + output, mask=in_outputs, other=0)
+                scale = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                low = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                w = ((packed >> (4 * part)) & 15).to(tl.float32) * scale[None, :] + low[None, :]
+                acc = tl.dot(x, w.to(x.dtype), acc, input_precision="ieee")
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + output, mask=in_outputs, other=0.0).to(tl.float32)[None, :]
     target = out_ptr + row.to(tl.int64)[:, None] * N + output[None, :]

@@ -1,13 +1,14 @@
 """A product with INT8 or INT4 weights and activations as they are, for few rows, where reading the weight is the time.
 
-    y[m, n] = sum_g scale[n, g] * sum_{k in g} x[m, k] * w[n, k]  (+ bias[n])
+    y[m, n] = sum_k x[m, k] * w[n, k]  (+ bias[n]),  w[n, k] = scale[n, k / group] * values[n, k]  (+ low[n, k / group])
 
-INT8 has one scale per output row (one group), INT4 one per row and `GROUP` = 64 inputs: symmetric, rounded to nearest,
-without a correction by calibration. Two INT4 values share a byte: byte j of a group holds input j in its low half and
-input j + 32 in its high half, so that unpacking is two shifts and no shuffle.
+INT8 has one scale per output and no low. INT4 has a scale and a lowest value for each `GROUP` = 32 inputs of an output,
+values from 0 to 15, rounded to nearest without a calibration: the grid of GGUF's Q4_1, whose models it takes as they
+are. Two INT4 values share a byte: of each 64 inputs, byte j holds input j in its low half and input j + 32 in its high
+half, so that unpacking is a shift and no shuffle.
 
-Cost: bound by memory up to a few dozen rows: `n * k` bytes for INT8, `n * k / 2 + n * k / 16` for INT4, read once per
-64 rows. For more rows the caller does better to multiply with the dequantised weight (`dequantise`).
+Cost: bound by memory up to a few dozen rows: `n * k` bytes for INT8, `n * k * 5 / 8` for INT4, read once per 64 rows.
+For more rows the caller does better to multiply with the dequantised weight (`dequantise`).
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from shoplm.kernels._weight_only_kernel import weight_only_kernel
 from shoplm.kernels.aot import AotCell, make_cell, pointer
 from shoplm.kernels.inputs import check_aligned
 
-GROUP = 64  # inputs that share an INT4 scale, and inputs per turn of the kernel's loop
+GROUP = 32  # inputs that share an INT4 scale
+MULTIPLE = 64  # of inputs: two groups share their bytes; also INT8's inputs per turn of the kernel's loop
 MAX_ROWS = 64  # most rows for which the kernel is the better way
 BLOCK_N = 32
 NUM_WARPS, NUM_STAGES = 4, 4
+_LEAST_SCALE = 2.0**-14  # the smallest that fp16 holds with all its digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +39,16 @@ class QuantisedWeight:
     """
 
     values: torch.Tensor  # int8 [n, k], or uint8 [n, k / 2] with two INT4 values a byte
-    scale: torch.Tensor  # fp32 [n, groups]: 1 group for INT8, k / 64 for INT4
+    scale: torch.Tensor  # fp32 [n] for INT8; int32 [k / 32, n] for INT4: words of two fp16, scale and low of a group
 
     def __post_init__(self) -> None:
         device = self.values.device
         check_tensor("values", self.values, (None, None), (torch.int8, torch.uint8), device, contiguous=True)
         check_aligned("values", self.values)
-        if self.inputs % GROUP:
-            raise ValueError(f"the weight has {self.inputs} inputs, expected a multiple of {GROUP}")
-        groups = 1 if self.bits == 8 else self.inputs // GROUP
-        check_tensor("scale", self.scale, (self.outputs, groups), (torch.float32,), device, contiguous=True)
+        if self.inputs % MULTIPLE:
+            raise ValueError(f"the weight has {self.inputs} inputs, expected a multiple of {MULTIPLE}")
+        groups, dtype = ((), torch.float32) if self.bits == 8 else ((self.inputs // GROUP,), torch.int32)
+        check_tensor("scale", self.scale, (*groups, self.outputs), (dtype,), device, contiguous=True)
 
     @property
     def bits(self) -> int:
@@ -68,26 +71,30 @@ def quantise(weight: torch.Tensor, bits: int) -> QuantisedWeight:
     if bits not in (8, 4):
         raise ValueError(f"bits is {bits}, expected 8 or 4")
     outputs, inputs = weight.shape
-    if inputs % GROUP:
-        raise ValueError(f"the weight has {inputs} inputs, expected a multiple of {GROUP}")
-    limit = 2 ** (bits - 1) - 1
-    grouped = weight.float().view(outputs, 1 if bits == 8 else inputs // GROUP, -1)
-    scale = grouped.abs().amax(-1) / limit
-    rounded = torch.round(grouped / torch.where(scale > 0, scale, 1.0)[..., None]).to(torch.int8)
+    if inputs % MULTIPLE:
+        raise ValueError(f"the weight has {inputs} inputs, expected a multiple of {MULTIPLE}")
+    wide = weight.float()
     if bits == 8:
-        return QuantisedWeight(rounded.view(outputs, inputs), scale)
-    low, high = rounded.view(torch.uint8).chunk(2, -1)
-    return QuantisedWeight(((low & 15) | (high << 4)).view(outputs, -1), scale)
+        scale = wide.abs().amax(-1, keepdim=True) / 127
+        rounded = torch.round(wide / torch.where(scale > 0, scale, 1.0)).to(torch.int8)
+        return QuantisedWeight(rounded, scale[:, 0])
+    grouped = wide.view(outputs, -1, GROUP)
+    low = grouped.amin(-1, keepdim=True).half()
+    scale = ((grouped.amax(-1, keepdim=True) - low.float()) / 15).clamp(min=_LEAST_SCALE).half()
+    rounded = torch.round((grouped - low.float()) / scale.float()).clamp(0, 15).to(torch.uint8)
+    first, second = rounded.view(outputs, -1, 2, GROUP).unbind(2)
+    words = torch.cat((scale, low), -1).transpose(0, 1).contiguous().view(torch.int32)
+    return QuantisedWeight((first | (second << 4)).view(outputs, -1), words[..., 0])
 
 
 def dequantise(weight: QuantisedWeight, dtype: torch.dtype) -> torch.Tensor:
     """[n, k] of `dtype`."""
     if weight.bits == 8:
-        return (weight.values.float() * weight.scale).to(dtype)
-    packed = weight.values.view(weight.outputs, -1, GROUP // 2).view(torch.int8)
-    low, high = (packed << 4) >> 4, packed >> 4
-    values = torch.cat((low, high), -1).float() * weight.scale[..., None]
-    return values.view(weight.outputs, weight.inputs).to(dtype)
+        return (weight.values.float() * weight.scale[:, None]).to(dtype)
+    packed = weight.values.view(weight.outputs, -1, GROUP)
+    grouped = torch.stack((packed & 15, packed >> 4), 2).view(weight.outputs, -1, GROUP).float()
+    scale, low = weight.scale.t()[..., None].view(torch.float16).float().chunk(2, -1)
+    return (grouped * scale + low).view(weight.outputs, weight.inputs).to(dtype)
 
 
 def weight_only(
@@ -134,6 +141,7 @@ def weight_only(
         GROUP=GROUP,
         BLOCK_M=block_m,
         BLOCK_N=BLOCK_N,
+        BLOCK_K=MULTIPLE,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )
@@ -153,14 +161,14 @@ def aot_cells(arch: int, *, full: bool = False) -> list[AotCell]:
 
 def _cell(arch: int, outputs: int, inputs: int, bits: int, block_m: int) -> AotCell:
     element = pointer(torch.bfloat16)
-    types = {"x_ptr": element, "bias_ptr": element, "out_ptr": element, "scale_ptr": "*fp32"}
-    types |= {"w_ptr": "*i8" if bits == 8 else "*u8", "rows": "i32", "x_stride": "i32"}
+    types = {"x_ptr": element, "bias_ptr": element, "out_ptr": element, "rows": "i32", "x_stride": "i32"}
+    types |= {"w_ptr": "*i8", "scale_ptr": "*fp32"} if bits == 8 else {"w_ptr": "*u8", "scale_ptr": "*i32"}
     constants: dict[str, object] = {"N": outputs, "K": inputs, "BITS": bits, "GROUP": GROUP, "BLOCK_M": block_m}
     return make_cell(
         "weight_only",
         weight_only_kernel,
         types,
-        constants | {"BLOCK_N": BLOCK_N, "bias_ptr": None},
+        constants | {"BLOCK_N": BLOCK_N, "BLOCK_K": MULTIPLE, "bias_ptr": None},
         aligned=("x_ptr", "out_ptr", "scale_ptr", "w_ptr"),
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,

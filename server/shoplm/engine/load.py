@@ -15,7 +15,7 @@ from shoplm.catalog.items import Catalog, read_catalog
 from shoplm.engine.cpu import cpu_backend
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import BundleError, ConfigurationError
-from shoplm.model.adapter import Adapter, read_adapter
+from shoplm.model.adapter import Adapter, keeps_apart, read_adapter
 from shoplm.model.backend import Backend
 from shoplm.model.config import ModelConfig
 from shoplm.model.gpu import check_device, kv_page_bytes
@@ -96,9 +96,10 @@ def served_weight_format(spec: EngineSpec, config: ModelConfig) -> str:
 
 
 def load_tensors(spec: EngineSpec, config: ModelConfig) -> tuple[DecoderWeights, ShopWeights | None]:
-    """The base's weights, merged with the adapter, and the bundle's."""
+    """The base's weights, with the adapter, and the bundle's."""
     folder = Path(spec.base_folder)
-    weights = load_weights(folder, config, _DTYPES[spec.dtype], adapter=_adapter(spec))
+    apart = keeps_apart(spec.weight_format) if spec.adapter_mode == "auto" else spec.adapter_mode == "apart"
+    weights = load_weights(folder, config, _DTYPES[spec.dtype], adapter=_adapter(spec), apart=apart)
     shop = None if spec.bundle_folder is None else _shop(Path(spec.bundle_folder), folder, weights.embedding)
     return weights, shop
 

@@ -21,6 +21,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
     base_folder: str
     bundle_folder: str | None = None
     adapter_folder: str | None = None  # of the base; None: the bundle's, if it has one
+    adapter_mode: str = "auto"  # merged, apart, or auto: apart where weights are int4
     backend: str = "torch"  # or triton
     dtype: str = "bfloat16"  # or float32
     threads: int = 0  # 0: one per core

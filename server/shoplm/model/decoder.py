@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from shoplm.model.adapter import LowRankPath
 from shoplm.model.attention_plan import AttentionPlan
 from shoplm.model.config import ModelConfig
 from shoplm.model.kv_pool import KVPool
@@ -38,23 +39,34 @@ class _Layer:
 
     def __init__(self, weights: LayerWeights, config: ModelConfig, query_scale: float) -> None:
         qkv, qkv_bias, query_norm = weights.qkv, weights.qkv_bias, weights.query_norm
+        paths = dict(weights.paths)
         if query_norm is not None:
             query_norm = query_norm * query_scale
         elif query_scale != 1.0:
             queries = config.num_heads * config.head_dim
-            qkv = torch.cat((qkv[:queries] * query_scale, qkv[queries:]))
-            if qkv_bias is not None:
-                qkv_bias = torch.cat((qkv_bias[:queries] * query_scale, qkv_bias[queries:]))
+
+            def scaled(rows: Tensor) -> Tensor:
+                return torch.cat((rows[:queries] * query_scale, rows[queries:]))
+
+            qkv, qkv_bias = scaled(qkv), None if qkv_bias is None else scaled(qkv_bias)
+            if "qkv" in paths:
+                paths["qkv"] = replace(paths["qkv"], up=scaled(paths["qkv"].up))
         self.input_norm = weights.input_norm
         self.mlp_norm = weights.mlp_norm
         self.query_norm = query_norm
         self.key_norm = weights.key_norm
-        self.qkv = Linear(qkv, qkv_bias)
-        self.output = Linear(weights.output, weights.output_bias)
-        gate, up = weights.gate_up.chunk(2)
-        self.gate = Linear(gate)
-        self.up = Linear(up)
-        self.down = Linear(weights.down)
+        self.qkv = Linear(qkv, qkv_bias, paths.get("qkv"))
+        self.output = Linear(weights.output, weights.output_bias, paths.get("output"))
+        self.gate, self.up = _gate_and_up(weights.gate_up, paths.get("gate_up"))
+        self.down = Linear(weights.down, None, paths.get("down"))
+
+
+def _gate_and_up(weight: Tensor, path: LowRankPath | None) -> list[Linear]:
+    if path is None:
+        return [Linear(part) for part in weight.chunk(2)]
+    # Of `up`'s two halves, each has zeros for what the other one reads.
+    parts = zip(weight.chunk(2), path.up.chunk(2), strict=True)
+    return [Linear(part, None, LowRankPath(path.down, up)) for part, up in parts]
 
 
 class Decoder:

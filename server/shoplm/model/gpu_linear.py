@@ -6,6 +6,8 @@
 - int8, int4: the weight alone; few rows by `kernels.weight_only`, more by cuBLAS with the weight dequantised in
   passing.
 
+An adapter that is kept apart is two more products of cuBLAS, in the model's dtype whatever the weight's format is.
+
 Embeddings, norms, biases and the LM head keep the model's dtype.
 """
 
@@ -15,7 +17,8 @@ from typing import Protocol
 
 import torch
 from shoplm.errors import ConfigurationError
-from shoplm.kernels.weight_only import GROUP, MAX_ROWS, dequantise, quantise, weight_only
+from shoplm.kernels.weight_only import MAX_ROWS, MULTIPLE, dequantise, quantise, weight_only
+from shoplm.model.adapter import LowRankPath
 from torch import Tensor
 from torch.nn import functional
 
@@ -75,8 +78,26 @@ class WeightOnlyLinear:
         return functional.linear(states, dequantise(self._weight, states.dtype), self._bias)
 
 
-def make_linear(weight: Tensor, bias: Tensor | None, weight_format: str, device: torch.device) -> GpuLinear:
-    """A layer of `weight` [out, in] on `device`. Raises ConfigurationError where the format does not suit it."""
+class AdaptedLinear:
+    """A layer with an adapter beside it."""
+
+    def __init__(self, linear: GpuLinear, path: LowRankPath) -> None:
+        self._linear, self._down, self._up = linear, path.down, path.up.t()
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return self._linear(states).addmm_(functional.linear(states, self._down), self._up)
+
+
+def make_linear(
+    weight: Tensor, bias: Tensor | None, weight_format: str, device: torch.device, path: LowRankPath | None = None
+) -> GpuLinear:
+    """A layer of `weight` [out, in] on `device`, with what an adapter does beside it. Raises ConfigurationError where
+    the format does not suit the weight."""
+    linear = _linear(weight, bias, weight_format, device)
+    return linear if path is None else AdaptedLinear(linear, path.to(weight.dtype, device))
+
+
+def _linear(weight: Tensor, bias: Tensor | None, weight_format: str, device: torch.device) -> GpuLinear:
     weight, bias = weight.to(device), None if bias is None else bias.to(device)
     outputs, inputs = weight.shape
     if weight_format == "model":
@@ -90,9 +111,9 @@ def make_linear(weight: Tensor, bias: Tensor | None, weight_format: str, device:
     bits = {"int8": 8, "int4": 4}.get(weight_format)
     if bits is None:
         raise ConfigurationError(f"weight_format {weight_format!r} is not one of: {', '.join(WEIGHT_FORMATS)}")
-    if inputs % GROUP:
+    if inputs % MULTIPLE:
         raise ConfigurationError(
-            f"weight_format {weight_format} needs layers with a multiple of {GROUP} inputs, but one has {inputs}"
+            f"weight_format {weight_format} needs layers with a multiple of {MULTIPLE} inputs, but one has {inputs}"
         )
     return WeightOnlyLinear(weight, bias, bits)
 

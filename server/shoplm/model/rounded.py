@@ -6,7 +6,8 @@ numbers that the GPU backend multiplies with. fp8 rounds activations too, which 
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
+from functools import partial
 
 import torch
 from shoplm.errors import ConfigurationError
@@ -14,11 +15,10 @@ from shoplm.kernels.weight_only import dequantise, quantise
 from shoplm.model.gpu_linear import WEIGHT_FORMATS, to_fp8
 from shoplm.model.weights import DecoderWeights
 
-PROJECTIONS = ("qkv", "output", "gate_up", "down")  # what the formats apply to: no norms, embeddings or head
-
 
 def rounded(weights: DecoderWeights, weight_format: str) -> DecoderWeights:
-    """`weights` with every projection rounded; "model": as they are.
+    """`weights` with every projection rounded, but no norms, embeddings or head, and no adapter that is kept apart;
+    "model": as they are.
 
     Raises ConfigurationError for an unknown format, or one that does not suit a projection's size.
     """
@@ -26,11 +26,8 @@ def rounded(weights: DecoderWeights, weight_format: str) -> DecoderWeights:
         raise ConfigurationError(f"weight_format {weight_format!r} is not one of: {', '.join(WEIGHT_FORMATS)}")
     if weight_format == "model":
         return weights
-    layers = tuple(
-        dataclasses.replace(layer, **{name: _rounded(getattr(layer, name), weight_format) for name in PROJECTIONS})
-        for layer in weights.layers
-    )
-    return dataclasses.replace(weights, layers=layers)
+    change = partial(_rounded, weight_format=weight_format)
+    return replace(weights, layers=tuple(layer.with_products(change) for layer in weights.layers))
 
 
 def _rounded(weight: torch.Tensor, weight_format: str) -> torch.Tensor:

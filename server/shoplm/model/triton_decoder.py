@@ -42,10 +42,11 @@ class _Layer:
         self.mlp_norm = weights.mlp_norm.to(device)
         self.query_norm = None if weights.query_norm is None else weights.query_norm.to(device)
         self.key_norm = None if weights.key_norm is None else weights.key_norm.to(device)
-        self.qkv = make_linear(weights.qkv, weights.qkv_bias, weight_format, device)
-        self.output = make_linear(weights.output, weights.output_bias, weight_format, device)
-        self.gate_up = make_linear(weights.gate_up, None, weight_format, device)
-        self.down = make_linear(weights.down, None, weight_format, device)
+        common, paths = (weight_format, device), weights.paths
+        self.qkv = make_linear(weights.qkv, weights.qkv_bias, *common, paths.get("qkv"))
+        self.output = make_linear(weights.output, weights.output_bias, *common, paths.get("output"))
+        self.gate_up = make_linear(weights.gate_up, None, *common, paths.get("gate_up"))
+        self.down = make_linear(weights.down, None, *common, paths.get("down"))
 
 
 class TritonDecoder:

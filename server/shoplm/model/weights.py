@@ -7,15 +7,16 @@ beside the finished weights there is never more than one tensor of the checkpoin
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from shoplm.errors import BaseModelError
-from shoplm.model.adapter import Adapter
+from shoplm.model.adapter import Adapter, LowRankPath
 from shoplm.model.config import ModelConfig
 from shoplm.model.weight_files import weight_files
 
@@ -40,6 +41,23 @@ class LayerWeights:
     mlp_norm: torch.Tensor  # [H]
     gate_up: torch.Tensor  # [2 I, H]: gate rows, then up rows
     down: torch.Tensor  # [H, I]
+    paths: Mapping[str, LowRankPath] = field(default_factory=dict)  # of an adapter kept apart, by the projection's name
+
+    def with_products(self, change: Callable[[torch.Tensor], torch.Tensor]) -> LayerWeights:
+        """`change` made to each of the four projections, and to nothing else."""
+        return replace(
+            self,
+            qkv=change(self.qkv),
+            output=change(self.output),
+            gate_up=change(self.gate_up),
+            down=change(self.down),
+        )
+
+    def float(self) -> LayerWeights:
+        """The same values in fp32."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        wide = {name: value.float() for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **wide, paths={name: path.to(torch.float32) for name, path in self.paths.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +72,9 @@ class DecoderWeights:
     def float(self) -> DecoderWeights:
         """The same values in fp32."""
         embedding = self.embedding.float()
-        layers = tuple(
-            LayerWeights(*(None if each is None else each.float() for each in _tensors(layer)))  # type: ignore[arg-type]
-            for layer in self.layers
-        )
+        layers = tuple(layer.float() for layer in self.layers)
         head = embedding if self.lm_head is self.embedding else self.lm_head.float()
         return DecoderWeights(embedding, layers, self.final_norm.float(), head)
-
-
-def _tensors(layer: LayerWeights) -> list[torch.Tensor | None]:
-    return [getattr(layer, field.name) for field in fields(layer)]
 
 
 def load_weights(
@@ -72,13 +83,16 @@ def load_weights(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     adapter: Adapter | None = None,
+    *,
+    apart: bool = False,
 ) -> DecoderWeights:
-    """Reads model.safetensors, or the shards that model.safetensors.index.json lists, and merges the adapter.
+    """Reads model.safetensors, or the shards that model.safetensors.index.json lists, and merges the adapter, or keeps
+    it `apart`.
 
     Raises BaseModelError where files or tensors are missing, damaged, of another shape, or left over.
     """
     with ExitStack() as stack:
-        reader = _Reader(stack, folder, dtype, torch.device(device), adapter)
+        reader = _Reader(stack, folder, dtype, torch.device(device), adapter, apart=apart)
         hidden, vocabulary = config.hidden_size, config.vocab_size
         embedding = reader.take("model.embed_tokens.weight", vocabulary, hidden)
         layers = tuple(_load_layer(reader, config, layer) for layer in range(config.num_layers))
@@ -98,17 +112,27 @@ def _load_layer(reader: _Reader, config: ModelConfig, layer: int) -> LayerWeight
     hidden, middle, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     query_size, key_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
     rows = {f"{attention}.q_proj": query_size, f"{attention}.k_proj": key_size, f"{attention}.v_proj": key_size}
+    qkv = {f"{name}.weight": size for name, size in rows.items()}
+    output, down = f"{attention}.o_proj.weight", f"{mlp}.down_proj.weight"
+    gate_up = {f"{mlp}.gate_proj.weight": middle, f"{mlp}.up_proj.weight": middle}
+    paths = {
+        "qkv": reader.path(qkv, hidden),
+        "output": reader.path({output: hidden}, query_size),
+        "gate_up": reader.path(gate_up, hidden),
+        "down": reader.path({down: hidden}, middle),
+    }
     return LayerWeights(
         input_norm=reader.take(f"{prefix}.input_layernorm.weight", hidden),
-        qkv=reader.take_rows({f"{name}.weight": size for name, size in rows.items()}, hidden),
+        qkv=reader.take_rows(qkv, hidden),
         qkv_bias=reader.take_rows({f"{name}.bias": size for name, size in rows.items()}) if config.qkv_bias else None,
         query_norm=reader.take(f"{attention}.q_norm.weight", head_dim) if config.qk_norm else None,
         key_norm=reader.take(f"{attention}.k_norm.weight", head_dim) if config.qk_norm else None,
-        output=reader.take(f"{attention}.o_proj.weight", hidden, query_size),
+        output=reader.take(output, hidden, query_size),
         output_bias=reader.take(f"{attention}.o_proj.bias", hidden) if config.output_bias else None,
         mlp_norm=reader.take(f"{prefix}.post_attention_layernorm.weight", hidden),
-        gate_up=reader.take_rows({f"{mlp}.gate_proj.weight": middle, f"{mlp}.up_proj.weight": middle}, hidden),
-        down=reader.take(f"{mlp}.down_proj.weight", hidden, middle),
+        gate_up=reader.take_rows(gate_up, hidden),
+        down=reader.take(down, hidden, middle),
+        paths={name: path for name, path in paths.items() if path is not None},
     )
 
 
@@ -116,9 +140,17 @@ class _Reader:
     """Hands out each tensor of a checkpoint once, checked and cast, and knows which were not asked for."""
 
     def __init__(
-        self, stack: ExitStack, folder: Path, dtype: torch.dtype, device: torch.device, adapter: Adapter | None
+        self,
+        stack: ExitStack,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        adapter: Adapter | None,
+        *,
+        apart: bool,
     ) -> None:
-        self._folder, self._dtype, self._device, self._adapter = folder, dtype, device, adapter
+        self._folder, self._dtype, self._device = folder, dtype, device
+        self._adapter, self._apart = adapter, apart
         self._files: dict[str, Any] = {}  # tensor name -> open file
         for path in weight_files(folder):
             try:
@@ -138,6 +170,11 @@ class _Reader:
         """Several tensors [rows, *columns], one below the other."""
         parts = [(name, (count, *columns)) for name, count in rows.items()]
         return self._fill(parts, (sum(rows.values()), *columns))
+
+    def path(self, rows: dict[str, int], inputs: int) -> LowRankPath | None:
+        """What an adapter kept apart does to a product, whose weight is these tensors, one below the other."""
+        path = self._adapter.path(rows, inputs) if self._adapter is not None and self._apart else None
+        return None if path is None else path.to(self._dtype, self._device)
 
     def ignore(self, name: str) -> None:
         """This tensor may be in the checkpoint, but is not needed."""
@@ -184,4 +221,4 @@ class _Reader:
             )
         if not tensor.is_floating_point():
             raise BaseModelError(f"tensor {name} in {self._folder} has dtype {tensor.dtype}, not a floating-point one")
-        return tensor if self._adapter is None else self._adapter.merge(name, tensor)
+        return tensor if self._adapter is None or self._apart else self._adapter.merge(name, tensor)

@@ -59,11 +59,7 @@ def shuffled(weights: DecoderWeights, seed: int) -> DecoderWeights:
         order = torch.randperm(matrix.numel(), generator=generator)
         return matrix.flatten()[order].view(matrix.shape)
 
-    layers = tuple(
-        replace(layer, **{name: shuffle(getattr(layer, name)) for name in ("qkv", "output", "gate_up", "down")})
-        for layer in weights.layers
-    )
-    return replace(weights, layers=layers)
+    return replace(weights, layers=tuple(layer.with_products(shuffle) for layer in weights.layers))
 
 
 class Asker:

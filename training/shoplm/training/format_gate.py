@@ -16,7 +16,7 @@ import torch
 from shoplm.bundle import read_manifest
 from shoplm.catalog.items import read_catalog
 from shoplm.engine.cpu import FORMATS
-from shoplm.model.adapter import read_adapter
+from shoplm.model.adapter import keeps_apart, read_adapter
 from shoplm.model.base import Base, bundle_base
 from shoplm.model.chat_template import ChatTemplate
 from shoplm.model.decoder import Decoder
@@ -117,11 +117,10 @@ def _talk(folder: Path, base: Base, work: Path, watch: Watch) -> Talk:
 
 @torch.inference_mode()
 def perplexity(base: Base, adapter: Path | None, talk: Talk, formats: Formats, watch: Watch) -> float:
-    """Per token of the answers, of the base merged with the adapter in that folder; a GPU's formats by products in
-    fp32 of the rounded base."""
-    weights = load_weights(
-        base.folder, base.config, torch.bfloat16, adapter=None if adapter is None else read_adapter(adapter)
-    )
+    """Per token of the answers, of the base with the adapter in that folder; a GPU's formats by products in fp32 of the
+    rounded base."""
+    read = None if adapter is None else read_adapter(adapter)
+    weights = load_weights(base.folder, base.config, torch.bfloat16, adapter=read, apart=keeps_apart(formats.weights))
     longest = max(len(prompt) + len(answer) for prompt, answer in talk)
     nats_of: Nats
     if formats.of_cpu:

@@ -12,7 +12,7 @@ from shoplm.bundle import PromptSchema
 from shoplm.catalog.items import Catalog
 from shoplm.engine.cpu import cpu_backend
 from shoplm.engine.spec import EngineSpec
-from shoplm.model.adapter import read_adapter
+from shoplm.model.adapter import keeps_apart, read_adapter
 from shoplm.model.base import Base
 from shoplm.model.chat_template import ChatTemplate
 from shoplm.model.eager_backend import EagerBackend
@@ -63,10 +63,11 @@ def make_reader(
     input_rows: torch.Tensor | None = None,
     formats: Formats = UNROUNDED,
 ) -> Reader:
-    """Loads the base, merged with the adapter in that folder. `input_rows` [shop tokens, H], if they are not the mean
-    embeddings of the tokens' texts."""
+    """Loads the base with the adapter in that folder, as it is served in these formats. `input_rows` [shop tokens, H],
+    if they are not the mean embeddings of the tokens' texts."""
     tokenizer = Tokenizer.from_folder(base.folder)
-    weights = load_weights(base.folder, base.config, dtype, adapter=None if adapter is None else read_adapter(adapter))
+    read = None if adapter is None else read_adapter(adapter)
+    weights = load_weights(base.folder, base.config, dtype, adapter=read, apart=keeps_apart(formats.weights))
     if formats.weights != "model" and not formats.of_cpu:
         from shoplm.model.rounded import rounded  # needs Triton
 

@@ -47,7 +47,7 @@ struct Step {
 };
 
 struct Scratch {
-    Buffer<float> residual, projected, product;
+    Buffer<float> residual, projected, product, low_rank;
     Buffer<GroupScale> scales;
     Buffer<Activation> queries, attended;
     Buffer<uint8_t> rows;
@@ -129,15 +129,21 @@ inline void add_product(const Rows& x, const Linear& w, int64_t columns, float* 
 
 void run(const Model& model, const Step& step) {
     static Scratch scratch;  // one engine loop per process
-    const int64_t tokens = step.token_count, hidden = model.hidden, middle = model.middle, widest = std::max(hidden, std::max(middle, model.heads * model.head_dim));
-    const int64_t attended_size = model.heads * model.head_dim;
+    const int64_t tokens = step.token_count, hidden = model.hidden, middle = model.middle, attended_size = model.heads * model.head_dim;
+    int64_t widest = 0, rank = 0;  // of products
+    for (const Layer* layer = model.layers; layer < model.layers + model.count; ++layer)
+        for (const Linear* w : {&layer->qkv, &layer->output, &layer->gate_up, &layer->down}) {
+            widest = std::max(widest, w->k);
+            rank = std::max(rank, w->rank);
+        }
     float* residual = scratch.residual.take(tokens, hidden);
     float* projected = scratch.projected.take(tokens, model.layers[0].qkv.n);
     GroupScale* scales = scratch.scales.take(tokens, widest / INT4_GROUP);
     float* product = scratch.product.take(tokens, std::max(middle, attended_size));
     Activation* queries = scratch.queries.take(tokens, attended_size);
     Activation* attended = scratch.attended.take(padded(tokens), attended_size);
-    uint8_t* rows = scratch.rows.take(padded(tokens), widest * static_cast<int64_t>(sizeof(Activation)));
+    uint8_t* data = scratch.rows.take(padded(tokens), widest * static_cast<int64_t>(sizeof(Activation)));
+    const RowSpace rows{data, scales, scratch.low_rank.take(tokens, rank)};
     const std::vector<Work> work = attention_work(model, step);
     static Loops all;
     Loop* loops = all.take(LOOPS * (model.count + 1));
@@ -151,7 +157,7 @@ void run(const Model& model, const Step& step) {
         for (int64_t index = 0; index < model.count; ++index) {
             const Layer& layer = model.layers[index];
             const Pool pool{model.keys + index * model.layer_elements, model.values + index * model.layer_elements, model.kv_heads, model.page_size, model.head_dim};
-            Rows x = norm_rows(residual, tokens, layer.input_norm, model.epsilon, layer.qkv, rows, scales, crew);
+            Rows x = norm_rows(residual, tokens, layer.input_norm, model.epsilon, layer.qkv, rows, crew);
             linear(x, layer.qkv, crew, stored(projected, layer.qkv.n));
             place_heads(model, layer, step, pool, projected, queries, crew);
             attend(model, layer, step, pool, work, queries, attended, crew);
@@ -164,16 +170,16 @@ void run(const Model& model, const Step& step) {
                 });
             }
             x = {reinterpret_cast<const uint8_t*>(attended), nullptr, m};
-            if (layer.output.format != BF16) {
+            if (layer.output.format != BF16 || layer.output.rank) {
                 crew.divide(m * attended_size / LANES, [&](int64_t i) { store(product + i * LANES, load_activations(attended + i * LANES)); });
-                x = norm_rows(product, m, nullptr, 0.f, layer.output, rows, scales, crew);
+                x = norm_rows(product, m, nullptr, 0.f, layer.output, rows, crew);
             }
             add_product(x, layer.output, hidden, residual, crew);
-            x = norm_rows(residual, m, layer.mlp_norm, model.epsilon, layer.gate_up, rows, scales, crew);
+            x = norm_rows(residual, m, layer.mlp_norm, model.epsilon, layer.gate_up, rows, crew);
             linear(x, layer.gate_up, crew, [=](int64_t row, int64_t column, Floats gate, Floats up) {
                 store(product + row * middle + column / 2, multiply(silu(gate), up));
             });
-            x = norm_rows(product, m, nullptr, 0.f, layer.down, rows, scales, crew);
+            x = norm_rows(product, m, nullptr, 0.f, layer.down, rows, crew);
             add_product(x, layer.down, hidden, residual, crew);
         }
         crew.divide(step.output_count, [&](int64_t row) {
@@ -186,15 +192,15 @@ void run_linear(const Linear& w, const bf16* x, int64_t m, int64_t columns, bf16
     static Buffer<float> wide;
     static Buffer<GroupScale> scales;
     static Buffer<uint8_t> rows;
-    float* widened = wide.take(m, w.k);
-    GroupScale* row_scales = scales.take(m, w.groups());
-    uint8_t* to = rows.take(padded(m), row_bytes(w));
+    static Buffer<float> low_rank;
+    float* widened = wide.take(m, w.given());
+    const RowSpace to{rows.take(padded(m), row_bytes(w)), scales.take(m, w.groups()), low_rank.take(m, w.rank)};
     static Loops all;
     Loop* loops = all.take(LOOPS);
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
         Crew crew(loops, threads);
-        const Rows from = bf16_rows(x, m, w, widened, to, row_scales, crew);
+        const Rows from = bf16_rows(x, m, w, widened, to, crew);
         linear(from, w, crew, [=](int64_t row, int64_t column, Floats low, Floats high) {
             bf16* to = result + row * columns + column;
             alignas(64) bf16 padded[PANEL];

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,13 +14,12 @@ from shoplm.engine.batch import Batch, Row
 from shoplm.model.attention_plan import own_slots
 from shoplm.model.config import ModelConfig
 from shoplm.model.native.library import LayerRef, ModelRef, NativeLibrary, StepRef, pointer
-from shoplm.model.native.linear import PackedLinear, WeightFormat
+from shoplm.model.native.linear import MULTIPLE, PackedLinear, WeightFormat
 from shoplm.model.native.pool import NativePool
 from shoplm.model.rope import rope_tables
 from shoplm.model.weights import DecoderWeights, LayerWeights
 from torch import Tensor
 
-_INPUTS = 64  # a product's inputs fill whole int8 tiles and groups
 _HEAD_DIMS = range(32, 257, 32)
 
 
@@ -30,8 +30,8 @@ def unsupported(config: ModelConfig, page_size: int) -> str | None:
         ("intermediate size", config.intermediate_size),
         ("attention width", config.num_heads * config.head_dim),
     ):
-        if size % _INPUTS:
-            return f"{name} {size} is not a multiple of {_INPUTS}"
+        if size % MULTIPLE:
+            return f"{name} {size} is not a multiple of {MULTIPLE}"
     if config.head_dim not in _HEAD_DIMS:
         return f"head_dim {config.head_dim} is not a multiple of 32 up to 256"
     if page_size % 16:
@@ -50,20 +50,30 @@ class _Layer:
         uses_rope: bool,
         format: WeightFormat,
     ) -> None:
-        gate, up = weights.gate_up.chunk(2)
-        # 16 columns of gate, then the 16 of up: one panel holds both factors of its products.
-        columns = torch.stack((gate.view(-1, 16, gate.shape[1]), up.view(-1, 16, up.shape[1])), dim=1)
-        self._linears = (
-            PackedLinear(library, weights.qkv, weights.qkv_bias, format=format),
-            PackedLinear(library, weights.output, weights.output_bias, format=format),
-            PackedLinear(library, columns.view(-1, gate.shape[1]), format=format),
-            PackedLinear(library, weights.down, format=format),
+        paths = dict(weights.paths)
+        if "gate_up" in paths:
+            paths["gate_up"] = replace(paths["gate_up"], up=_interleaved(paths["gate_up"].up))
+        products = {
+            "qkv": (weights.qkv, weights.qkv_bias),
+            "output": (weights.output, weights.output_bias),
+            "gate_up": (_interleaved(weights.gate_up), None),
+            "down": (weights.down, None),
+        }
+        self._linears = tuple(
+            PackedLinear(library, weight, bias, format=format, path=paths.get(name))
+            for name, (weight, bias) in products.items()
         )
         norms = (weights.input_norm, weights.mlp_norm, weights.query_norm, weights.key_norm)
         self._norms = tuple(None if norm is None else norm.float().contiguous() for norm in norms)
         self.ref = LayerRef(
             *(linear.ref for linear in self._linears), *map(pointer, self._norms), window or 0, int(uses_rope)
         )
+
+
+def _interleaved(rows: Tensor) -> Tensor:
+    """Of gate and up [2 I, in]: 16 rows of gate, then the 16 of up: one panel holds both factors of its products."""
+    parts = rows.view(2, -1, 16, rows.shape[1])
+    return parts.transpose(0, 1).reshape(rows.shape)
 
 
 class NativeDecoder:

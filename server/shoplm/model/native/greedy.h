@@ -73,13 +73,13 @@ inline void greedy_of_all(const Greedy& head, const bf16* x, int64_t m, int64_t*
     const int64_t blocks = (head.tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
     float *widened = scratch.wide.take(m, w.k), *logits = scratch.logits.take(m, w.n);
     GroupScale* scales = scratch.scales.take(m, w.groups());
-    uint8_t* to = scratch.rows.take(padded(m), row_bytes(w));
+    const RowSpace to{scratch.rows.take(padded(m), row_bytes(w)), scales, nullptr};
     Candidate* candidates = scratch.candidates.take(m, blocks);
     Loop* loops = scratch.loops.take(LOOPS);
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
         Crew crew(loops, threads);
-        const Rows rows = bf16_rows(x, m, w, widened, to, scales, crew);
+        const Rows rows = bf16_rows(x, m, w, widened, to, crew);
         linear(rows, w, crew, stored(logits, w.n));
         crew.divide(m * blocks, [&](int64_t item) {
             const int64_t begin = item % blocks * TOKEN_BLOCK, count = std::min(TOKEN_BLOCK, head.tokens - begin);
@@ -91,10 +91,10 @@ inline void greedy_of_all(const Greedy& head, const bf16* x, int64_t m, int64_t*
 
 // One row of x as SCREEN_PARTS rows of bytes.
 inline void put_parts(float* x, const Linear& screen, uint8_t* to, GroupScale* scales) {
-    put_row(x, 1.f, nullptr, screen, to, scales);
+    put_row(x, 1.f, nullptr, screen.k, screen, to, scales);
     const int8_t* rounded = reinterpret_cast<const int8_t*>(to);
     for (int64_t i = 0; i < screen.k; ++i) x[i] -= scales[i / screen.group].scale * static_cast<float>(rounded[i]);
-    put_row(x, 1.f, nullptr, screen, to + row_bytes(screen), scales + screen.groups());
+    put_row(x, 1.f, nullptr, screen.k, screen, to + row_bytes(screen), scales + screen.groups());
 }
 
 // What is added to a panel's error times |x|: for the rounding of x, by half a step of a group each time, and of sums.
@@ -115,13 +115,14 @@ inline void greedy_by_screen(const Greedy& head, const bf16* x, int64_t m, int64
     float *widened = scratch.wide.take(2 * m, w.k), *parts = widened + m * w.k;
     float *logits = scratch.logits.take(m * SCREEN_PARTS, w.n), *maxima = scratch.maxima.take(m, panels);
     GroupScale* scales = scratch.scales.take(m, groups);
-    uint8_t *to = scratch.rows.take(padded(m), row_bytes(w)), *screened = scratch.screened.take(padded(m * SCREEN_PARTS), row_bytes(screen));
+    const RowSpace to{scratch.rows.take(padded(m), row_bytes(w)), scales, nullptr};
+    uint8_t* screened = scratch.screened.take(padded(m * SCREEN_PARTS), row_bytes(screen));
     Candidate* candidates = scratch.candidates.take(m, panels);
     Loop* loops = scratch.loops.take(LOOPS);
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
         Crew crew(loops, threads);
-        const Rows rows = bf16_rows(x, m, w, widened, to, scales, crew);
+        const Rows rows = bf16_rows(x, m, w, widened, to, crew);
         crew.divide(m, [&](int64_t row) {
             std::copy_n(widened + row * w.k, w.k, parts + row * w.k);
             put_parts(parts + row * w.k, screen, screened + row * part_bytes, scales + row * groups);

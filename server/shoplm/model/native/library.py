@@ -100,9 +100,11 @@ class LinearRef(ctypes.Structure):
         ("packed", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("low_rank", ctypes.c_void_p),
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("group", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
         ("format", ctypes.c_int64),
     )
 

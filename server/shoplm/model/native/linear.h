@@ -19,11 +19,14 @@ struct Linear {
     const uint8_t* packed;
     const uint16_t* scales;  // integers: fp16 [n / 32][k / group][32]; 4 bits: [n / 32][k / group][2][32], scale and low
     const float* bias;       // [n]; null: none
+    const Linear* low_rank;  // of an adapter beside W: gives the last `rank` of the inputs from the others; null: none
     int64_t n;               // output columns, padded to PANEL
     int64_t k;               // inputs, a multiple of 64
     int64_t group;           // inputs that share a scale; k for bf16
+    int64_t rank;            // a multiple of 64
     int64_t format;
 
+    int64_t given() const { return k - rank; }  // inputs
     int64_t groups() const { return k / group; }
     int64_t panel_bytes() const { return PANEL * (format == BF16 ? k * 2 : format == INT8 ? k : k / 2); }
     const uint16_t* panel_scales(int64_t panel) const { return scales + panel * groups() * PANEL * (format == INT4 ? 2 : 1); }
@@ -78,12 +81,13 @@ inline void put_floats(const float* from, float factor, const float* weight, int
     }
 }
 
-inline int64_t row_bytes(const Linear& w) { return w.format == BF16 ? w.k * static_cast<int64_t>(sizeof(Activation)) : w.k; }
+inline int64_t bytes_of(int64_t inputs, const Linear& w) { return w.format == BF16 ? inputs * static_cast<int64_t>(sizeof(Activation)) : inputs; }
+inline int64_t row_bytes(const Linear& w) { return bytes_of(w.k, w); }
 
-// One row in the form that `next` takes.
-inline void put_row(const float* from, float factor, const float* weight, const Linear& next, uint8_t* to, GroupScale* scales) {
-    if (next.format == BF16) put_floats(from, factor, weight, next.k, reinterpret_cast<Activation*>(to));
-    else put_integers(from, factor, weight, next.k, next.group, reinterpret_cast<int8_t*>(to), scales);
+// One row, or a part of it of `size` inputs, in the form that `next` takes.
+inline void put_row(const float* from, float factor, const float* weight, int64_t size, const Linear& next, uint8_t* to, GroupScale* scales) {
+    if (next.format == BF16) put_floats(from, factor, weight, size, reinterpret_cast<Activation*>(to));
+    else put_integers(from, factor, weight, size, next.group, reinterpret_cast<int8_t*>(to), scales);
 }
 
 }  // namespace shoplm

@@ -7,11 +7,13 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import torch
+from shoplm.model.adapter import LowRankPath
 from shoplm.model.native.library import InstructionSet, LinearRef, NativeLibrary, pointer
 from torch import Tensor
 from torch.nn import functional
 
 PANEL = 32  # output columns that are multiplied together
+MULTIPLE = 64  # of a product's inputs: whole tiles and groups of int8
 _ROWS_AT_ONCE = 4096
 _LEAST_SCALE = 2.0**-14  # the smallest that fp16 holds with all its digits
 
@@ -59,6 +61,9 @@ class PackedLinear:
 
     INT8 is symmetric, INT4 has a lowest value beside its scale; both have one scale for each output column and group of
     inputs. Rows of x are rounded to int8 in every product, with a scale for each group.
+
+    With an adapter beside it, W and the adapter's second matrix are one weight, for x and what the first one gives
+    behind it; all in the same format, whose groups never hold inputs of both.
     """
 
     def __init__(
@@ -69,17 +74,27 @@ class PackedLinear:
         *,
         format: WeightFormat = WeightFormat.BF16,
         integers: Integers | None = None,
+        path: LowRankPath | None = None,
     ) -> None:
         """`weight` [out, in], `bias` [out]; the caller may drop them. `in` is a multiple of 64. `integers`: the
         weight in `format`, where that is at hand."""
         self._library = library
-        self.outputs, self.inputs = weight.shape
+        self.outputs, inputs = weight.shape
+        rank = 0
+        self._low_rank: PackedLinear | None = None
+        if path is not None:
+            padded = functional.pad(path.up, (0, -path.up.shape[1] % MULTIPLE))
+            rank = padded.shape[1]
+            weight = torch.cat((weight, padded), dim=1)
+            # It reads the same rows as W: of what it gives itself it must not see anything.
+            down = functional.pad(path.down, (0, rank, 0, rank - len(path.down)))
+            self._low_rank = PackedLinear(library, down, format=format)
         padding = -self.outputs % PANEL
         if padding:
             weight = functional.pad(weight, (0, 0, 0, padding))
         self._scales: Tensor | None = None
         if format is WeightFormat.BF16:
-            group, packed = self.inputs, _pack(weight.to(torch.bfloat16), format, library.instructions)
+            group, packed = inputs + rank, _pack(weight.to(torch.bfloat16), format, library.instructions)
         else:
             group = GROUP[format]
             integers = integers or quantise(weight, format)
@@ -87,13 +102,15 @@ class PackedLinear:
             packed = _pack(integers.values, format, library.instructions)
         self._packed = library.memory.keep(packed)
         self._bias = None if bias is None else functional.pad(bias.float(), (0, padding)).contiguous()
-        self.ref = LinearRef(
+        self.ref: LinearRef = LinearRef(
             pointer(self._packed),
             pointer(self._scales),
             pointer(self._bias),
+            None if self._low_rank is None else ctypes.addressof(self._low_rank.ref),
             self.outputs + padding,
-            self.inputs,
+            inputs + rank,
             group,
+            rank,
             format,
         )
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 
 #ifdef __AMX_TILE__
 #include "linear_tiles.h"
@@ -11,7 +12,7 @@
 
 namespace shoplm {
 
-constexpr int64_t LOOPS = 16;  // of a layer or of a head, at most
+constexpr int64_t LOOPS = 24;  // of a layer or of a head, at most
 
 template <class Epilogue>
 void linear(const Rows& x, const Linear& w, Crew& crew, const Epilogue& epilogue) {
@@ -43,20 +44,43 @@ inline float inverse_rms(const float* from, int64_t size, float epsilon) {
     return 1.f / std::sqrt(sum_of_squares(from, size) / static_cast<float>(size) + epsilon);
 }
 
-// RMSNorm of rows [m, next.k], as rows for `next`. `weight` null: no norm.
-inline Rows norm_rows(const float* from, int64_t m, const float* weight, float epsilon, const Linear& next, uint8_t* to, GroupScale* scales, Crew& crew) {
+// Where rows are put.
+struct RowSpace {
+    uint8_t* data;
+    GroupScale* scales;
+    float* low_rank;  // [m, rank], for weights with an adapter beside them
+};
+
+// The inputs that an adapter beside `w` gives, behind those that are there. W and the adapter's second matrix are one
+// weight; the first one's columns of these inputs are zeros, so that it reads the same rows.
+inline void put_low_rank(const Linear& w, int64_t m, const RowSpace& to, Crew& crew) {
+    linear({to.data, to.scales, m}, *w.low_rank, crew, stored(to.low_rank, w.rank));
     crew.divide(m, [&](int64_t row) {
-        const float* at = from + row * next.k;
-        const float factor = weight ? inverse_rms(at, next.k, epsilon) : 1.f;
-        put_row(at, factor, weight, next, to + row * row_bytes(next), scales + row * next.groups());
+        put_row(to.low_rank + row * w.rank, 1.f, nullptr, w.rank, w, to.data + row * row_bytes(w) + bytes_of(w.given(), w), to.scales + row * w.groups() + w.given() / w.group);
     });
-    return {to, scales, m};
 }
 
-// Rows of bf16 x [m, w.k] as rows for `w`, by way of fp32 in `widened`.
-inline Rows bf16_rows(const bf16* x, int64_t m, const Linear& w, float* widened, uint8_t* to, GroupScale* scales, Crew& crew) {
-    crew.divide(m * w.k / LANES, [&](int64_t i) { store(widened + i * LANES, load_bf16(x + i * LANES)); });
-    return norm_rows(widened, m, nullptr, 0.f, w, to, scales, crew);
+// RMSNorm of rows [m, next.given()], as rows for `next`. `weight` null: no norm.
+inline Rows norm_rows(const float* from, int64_t m, const float* weight, float epsilon, const Linear& next, const RowSpace& to, Crew& crew) {
+    const int64_t size = next.given();
+    crew.divide(m, [&](int64_t row) {
+        const float* at = from + row * size;
+        const float factor = weight ? inverse_rms(at, size, epsilon) : 1.f;
+        uint8_t* data = to.data + row * row_bytes(next);
+        GroupScale* scales = to.scales + row * next.groups();
+        put_row(at, factor, weight, size, next, data, scales);
+        if (!next.rank) return;
+        std::memset(data + bytes_of(size, next), 0, bytes_of(next.rank, next));
+        std::fill(scales + size / next.group, scales + next.groups(), GroupScale{});
+    });
+    if (next.rank) put_low_rank(next, m, to, crew);
+    return {to.data, to.scales, m};
+}
+
+// Rows of bf16 x [m, w.given()] as rows for `w`, by way of fp32 in `widened`.
+inline Rows bf16_rows(const bf16* x, int64_t m, const Linear& w, float* widened, const RowSpace& to, Crew& crew) {
+    crew.divide(m * w.given() / LANES, [&](int64_t i) { store(widened + i * LANES, load_bf16(x + i * LANES)); });
+    return norm_rows(widened, m, nullptr, 0.f, w, to, crew);
 }
 
 }  // namespace shoplm
