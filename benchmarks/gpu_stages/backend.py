@@ -41,6 +41,7 @@ def equality(stage: Stage) -> None:
                 f"fp32 {name} {'every trait' if traits else 'llama'} equal the torch backend",
                 partial(_services, stage, traits, seconds),
             )
+    stage.check("fp32 with an adapter apart equals one merged", partial(_services, stage, True, 0.0, adapted=True))
     stage.check("a seed gives the same tokens in every run", lambda: _seeds(stage))
     formats = [(weights, "model") for weights in WEIGHT_FORMATS]
     for weights, kv in (*formats, *(("model", kv) for kv in KV_FORMATS if kv != "model")):
@@ -48,8 +49,9 @@ def equality(stage: Stage) -> None:
         stage.check(name, partial(_hidden, stage, weights, kv))
 
 
-def _services(stage: Stage, traits: bool, graph_seconds: float) -> None:
-    reference, backend = backends(traits=traits, device=str(stage.device), graph_seconds=graph_seconds)
+def _services(stage: Stage, traits: bool, graph_seconds: float, *, adapted: bool = False) -> None:
+    options: dict[str, Any] = {"device": str(stage.device), "graph_seconds": graph_seconds}
+    reference, backend = backends(traits=traits, adapted=adapted, **options)
     jobs = [*(work()[:3] if stage.smoke else work()), *explanations()]
     expected, _ = run(reference, 15, jobs)
     found, _ = run(backend, 15, jobs)
