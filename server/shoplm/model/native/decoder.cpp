@@ -109,12 +109,21 @@ inline void attend(const Model& model, const Layer& layer, const Step& step, con
     leave_attention();
 }
 
-inline std::vector<Work> attention_work(const Model& model, const Step& step) {
+// Blocks of LANES queries; `outputs`: those alone whose tokens' hidden states are wanted.
+inline std::vector<Work> attention_work(const Model& model, const Step& step, bool outputs) {
     std::vector<Work> work;
     const int64_t group = model.heads / model.kv_heads;
-    for (int64_t row = 0; row < step.row_count; ++row)
-        for (int64_t first = 0; first < step.rows[row].query_len * group; first += LANES)
+    const int64_t* end = step.outputs + step.output_count;  // ascending
+    for (int64_t row = 0; row < step.row_count; ++row) {
+        const Row& of = step.rows[row];
+        const int64_t* wanted = std::lower_bound(step.outputs, end, of.query_start);
+        for (int64_t first = 0; first < of.query_len * group; first += LANES) {
+            const int64_t last = std::min(first + LANES, of.query_len * group) - 1;
+            while (wanted < end && *wanted < of.query_start + first / group) ++wanted;
+            if (outputs && (wanted == end || *wanted > of.query_start + last / group)) continue;
             for (int64_t head = 0; head < model.kv_heads; ++head) work.push_back({row, head, first});
+        }
+    }
     return work;
 }
 
@@ -144,7 +153,7 @@ void run(const Model& model, const Step& step) {
     Activation* attended = scratch.attended.take(padded(tokens), attended_size);
     uint8_t* data = scratch.rows.take(padded(tokens), widest * static_cast<int64_t>(sizeof(Activation)));
     const RowSpace rows{data, scales, scratch.low_rank.take(tokens, rank)};
-    const std::vector<Work> work = attention_work(model, step);
+    const std::vector<Work> work = attention_work(model, step, false), last_work = attention_work(model, step, true);
     static Loops all;
     Loop* loops = all.take(LOOPS * (model.count + 1));
 #pragma omp parallel num_threads(static_cast<int>(step.threads))
@@ -160,9 +169,10 @@ void run(const Model& model, const Step& step) {
             Rows x = norm_rows(residual, tokens, layer.input_norm, model.epsilon, layer.qkv, rows, crew);
             linear(x, layer.qkv, crew, stored(projected, layer.qkv.n));
             place_heads(model, layer, step, pool, projected, queries, crew);
-            attend(model, layer, step, pool, work, queries, attended, crew);
+            const bool last = index + 1 == model.count;  // nothing behind it is needed of other tokens than the outputs
+            attend(model, layer, step, pool, last ? last_work : work, queries, attended, crew);
             int64_t m = tokens;
-            if (index + 1 == model.count) {  // nothing behind it is needed of the other tokens
+            if (last) {
                 m = step.output_count;
                 crew.each(m, m, [&](int64_t row) {  // one thread, ascending: no row is overwritten before it is read
                     std::memmove(residual + row * hidden, residual + step.outputs[row] * hidden, sizeof(float) * hidden);
