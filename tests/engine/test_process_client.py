@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from shoplm.engine import supervisor
 from shoplm.engine.spec import EngineSpec
 from shoplm.engine.supervisor import ProcessEngineClient
 from shoplm.errors import ConfigurationError, EngineUnavailableError
@@ -142,6 +143,41 @@ async def test_steps_shorter_than_a_hang_are_left_alone(tiny_model: TinyModel) -
         assert (await client.run(chat("long", 4))).completion_tokens == 4
         assert time.monotonic() - started > 3.0  # it took longer than the engine may be silent
         assert (client.process_id, states) == (first, [])
+
+
+HANGS_AGAIN = """
+import os, sys, time
+from shoplm.engine import process
+
+with open(os.environ["SHOPLM_TEST_STARTS"], "a+") as starts:
+    starts.write("x")
+    starts.seek(0)
+    if len(starts.read()) == 2:
+        time.sleep(3600)
+sys.exit(process.main())
+"""
+
+
+class HangsAgain(ProcessEngineClient):
+    """The second engine never loads."""
+
+    program = (sys.executable, "-c", HANGS_AGAIN)
+
+
+async def test_an_engine_that_hangs_while_it_is_loaded_again_is_killed(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SHOPLM_TEST_STARTS", str(tmp_path / "starts"))
+    monkeypatch.setattr(supervisor, "_TIMES_FIRST_LOAD", 3.0)
+    back = asyncio.Event()
+    async with running(tiny_model("smollm2"), 2.0, HangsAgain) as client:
+        client.on_state(lambda serving: back.set() if serving else None)
+        assert client.process_id is not None
+        os.kill(client.process_id, signal.SIGKILL)
+        await back.wait()
+        assert "the engine does not start: it has not loaded in" in caplog.text
+        assert (await client.run(chat("next", 5))).completion_tokens == 5
+    assert len((tmp_path / "starts").read_text()) >= 3
 
 
 async def test_an_idle_engine_owes_nothing(tiny_model: TinyModel) -> None:

@@ -12,11 +12,12 @@ import sys
 import msgspec
 from shoplm.engine.client import EngineClient
 from shoplm.engine.spec import EngineSpec
-from shoplm.errors import ConfigurationError, ShopLMError
+from shoplm.errors import ConfigurationError, EngineUnavailableError, ShopLMError
 
 _STOP_SECONDS = 10.0  # for an engine that was told to drain
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 10.0
 _LOOKS = 10  # for a sign of life, in the time that an engine may be silent
+_TIMES_FIRST_LOAD = 10.0  # that a later one may take
 # Threads that spin while they wait take the cores from whoever shares them, the API process first. But a step has
 # hundreds of waits of some microseconds, and to be woken takes longer: they spin for about a tenth of a millisecond.
 _THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
@@ -31,9 +32,11 @@ class ProcessEngineClient(EngineClient):
     program: tuple[str, ...] = (sys.executable, "-P", "-m", "shoplm.engine.process")
 
     def __init__(self, spec: EngineSpec, hang_seconds: float = 0.0) -> None:
-        """An engine that owes something and says nothing for `hang_seconds` is killed; 0: however long it takes."""
+        """An engine that owes something and says nothing for `hang_seconds` is killed, and one that is started again and
+        takes much longer to load than the first did; 0: however long it takes."""
         super().__init__(spec)
         self._hang_seconds = hang_seconds
+        self._load_seconds = 0.0  # of the first engine
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._closing = False
@@ -44,7 +47,9 @@ class ProcessEngineClient(EngineClient):
         return self._process.pid if self._process is not None else None
 
     async def start(self) -> None:
+        begun = asyncio.get_running_loop().time()
         await self._launch()
+        self._load_seconds = asyncio.get_running_loop().time() - begun
         self._watcher = asyncio.create_task(self._watch())
 
     async def _start_engine(self, connection: socket.socket) -> None:
@@ -94,13 +99,26 @@ class ProcessEngineClient(EngineClient):
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LAST_BACKOFF_SECONDS)
                 try:
-                    await self._launch()
+                    await self._launch_again()
                 except (ShopLMError, OSError) as error:
                     log.error("the engine does not start: %s", error)
                     continue
                 break
             pause = _FIRST_BACKOFF_SECONDS
             self._changed(True)
+
+    async def _launch_again(self) -> None:
+        """As `_launch`. Raises EngineUnavailableError, the engine killed, where it takes too long to load."""
+        limit = max(self._hang_seconds, _TIMES_FIRST_LOAD * self._load_seconds)
+        try:
+            async with asyncio.timeout(limit if self._hang_seconds else None):
+                await self._launch()
+        except TimeoutError:
+            self._kill()
+            await self._early_death
+            raise EngineUnavailableError(
+                f"it has not loaded in {limit:.0f} s, the first one did in {self._load_seconds:.0f}, and is killed"
+            ) from None
 
     async def _ends(self, ended: asyncio.Task[int]) -> bool:
         """Wait until the engine has ended (True) or hangs (False)."""
