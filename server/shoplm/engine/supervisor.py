@@ -32,8 +32,8 @@ class ProcessEngineClient(EngineClient):
     program: tuple[str, ...] = (sys.executable, "-P", "-m", "shoplm.engine.process")
 
     def __init__(self, spec: EngineSpec, hang_seconds: float = 0.0) -> None:
-        """An engine that owes something and says nothing for `hang_seconds` is killed, and one that is started again and
-        takes much longer to load than the first did; 0: however long it takes."""
+        """An engine that owes something and says nothing for `hang_seconds` is killed, and one that is started again
+        and takes much longer to load than the first did; 0: however long it takes."""
         super().__init__(spec)
         self._hang_seconds = hang_seconds
         self._load_seconds = 0.0  # of the first engine
