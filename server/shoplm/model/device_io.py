@@ -47,7 +47,7 @@ def upload(arrays: Sequence[NDArray[Any]], device: torch.device, into: Tensor | 
         target = into[:size]
         target.copy_(staging, non_blocking=True)
     return [
-        target[place : place + array.nbytes].view(torch.from_numpy(array[:0].reshape(-1)).dtype).view(array.shape)
+        target[place : place + array.nbytes].view(torch.from_numpy(np.empty(0, array.dtype)).dtype).view(array.shape)
         for place, array in zip(places, arrays, strict=True)
     ]
 
