@@ -32,7 +32,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import triton
 from budget_matrix import MATRIX_PATH, KeptRows, Measured, write_matrix
@@ -84,16 +84,21 @@ def cells_in(scope: Scope, ops: Sequence[str] = OPS) -> list[AotCell]:
     return chosen
 
 
-def measure(cell: AotCell) -> BudgetRow:
-    """Compile one cell and count. Raises what Triton raises where it does not compile."""
-    log = io.StringIO()
+def compiled_cell(cell: AotCell) -> Any:
+    """What Triton makes of a cell. Raises what it raises where it does not compile."""
     source = ASTSource(cell.kernel, dict(cell.signature), dict(cell.constexprs), cell.divisibility())
     options = {"num_warps": cell.num_warps, "num_stages": cell.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", cell.arch, 32), options=options)
+
+
+def measure(cell: AotCell) -> BudgetRow:
+    """Compile one cell and count. Raises as `compiled_cell`."""
+    log = io.StringIO()
     # A cache hit would leave no ptxas log to read.
     with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         triton.knobs.compilation.always_compile = True
         triton.knobs.nvidia.dump_ptxas_log = True
-        compiled = triton.compile(source, target=GPUTarget("cuda", cell.arch, 32), options=options)
+        compiled = compiled_cell(cell)
     ptx = compiled.asm["ptx"]
     spilled = re.findall(r"(\d+) bytes spill", log.getvalue())
     return BudgetRow(

@@ -7,7 +7,8 @@ brings. For each loop with tensor-core products: the instructions of one turn by
 multiprocessor's four schedulers need at least to issue them for all warps of a thread block. To be held against the
 cycles that the turn's products or its bytes take: whichever is the largest bounds the kernel, if all of it overlaps.
 
-`narrow` are copies to shared memory of fewer than 16 bytes a thread: those of a page table's entries and of scales.
+`narrow` are copies to shared memory of fewer than 16 bytes a thread: of a page table's entries, of scales, and of tiles
+that are too small for more.
 """
 
 from __future__ import annotations
@@ -22,10 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-from kernel_budget import ARCHES, OPS, cells_in
+from kernel_budget import ARCHES, OPS, cells_in, compiled_cell
 from shoplm.kernels.aot import AotCell
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 SCHEDULERS = 4  # of a multiprocessor, each issues one instruction a cycle
 _DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -86,12 +85,9 @@ def loops(disassembly: str) -> list[LoopBody]:
 
 
 def disassembled(cell: AotCell) -> str:
-    """The cell's machine code. Raises what Triton raises where it does not compile."""
-    source = ASTSource(cell.kernel, dict(cell.signature), dict(cell.constexprs), cell.divisibility())
-    options = {"num_warps": cell.num_warps, "num_stages": cell.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", cell.arch, 32), options=options)
+    """The cell's machine code. Raises as `compiled_cell`."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(compiled_cell(cell).asm["cubin"])
         file.flush()
         return subprocess.run([_DISASSEMBLER, "-c", file.name], check=True, capture_output=True, text=True).stdout
 

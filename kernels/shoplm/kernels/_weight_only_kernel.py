@@ -22,9 +22,8 @@ def weight_only_kernel(
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ) -> None:
-    """Grid (output blocks, row blocks). `x_stride` is in units of 16 elements."""
+    """Grid (output blocks, row blocks). `x_stride` is in units of 16 elements. A turn takes two groups of inputs."""
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_outputs = output < N
@@ -32,9 +31,9 @@ def weight_only_kernel(
     x_rows = x_ptr + (row.to(tl.int64) * (x_stride * 16))[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if BITS == 8:
-        inputs = tl.arange(0, BLOCK_K)
+        inputs = tl.arange(0, 2 * GROUP)
         w_rows = w_ptr + output.to(tl.int64)[None, :] * K
-        for start in range(0, K, BLOCK_K):
+        for start in range(0, K, 2 * GROUP):
             x = tl.load(x_rows + start + inputs[None, :], mask=in_rows[:, None], other=0.0)
             w = tl.load(w_rows + start + inputs[:, None], mask=in_outputs[None, :], other=0)
             acc = tl.dot(x, w.to(x.dtype), acc, input_precision="ieee")

@@ -23,7 +23,7 @@ from shoplm.kernels.aot import AotCell, make_cell, pointer
 from shoplm.kernels.inputs import check_aligned
 
 GROUP = 32  # inputs that share an INT4 scale
-MULTIPLE = 64  # of inputs: two groups share their bytes; also INT8's inputs per turn of the kernel's loop
+MULTIPLE = 2 * GROUP  # of inputs: two groups share their bytes, and a turn of the kernel's loop
 MAX_ROWS = 64  # most rows for which the kernel is the better way
 BLOCK_N = 32
 NUM_WARPS, NUM_STAGES = 4, 4
@@ -141,7 +141,6 @@ def weight_only(
         GROUP=GROUP,
         BLOCK_M=block_m,
         BLOCK_N=BLOCK_N,
-        BLOCK_K=MULTIPLE,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )
@@ -168,7 +167,7 @@ def _cell(arch: int, outputs: int, inputs: int, bits: int, block_m: int) -> AotC
         "weight_only",
         weight_only_kernel,
         types,
-        constants | {"BLOCK_N": BLOCK_N, "BLOCK_K": MULTIPLE, "bias_ptr": None},
+        constants | {"BLOCK_N": BLOCK_N, "bias_ptr": None},
         aligned=("x_ptr", "out_ptr", "scale_ptr", "w_ptr"),
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,

@@ -57,16 +57,14 @@ class _Layer:
         self.key_norm = weights.key_norm
         self.qkv = Linear(qkv, qkv_bias, paths.get("qkv"))
         self.output = Linear(weights.output, weights.output_bias, paths.get("output"))
-        self.gate, self.up = _gate_and_up(weights.gate_up, paths.get("gate_up"))
+        self.gate, self.up = _halves(weights.gate_up, paths.get("gate_up"))
         self.down = Linear(weights.down, None, paths.get("down"))
 
 
-def _gate_and_up(weight: Tensor, path: LowRankPath | None) -> list[Linear]:
-    if path is None:
-        return [Linear(part) for part in weight.chunk(2)]
-    # Of `up`'s two halves, each has zeros for what the other one reads.
-    parts = zip(weight.chunk(2), path.up.chunk(2), strict=True)
-    return [Linear(part, None, LowRankPath(path.down, up)) for part, up in parts]
+def _halves(weight: Tensor, path: LowRankPath | None) -> list[Linear]:
+    """Gate and up; of an adapter's second matrix, each half has zeros for what the other one reads."""
+    paths = [None] * 2 if path is None else [replace(path, up=up) for up in path.up.chunk(2)]
+    return [Linear(part, None, each) for part, each in zip(weight.chunk(2), paths, strict=True)]
 
 
 class Decoder:

@@ -16,18 +16,18 @@ import torch
 from shoplm.bundle import read_manifest
 from shoplm.catalog.items import read_catalog
 from shoplm.engine.cpu import FORMATS
-from shoplm.model.adapter import keeps_apart, read_adapter
 from shoplm.model.base import Base, bundle_base
 from shoplm.model.chat_template import ChatTemplate
 from shoplm.model.decoder import Decoder
 from shoplm.model.tokenizer import Tokenizer
-from shoplm.model.weights import DecoderWeights, load_weights
+from shoplm.model.weights import DecoderWeights
 from shoplm.model.whole_prompt import whole_prompt
 from shoplm.prompt import PromptBuilder
 from shoplm.training.adapt.kept import held_out
 from shoplm.training.formats import Formats
 from shoplm.training.log import ShopLog
 from shoplm.training.native_scorer import NativeScorer
+from shoplm.training.reader import base_weights
 from shoplm.training.report import OURS, RankingResult, Report, Sample
 from shoplm.training.run import evaluate_bundle
 from shoplm.training.watch import Watch
@@ -119,8 +119,7 @@ def _talk(folder: Path, base: Base, work: Path, watch: Watch) -> Talk:
 def perplexity(base: Base, adapter: Path | None, talk: Talk, formats: Formats, watch: Watch) -> float:
     """Per token of the answers, of the base with the adapter in that folder; a GPU's formats by products in fp32 of the
     rounded base."""
-    read = None if adapter is None else read_adapter(adapter)
-    weights = load_weights(base.folder, base.config, torch.bfloat16, adapter=read, apart=keeps_apart(formats.weights))
+    weights = base_weights(base, torch.bfloat16, adapter, formats)
     longest = max(len(prompt) + len(answer) for prompt, answer in talk)
     nats_of: Nats
     if formats.of_cpu:
@@ -136,10 +135,6 @@ def perplexity(base: Base, adapter: Path | None, talk: Talk, formats: Formats, w
 
 
 def _nats_of_rounded(base: Base, weights: DecoderWeights, formats: Formats, longest: int) -> Nats:
-    if formats.weights != "model":
-        from shoplm.model.rounded import rounded  # needs Triton
-
-        weights = rounded(weights, formats.weights)
     weights = weights.float()
     decoder = Decoder(base.config, weights, None, longest)
 

@@ -20,7 +20,7 @@ from shoplm.model.linear import packing_supported
 from shoplm.model.shop_weights import mean_embeddings
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.model.torch_backend import TorchBackend
-from shoplm.model.weights import load_weights
+from shoplm.model.weights import DecoderWeights, load_weights
 from shoplm.prompt import PromptBuilder
 from shoplm.training.catalogue import token_texts
 from shoplm.training.formats import UNROUNDED, Formats
@@ -53,6 +53,17 @@ class Reader:
         return torch.cat(states)
 
 
+def base_weights(base: Base, dtype: torch.dtype, adapter: Path | None, formats: Formats) -> DecoderWeights:
+    """The base with the adapter in that folder, as it is served in these formats; a GPU's weights are rounded here."""
+    read = None if adapter is None else read_adapter(adapter)
+    weights = load_weights(base.folder, base.config, dtype, adapter=read, apart=keeps_apart(formats.weights))
+    if formats.weights == "model" or formats.of_cpu:
+        return weights
+    from shoplm.model.rounded import rounded  # needs Triton
+
+    return rounded(weights, formats.weights)
+
+
 def make_reader(
     base: Base,
     catalog: Catalog,
@@ -66,12 +77,7 @@ def make_reader(
     """Loads the base with the adapter in that folder, as it is served in these formats. `input_rows` [shop tokens, H],
     if they are not the mean embeddings of the tokens' texts."""
     tokenizer = Tokenizer.from_folder(base.folder)
-    read = None if adapter is None else read_adapter(adapter)
-    weights = load_weights(base.folder, base.config, dtype, adapter=read, apart=keeps_apart(formats.weights))
-    if formats.weights != "model" and not formats.of_cpu:
-        from shoplm.model.rounded import rounded  # needs Triton
-
-        weights = rounded(weights, formats.weights)
+    weights = base_weights(base, dtype, adapter, formats)
     if input_rows is None:
         rows = mean_embeddings(weights.embedding, [tokenizer.encode(text) for text in token_texts(catalog)])
     else:

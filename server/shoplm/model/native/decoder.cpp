@@ -33,6 +33,7 @@ struct Model {
     const float *cosine, *sine;  // [positions, head_dim / 2]
     bf16 *keys, *values;         // the pool, all layers
     int64_t count, hidden, middle, heads, kv_heads, head_dim, page_size, layer_elements;
+    int64_t widest, rank;  // the largest of all products
     float epsilon, query_scale;
 };
 
@@ -96,32 +97,31 @@ inline void place_heads(const Model& model, const Layer& layer, const Step& step
     });
 }
 
-struct Work { int64_t row, head, first; };
+struct Work { int64_t row, head, first; bool wanted; };  // wanted: a token's hidden state is, behind the last layer
 
-inline void attend(const Model& model, const Layer& layer, const Step& step, const Pool& pool, const std::vector<Work>& work, const Activation* queries, Activation* output, Crew& crew) {
+inline void attend(const Model& model, const Layer& layer, const Step& step, const Pool& pool, const std::vector<Work>& work, bool last, const Activation* queries, Activation* output, Crew& crew) {
     static thread_local std::vector<float> scratch;
     Attention attention{{pool, nullptr, step.pages, step.own_slots, step.masks, step.positions, queries, output, model.heads, layer.window}};
     use_attention();
     crew.each(static_cast<int64_t>(work.size()), 4, [&](int64_t index) {
+        if (last && !work[index].wanted) return;
         attention.row = step.rows + work[index].row;
         attention.block(work[index].head, work[index].first, scratch);
     });
     leave_attention();
 }
 
-// Blocks of LANES queries; `outputs`: those alone whose tokens' hidden states are wanted.
-inline std::vector<Work> attention_work(const Model& model, const Step& step, bool outputs) {
+inline std::vector<Work> attention_work(const Model& model, const Step& step) {
     std::vector<Work> work;
     const int64_t group = model.heads / model.kv_heads;
     const int64_t* end = step.outputs + step.output_count;  // ascending
     for (int64_t row = 0; row < step.row_count; ++row) {
-        const Row& of = step.rows[row];
-        const int64_t* wanted = std::lower_bound(step.outputs, end, of.query_start);
-        for (int64_t first = 0; first < of.query_len * group; first += LANES) {
-            const int64_t last = std::min(first + LANES, of.query_len * group) - 1;
-            while (wanted < end && *wanted < of.query_start + first / group) ++wanted;
-            if (outputs && (wanted == end || *wanted > of.query_start + last / group)) continue;
-            for (int64_t head = 0; head < model.kv_heads; ++head) work.push_back({row, head, first});
+        const int64_t start = step.rows[row].query_start, queries = step.rows[row].query_len * group;
+        for (int64_t first = 0; first < queries; first += LANES) {
+            const int64_t last = std::min(first + LANES, queries) - 1;
+            const int64_t* next = std::lower_bound(step.outputs, end, start + first / group);
+            const bool wanted = next < end && *next <= start + last / group;
+            for (int64_t head = 0; head < model.kv_heads; ++head) work.push_back({row, head, first, wanted});
         }
     }
     return work;
@@ -139,21 +139,15 @@ inline void add_product(const Rows& x, const Linear& w, int64_t columns, float* 
 void run(const Model& model, const Step& step) {
     static Scratch scratch;  // one engine loop per process
     const int64_t tokens = step.token_count, hidden = model.hidden, middle = model.middle, attended_size = model.heads * model.head_dim;
-    int64_t widest = 0, rank = 0;  // of products
-    for (const Layer* layer = model.layers; layer < model.layers + model.count; ++layer)
-        for (const Linear* w : {&layer->qkv, &layer->output, &layer->gate_up, &layer->down}) {
-            widest = std::max(widest, w->k);
-            rank = std::max(rank, w->rank);
-        }
     float* residual = scratch.residual.take(tokens, hidden);
     float* projected = scratch.projected.take(tokens, model.layers[0].qkv.n);
-    GroupScale* scales = scratch.scales.take(tokens, widest / INT4_GROUP);
+    GroupScale* scales = scratch.scales.take(tokens, model.widest / INT4_GROUP);
     float* product = scratch.product.take(tokens, std::max(middle, attended_size));
     Activation* queries = scratch.queries.take(tokens, attended_size);
     Activation* attended = scratch.attended.take(padded(tokens), attended_size);
-    uint8_t* data = scratch.rows.take(padded(tokens), widest * static_cast<int64_t>(sizeof(Activation)));
-    const RowSpace rows{data, scales, scratch.low_rank.take(tokens, rank)};
-    const std::vector<Work> work = attention_work(model, step, false), last_work = attention_work(model, step, true);
+    uint8_t* data = scratch.rows.take(padded(tokens), model.widest * static_cast<int64_t>(sizeof(Activation)));
+    const RowSpace rows{data, scales, scratch.low_rank.take(tokens, model.rank)};
+    const std::vector<Work> work = attention_work(model, step);
     static Loops all;
     Loop* loops = all.take(LOOPS * (model.count + 1));
 #pragma omp parallel num_threads(static_cast<int>(step.threads))
@@ -170,7 +164,7 @@ void run(const Model& model, const Step& step) {
             linear(x, layer.qkv, crew, stored(projected, layer.qkv.n));
             place_heads(model, layer, step, pool, projected, queries, crew);
             const bool last = index + 1 == model.count;  // nothing behind it is needed of other tokens than the outputs
-            attend(model, layer, step, pool, last ? last_work : work, queries, attended, crew);
+            attend(model, layer, step, pool, work, last, queries, attended, crew);
             int64_t m = tokens;
             if (last) {
                 m = step.output_count;

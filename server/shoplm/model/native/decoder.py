@@ -59,14 +59,14 @@ class _Layer:
             "gate_up": (_interleaved(weights.gate_up), None),
             "down": (weights.down, None),
         }
-        self._linears = tuple(
+        self.linears = tuple(
             PackedLinear(library, weight, bias, format=format, path=paths.get(name))
             for name, (weight, bias) in products.items()
         )
         norms = (weights.input_norm, weights.mlp_norm, weights.query_norm, weights.key_norm)
         self._norms = tuple(None if norm is None else norm.float().contiguous() for norm in norms)
         self.ref = LayerRef(
-            *(linear.ref for linear in self._linears), *map(pointer, self._norms), window or 0, int(uses_rope)
+            *(linear.ref for linear in self.linears), *map(pointer, self._norms), window or 0, int(uses_rope)
         )
 
 
@@ -102,6 +102,7 @@ class NativeDecoder:
         self._refs = (LayerRef * len(self._layers))(*(layer.ref for layer in self._layers))
         cosine, sine = rope_tables(config.rope, config.head_dim, max_positions)
         self._cosine, self._sine = cosine.contiguous(), sine.contiguous()
+        products = [linear.ref for layer in self._layers for linear in layer.linears]
         self._model = ModelRef(
             ctypes.cast(self._refs, ctypes.c_void_p),
             pointer(self._embedding),
@@ -118,6 +119,8 @@ class NativeDecoder:
             config.head_dim,
             pool.page_size,
             pool.keys[0].numel(),
+            max(product.k for product in products),
+            max(product.rank for product in products),
             config.rms_norm_eps,
             1.0 / math.sqrt(config.head_dim),
         )

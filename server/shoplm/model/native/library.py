@@ -145,7 +145,7 @@ class ModelRef(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("layers", "embedding", "final_norm", "cosine", "sine")),
         *((name, ctypes.c_void_p) for name in ("keys", "values")),
         *((name, ctypes.c_int64) for name in ("count", "hidden", "middle", "heads", "kv_heads", "head_dim")),
-        *((name, ctypes.c_int64) for name in ("page_size", "layer_elements")),
+        *((name, ctypes.c_int64) for name in ("page_size", "layer_elements", "widest", "rank")),
         *((name, ctypes.c_float) for name in ("epsilon", "query_scale")),
     )
 
