@@ -17,6 +17,8 @@ STATS = StepStats(
     tokens={"chat": 5, "recommendation": 300},
     rows={"chat": 5, "recommendation": 2},
     mixed_steps=1,
+    drafted_tokens=6,
+    accepted_tokens=4,
     queue_seconds={"chat": (0.001,)},
     first_seconds={"chat": (0.03,), "prediction": (0.01, 0.02)},
     inter_token_seconds=((0.01, 1), (0.02, 2)),
@@ -50,6 +52,8 @@ def test_step_stats_are_folded_in(metrics: Metrics) -> None:
     assert value(metrics, "shoplm_step_tokens_total", service="recommendation") == 300
     assert value(metrics, "shoplm_step_rows_total", service="chat") == 5
     assert value(metrics, "shoplm_mixed_steps_total") == 1
+    assert value(metrics, "shoplm_draft_tokens_total") == 6
+    assert value(metrics, "shoplm_draft_tokens_accepted_total") == 4
     assert value(metrics, "shoplm_queue_time_seconds_count", service="chat") == 1
     assert value(metrics, "shoplm_time_to_first_token_seconds_count", service="prediction") == 2
     assert value(metrics, "shoplm_inter_token_seconds_count") == 3

@@ -111,6 +111,9 @@ class ServerConfig(BaseSettings):
     max_context_tokens: int = Field(0, description="tokens of a prompt with its answer; 0: the base model's", ge=0)
     max_step_tokens: int = Field(512, description="most tokens of one forward pass", ge=1)
     max_mixed_prompt_tokens: int = Field(128, description="prompt tokens of a pass in which answers go on", ge=1)
+    max_draft_tokens: int = Field(
+        7, description="CPU: tokens of an answer guessed from its prompt and checked in one pass; 0: none", ge=0, le=64
+    )
     max_running_requests: int = Field(256, description="most requests in one forward pass", ge=1)
     max_queued_requests: int = Field(2048, description="more are refused with RESOURCE_EXHAUSTED", ge=1)
     max_queued_tokens: int = Field(1_000_000, description="the same, in prompt tokens", ge=1)
@@ -278,6 +281,7 @@ class ServerConfig(BaseSettings):
             max_context_tokens=self.max_context_tokens,
             max_step_tokens=self.max_step_tokens,
             max_mixed_prompt_tokens=self.max_mixed_prompt_tokens,
+            max_draft_tokens=self.max_draft_tokens,
             max_running_requests=self.max_running_requests,
             max_queued_requests=self.max_queued_requests,
             max_queued_tokens=self.max_queued_tokens,

@@ -117,6 +117,8 @@ class Metrics:
         self.degraded = self._counter(
             "shoplm_degraded", "Answers made smaller so that they came in time.", "service", "degradation"
         )
+        self.draft_tokens = self._counter("shoplm_draft_tokens", "Guessed tokens of answers that passes checked.")
+        self.draft_tokens_accepted = self._counter("shoplm_draft_tokens_accepted", "Those of them that were right.")
         self.preemptions = self._counter(
             "shoplm_preemptions", "Requests that lost their pages to a more urgent one and are computed again."
         )
@@ -195,6 +197,8 @@ class Metrics:
                 service, _, what = key.partition(":")
                 counter.labels(service, what).inc(count)
         self.preemptions.inc(stats.preemptions)
+        self.draft_tokens.inc(stats.drafted_tokens)
+        self.draft_tokens_accepted.inc(stats.accepted_tokens)
         self.mixed_steps.inc(stats.mixed_steps)
         self.prefix_queries.inc(stats.prefix_query_tokens)
         self.prefix_hits.inc(stats.prefix_hit_tokens)

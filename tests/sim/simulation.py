@@ -87,13 +87,15 @@ def _selected(task: Select, prompt: int, paths: Sequence[int]) -> SelectOutput:
     return SelectOutput(items, tuple(scores), tuple(scores), nothing, nothing, nothing)
 
 
-def expected_answer(request: Request) -> tuple[int, ...] | SelectOutput | tuple[float, ...]:
+def expected_answer(
+    request: Request, vocabulary: int = VOCABULARY
+) -> tuple[int, ...] | SelectOutput | tuple[float, ...]:
     """What the request must get, whatever happens around it."""
     prompt, task = hash_tokens(request.tokens), request.task
     if isinstance(task, Generate):
         produced: list[int] = []
         while len(produced) < task.max_tokens:
-            token = prompt % VOCABULARY
+            token = prompt % vocabulary
             if token in task.stop_token_ids:
                 break
             produced.append(token)
@@ -150,9 +152,12 @@ class CheckingBackend:
         state_slots: int = 16,
         max_context_tokens: int = 512,
         pipeline_depth: int = 1,
+        vocabulary: int = VOCABULARY,
         cost: CostCurve | None = None,
     ) -> None:
+        """`vocabulary`: sampled tokens; with few of them what follows a pair is often what followed it before."""
         self.clock = clock
+        self.vocabulary = vocabulary
         self.cost = cost or CostCurve()
         self.taken = 0  # results that were asked for
         self.batches: list[Batch] = []
@@ -172,6 +177,7 @@ class CheckingBackend:
             trie_depths=TRIE_DEPTHS,
             trie_items={"flat": 50, "deep": 50},
             pipeline_depth=pipeline_depth,
+            checks_drafts=pipeline_depth == 1,
         )
 
     @property
@@ -213,6 +219,7 @@ class CheckingBackend:
     def _run(self, row: Row, batch: Batch, prefix: int) -> RowOutput:
         if row.beam is not None:
             return self._run_beams(row, batch, prefix)
+        read: list[int] = []  # prefixes up to each token
         for index in range(row.query_start, row.query_end):
             position, slot = row.kv_len - row.query_end + index, int(batch.slots[index])
             assert batch.positions[index] == position
@@ -224,10 +231,14 @@ class CheckingBackend:
                 assert row.query_len == 1 and not row.token_from_state and slot == self._slot(row, position + 1)
                 assert int(self._prefixes[self._slot(row, position)]) == prefix
                 self._tokens[slot] = UNWRITTEN
+            read.append(prefix)
         match row.readout:
-            case SampleReadout():
-                token = self._drawn[row.state_slot] = prefix % VOCABULARY
+            case SampleReadout(drafted=0):
+                token = self._drawn[row.state_slot] = prefix % self.vocabulary
                 return token
+            case SampleReadout(drafted=drafted):
+                assert row.query_len == 1 + drafted and not row.token_from_state and self._info.checks_drafts
+                return [each % self.vocabulary for each in read]
             case SelectReadout(select, level):
                 assert level == 0
                 return self._choose(row, select, prefix, 0, select.beam_width)
@@ -320,7 +331,7 @@ class Simulation:
     def check_answer(self, request_id: str) -> None:
         """A served request got exactly its own answer; one that failed got the start of it."""
         record = self.records[request_id]
-        expected = expected_answer(record.request)
+        expected = expected_answer(record.request, self.backend.vocabulary)
         assert record.end is not None, f"{request_id} has no end"
         if isinstance(record.request.task, Generate):
             got = tuple(record.tokens)

@@ -32,6 +32,7 @@ class RandomLoad:
 
     def __init__(self, simulation: Simulation, seed: int) -> None:
         self.simulation = simulation
+        self.vocabulary = simulation.backend.vocabulary
         self.random = random.Random(seed)
         self.histories: list[tuple[int, ...]] = [self._tokens(40) for _ in range(6)]
         self.numbers = itertools.count()
@@ -43,7 +44,9 @@ class RandomLoad:
         draw = self.random.random
         kind = self.random.randrange(5)
         if kind < 2:
-            stops = (self.random.randrange(97), self.random.randrange(97)) if draw() < 0.7 else ()
+            # Among few tokens a stop would come at once: most of these never come.
+            most = self.vocabulary if self.vocabulary > 10 else 5 * self.vocabulary
+            stops = (self.random.randrange(most), self.random.randrange(most)) if draw() < 0.7 else ()
             return Service.CHAT, Generate(self.random.randint(1, 40), stop_token_ids=stops)
         if kind == 2:
             width = self.random.randint(1, 9)
@@ -85,22 +88,35 @@ class RandomLoad:
             self.simulation.engine.cancel(self.random.choice(alive).request.request_id)
 
 
-@pytest.mark.parametrize("pipeline_depth", [1, 2])
+@pytest.mark.parametrize(("pipeline_depth", "drafted", "vocabulary"), [(1, 0, 97), (2, 0, 97), (1, 5, 3)])
 @pytest.mark.parametrize(("pages", "state_slots", "step_tokens"), [(40, 8, 24), (64, 24, 16), (200, 12, 64)])
 @pytest.mark.parametrize("order", ["slack", "fcfs"])
 @pytest.mark.parametrize("seed", [1])
 def test_random_load_loses_nothing(
-    order: Literal["slack", "fcfs"], pages: int, state_slots: int, step_tokens: int, pipeline_depth: int, seed: int
+    order: Literal["slack", "fcfs"],
+    pages: int,
+    state_slots: int,
+    step_tokens: int,
+    pipeline_depth: int,
+    drafted: int,
+    vocabulary: int,
+    seed: int,
 ) -> None:
     print(f"seed {seed}")  # noqa: T201 - pytest shows it with a failure
     backend = CheckingBackend(
-        Clock(), pages=pages, page_size=PAGE_SIZE, state_slots=state_slots, pipeline_depth=pipeline_depth
+        Clock(),
+        pages=pages,
+        page_size=PAGE_SIZE,
+        state_slots=state_slots,
+        pipeline_depth=pipeline_depth,
+        vocabulary=vocabulary,
     )
     config = SchedulerConfig(
         max_step_tokens=step_tokens,
         max_mixed_prompt_tokens=8,
         max_queued_requests=60,
         max_queued_tokens=2_000,
+        max_draft_tokens=drafted,
         policy=SchedulingPolicy(order=order),
     )
     simulation = Simulation(backend, config)
@@ -115,7 +131,8 @@ def test_random_load_loses_nothing(
         if load.random.random() < 0.04:
             load.cancel()
         simulation.step()
-    preemptions = simulation.engine.scheduler.stats.preemptions
+    stats = simulation.engine.scheduler.stats
+    preemptions = stats.preemptions
     simulation.run()
     for request_id in simulation.records:
         simulation.check_answer(request_id)
@@ -132,6 +149,8 @@ def test_random_load_loses_nothing(
     )
     assert min(ends["CANCELLED"], sum(ends[reason] for reason in hopeless)) > 20
     assert set(ends) <= {"served", "CANCELLED", "QUEUE_FULL", "QUEUE_TOKENS_FULL"} | hopeless
+    if drafted:
+        assert stats.drafted_tokens > stats.accepted_tokens > (50 if pages > 40 else 0)  # where requests seldom wait
     memory = simulation.engine.scheduler.memory
     assert memory.prefix_hit_tokens > 0.2 * memory.prefix_query_tokens
     if pages < 100:

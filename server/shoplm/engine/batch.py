@@ -14,10 +14,15 @@ from shoplm.request import HeadValues, ItemScores, Sampling, Select, SelectOutpu
 
 
 class SampleReadout(msgspec.Struct, frozen=True, gc=False):
-    """Draw one token from the text rows. `index` counts the request's produced tokens and varies the seed."""
+    """Draw one token from the text rows. `index` counts the request's produced tokens and varies the seed.
+
+    Behind a draft, whose tokens are the row's last ones, one more is drawn behind each token before them: the first has
+    `index`.
+    """
 
     sampling: Sampling
     index: int
+    drafted: int = 0  # tokens of the draft
 
 
 class SelectReadout(msgspec.Struct, frozen=True, gc=False):
@@ -77,6 +82,8 @@ class Row(msgspec.Struct, frozen=True, gc=False):
         """Hidden states that are read."""
         if self.readout is None:
             return 0
+        if isinstance(self.readout, SampleReadout):
+            return 1 + self.readout.drafted
         if isinstance(self.readout, ForkReadout):
             return len(self.readout.ends)
         return 1 if self.beam is None else self.query_len
@@ -124,14 +131,14 @@ class Batch(msgspec.Struct, frozen=True, gc=False):
             raise ValueError(f"rows cover {end} of {total} tokens")
 
 
-RowOutput = int | SelectOutput | tuple[float, ...] | None
+RowOutput = int | list[int] | SelectOutput | tuple[float, ...] | None
 
 
 class StepResult(msgspec.Struct, frozen=True, gc=False):
     """What a step produced, aligned with the batch's rows.
 
-    int: the sampled token. SelectOutput: the items (last level). tuple: head outputs or hidden state, or what the forks
-    that end in this step read, one after another.
+    int: the sampled token; list: those of a row with a draft. SelectOutput: the items (last level). tuple: head outputs
+    or hidden state, or what the forks that end in this step read, one after another.
     None: nothing to read yet (no readout, or a level of the trie before the last).
     """
 

@@ -52,7 +52,9 @@ def build_batch(plan: Plan, page_size: int) -> Batch:
             task = sequence.request.task
             positions[start:end] = fork_positions(at, task, sequence.shareable) if isinstance(task, Explain) else at
             slots[start:end] = _slots(sequence.page_table, planned, page_size)
-            tokens[start:end] = sequence.tokens[planned.start : planned.start + planned.count]
+            known = planned.count - len(planned.draft)
+            tokens[start : start + known] = sequence.tokens[planned.start : planned.start + known]
+            tokens[start + known : end] = planned.draft
         rows.append(row)
         start = end
     return Batch(tokens, positions, slots, tuple(rows))
@@ -125,7 +127,7 @@ def _pages(sequence: Sequence) -> NDArray[np.int32]:
 def _readout(planned: PlanRow) -> Readout | None:
     match planned.sequence.request.task:
         case Generate(sampling=sampling):
-            return SampleReadout(sampling, planned.sample_index)
+            return SampleReadout(sampling, planned.sample_index, len(planned.draft))
         case Select() as select:
             return SelectReadout(select, planned.level)
         case Predict(features=features):

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from shoplm.engine.builder import build_batch
 from shoplm.engine.spec import EngineSpec
@@ -25,6 +26,8 @@ class Engine:
 
     def __init__(self, backend: Backend, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic) -> None:
         info = backend.info
+        if not info.checks_drafts:
+            config = replace(config, max_draft_tokens=0)
         self.backend = backend
         self.scheduler = Scheduler(
             config,
@@ -102,6 +105,8 @@ class Engine:
             refusals=dict(stats.refusals),
             degraded=dict(stats.degraded),
             preemptions=stats.preemptions,
+            drafted_tokens=stats.drafted_tokens,
+            accepted_tokens=stats.accepted_tokens,
             cost_errors=tuple(stats.cost_errors),
             wait_corrections={str(service): each for service, each in scheduler.wait_corrections().items()},
             queued_requests={str(service): n for service, n in scheduler.services_queued().items()},
@@ -124,6 +129,7 @@ def scheduler_config(spec: EngineSpec) -> SchedulerConfig:
     return SchedulerConfig(
         max_step_tokens=spec.max_step_tokens,
         max_mixed_prompt_tokens=min(spec.max_mixed_prompt_tokens, spec.max_step_tokens),
+        max_draft_tokens=spec.max_draft_tokens,
         max_queued_requests=spec.max_queued_requests,
         max_queued_tokens=spec.max_queued_tokens,
         policy=spec.policy,

@@ -33,6 +33,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
     max_context_tokens: int = 0  # 0: the base model's
     max_step_tokens: int = 512
     max_mixed_prompt_tokens: int = 128
+    max_draft_tokens: int = 7  # not triton; 0: none
     max_running_requests: int = 256
     max_queued_requests: int = 2048
     max_queued_tokens: int = 1_000_000

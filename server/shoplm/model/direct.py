@@ -221,5 +221,5 @@ def _advance(sequence: _Sequence, row: Row, output: RowOutput) -> None:
     elif isinstance(task, Explain) and isinstance(output, tuple):
         sequence.parts += output
         sequence.output = None if sequence.in_prompt else sequence.parts
-    elif not isinstance(output, int):
+    elif not isinstance(output, int | list):
         sequence.output = output

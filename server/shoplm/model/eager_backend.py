@@ -27,6 +27,7 @@ class LocalBackend(ABC):
         max_context_tokens: int,
         vocab_size: int,
         pipeline_depth: int = 1,
+        checks_drafts: bool = False,
     ) -> None:
         self._readouts = readouts
         self._info = BackendInfo(
@@ -40,6 +41,7 @@ class LocalBackend(ABC):
             trie_items=readouts.trie_items,
             pipeline_depth=pipeline_depth,
             feature_count=readouts.feature_count,
+            checks_drafts=checks_drafts,
         )
 
     @property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ from shoplm.readout.select import SelectJob, Selector
 from shoplm.readout.table import SelectTable
 from shoplm.request import ItemScores, Select
 from torch import Tensor
+
+_Place = tuple[int, SampleReadout, int]  # a row that draws, its readout, and how many of its draws come before this one
 
 
 class TextHead(Protocol):
@@ -137,15 +139,13 @@ class Readouts:
         """
         outputs: list[RowOutput] = [None] * len(rows)
         greedy: list[int] = []
-        drawn: dict[int, SampleReadout] = {}
+        drawn: list[int] = []
         predictions: list[int] = []
         selections: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
         for index in first:
             match rows[index].readout:
-                case SampleReadout() as readout if readout.sampling.temperature > 0:
-                    drawn[index] = readout
-                case SampleReadout():
-                    greedy.append(index)
+                case SampleReadout(sampling):
+                    (drawn if sampling.temperature > 0 else greedy).append(index)
                 case SelectReadout(select, level):
                     selections[select.trie, level].append(index)
                 case PredictReadout():
@@ -156,12 +156,14 @@ class Readouts:
                     start = first[index]
                     outputs[index] = self._forks(readout, hidden[start : start + len(readout.ends)])
         if greedy:
-            tokens = head.greedy(hidden[[first[index] for index in greedy]])
-            self._choose(rows, greedy, tokens, outputs)
+            places = _places(rows, greedy)
+            tokens = head.greedy(hidden[[first[index] + behind for index, _, behind in places]])
+            self._choose(rows, places, tokens, outputs)
         if drawn:
-            logits, settings = head(hidden[[first[index] for index in drawn]]), drawn.values()
-            tokens = draw(logits, [each.sampling for each in settings], [each.index for each in settings])
-            self._choose(rows, list(drawn), tokens, outputs)
+            places = _places(rows, drawn)
+            logits = head(hidden[[first[index] + behind for index, _, behind in places]])
+            samplings, indices = zip(*((each.sampling, each.index + behind) for _, each, behind in places), strict=True)
+            self._choose(rows, places, draw(logits, samplings, indices), outputs)
         if predictions:
             self._predict(rows, predictions, hidden[[first[index] for index in predictions]], outputs)
         for (trie, _), chosen in selections.items():
@@ -171,10 +173,18 @@ class Readouts:
                 outputs[index] = output
         return tuple(outputs)
 
-    def _choose(self, rows: Sequence[Row], chosen: list[int], tokens: list[int], outputs: list[RowOutput]) -> None:
-        self._last_token[[rows[index].state_slot for index in chosen]] = tokens
-        for index, token in zip(chosen, tokens, strict=True):
-            outputs[index] = token
+    def _choose(
+        self, rows: Sequence[Row], places: Sequence[_Place], tokens: list[int], outputs: list[RowOutput]
+    ) -> None:
+        # Behind a draft the last token that counts is not known here; whoever drafts names tokens instead of slots.
+        self._last_token[[rows[index].state_slot for index, _, _ in places]] = tokens
+        for (index, readout, behind), token in zip(places, tokens, strict=True):
+            if not readout.drafted:
+                outputs[index] = token
+            elif not behind:
+                outputs[index] = [token]
+            else:
+                cast("list[int]", outputs[index]).append(token)
 
     def _predict(self, rows: Sequence[Row], chosen: list[int], hidden: Tensor, outputs: list[RowOutput]) -> None:
         if self._heads is None:
@@ -214,6 +224,16 @@ def output_tokens(batch: Batch) -> tuple[dict[int, int], NDArray[np.int64]]:
         tokens.append(row.output_tokens)
         count += row.output_count
     return first, np.concatenate(tokens)
+
+
+def _places(rows: Sequence[Row], chosen: Sequence[int]) -> list[_Place]:
+    """Where these rows draw."""
+    places = []
+    for index in chosen:
+        readout = rows[index].readout
+        assert isinstance(readout, SampleReadout)
+        places += [(index, readout, behind) for behind in range(1 + readout.drafted)]
+    return places
 
 
 def _select_job(row: Row, first: int) -> SelectJob:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from shoplm.request import Generate
 from shoplm.scheduler.cost import Coefficients
 from shoplm.scheduler.fairness import Tenant
+from shoplm.scheduler.plan import PlanRow
 from shoplm.scheduler.sequence import Sequence
 
 _PATIENCE = 5.0  # token targets after which an answer of late work must go on
@@ -128,6 +129,24 @@ class Answering:
         for sequence in complete:
             self.leave(sequence)
         return served
+
+    def serve_draft(self, sequence: Sequence, draft: tuple[int, ...]) -> PlanRow:
+        """The next token of this one and guesses of those behind it, which have pages. It stays here; whoever takes the
+        result calls `settle`."""
+        start, count = sequence.computed, 1 + len(draft)
+        sequence.computed += count
+        sequence.unknown += 1
+        self._before += count
+        self._order[sequence] = self._order.pop(sequence)
+        index = start + 1 - sequence.prompt_length
+        return PlanRow(sequence, start, count, True, sample_index=index, epoch=sequence.epoch, draft=draft)
+
+    def settle(self, sequence: Sequence, wrong: int) -> None:
+        """So many of the tokens that it was last served were wrong guesses: they are not computed."""
+        sequence.computed -= wrong
+        self._before -= wrong
+        if not sequence.computed % self._page_size:
+            self._at_page_ends.append(sequence)
 
     def _last_token(self, *, is_late: bool) -> float:
         """When the one that was served longest ago had its last token; infinite while none has had its first."""

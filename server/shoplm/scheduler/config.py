@@ -52,9 +52,12 @@ class SchedulerConfig:
     max_mixed_prompt_tokens: int = 128  # prompt tokens of a step in which answers go on: keeps their tokens coming
     max_queued_requests: int = 2048
     max_queued_tokens: int = 1_000_000
+    max_draft_tokens: int = 0  # guessed tokens of an answer in a step; 0: none
     policy: SchedulingPolicy = field(default_factory=SchedulingPolicy)
 
     def __post_init__(self) -> None:
         for name in ("max_step_tokens", "max_mixed_prompt_tokens", "max_queued_requests", "max_queued_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.max_draft_tokens < 0:
+            raise ValueError(f"max_draft_tokens is {self.max_draft_tokens}: it must be at least 0")

@@ -44,16 +44,16 @@ class Outcomes:
         self._outputs.append(FailedOutput(request.request_id, kind, message, reason, retry))
         self._stats.failure(request.service, kind, reason)
 
-    def token(self, sequence: Sequence, token: int, now: float) -> None:
-        """A chat answer goes on."""
+    def tokens(self, sequence: Sequence, tokens: tuple[int, ...], now: float) -> None:
+        """A chat answer goes on. Tokens that come together share the time since the last one."""
         request = sequence.request
         if sequence.first_seconds is None:
             sequence.first_seconds = now
             self._stats.first(request.service, now - request.arrival_seconds)
         elif sequence.last_token_seconds is not None:
-            self._saw_gaps(now - sequence.last_token_seconds, 1)
+            self._saw_gaps((now - sequence.last_token_seconds) / len(tokens), len(tokens))
         sequence.last_token_seconds = now
-        self._outputs.append(TokensOutput(request.request_id, (token,), sequence.cached_tokens or 0))
+        self._outputs.append(TokensOutput(request.request_id, tokens, sequence.cached_tokens or 0))
 
     def answered(self, sequences: Seq[Sequence], tokens: list[int], now: float) -> None:
         """Answers that have their first token go on, each by one."""

@@ -9,7 +9,8 @@ from shoplm.scheduler.sequence import Sequence
 
 
 class PlanRow(msgspec.Struct, frozen=True, gc=False):
-    """A prompt's part of a step, tokens `start` .. `start + count - 1`, or a search's: its beams at `level`."""
+    """A prompt's part of a step, tokens `start` .. `start + count - 1`, or an answer's with a draft, or a search's: its
+    beams at `level`."""
 
     sequence: Sequence
     start: int
@@ -20,6 +21,7 @@ class PlanRow(msgspec.Struct, frozen=True, gc=False):
     sample_index: int = 0  # Generate: how many tokens were drawn before the one that this row draws
     epoch: int = 0
     again: bool = False  # its one token's keys and values are in a page of others; those of this step go behind it
+    draft: tuple[int, ...] = ()  # of an answer, whose known token comes first: guesses of those behind it
 
     @property
     def draws(self) -> bool:
@@ -35,7 +37,7 @@ class PlanRow(msgspec.Struct, frozen=True, gc=False):
 class Plan(msgspec.Struct, frozen=True):
     """One step. Its results are those of the answers, then those of the rows."""
 
-    rows: tuple[PlanRow, ...] = ()  # prompts and searches
+    rows: tuple[PlanRow, ...] = ()  # prompts, searches and answers with drafts
     answers: tuple[Sequence, ...] = ()  # that go on by one token each: most of a busy engine's step, so without rows
     starts: tuple[int, ...] = ()  # the positions of these tokens
     answers_of: dict[str, int] = {}  # how many of each service

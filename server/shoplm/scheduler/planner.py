@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from functools import cmp_to_key
 from heapq import merge
@@ -11,7 +12,8 @@ from operator import attrgetter
 from shoplm.scheduler.answering import Served, begins_to_answer
 from shoplm.scheduler.budget import LEAST_CHUNK, Budgeter, StepBudget
 from shoplm.scheduler.config import SchedulerConfig
-from shoplm.scheduler.cost import CostModel, StepLoad
+from shoplm.scheduler.cost import CostModel, StepLoad, kv_tokens
+from shoplm.scheduler.drafts import Drafter, Drafts
 from shoplm.scheduler.fairness import Tenant
 from shoplm.scheduler.memory import SequenceMemory
 from shoplm.scheduler.plan import Plan, PlanRow
@@ -46,6 +48,7 @@ class Planner:
         self._order = queue.order
         self._budgeter = budgeter
         self._prospects = prospects
+        self._drafter = Drafter(config.max_draft_tokens, cost)
 
     def plan(self, begin: float, now: float) -> Plan:
         """The step that will begin at `begin`; empty when there is nothing to compute."""
@@ -56,11 +59,13 @@ class Planner:
         budget = self._budgeter.open(self.answers, self._most_urgent(prompts, waiting), begin)
         rows: list[PlanRow] = []
         served = Served()
+        # Who waits for a first result has a better use for a token than a guess.
+        drafts = None if prompts or waiting is not None else self._drafter.drafts(self.answers.requests)
         if budget.answers_first:
-            served = self._plan_answers(searches, rows, budget, now)
+            served = self._plan_answers(searches, drafts, rows, budget, now)
         self._plan_prompts(prompts, waiting, rows, budget, now)
         if not budget.answers_first:
-            served = self._plan_answers(searches, rows, budget, now)
+            served = self._plan_answers(searches, drafts, rows, budget, now)
         return self._close(served, rows, now)
 
     def _arrange(self, prompts: list[Sequence], now: float) -> None:
@@ -75,13 +80,22 @@ class Planner:
             return first
         return waiting
 
-    def _plan_answers(self, searches: list[Sequence], rows: list[PlanRow], budget: StepBudget, now: float) -> Served:
-        """A token or a level for each answer; if not all fit, for those that have waited longest."""
+    def _plan_answers(
+        self,
+        searches: list[Sequence],
+        drafts: Drafts | None,
+        rows: list[PlanRow],
+        budget: StepBudget,
+        now: float,
+    ) -> Served:
+        """A token or a level for each answer, and guesses where there is room; if not all fit, for those that have
+        waited longest."""
         load, answering = self.answers, self._residents.answering
         if load.tokens <= budget.tokens and load.seconds <= budget.answer_seconds:
             rows += map(next_level, searches)
             budget.take_answers(load.tokens, load.seconds)
-            return answering.serve(answering.all(), now)
+            answers = answering.all()
+            return answering.serve(answers if drafts is None else self._plan_drafts(answers, drafts, rows, budget), now)
         waited = attrgetter("last_planned_seconds")
         chosen: list[Sequence] = []
         for sequence in merge(sorted(searches, key=waited), answering.all(), key=waited):
@@ -95,6 +109,24 @@ class Planner:
                 rows.append(row)
                 budget.take_answers(row.count, self._budgeter.row_seconds(row))
         return answering.serve(chosen, now)
+
+    def _plan_drafts(
+        self, answers: Collection[Sequence], drafts: Drafts, rows: list[PlanRow], budget: StepBudget
+    ) -> list[Sequence]:
+        """Rows for the answers whose next tokens can be guessed; returns the others."""
+        others: list[Sequence] = []
+        for sequence in answers:
+            start = sequence.computed
+            draft = drafts.of(sequence, min(budget.tokens, self._budgeter.tokens_within(budget.answer_seconds, start)))
+            if draft:
+                draft = draft[: self._memory.make_room(sequence, 1 + len(draft)) - 1]
+            if not draft:
+                others.append(sequence)
+                continue
+            rows.append(self._residents.answering.serve_draft(sequence, draft))
+            count = len(draft)
+            budget.take_answers(count, self._cost.work_seconds(count, kv_tokens(start + 1, count), 0))
+        return others
 
     def _plan_prompts(
         self,
@@ -149,7 +181,7 @@ class Planner:
             sequence, count, read = row.sequence, row.count, row.keys
             sequence.unread += not row.draws
             sequence.last_planned_seconds = now
-            if begins_to_answer(sequence):
+            if not row.draft and begins_to_answer(sequence):
                 self._residents.begin_answer(sequence)
             seconds = each.token * count + each.kv * read + each.row
             assert sequence.tenant is not None

@@ -30,12 +30,13 @@ from shoplm.scheduler.budget import Budgeter
 from shoplm.scheduler.config import SchedulerConfig
 from shoplm.scheduler.cost import CostModel
 from shoplm.scheduler.deadlines import Deadlines
+from shoplm.scheduler.drafts import accepted
 from shoplm.scheduler.fairness import Shares
 from shoplm.scheduler.forecast import Forecast
 from shoplm.scheduler.memory import SequenceMemory
 from shoplm.scheduler.ordering import ArrivalOrder, Order, SlackOrder
 from shoplm.scheduler.outcomes import Outcomes
-from shoplm.scheduler.plan import Plan
+from shoplm.scheduler.plan import Plan, PlanRow
 from shoplm.scheduler.planner import Planner
 from shoplm.scheduler.prospects import Load, Prospects
 from shoplm.scheduler.queue import Queue
@@ -224,9 +225,11 @@ class Scheduler:
                     sequence.started_seconds = now
             if not row.reads:
                 continue
-            if isinstance(sequence.request.task, Generate):
+            if row.draft:
+                self._take_draft(row, cast("list[int]", output), now)
+            elif isinstance(sequence.request.task, Generate):
                 assert isinstance(output, int)
-                self._take_first_token(sequence, output, now)
+                self._take_tokens(sequence, [output], now)
             elif output is not None and sequence.epoch == row.epoch:
                 if isinstance(sequence.request.task, Explain):
                     assert isinstance(output, tuple)
@@ -270,18 +273,32 @@ class Scheduler:
             self._end(sequence)
             self._outcomes.finished(sequence, now, reason=reason)
 
-    def _take_first_token(self, sequence: Sequence, token: int, now: float) -> None:
-        """The token behind a prompt: an answer's first, or the next one where the answer was preempted."""
+    def _take_draft(self, row: PlanRow, drawn: list[int], now: float) -> None:
+        """What was drawn behind an answer's known token and behind each guess."""
+        sequence, drafted = row.sequence, len(row.draft)
+        tokens = accepted(row.draft, drawn)
+        right = len(tokens) - 1
+        assert sequence.lookup is not None
+        sequence.lookup.saw(drafted, right)
+        self.stats.drafted_tokens += drafted
+        self.stats.accepted_tokens += right
+        self._residents.answering.settle(sequence, drafted - right)
+        self._take_tokens(sequence, tokens, now)
+
+    def _take_tokens(self, sequence: Sequence, drawn: Seq[int], now: float) -> None:
+        """The token behind a prompt, an answer's first or the next one where the answer was preempted; or those that a
+        draft has brought."""
         sequence.unknown -= 1
-        reason = FinishReason.STOP if token in sequence.stop_token_ids else None
-        if reason is None:
-            sequence.tokens.append(token)
+        stop = next((at for at, token in enumerate(drawn) if token in sequence.stop_token_ids), None)
+        tokens = drawn[:stop]
+        if tokens:
+            sequence.tokens.extend(tokens)
             if sequence.first_seconds is None:
                 self._prospects.came(sequence, now)
-            self._outcomes.token(sequence, token, now)
-            reason = FinishReason.LENGTH if len(sequence.tokens) >= sequence.most_length else None
-        if reason is not None:
+            self._outcomes.tokens(sequence, tuple(tokens), now)
+        if stop is not None or len(sequence.tokens) >= sequence.most_length:
             self._end(sequence)
+            reason = FinishReason.LENGTH if stop is None else FinishReason.STOP
             self._outcomes.finished(sequence, now, reason=reason)
 
     # ---- the life of a sequence ----------------------------------------------------------------------------------

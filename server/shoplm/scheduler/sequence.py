@@ -9,6 +9,7 @@ from shoplm.cache.prefix import Node
 from shoplm.request import Degradation, Explain, Generate, Request, Tokens, forks_start, token_ids
 
 if TYPE_CHECKING:
+    from shoplm.scheduler.drafts import Lookup
     from shoplm.scheduler.fairness import Tenant
 
 
@@ -48,6 +49,7 @@ class Sequence:
     started_seconds: float | None = None
     first_seconds: float | None = None
     last_token_seconds: float | None = None
+    lookup: Lookup | None = None  # what its next tokens are guessed from
     ended: bool = False
     prompt_length: int = field(init=False)
     most_length: int = field(init=False)  # of prompt and answer

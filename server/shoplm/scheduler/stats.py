@@ -20,6 +20,7 @@ class SchedulerStats:
         self.rows: Counter[str] = Counter()
         self.mixed_steps = 0
         self.preemptions = 0
+        self.drafted_tokens = self.accepted_tokens = 0
         self.queue_seconds: defaultdict[str, list[float]] = defaultdict(list)
         self.first_seconds: defaultdict[str, list[float]] = defaultdict(list)
         self.total_seconds: defaultdict[str, list[float]] = defaultdict(list)
