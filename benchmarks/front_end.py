@@ -36,13 +36,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import grpc
-import msgspec
 import psutil
 import uvloop
 from shoplm.bench.report import machine, write_json_of
 from shoplm.config import ServerConfig
 from shoplm.config_sources import load_config
 from shoplm.engine.batch import Batch, PredictReadout, Row, RowOutput, SampleReadout, StepResult
+from shoplm.engine.process import read_spec
 from shoplm.engine.process import run as run_engine
 from shoplm.engine.spec import EngineSpec
 from shoplm.engine.supervisor import ProcessEngineClient
@@ -329,8 +329,8 @@ def _null_engine(config: ServerConfig, base: Base) -> NullEngine:
 def main() -> int:
     if sys.argv[1:2] == ["engine"]:
         step_seconds, connection = 1e-3 * float(sys.argv[2]), socket.socket(fileno=int(sys.argv[3]))
-        spec = msgspec.json.decode(sys.argv[4], type=EngineSpec)
-        return run_engine(connection, spec, lambda spec: NullBackend(spec, step_seconds))
+        spec = read_spec()
+        return 0 if spec is None else run_engine(connection, spec, lambda spec: NullBackend(spec, step_seconds))
     if sys.argv[1:2] == ["serve"]:
         NullEngine.program = (sys.executable, str(Path(__file__).resolve()), "engine", sys.argv[2])
         return uvloop.run(serve(load_config(sys.argv[3:]), _null_engine))

@@ -62,10 +62,10 @@ def fitting(flags: Sequence[str]) -> list[str]:
     return [*full, *quantised, f"transformers-{wide}"]
 
 
-def _ours(dtype: str, weight_format: str) -> Callable[[Setting], list[str]]:
+def _ours(dtype: str, weight_format: str, *options: str) -> Callable[[Setting], list[str]]:
     def command(setting: Setting) -> list[str]:
-        log = setting.logs / f"server-{dtype}-{weight_format}.log"
-        arguments = [dtype, weight_format, str(setting.threads), str(log)]
+        log = setting.logs / f"server-{'-'.join((dtype, weight_format, *options))}.log"
+        arguments = [dtype, weight_format, str(setting.threads), str(log), *options]
         return [sys.executable, "-m", "peers.shoplm_worker", *arguments]
 
     return command
@@ -88,6 +88,10 @@ CONTESTANTS = {
         Entry("shoplm-f32", FULL, _ours("float32", "model")),
         Entry("shoplm-int8", INT8, _ours("bfloat16", "int8")),
         Entry("shoplm-int4", INT4, _ours("bfloat16", "int4")),
+        *(
+            Entry(f"shoplm-{name}-unguessed", precision, _ours("bfloat16", weights, "--max-draft-tokens", "0"))
+            for name, precision, weights in (("bf16", FULL, "model"), ("int8", INT8, "int8"), ("int4", INT4, "int4"))
+        ),
         Entry("openvino-full", FULL, _peer("openvino", "openvino", "openvino-fp32")),
         Entry("openvino-int8", INT8, _peer("openvino", "openvino", "openvino-int8")),
         Entry("openvino-int4", INT4, _peer("openvino", "openvino", "openvino-int4")),

@@ -1,4 +1,5 @@
-"""ShopLM through gRPC: a server of its own, raw token ids. Arguments: dtype, weight format, threads, the log's path."""
+"""ShopLM through gRPC: a server of its own, raw token ids. Arguments: dtype, weight format, threads, the log's path,
+and further ones of `shoplm serve`."""
 
 from __future__ import annotations
 
@@ -66,10 +67,10 @@ class ShopLm:
 
 @contextmanager
 def load() -> Iterator[ShopLm]:
-    dtype, weight_format, threads, log = sys.argv[1:5]
+    dtype, weight_format, threads, log, *options = sys.argv[1:]
     trie = f"{TRIE}={TRIE_ITEMS}:{'x'.join(map(str, TRIE_LEVELS))}"
     arguments = ["--dtype", dtype, "--weight-format", weight_format, "--threads", threads, "--synthetic-tries", trie]
-    with own_server([*arguments, *FOR_THROUGHPUT, "--kv-cache-mib", str(CACHE_MIB)], Path(log)) as server:
+    with own_server([*arguments, *FOR_THROUGHPUT, "--kv-cache-mib", str(CACHE_MIB), *options], Path(log)) as server:
         contestant = ShopLm(
             server.address,
             {**versions("shoplm", "torch", "grpcio"), "computes": dtype, "weights": weight_format, "kv_cache": dtype},

@@ -19,6 +19,7 @@ _COMMANDS = {
     "explain": ("shoplm.explain.cli", "explain", "server"),
     "bundle": ("shoplm.bundle_cli", "bundle", "server"),
 }
+_SHOWS = {"-h", "--help", "--print-config"}  # flags of `serve` that only show something
 _HELP = """One language model for a shop's recommendations, chat and predictions.
 
 `shoplm serve` starts the server (`shoplm serve --help` lists its flags); the other verbs call one or make a bundle.
@@ -36,11 +37,16 @@ def main() -> None:
 def _serve(arguments: list[str]) -> int:
     # The engine is started as a fresh program, so gRPC need not survive a fork, nor warn of one.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
+    engine = None
     try:
-        serve_command = import_module("shoplm.server").serve_command
+        if not _SHOWS.intersection(arguments):
+            engine = import_module("shoplm.engine.launch").EngineProcess()
+        code: int = import_module("shoplm.server").serve_command(arguments, engine)
     except ModuleNotFoundError as error:
         return _missing("serve", error, "server")
-    code: int = serve_command(arguments)
+    finally:
+        if engine is not None:
+            engine.discard()
     return code
 
 

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from shoplm.api.core import Core, Engine
@@ -24,6 +25,8 @@ from shoplm.api.probes import ProbeServer
 from shoplm.api.shop import Served, load_served, server_version
 from shoplm.config import ServerConfig
 from shoplm.config_sources import load_config
+from shoplm.engine.launch import EngineProcess
+from shoplm.engine.supervisor import ProcessEngineClient
 from shoplm.errors import ConfigurationError
 from shoplm.logs import configure_logs
 from shoplm.metrics import Metrics, ModelInfo
@@ -57,11 +60,9 @@ class ManagedEngine(Engine, Protocol):
 EngineFactory = Callable[[ServerConfig, Base], ManagedEngine]
 
 
-def engine_process(config: ServerConfig, base: Base) -> ManagedEngine:
-    """The engine in a process of its own."""
-    from shoplm.engine.supervisor import ProcessEngineClient
-
-    return ProcessEngineClient(config.engine_spec(base.folder), config.engine_hang_seconds)
+def engine_process(config: ServerConfig, base: Base, started: EngineProcess | None = None) -> ManagedEngine:
+    """The engine in a process of its own, the one that was started already where there is one."""
+    return ProcessEngineClient(config.engine_spec(base.folder), config.engine_hang_seconds, started)
 
 
 class Server:
@@ -235,8 +236,9 @@ def ready_text(server: Server, seconds: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def serve_command(arguments: Sequence[str]) -> int:
-    """`shoplm serve`: flags in, exit code out. `--print-config` shows the settings and where to put them."""
+def serve_command(arguments: Sequence[str], engine: EngineProcess | None = None) -> int:
+    """`shoplm serve`: flags in, exit code out. `--print-config` shows the settings and where to put them. `engine` is
+    the process that will load, if it was started already."""
     flags = [argument for argument in arguments if argument != "--print-config"]
     try:
         config = load_config(flags)
@@ -245,7 +247,7 @@ def serve_command(arguments: Sequence[str]) -> int:
             return 0
         configure_logs(config.log_level, config.log_format)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(serve(config))
+            return runner.run(serve(config, partial(engine_process, started=engine)))
     except ConfigurationError as error:
         sys.stderr.write(f"shoplm serve: {error}\n")
         return EXIT_CONFIGURATION

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -182,6 +183,22 @@ def test_a_server_that_cannot_start_says_why_in_one_line(flags: list[str], messa
     assert ended.stderr.startswith("shoplm serve: ")
     assert len(ended.stderr.splitlines()) == 1
     assert ended.stdout == ""
+
+
+def test_a_server_that_does_not_start_leaves_no_engine_behind() -> None:
+    mark = f"SHOPLM_TEST_MARK_{os.getpid()}"
+    command = [*SERVE, "--port", "99999"]
+    ended = subprocess.run(command, capture_output=True, check=False, env={**os.environ, mark: "1"})
+    assert ended.returncode == 2
+    left = [process.pid for process in psutil.process_iter() if _has(process, mark)]
+    assert not left
+
+
+def _has(process: psutil.Process, variable: str) -> bool:
+    try:
+        return variable in process.environ()
+    except psutil.Error:
+        return False
 
 
 def test_the_settings_can_be_printed_and_used_again(tmp_path: Path) -> None:

@@ -70,8 +70,11 @@ class Puppet(EngineClient):
         super().__init__(EngineSpec("none"))
         self.engine: socket.socket | None = None
 
-    async def _start_engine(self, connection: socket.socket) -> None:
-        self.engine = connection
+    def _open_channel(self) -> socket.socket:
+        mine, self.engine = socket_pair()
+        return mine
+
+    async def _start_engine(self) -> None:
         self.say(ReadyOutput(1, 16, 64, "puppet", 0.0, {}))
 
     async def _stop_engine(self) -> None:

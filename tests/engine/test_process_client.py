@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from shoplm.engine import supervisor
+from shoplm.engine.launch import EngineProcess
 from shoplm.engine.spec import EngineSpec
 from shoplm.engine.supervisor import ProcessEngineClient
 from shoplm.errors import ConfigurationError, EngineUnavailableError
@@ -113,8 +114,8 @@ from shoplm.engine import load, process
 
 load_backend = load.load_backend
 
-def load_slow(spec):
-    backend = load_backend(spec)
+def load_slow(spec, **options):
+    backend = load_backend(spec, **options)
     submit = backend.submit
 
     def submit_late(batch):
@@ -230,6 +231,40 @@ async def test_the_working_directory_brings_no_modules(
     monkeypatch.chdir(tmp_path)
     async with running(folder) as client:
         assert (await client.run(chat("r", 1))).completion_tokens == 1
+
+
+async def test_an_engine_that_was_started_before_its_spec_was_known_serves_and_is_replaced(
+    tiny_model: TinyModel,
+) -> None:
+    back = asyncio.Event()
+    started = EngineProcess()
+    client = ProcessEngineClient(spec(tiny_model("smollm2")), started=started)
+    async with asyncio.timeout(2 * START_SECONDS):
+        await client.start()
+        assert client.process_id == started.id
+        assert (await client.run(chat("first", 3))).completion_tokens == 3
+        client.on_state(lambda serving: back.set() if serving else None)
+        os.kill(started.id, signal.SIGKILL)
+        await back.wait()
+        assert client.process_id != started.id
+        assert (await client.run(chat("next", 3))).completion_tokens == 3
+        await client.close()
+    started.discard()
+
+
+def test_an_engine_that_nobody_wants_ends_at_once() -> None:
+    started = EngineProcess()
+    process = psutil.Process(started.id)
+    begun = time.monotonic()
+    started.discard()
+    assert not process.is_running() and time.monotonic() - begun < 5.0
+
+
+def test_an_engine_that_is_told_nothing_ends() -> None:
+    started = EngineProcess()
+    started.load(b"")
+    assert asyncio.run(started.wait()) == 0
+    started.discard()
 
 
 class NeverLoaded(ProcessEngineClient):

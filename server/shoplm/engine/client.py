@@ -149,11 +149,11 @@ class EngineClient(ABC):
         self._disconnect()
         loop = asyncio.get_running_loop()
         self._loaded = loop.create_future()
-        mine, its = socket_pair()
+        mine = self._open_channel()
         mine.setblocking(False)
         transport, self._link = await loop.create_unix_connection(lambda: _Link(self._take), sock=mine)
         self._transport = transport
-        await self._start_engine(its)
+        await self._start_engine()
         await self._loaded
         self._serving = True
 
@@ -163,8 +163,12 @@ class EngineClient(ABC):
             self._transport = None
 
     @abstractmethod
-    async def _start_engine(self, connection: socket.socket) -> None:
-        """Start an engine at this end of the channel, which becomes its own."""
+    def _open_channel(self) -> socket.socket:
+        """A new channel: this process's end of it."""
+
+    @abstractmethod
+    async def _start_engine(self) -> None:
+        """Start an engine at the other end."""
 
     @abstractmethod
     async def _stop_engine(self) -> None:
@@ -228,14 +232,19 @@ class ThreadEngineClient(EngineClient):
         super().__init__(spec)
         self._load = load
         self._thread: threading.Thread | None = None
+        self._its: socket.socket | None = None
 
-    async def _start_engine(self, connection: socket.socket) -> None:
+    def _open_channel(self) -> socket.socket:
+        mine, self._its = socket_pair()
+        return mine
+
+    async def _start_engine(self) -> None:
         load = self._load
         if load is None:
             from shoplm.engine.load import load_backend
 
             load = load_backend
-        arguments = (connection, self.spec, load)
+        arguments = (self._its, self.spec, load)
         self._thread = threading.Thread(target=run, args=arguments, name="shoplm-engine", daemon=True)
         self._thread.start()
 

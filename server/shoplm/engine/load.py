@@ -9,10 +9,10 @@ from pathlib import Path
 import msgspec
 import psutil
 import torch
-from shoplm.bundle import ShopManifest, read_manifest
+from shoplm.bundle import read_manifest
 from shoplm.catalog.filters import ItemColumns
-from shoplm.catalog.items import Catalog, read_catalog
 from shoplm.engine.cpu import cpu_backend
+from shoplm.engine.shop_texts import ShopTexts, read_shop_texts
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import BundleError, ConfigurationError
 from shoplm.model.adapter import Adapter, keeps_apart, read_adapter
@@ -23,9 +23,8 @@ from shoplm.model.gpu_warmup import warm_up
 from shoplm.model.kv_pool import KV_FORMATS
 from shoplm.model.native.backend import native_refusal
 from shoplm.model.shop_weights import ShopWeights, load_shop_weights, random_trie
-from shoplm.model.tokenizer import Tokenizer
 from shoplm.model.weights import DecoderWeights, load_weights
-from shoplm.vocabulary import SPECIAL_TEXTS, ShopVocabulary
+from shoplm.vocabulary import ShopVocabulary
 
 BACKENDS = ("torch", "triton")
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -33,9 +32,13 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 log = logging.getLogger("shoplm.engine")
 
 
-def load_backend(spec: EngineSpec, change: Callable[[DecoderWeights], DecoderWeights] | None = None) -> Backend:
-    """The backend of a spec, weights loaded, and changed where that is asked for. Raises ConfigurationError saying what
-    cannot be used."""
+def load_backend(
+    spec: EngineSpec,
+    change: Callable[[DecoderWeights], DecoderWeights] | None = None,
+    shop_texts: Callable[[], ShopTexts | None] | None = None,
+) -> Backend:
+    """The backend of a spec, weights loaded, and changed where that is asked for; `shop_texts` as in `load_tensors`.
+    Raises ConfigurationError saying what cannot be used."""
     if spec.backend not in BACKENDS:
         raise ConfigurationError(f"backend {spec.backend!r} is not one of: {', '.join(BACKENDS)}")
     on_gpu = spec.backend == "triton"
@@ -50,7 +53,7 @@ def load_backend(spec: EngineSpec, change: Callable[[DecoderWeights], DecoderWei
     config = ModelConfig.from_folder(Path(spec.base_folder))
     spec = msgspec.structs.replace(spec, weight_format=served_weight_format(spec, config))
     pages = 0 if on_gpu and not spec.kv_cache_bytes else _pages(spec, config, _DTYPES[spec.dtype])
-    weights, shop = load_tensors(spec, config)
+    weights, shop = load_tensors(spec, config, shop_texts)
     weights = weights if change is None else change(weights)
     tries = [
         random_trie(
@@ -95,13 +98,17 @@ def served_weight_format(spec: EngineSpec, config: ModelConfig) -> str:
     return "int8"
 
 
-def load_tensors(spec: EngineSpec, config: ModelConfig) -> tuple[DecoderWeights, ShopWeights | None]:
-    """The base's weights, with the adapter, and the bundle's."""
-    folder = Path(spec.base_folder)
+def load_tensors(
+    spec: EngineSpec, config: ModelConfig, shop_texts: Callable[[], ShopTexts | None] | None = None
+) -> tuple[DecoderWeights, ShopWeights | None]:
+    """The base's weights, with the adapter, and the bundle's. `shop_texts` waits for what is being read already."""
     apart = keeps_apart(spec.weight_format) if spec.adapter_mode == "auto" else spec.adapter_mode == "apart"
+    folder = Path(spec.base_folder)
     weights = load_weights(folder, config, _DTYPES[spec.dtype], adapter=_adapter(spec), apart=apart)
-    shop = None if spec.bundle_folder is None else _shop(Path(spec.bundle_folder), folder, weights.embedding)
-    return weights, shop
+    texts = read_shop_texts(spec) if shop_texts is None else shop_texts()
+    if spec.bundle_folder is None or texts is None:
+        return weights, None
+    return weights, _shop(Path(spec.bundle_folder), texts, weights.embedding)
 
 
 def _pages(spec: EngineSpec, config: ModelConfig, dtype: torch.dtype) -> int:
@@ -129,15 +136,13 @@ def _adapter(spec: EngineSpec) -> Adapter | None:
     return None if folder is None else read_adapter(Path(folder))
 
 
-def _shop(bundle: Path, base: Path, embedding: torch.Tensor) -> ShopWeights:
-    # The API process has compared the hashes; here only the metadata are read again.
-    manifest = read_manifest(bundle, verify=False)
+def _shop(bundle: Path, texts: ShopTexts, embedding: torch.Tensor) -> ShopWeights:
+    manifest, catalog, tokens = texts
     if manifest.base.vocab_size != len(embedding) or manifest.base.hidden_size != embedding.shape[1]:
         raise BundleError(
             f"{bundle} was made for {manifest.base.name}: a vocabulary of {manifest.base.vocab_size} and width "
             f"{manifest.base.hidden_size}; this base has {len(embedding)} and {embedding.shape[1]}"
         )
-    catalog = read_catalog(bundle)
     vocabulary = ShopVocabulary(manifest.base.vocab_size, manifest.level_sizes, manifest.type_count)
     return load_shop_weights(
         bundle / "weights.safetensors",
@@ -145,17 +150,5 @@ def _shop(bundle: Path, base: Path, embedding: torch.Tensor) -> ShopWeights:
         vocabulary,
         embedding,
         columns=ItemColumns(catalog.categories, catalog.prices, catalog.in_stock),
-        token_texts=_token_texts(base, manifest, catalog),
+        token_texts=tokens,
     )
-
-
-def _token_texts(base: Path, manifest: ShopManifest, catalog: Catalog) -> list[list[int]] | None:
-    """The words behind each shop token, tokenised; None for codes of several tokens, whose rows the bundle stores."""
-    if manifest.depth > 1:
-        return None
-    tokenizer = Tokenizer.from_folder(base)
-    texts = [*SPECIAL_TEXTS.values(), *(catalog.text(row) for row in range(len(catalog))), *catalog.type_texts]
-    # Many items share their words: each text is encoded once.
-    distinct = list(dict.fromkeys(texts))
-    encoded = dict(zip(distinct, tokenizer.encode_all(distinct), strict=True))
-    return [encoded[text] for text in texts]

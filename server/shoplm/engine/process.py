@@ -1,6 +1,7 @@
 """The engine's side of the process boundary: messages in, steps, messages out.
 
-`python -m shoplm.engine.process SOCKET SPEC` is how the API process starts it; SOCKET is an inherited descriptor.
+`python -m shoplm.engine.process SOCKET` is how the API process starts it; SOCKET is an inherited descriptor, and what
+to load comes by standard input, as JSON.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import msgspec
 from shoplm.engine.channel import EngineEnd
 from shoplm.engine.engine import Engine, scheduler_config
+from shoplm.engine.shop_texts import read_shop_texts
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import ShopLMError
 from shoplm.model.backend import Backend
@@ -122,10 +126,19 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     connection = socket.socket(fileno=int(sys.argv[1]))
-    spec = msgspec.json.decode(sys.argv[2], type=EngineSpec)
-    from shoplm.engine.load import load_backend
+    with ThreadPoolExecutor(1) as beside:
+        told = beside.submit(read_spec)
+        texts = beside.submit(lambda: None if (spec := told.result()) is None else read_shop_texts(spec))
+        from shoplm.engine.load import load_backend  # seconds, in which the API process finds out what to load
 
-    return run(connection, spec, load_backend)
+        spec = told.result()
+        return 0 if spec is None else run(connection, spec, partial(load_backend, shop_texts=texts.result))
+
+
+def read_spec() -> EngineSpec | None:
+    """What to load; None where the API process has gone without a word."""
+    written = sys.stdin.buffer.read()
+    return msgspec.json.decode(written, type=EngineSpec) if written else None
 
 
 if __name__ == "__main__":

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import socket
-import sys
 
 import msgspec
 from shoplm.engine.client import EngineClient
+from shoplm.engine.launch import PROGRAM, EngineProcess
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import ConfigurationError, EngineUnavailableError, ShopLMError
 
@@ -18,9 +16,6 @@ _STOP_SECONDS = 10.0  # for an engine that was told to drain
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 10.0
 _LOOKS = 10  # for a sign of life, in the time that an engine may be silent
 _TIMES_FIRST_LOAD = 10.0  # that a later one may take
-# Threads that spin while they wait take the cores from whoever shares them, the API process first. But a step has
-# hundreds of waits of some microseconds, and to be woken takes longer: they spin for about a tenth of a millisecond.
-_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
 
 log = logging.getLogger("shoplm.engine")
 
@@ -28,23 +23,24 @@ log = logging.getLogger("shoplm.engine")
 class ProcessEngineClient(EngineClient):
     """The engine in a process of its own, started again with a growing pause when it dies or is killed for hanging."""
 
-    # Called with descriptor and spec. -P: no module of the working directory, as for the command that starts this.
-    program: tuple[str, ...] = (sys.executable, "-P", "-m", "shoplm.engine.process")
+    program: tuple[str, ...] = PROGRAM
 
-    def __init__(self, spec: EngineSpec, hang_seconds: float = 0.0) -> None:
+    def __init__(self, spec: EngineSpec, hang_seconds: float = 0.0, started: EngineProcess | None = None) -> None:
         """An engine that owes something and says nothing for `hang_seconds` is killed, and one that is started again
-        and takes much longer to load than the first did; 0: however long it takes."""
+        and takes much longer to load than the first did; 0: however long it takes. `started` is the first one's
+        process."""
         super().__init__(spec)
         self._hang_seconds = hang_seconds
         self._load_seconds = 0.0  # of the first engine
-        self._process: asyncio.subprocess.Process | None = None
+        self._started = started
+        self._process: EngineProcess | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._closing = False
 
     @property
     def process_id(self) -> int | None:
         """The engine's process id."""
-        return self._process.pid if self._process is not None else None
+        return self._process.id if self._process is not None else None
 
     async def start(self) -> None:
         begun = asyncio.get_running_loop().time()
@@ -52,18 +48,14 @@ class ProcessEngineClient(EngineClient):
         self._load_seconds = asyncio.get_running_loop().time() - begun
         self._watcher = asyncio.create_task(self._watch())
 
-    async def _start_engine(self, connection: socket.socket) -> None:
-        with connection:
-            self._process = await asyncio.create_subprocess_exec(
-                *self.program,
-                str(connection.fileno()),
-                msgspec.json.encode(self.spec).decode(),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(connection.fileno(),),
-                env={**_THREADS, **os.environ},
-            )
+    def _open_channel(self) -> socket.socket:
+        self._process, self._started = self._started or EngineProcess(self.program), None
+        return self._process.connection
+
+    async def _start_engine(self) -> None:
         process, link, loaded = self._process, self._link, self._loaded
-        assert link is not None and loaded is not None
+        assert process is not None and link is not None and loaded is not None
+        process.load(msgspec.json.encode(self.spec))
 
         async def died() -> None:
             code = await process.wait()
@@ -131,8 +123,7 @@ class ProcessEngineClient(EngineClient):
 
     def _kill(self) -> None:
         assert self._process is not None
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        self._process.kill()
 
     async def _stop_engine(self) -> None:
         self._closing = True
