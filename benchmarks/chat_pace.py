@@ -3,7 +3,7 @@
     shoplm serve --bundle bundles/complete-journey
     shoplm serve --bundle bundles/complete-journey --max-draft-tokens 0 --port 50052 --metrics-port 9465
     python benchmarks/chat_pace.py benchmarks/questions/complete-journey.toml --customer 1800 \\
-        --addresses 127.0.0.1:50051 127.0.0.1:50052 --at-once 1 8
+        --addresses 127.0.0.1:50051 127.0.0.1:50052 --labels guesses none --at-once 1 8
 
 Greedy, grounded. Each round asks every server some of the questions, so many at once; ratios are medians over the
 rounds of the first server's rate to each other's. Ends with 1 where two servers answer a question differently.
@@ -12,8 +12,6 @@ rounds of the first server's rate to each other's. Ends with 1 where two servers
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 import time
 import tomllib
@@ -22,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+from shoplm.bench.report import machine, write_json_of
 from shoplm.client import Client
 
 _ROUND = 8  # questions
@@ -32,7 +31,7 @@ _TIMEOUT_SECONDS = 300.0
 class Pace:
     """One server, asked so many questions at once."""
 
-    address: str
+    server: str
     at_once: int
     tokens: int
     seconds: float  # all rounds
@@ -44,35 +43,37 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", type=Path, help="TOML with `answered`, as in benchmarks/questions")
     parser.add_argument("--addresses", nargs="+", default=["127.0.0.1:50051"])
+    parser.add_argument("--labels", nargs="+", help="what the servers are called, in their order; else their addresses")
     parser.add_argument("--customer", help="a demo customer, whose history stands before each question")
     parser.add_argument("--at-once", type=int, nargs="+", default=[1])
     parser.add_argument("--max-tokens", type=int, default=40)
     parser.add_argument("--out", type=Path, help="write the rates here, as JSON")
     options = parser.parse_args()
     questions = [str(each["question"]) for each in tomllib.loads(options.questions.read_text("utf-8"))["answered"]]
-    clients = {address: Client(address) for address in options.addresses}
+    labels = options.labels or options.addresses
+    clients = {label: Client(address) for label, address in zip(labels, options.addresses, strict=True)}
+    before = machine()
     paces, same = [], True
     for at_once in options.at_once:
-        rates: dict[str, list[float]] = {address: [] for address in clients}
+        rates: dict[str, list[float]] = {label: [] for label in clients}
         tokens, seconds = dict.fromkeys(clients, 0), dict.fromkeys(clients, 0.0)
         for start in range(0, len(questions), _ROUND):
             texts = []
-            for address, client in clients.items():
+            for label, client in clients.items():
                 count, taken, answers = _ask(client, questions[start : start + _ROUND], at_once, options)
-                rates[address].append(count / taken)
-                tokens[address] += count
-                seconds[address] += taken
+                rates[label].append(count / taken)
+                tokens[label] += count
+                seconds[label] += taken
                 texts.append(answers)
             same = same and all(each == texts[0] for each in texts)
-        first = rates[options.addresses[0]]
-        for address, found in rates.items():
+        first = rates[labels[0]]
+        for label, found in rates.items():
             ratio = median(one / other for one, other in zip(first, found, strict=True))
-            paces.append(Pace(address, at_once, tokens[address], seconds[address], median(found), ratio))
-            print(f"{address:22} {at_once:3} at once: {median(found):7.1f} tokens/s, first / this: {ratio:.2f}")
+            paces.append(Pace(label, at_once, tokens[label], seconds[label], median(found), ratio))
+            print(f"{label:22} {at_once:3} at once: {median(found):7.1f} tokens/s, first / this: {ratio:.2f}")
     print("all answers are the same" if same else "ANSWERS DIFFER")
     if options.out is not None:
-        data = {"machine": platform.processor() or platform.machine(), "same": same, "paces": list(map(asdict, paces))}
-        options.out.write_text(json.dumps(data, indent=1) + "\n")
+        write_json_of({"same": same, "paces": list(map(asdict, paces))}, before, options.out)
     return 0 if same else 1
 
 

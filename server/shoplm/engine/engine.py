@@ -26,7 +26,7 @@ class Engine:
 
     def __init__(self, backend: Backend, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic) -> None:
         info = backend.info
-        if not info.checks_drafts:
+        if not info.checks_drafts or info.pipeline_depth > 1:  # a guess goes on from tokens that are known
             config = replace(config, max_draft_tokens=0)
         self.backend = backend
         self.scheduler = Scheduler(

@@ -23,9 +23,7 @@ class BackendInfo:
     trie_items: dict[str, int]  # trie name -> items
     pipeline_depth: int = 1  # steps that may be submitted before the first one's result is asked for
     feature_count: int = 0  # dense features that Predict carries
-    checks_drafts: bool = (
-        False  # it draws behind each token of an answer's row, not only behind the last; one step deep
-    )
+    checks_drafts: bool = False  # it draws behind each token of an answer's row, not only behind the last
 
 
 class Handle(Protocol):

@@ -148,6 +148,12 @@ class Answering:
         if not sequence.computed % self._page_size:
             self._at_page_ends.append(sequence)
 
+    def check(self) -> None:
+        """AssertionError where the sums are not those of who is here."""
+        computed, late = sum(each.computed for each in self._order), sum(each.is_late for each in self._order)
+        assert self._before == computed, f"{self._before} tokens are said to be computed, {computed} are"
+        assert self._late == late, f"{self._late} answers are said to be late, {late} are"
+
     def _last_token(self, *, is_late: bool) -> float:
         """When the one that was served longest ago had its last token; infinite while none has had its first."""
         moments = (each.last_token_seconds for each in self._order if each.is_late == is_late)

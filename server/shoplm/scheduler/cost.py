@@ -28,7 +28,7 @@ class StepLoad(NamedTuple):
 
     tokens: int
     kv_tokens: int
-    rows: int  # requests
+    rows: int  # requests, and guesses of how answers go on, each of which is read like a request
 
 
 class Coefficients(NamedTuple):

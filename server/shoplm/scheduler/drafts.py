@@ -16,87 +16,82 @@ from shoplm.request import Tokens
 from shoplm.scheduler.cost import CostModel
 from shoplm.scheduler.sequence import Sequence
 
-_GUESSED, _RIGHT = 3.0, 2.0  # what the share of right tokens begins with, as if seen
-_LEAST_GAIN = 0.1  # a draft must be allowed to fail that often: else nobody need look for one
+MOST_ANSWERS = 32  # of a step; with more, nobody looks for guesses, which would cost the planner more than they save
+FARTHEST = 4096  # tokens back that are looked at
+_GUESSED, _RIGHT = 3.0, 2.0  # what the share of right guesses begins with, as if seen
+_FORGET = 0.95  # per token
 
 
 class Lookup:
-    """What followed each pair of tokens of one sequence, and how often that was a good guess."""
+    """What followed each pair of tokens of one sequence, and how often the next token of its answer was that."""
 
-    __slots__ = ("_after", "_guessed", "_known", "_right")
+    __slots__ = ("_after", "_answer", "_guessed", "_known", "_right")
 
-    def __init__(self) -> None:
+    def __init__(self, length: int, answer: int) -> None:
+        """`length` tokens are known by now; those from `answer` on are the answer's."""
         self._after: dict[int, int] = {}  # a pair, as one number: where it was followed
-        self._known = 2  # tokens that were looked at
+        self._answer = answer
+        self._known = max(2, length - FARTHEST)
         self._guessed, self._right = _GUESSED, _RIGHT
 
     @property
     def accuracy(self) -> float:
-        """How likely a drafted token is right, those before it being right."""
+        """How likely a guess is right."""
         return self._right / self._guessed
 
-    def guess(self, tokens: Tokens, most: int) -> tuple[int, ...]:
-        """So many tokens behind these, which may have grown since the last call; empty: no idea. What followed is taken
-        to repeat itself where it ends."""
-        after, length = self._after, len(tokens)
-        for at in range(self._known, length):
-            after[tokens[at - 2] << 32 | tokens[at - 1]] = at
-        self._known = max(length, self._known)
-        last = after.get(tokens[-2] << 32 | tokens[-1]) if length >= 2 else None
-        return () if last is None else tuple(islice(cycle(tokens[last:]), most))
+    def follow(self, tokens: Tokens) -> None:
+        """Take note of the tokens that are new. Whether they would have been guessed counts, whether or not they were:
+        who was seldom right is thus tried again once that has changed."""
+        after, answer = self._after, self._answer
+        for at in range(self._known, len(tokens)):
+            pair = tokens[at - 2] << 32 | tokens[at - 1]
+            if at >= answer and (before := after.get(pair)) is not None:
+                self._guessed = _FORGET * self._guessed + 1.0
+                self._right = _FORGET * self._right + (tokens[before] == tokens[at])
+            after[pair] = at
+        self._known = max(self._known, len(tokens))
 
-    def saw(self, drafted: int, right: int) -> None:
-        """Of a draft's tokens, so many were right; behind the first wrong one nothing is known."""
-        self._right += right
-        self._guessed += right + (right < drafted)
+    def guess(self, tokens: Tokens, most: int) -> tuple[int, ...]:
+        """So many tokens behind these, all of which were followed; empty: no idea. What was found is taken to repeat
+        itself where it ends."""
+        at = self._after.get(tokens[-2] << 32 | tokens[-1]) if len(tokens) > 1 else None
+        return () if at is None else tuple(islice(cycle(tokens[at : at + most]), most))
 
 
 class Drafter:
-    """Says how far to guess."""
+    """Says how far the answers of a step are guessed.
+
+    A drafted token costs what any token does, with what is read behind it. One that is right saves the same later, and
+    the answer's part of a step's constant. So it pays where it is likelier to be right, all before it being right, than
+    `work / (work + step / answers)`.
+    """
 
     def __init__(self, most: int, cost: CostModel) -> None:
         """`most` tokens of an answer in a step; 0: none."""
         self._most = most
         self._cost = cost
 
-    def drafts(self, answers: int) -> Drafts | None:
-        """For a step of so many answers; None where it pays for none of them."""
-        if not self._most or not answers:
-            return None
-        each = self._cost.coefficients
-        drafts = Drafts(self._most, each.token, each.kv, each.row + each.step / answers)
-        return drafts if drafts.threshold(0) <= 1.0 - _LEAST_GAIN else None
-
-
-class Drafts:
-    """Those of one step. A drafted token costs what any token does. One that is right saves a token's work later, with
-    its row and its part of a step."""
-
-    def __init__(self, most: int, token: float, kv: float, overhead: float) -> None:
-        self._most = most
-        self._token = token
-        self._kv = kv
-        self._overhead = overhead
-
-    def threshold(self, keys: int) -> float:
-        """How likely a token that reads so many keys must be right."""
-        work = self._token + self._kv * keys
-        return work / (work + self._overhead) if work > 0 else 0.0
-
-    def of(self, sequence: Sequence, most: int) -> tuple[int, ...]:
-        """The next tokens of an answer, as far as it pays, at most `most`; empty: no idea."""
-        lookup = sequence.lookup
-        if lookup is None:
-            lookup = sequence.lookup = Lookup()
+    def draft(self, sequence: Sequence, answers: int, most: int) -> tuple[int, ...]:
+        """The next tokens of one of so many answers, as far as it pays, at most `most`; empty: no idea, or no gain."""
         # The last token of an answer is drawn behind the draft.
-        most = min(most, self._most, self._worthwhile(lookup.accuracy, sequence.computed))
-        most = min(most, sequence.most_length - len(sequence.tokens) - 1)
-        return lookup.guess(sequence.tokens, most) if most > 0 else ()
+        most = min(most, self._most, sequence.most_length - len(sequence.tokens) - 1)
+        if most < 1 or answers > MOST_ANSWERS:
+            return ()
+        if (lookup := sequence.lookup) is None:
+            lookup = sequence.lookup = Lookup(len(sequence.tokens), sequence.prompt_length)
+        lookup.follow(sequence.tokens)
+        most = min(most, self._worthwhile(lookup.accuracy, sequence.computed, answers))
+        draft = lookup.guess(sequence.tokens, most) if most > 0 else ()
+        # Behind a token that ends the answer nothing counts, and that it comes is seen without having guessed it.
+        return tuple(takewhile(lambda token: token not in sequence.stop_token_ids, draft))
 
-    def _worthwhile(self, accuracy: float, keys: int) -> int:
-        """The longest draft whose last token is likely enough to be reached and right."""
-        threshold = self.threshold(keys)
-        return int(math.log(threshold) / math.log(accuracy)) if threshold > 0.0 else self._most
+    def _worthwhile(self, accuracy: float, keys: int, answers: int) -> int:
+        """The longest draft whose last token is likely enough to be right."""
+        work = self._cost.work_seconds(1, keys, 1)
+        if work <= 0.0 or accuracy >= 1.0:
+            return self._most
+        threshold = work / (work + self._cost.coefficients.step / answers)
+        return int(math.log(threshold) / math.log(accuracy)) if accuracy > 0.0 else 0
 
 
 def accepted(draft: tuple[int, ...], drawn: list[int]) -> list[int]:

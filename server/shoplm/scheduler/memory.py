@@ -110,18 +110,18 @@ class SequenceMemory:
 
     def grow(self, sequence: Sequence) -> bool:
         """Make sure that the page of token `computed` exists; False when no page is to be had."""
-        if self._room(sequence) > 0:
-            return True
-        if not self.tree.available:
-            return False
-        self._append_page(sequence)
-        return True
+        return self.reserve(sequence, 1) > 0
 
-    def make_room(self, sequence: Sequence, tokens: int) -> int:
-        """How many of so many tokens from `computed` on have pages, once those were taken that nobody holds."""
-        while self._room(sequence) < tokens and self.tree.available:
-            self._append_page(sequence)
-        return min(self._room(sequence), tokens)
+    def reserve(self, sequence: Sequence, tokens: int) -> int:
+        """Take pages for so many tokens from `computed` on, as far as there are any that nobody holds; returns how many
+        of these tokens have pages."""
+        size = self.page_size
+        room = size * (len(sequence.nodes) + len(sequence.pages)) - sequence.computed
+        while room < tokens and self.tree.available:
+            sequence.pages.append(page := self.tree.take())
+            sequence.page_table.append(page)
+            room += size
+        return min(room, tokens)
 
     def fill(self, sequence: Sequence, end: int) -> None:
         """The keys and values of the leading `end` tokens are in the pool now: others may read them."""
@@ -182,14 +182,6 @@ class SequenceMemory:
                 own(page, sequence.request.request_id)
         assert users == held, f"nodes count {users} holders, sequences hold {held}"
         assert len(owners) == self.pool.size, f"{self.pool.size - len(owners)} pages have no owner"
-
-    def _room(self, sequence: Sequence) -> int:
-        """Tokens from `computed` on that have pages."""
-        return self.page_size * (len(sequence.nodes) + len(sequence.pages)) - sequence.computed
-
-    def _append_page(self, sequence: Sequence) -> None:
-        sequence.pages.append(page := self.tree.take())
-        sequence.page_table.append(page)
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.page_size)

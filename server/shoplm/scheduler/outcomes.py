@@ -45,13 +45,16 @@ class Outcomes:
         self._stats.failure(request.service, kind, reason)
 
     def tokens(self, sequence: Sequence, tokens: tuple[int, ...], now: float) -> None:
-        """A chat answer goes on. Tokens that come together share the time since the last one."""
+        """A chat answer goes on."""
         request = sequence.request
         if sequence.first_seconds is None:
             sequence.first_seconds = now
             self._stats.first(request.service, now - request.arrival_seconds)
         elif sequence.last_token_seconds is not None:
-            self._saw_gaps((now - sequence.last_token_seconds) / len(tokens), len(tokens))
+            # Tokens that come together share the time; but how long it is until something comes is all of it.
+            gap = now - sequence.last_token_seconds
+            self._stats.inter_token(gap / len(tokens), len(tokens))
+            self._forecast.saw_gaps(gap, 1)
         sequence.last_token_seconds = now
         self._outputs.append(TokensOutput(request.request_id, tokens, sequence.cached_tokens or 0))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
@@ -12,8 +13,8 @@ from operator import attrgetter
 from shoplm.scheduler.answering import Served, begins_to_answer
 from shoplm.scheduler.budget import LEAST_CHUNK, Budgeter, StepBudget
 from shoplm.scheduler.config import SchedulerConfig
-from shoplm.scheduler.cost import CostModel, StepLoad, kv_tokens
-from shoplm.scheduler.drafts import Drafter, Drafts
+from shoplm.scheduler.cost import CostModel, StepLoad
+from shoplm.scheduler.drafts import Drafter
 from shoplm.scheduler.fairness import Tenant
 from shoplm.scheduler.memory import SequenceMemory
 from shoplm.scheduler.plan import Plan, PlanRow
@@ -59,13 +60,13 @@ class Planner:
         budget = self._budgeter.open(self.answers, self._most_urgent(prompts, waiting), begin)
         rows: list[PlanRow] = []
         served = Served()
-        # Who waits for a first result has a better use for a token than a guess.
-        drafts = None if prompts or waiting is not None else self._drafter.drafts(self.answers.requests)
+        # Who waits for a first result has a better use for the step's time than guesses.
+        guesses = not searches and not prompts and waiting is None
         if budget.answers_first:
-            served = self._plan_answers(searches, drafts, rows, budget, now)
+            served = self._plan_answers(searches, rows, budget, now, guesses=guesses)
         self._plan_prompts(prompts, waiting, rows, budget, now)
         if not budget.answers_first:
-            served = self._plan_answers(searches, drafts, rows, budget, now)
+            served = self._plan_answers(searches, rows, budget, now)
         return self._close(served, rows, now)
 
     def _arrange(self, prompts: list[Sequence], now: float) -> None:
@@ -83,19 +84,20 @@ class Planner:
     def _plan_answers(
         self,
         searches: list[Sequence],
-        drafts: Drafts | None,
         rows: list[PlanRow],
         budget: StepBudget,
         now: float,
+        *,
+        guesses: bool = False,
     ) -> Served:
-        """A token or a level for each answer, and guesses where there is room; if not all fit, for those that have
-        waited longest."""
+        """A token or a level for each answer, with `guesses` of further tokens where there is room; if not all fit, for
+        those that have waited longest."""
         load, answering = self.answers, self._residents.answering
         if load.tokens <= budget.tokens and load.seconds <= budget.answer_seconds:
             rows += map(next_level, searches)
             budget.take_answers(load.tokens, load.seconds)
             answers = answering.all()
-            return answering.serve(answers if drafts is None else self._plan_drafts(answers, drafts, rows, budget), now)
+            return answering.serve(self._plan_drafts(answers, rows, budget) if guesses else answers, now)
         waited = attrgetter("last_planned_seconds")
         chosen: list[Sequence] = []
         for sequence in merge(sorted(searches, key=waited), answering.all(), key=waited):
@@ -111,21 +113,21 @@ class Planner:
         return answering.serve(chosen, now)
 
     def _plan_drafts(
-        self, answers: Collection[Sequence], drafts: Drafts, rows: list[PlanRow], budget: StepBudget
-    ) -> list[Sequence]:
+        self, answers: Collection[Sequence], rows: list[PlanRow], budget: StepBudget
+    ) -> Collection[Sequence]:
         """Rows for the answers whose next tokens can be guessed; returns the others."""
         others: list[Sequence] = []
         for sequence in answers:
-            start = sequence.computed
-            draft = drafts.of(sequence, min(budget.tokens, self._budgeter.tokens_within(budget.answer_seconds, start)))
+            each = self._cost.work_seconds(1, sequence.computed, 1)
+            within = budget.answer_seconds / each if each > 0 else math.inf
+            draft = self._drafter.draft(sequence, len(answers), int(min(budget.tokens, within)))
+            # Pages are taken that are needed soon, be the guess right or wrong.
+            draft = draft[: self._memory.reserve(sequence, 1 + len(draft)) - 1] if draft else draft
             if draft:
-                draft = draft[: self._memory.make_room(sequence, 1 + len(draft)) - 1]
-            if not draft:
+                rows.append(self._residents.answering.serve_draft(sequence, draft))
+                budget.take_answers(len(draft), len(draft) * each)
+            else:
                 others.append(sequence)
-                continue
-            rows.append(self._residents.answering.serve_draft(sequence, draft))
-            count = len(draft)
-            budget.take_answers(count, self._cost.work_seconds(count, kv_tokens(start + 1, count), 0))
         return others
 
     def _plan_prompts(
@@ -176,14 +178,14 @@ class Planner:
         spent: defaultdict[Tenant, float] = defaultdict(float)
         answers_of = served.charge(spent, each)
         late = served.late_seconds(each)
-        tokens, keys = len(served.starts), served.keys
+        tokens, keys, reads = len(served.starts), served.keys, 0
         for row in rows:
-            sequence, count, read = row.sequence, row.count, row.keys
+            sequence, count, read, drafted = row.sequence, row.count, row.keys, len(row.draft)
             sequence.unread += not row.draws
             sequence.last_planned_seconds = now
-            if not row.draft and begins_to_answer(sequence):
+            if not drafted and begins_to_answer(sequence):
                 self._residents.begin_answer(sequence)
-            seconds = each.token * count + each.kv * read + each.row
+            seconds = each.token * count + each.kv * read + each.row * (1 + drafted)
             assert sequence.tenant is not None
             spent[sequence.tenant] += seconds
             if sequence.is_late:
@@ -191,7 +193,8 @@ class Planner:
             self._prospects.progressed(sequence)
             tokens += count
             keys += read
-        load = StepLoad(tokens, keys, len(served.starts) + len(rows))
+            reads += 1 + drafted
+        load = StepLoad(tokens, keys, len(served.starts) + reads)
         self._order.spent(spent, late)
         self._prospects.planned(now)
         return Plan(tuple(rows), tuple(served.sequences), tuple(served.starts), answers_of, load, now)

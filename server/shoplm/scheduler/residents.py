@@ -78,8 +78,9 @@ class Residents:
                 yield victim
 
     def check(self) -> None:
-        """Every page and state slot has exactly one owner; AssertionError says which has not."""
+        """Every page and state slot has exactly one owner, and sums are right; AssertionError says what is not."""
         self.memory.check(self._running.values())
+        self.answering.check()
         slots = [*self._slots, *(sequence.state_slot for sequence in self._running.values())]
         assert len(slots) == len(set(slots)), "a state slot has two owners"
 

@@ -278,8 +278,6 @@ class Scheduler:
         sequence, drafted = row.sequence, len(row.draft)
         tokens = accepted(row.draft, drawn)
         right = len(tokens) - 1
-        assert sequence.lookup is not None
-        sequence.lookup.saw(drafted, right)
         self.stats.drafted_tokens += drafted
         self.stats.accepted_tokens += right
         self._residents.answering.settle(sequence, drafted - right)
