@@ -44,7 +44,7 @@ def test_mixed_steps_of_all_services_equal_the_torch_backend(traits: bool) -> No
     jobs = [*work(), *explanations()]
     expected, outputs = run(reference, 15, jobs)
     found, answers = run(backend, 15, jobs)
-    assert backend.info == replace(reference.info, name="triton", pipeline_depth=2)
+    assert backend.info == replace(reference.info, name="triton", pipeline_depth=2, checks_drafts=False)
     # Else the test would not show what it says: prompt, chat, searches and predictions in one launch.
     mixes = [kinds(batch) for batch, _ in expected.steps]
     assert any({"chunk", "decode", "beams"} <= mix for mix in mixes), mixes
