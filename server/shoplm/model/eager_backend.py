@@ -16,6 +16,8 @@ from torch import Tensor
 class LocalBackend(ABC):
     """Implements `Backend`, but for the step itself."""
 
+    checks_drafts = False
+
     def __init__(
         self,
         name: str,
@@ -27,7 +29,6 @@ class LocalBackend(ABC):
         max_context_tokens: int,
         vocab_size: int,
         pipeline_depth: int = 1,
-        checks_drafts: bool = False,
     ) -> None:
         self._readouts = readouts
         self._info = BackendInfo(
@@ -41,7 +42,7 @@ class LocalBackend(ABC):
             trie_items=readouts.trie_items,
             pipeline_depth=pipeline_depth,
             feature_count=readouts.feature_count,
-            checks_drafts=checks_drafts,
+            checks_drafts=self.checks_drafts,
         )
 
     @property
@@ -67,7 +68,9 @@ class LocalBackend(ABC):
 
 
 class EagerBackend(LocalBackend):
-    """A backend that runs each step within `submit`."""
+    """A backend that runs each step within `submit`, and reads it out on the host."""
+
+    checks_drafts = True
 
     @abstractmethod
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:

@@ -73,7 +73,6 @@ class TorchBackend(EagerBackend):
             state_slots=state_slots,
             max_context_tokens=positions,
             vocab_size=self._decoder.vocab_size,
-            checks_drafts=True,
         )
 
     @property

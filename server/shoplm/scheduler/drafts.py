@@ -71,11 +71,15 @@ class Drafter:
         self._most = most
         self._cost = cost
 
+    def looks(self, answers: int) -> bool:
+        """Whether a step of so many answers holds guesses at all."""
+        return self._most > 0 and answers <= MOST_ANSWERS
+
     def draft(self, sequence: Sequence, answers: int, most: int) -> tuple[int, ...]:
         """The next tokens of one of so many answers, as far as it pays, at most `most`; empty: no idea, or no gain."""
         # The last token of an answer is drawn behind the draft.
         most = min(most, self._most, sequence.most_length - len(sequence.tokens) - 1)
-        if most < 1 or answers > MOST_ANSWERS:
+        if most < 1 or not self.looks(answers):
             return ()
         if (lookup := sequence.lookup) is None:
             lookup = sequence.lookup = Lookup(len(sequence.tokens), sequence.prompt_length)

@@ -61,7 +61,7 @@ class Planner:
         rows: list[PlanRow] = []
         served = Served()
         # Who waits for a first result has a better use for the step's time than guesses.
-        guesses = not searches and not prompts and waiting is None
+        guesses = not searches and not prompts and waiting is None and self._drafter.looks(self.answers.requests)
         if budget.answers_first:
             served = self._plan_answers(searches, rows, budget, now, guesses=guesses)
         self._plan_prompts(prompts, waiting, rows, budget, now)

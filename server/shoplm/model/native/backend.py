@@ -74,7 +74,6 @@ class NativeBackend(EagerBackend):
             state_slots=state_slots,
             max_context_tokens=positions,
             vocab_size=self._decoder.vocab_size,
-            checks_drafts=True,
         )
 
     @property
