@@ -9,7 +9,7 @@ namespace shoplm {
 
 using Share = float;
 constexpr int64_t KEYS_TOGETHER = LANES;
-constexpr int MOST_QUERIES = 6;  // whose sums of 16 numbers registers hold
+constexpr int MOST_SUMS = 6;  // of 16 numbers, that registers hold
 
 inline void put_key(const Pool& pool, const float* from, int64_t page, int64_t head, int64_t offset) {
     put_column(from, pool.head_dim, offset, pool.keys + pool.block_at(page, head, offset));
@@ -32,29 +32,44 @@ inline Floats own_value(const Pool& pool, int64_t slot, int64_t head, int64_t i)
     return load_bf16(pool.values + pool.token_at(slot / pool.page_size, head, slot % pool.page_size) + i);
 }
 
-// sums[q] += sum over i of factors[q * stride + i] * rows[i * row_stride] .. + 15.
-template <int QUERIES>
-inline void add_rows(const float* factors, int64_t stride, const bf16* rows, int64_t row_stride, int64_t count, Floats* sums) {
-    Floats of[QUERIES];
+// sums[q][w] += sum over i of factors[q * stride + i] * rows[i * row_stride + 16 w] .. + 15. What lies `ahead` of the rows
+// is fetched meanwhile: pages are too short for the hardware to see what comes.
+template <int QUERIES, int WIDTH>
+inline void add_rows(const float* factors, int64_t stride, const bf16* rows, int64_t row_stride, int64_t count, int64_t ahead, Floats* sums) {
+    Floats of[QUERIES][WIDTH];
 #pragma GCC unroll 6
-    for (int q = 0; q < QUERIES; ++q) of[q] = sums[q];
+    for (int q = 0; q < QUERIES; ++q)
+#pragma GCC unroll 2
+        for (int w = 0; w < WIDTH; ++w) of[q][w] = sums[q * WIDTH + w];
     for (int64_t i = 0; i < count; ++i, rows += row_stride) {
-        const Floats row = load_bf16(rows);
+        Floats row[WIDTH];
+#pragma GCC unroll 2
+        for (int w = 0; w < WIDTH; ++w) row[w] = load_bf16(rows + w * LANES);
+        _mm_prefetch(reinterpret_cast<const char*>(rows + ahead), _MM_HINT_T0);
 #pragma GCC unroll 6
-        for (int q = 0; q < QUERIES; ++q) of[q] = multiply_add(splat(factors[q * stride + i]), row, of[q]);
+        for (int q = 0; q < QUERIES; ++q) {
+            const Floats factor = splat(factors[q * stride + i]);
+#pragma GCC unroll 2
+            for (int w = 0; w < WIDTH; ++w) of[q][w] = multiply_add(factor, row[w], of[q][w]);
+        }
     }
 #pragma GCC unroll 6
-    for (int q = 0; q < QUERIES; ++q) sums[q] = of[q];
+    for (int q = 0; q < QUERIES; ++q)
+#pragma GCC unroll 2
+        for (int w = 0; w < WIDTH; ++w) sums[q * WIDTH + w] = of[q][w];
 }
 
-inline void add_rows(int queries, const float* factors, int64_t stride, const bf16* rows, int64_t row_stride, int64_t count, Floats* sums) {
+template <int WIDTH>
+inline void add_rows(int queries, const float* factors, int64_t stride, const bf16* rows, int64_t row_stride, int64_t count, int64_t ahead, Floats* sums) {
     switch (queries) {
-        case 1: return add_rows<1>(factors, stride, rows, row_stride, count, sums);
-        case 2: return add_rows<2>(factors, stride, rows, row_stride, count, sums);
-        case 3: return add_rows<3>(factors, stride, rows, row_stride, count, sums);
-        case 4: return add_rows<4>(factors, stride, rows, row_stride, count, sums);
-        case 5: return add_rows<5>(factors, stride, rows, row_stride, count, sums);
-        default: return add_rows<6>(factors, stride, rows, row_stride, count, sums);
+        case 1: return add_rows<1, WIDTH>(factors, stride, rows, row_stride, count, ahead, sums);
+        case 2: return add_rows<2, WIDTH>(factors, stride, rows, row_stride, count, ahead, sums);
+        case 3: return add_rows<3, WIDTH>(factors, stride, rows, row_stride, count, ahead, sums);
+    }
+    if constexpr (WIDTH == 1) switch (queries) {
+        case 4: return add_rows<4, 1>(factors, stride, rows, row_stride, count, ahead, sums);
+        case 5: return add_rows<5, 1>(factors, stride, rows, row_stride, count, ahead, sums);
+        default: return add_rows<6, 1>(factors, stride, rows, row_stride, count, ahead, sums);
     }
 }
 
@@ -63,27 +78,46 @@ template <class BlockAt>
 inline void score_all(const float* queries, int count, int64_t d, int64_t keys, const BlockAt& block_at, float* scores, int64_t stride) {
     for (int64_t key = 0; key < keys; key += LANES) {
         const bf16* block = block_at(key);
-        for (int first = 0; first < count; first += MOST_QUERIES) {
-            const int some = std::min(count - first, MOST_QUERIES);
-            Floats sums[MOST_QUERIES];
+        const int64_t ahead = key + LANES < keys ? block_at(key + LANES) - block : 0;
+        for (int first = 0; first < count; first += MOST_SUMS) {
+            const int some = std::min(count - first, MOST_SUMS);
+            Floats sums[MOST_SUMS];
             std::fill(sums, sums + some, zero());
-            add_rows(some, queries + first * d, d, block, LANES, d, sums);
+            add_rows<1>(some, queries + first * d, d, block, LANES, d, ahead, sums);
             for (int q = 0; q < some; ++q) store(scores + (first + q) * stride + key, sums[q]);
         }
     }
 }
 
+// results [some][d] of WIDTH times 16 dimensions.
+template <int WIDTH, class BlockAt>
+inline void sum_dimensions(const float* shares, int some, int64_t stride, int64_t d, int64_t keys, const BlockAt& block_at, float* results) {
+    Floats sums[MOST_SUMS];
+    std::fill(sums, sums + some * WIDTH, zero());
+    for (int64_t key = 0; key < keys; key += LANES) {
+        const bf16* block = block_at(key);
+        const int64_t ahead = key + LANES < keys ? block_at(key + LANES) - block : 0;
+        add_rows<WIDTH>(some, shares + key, stride, block, d, std::min<int64_t>(LANES, keys - key), ahead, sums);
+    }
+    for (int q = 0; q < some; ++q)
+        for (int w = 0; w < WIDTH; ++w) store(results + q * d + w * LANES, sums[q * WIDTH + w]);
+}
+
 // results [count][d]: the sums of the values of `keys` keys by their shares [count][stride].
 template <class BlockAt>
 inline void sum_values(const float* shares, int count, int64_t stride, int64_t d, int64_t keys, const BlockAt& block_at, float* results) {
-    for (int64_t i = 0; i < d; i += LANES)
-        for (int first = 0; first < count; first += MOST_QUERIES) {
-            const int some = std::min(count - first, MOST_QUERIES);
-            Floats sums[MOST_QUERIES];
-            std::fill(sums, sums + some, zero());
-            for (int64_t key = 0; key < keys; key += LANES)
-                add_rows(some, shares + first * stride + key, stride, block_at(key) + i, d, std::min<int64_t>(LANES, keys - key), sums);
-            for (int q = 0; q < some; ++q) store(results + (first + q) * d + i, sums[q]);
+    for (int64_t i = 0; i < d; i += 2 * LANES)
+        for (int first = 0; first < count; first += MOST_SUMS) {
+            const int some = std::min(count - first, MOST_SUMS);
+            const float* from = shares + first * stride;
+            float* to = results + first * d + i;
+            auto at = [&](int64_t key) { return block_at(key) + i; };
+            if (2 * some <= MOST_SUMS) {
+                sum_dimensions<2>(from, some, stride, d, keys, at, to);
+                continue;
+            }
+            sum_dimensions<1>(from, some, stride, d, keys, at, to);
+            sum_dimensions<1>(from, some, stride, d, keys, [&](int64_t key) { return at(key) + LANES; }, to + LANES);
         }
 }
 
