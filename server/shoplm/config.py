@@ -105,7 +105,9 @@ class ServerConfig(BaseSettings):
         description="the layers' products; int8, int4: a GPU's or the C++ decoder's; fp8: a GPU's; auto: int8 where "
         "that decoder runs and the bundle has passed the quality gate with it, else model",
     )
-    kv_format: Literal["model", "int8", "fp8"] = Field("model", description="keys and values; int8, fp8: a GPU's")
+    kv_format: Literal["model", "int8", "fp8"] = Field(
+        "model", description="keys and values; int8: a GPU's or the C++ decoder's; fp8: a GPU's"
+    )
     graph_seconds: float = Field(30.0, description="GPU: time to capture steps as CUDA graphs; 0: none", ge=0, le=600)
     page_size: int = Field(16, description="tokens of a cache page", ge=1, le=1024)
     max_context_tokens: int = Field(0, description="tokens of a prompt with its answer; 0: the base model's", ge=0)

@@ -19,6 +19,7 @@ from shoplm.history import SECONDS_PER_DAY, EventKind, History
 from shoplm.request import Tokens, token_ids
 from shoplm.vocabulary import ShopVocabulary
 
+PROMPT_VERSION = 1  # changes whenever a history becomes other tokens: hidden states of another version do not count
 _MARKS = {EventKind.CART: "<cart>", EventKind.VIEW: "<view>", EventKind.RETURN: "<return>"}
 _SYSTEM = "system"
 _MAX_OPENINGS = 1024

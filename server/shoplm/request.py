@@ -32,13 +32,21 @@ class Service(StrEnum):
     PREDICTION = "prediction"
 
 
+LEAST_TEMPERATURE = 1e-6  # below it the largest logit is all that can be drawn, and logits over it may overflow
+
+
 class Sampling(msgspec.Struct, frozen=True):
     """How a token is drawn from the text rows of the LM head."""
 
-    temperature: float = 0.0  # 0 is greedy
+    temperature: float = 0.0  # 0, or below LEAST_TEMPERATURE, is greedy
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     seed: int = 0
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the token of the largest logit is taken."""
+        return self.temperature < LEAST_TEMPERATURE
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):

@@ -82,6 +82,15 @@ def test_a_seed_gives_the_same_tokens_in_every_run() -> None:
     assert run(fresh, 1, chats(wide))[1] == [first]
 
 
+def test_a_temperature_that_no_logit_bears_is_greedy() -> None:
+    """Logits over it would overflow: neither backend divides by it."""
+    reference, backend = backends(traits=False, layers=1)
+    jobs = chats(Sampling(), Sampling(temperature=1e-39, seed=3), Sampling(temperature=1e-7, top_k=5, top_p=0.9))
+    for each in (reference, backend):
+        greedy, *others = run(each, 2048, jobs)[1]
+        assert others == [greedy, greedy]
+
+
 def test_a_result_does_not_depend_on_the_batch() -> None:
     """Alone or among all services, in chunks of any size: the same tokens and items."""
     _, backend = backends(traits=False, layers=1)

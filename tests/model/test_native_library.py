@@ -62,6 +62,10 @@ def test_a_machine_without_a_compiler_falls_back(
             ConfigurationError, match="int8 needs the C\\+\\+ decoder: amx: there is no C\\+\\+ compiler"
         ):
             cpu_backend(EngineSpec("", weight_format="int8"), CONFIG, weights, None, (), 8)
+        with pytest.raises(ConfigurationError, match="kv_format int8 needs the C\\+\\+ decoder: amx: there is no"):
+            cpu_backend(EngineSpec("", kv_format="int8"), CONFIG, weights, None, (), 8)
+        with pytest.raises(ConfigurationError, match="kv_format fp8 needs backend triton; a CPU takes model, int8"):
+            cpu_backend(EngineSpec("", kv_format="fp8"), CONFIG, weights, None, (), 8)
     finally:
         native.native_library.cache_clear()
 

@@ -11,6 +11,7 @@ from shoplm.model.config import ModelConfig, RopeConfig
 from shoplm.model.native.backend import NativeBackend
 from shoplm.model.native.library import NativeLibrary
 from shoplm.model.native.linear import WeightFormat
+from shoplm.model.native.pool import NativePool
 from shoplm.model.shop_weights import NamedTrie, random_trie
 from shoplm.model.weights import DecoderWeights, LayerWeights
 
@@ -78,7 +79,12 @@ def tries() -> list[NamedTrie]:
 
 
 def make(
-    library: NativeLibrary, *, page_size: int = 16, format: WeightFormat = WeightFormat.BF16, head_dim: int = 64
+    library: NativeLibrary,
+    *,
+    page_size: int = 16,
+    format: WeightFormat = WeightFormat.BF16,
+    head_dim: int = 64,
+    kv_format: str = "model",
 ) -> NativeBackend:
     config = dataclasses.replace(CONFIG, head_dim=head_dim)
     backend = NativeBackend(
@@ -88,11 +94,18 @@ def make(
         pages=2048 // page_size,
         page_size=page_size,
         format=format,
+        kv_format=kv_format,
         library=library,
     )
-    backend.pool.keys.fill_(torch.nan)  # whatever is read without having been written shows
-    backend.pool.values.fill_(torch.nan)
+    poison(backend.pool)
     return backend
+
+
+def poison(pool: NativePool) -> None:
+    """Whatever is read without having been written shows."""
+    for part in (pool.keys, pool.values, pool.key_scales, pool.value_scales):
+        if part is not None:
+            part.fill_(torch.nan if part.is_floating_point() else 101)
 
 
 @lru_cache

@@ -12,7 +12,7 @@ from shoplm.bundle import HeadSpec
 from shoplm.errors import BundleError
 from shoplm.history import SECONDS_PER_DAY, History, build_history
 from shoplm.readout import targets
-from shoplm.readout.answers import answer, applies, seconds_since_purchase
+from shoplm.readout.answers import answer, applies, count_cdf, count_quantile, seconds_since_purchase
 
 PLAIN = {"slope": 1.0, "intercept": 0.0}
 COUNT = HeadSpec(
@@ -75,6 +75,15 @@ def test_counts_follow_scipys_negative_binomial(mean: float, dispersion: float) 
     for count in (0, 1, 5, 40):
         found = targets.distribution(spec, values, np.array([float(count)]))[0]
         assert found == pytest.approx(reference.cdf(count), abs=1e-9)
+
+
+@pytest.mark.parametrize(("mean", "dispersion"), [(750.0, 0.0), (3000.0, 0.0), (2000.0, 0.001), (40_000.0, 1e-5)])
+def test_counts_whose_chance_of_zero_no_float_holds_follow_scipys(mean: float, dispersion: float) -> None:
+    reference = stats.nbinom(1 / dispersion, 1 / (1 + dispersion * mean)) if dispersion else stats.poisson(mean)
+    for level in (0.02, 0.5, 0.98):
+        found = count_quantile(mean, dispersion, level)
+        assert found == pytest.approx(reference.ppf(level), rel=0.003)
+        assert count_cdf(mean, dispersion, int(found)) == pytest.approx(reference.cdf(found), abs=0.01)
 
 
 def test_spend_follows_a_lognormal_behind_a_share_of_zeros() -> None:

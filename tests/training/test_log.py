@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 from shoplm.history import EventKind
+from shoplm.training.catalogue import choose_items
 from shoplm.training.log import ShopLog, read_log
 from shoplm.training.problems import LogError
 from tiny_log import NOW
@@ -134,6 +135,19 @@ def test_items_are_completed_from_the_log_and_prices_from_what_was_paid(tmp_path
     assert items["y"]["price"] is None
     assert found(log)["item_id", "repeated"][0] == 1
     assert found(log)["item_id", "in the events but not in the items"][0] == 1
+
+
+def test_columns_that_a_bundle_has_of_its_own_are_left_out_and_said(tmp_path: Path) -> None:
+    """Whatever else the catalogue has is kept: also what a join would name alike."""
+    items = "item_id,product_type,row,type_index,paid\nx,tea,7,0,999\ny,ale,abc,abc,yes\n"
+    log = read(tmp_path, f"{HEADER},price\na,x,2021-03-01,2.5\na,y,2021-03-02,3\n", items)
+    assert log.items["price"].to_list() == [2.5, 3.0]
+    assert log.items["paid"].to_list() == ["999", "yes"]
+    assert not {"row", "type_index"} & set(log.items.columns)
+    assert found(log)["row", "a column that a bundle has of its own"] == (2, "left out")
+    chosen = choose_items(log, NOW)
+    assert chosen.types["title"].to_list() == ["ale", "tea"]
+    assert dict(zip(chosen.table["item_id"], chosen.table["type_index"], strict=True)) == {"x": 1, "y": 0}
 
 
 def test_fatal_problems_are_said_together(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import DecoderWeights
 
 FORMATS = {"model": WeightFormat.BF16, "int8": WeightFormat.INT8, "int4": WeightFormat.INT4}  # by name in the spec
+_KV_FORMATS = ("model", "int8")
 
 log = logging.getLogger("shoplm.engine")
 
@@ -36,12 +37,17 @@ def cpu_backend(
         raise ConfigurationError(
             f"weight_format {spec.weight_format} needs backend triton; a CPU takes {', '.join(FORMATS)}"
         )
+    if spec.kv_format not in _KV_FORMATS:
+        raise ConfigurationError(
+            f"kv_format {spec.kv_format} needs backend triton; a CPU takes {', '.join(_KV_FORMATS)}"
+        )
     refusal = native_refusal(config, weights.embedding.dtype, spec.page_size)
     make: Callable[..., EagerBackend]
     if refusal is None:
-        make = partial(NativeBackend, format=FORMATS[spec.weight_format])
-    elif spec.weight_format != "model":
-        raise ConfigurationError(f"weight_format {spec.weight_format} needs the C++ decoder: {refusal}")
+        make = partial(NativeBackend, format=FORMATS[spec.weight_format], kv_format=spec.kv_format)
+    elif needing := [name for name in ("weight_format", "kv_format") if getattr(spec, name) != "model"]:
+        asked = ", ".join(f"{name} {getattr(spec, name)}" for name in needing)
+        raise ConfigurationError(f"{asked} needs the C++ decoder: {refusal}")
     else:
         log.info("torch operations instead of the C++ decoder: %s", refusal)
         make = TorchBackend

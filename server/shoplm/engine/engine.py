@@ -76,7 +76,7 @@ class Engine:
         except Exception as error:
             self._failures += 1
             log.exception("a step of %d rows failed", plan.load.rows)
-            self.scheduler.fail(plan, f"a step failed: {type(error).__name__}")
+            self.scheduler.fail(plan, f"a step failed: {type(error).__name__}", self._clock())
             if self._failures >= _MOST_FAILURES:
                 raise
             return

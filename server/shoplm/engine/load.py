@@ -46,8 +46,6 @@ def load_backend(
         check_device(torch.device("cuda"))
     if spec.dtype not in _DTYPES:
         raise ConfigurationError(f"dtype {spec.dtype!r} is not one of: {', '.join(_DTYPES)}")
-    if not on_gpu and spec.kv_format != "model":
-        raise ConfigurationError(f"kv_format {spec.kv_format} needs backend triton: the torch backend keeps the dtype")
     if spec.threads:
         torch.set_num_threads(spec.threads)
     config = ModelConfig.from_folder(Path(spec.base_folder))

@@ -145,7 +145,7 @@ class Readouts:
         for index in first:
             match rows[index].readout:
                 case SampleReadout(sampling):
-                    (drawn if sampling.temperature > 0 else greedy).append(index)
+                    (greedy if sampling.is_greedy else drawn).append(index)
                 case SelectReadout(select, level):
                     selections[select.trie, level].append(index)
                 case PredictReadout():

@@ -302,7 +302,7 @@ def _samples(batch: Batch, first: Mapping[int, int], count: int, state: DeviceSt
     return (
         _column([at for _, at, _ in chosen], count, 0, np.int64),
         _column([row.state_slot * columns for row, _, _ in chosen], count, state.spare_slot * columns, np.int64),
-        _column([sampling.temperature for sampling in settings], count, 0, np.float32),
+        _column([0.0 if each.is_greedy else each.temperature for each in settings], count, 0, np.float32),
         _column([sampling.top_k for sampling in settings], count, 0, np.int32),
         _column([sampling.top_p for sampling in settings], count, 1, np.float32),
         _column(seeds.tolist(), count, 0, np.int64),

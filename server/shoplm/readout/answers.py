@@ -19,6 +19,7 @@ MAX_DEVIATION = 3.0
 TINY = 1e-7
 _LEAST_ODDS, _MOST_ODDS = TINY / (1.0 - TINY), (1.0 - TINY) / TINY
 _MAX_COUNT = 10_000
+_LEAST_LOG_ZERO = -700.0  # of the probability of 0; e^-745 is the least float
 _MOST_LOGIT = 20.0  # a hazard of this logit leaves less of a chance than TINY
 _NORMAL = NormalDist()
 _PURCHASE = int(EventKind.PURCHASE)
@@ -82,6 +83,8 @@ def population_seconds(spec: HeadSpec) -> float:
 
 def count_quantile(mean: float, dispersion: float, level: float) -> float:
     """The smallest count that is not exceeded with probability `level`: negative binomial."""
+    if (normal := _far_from_zero(mean, dispersion)) is not None:
+        return max(math.ceil(normal.inv_cdf(min(max(level, TINY), 1.0 - TINY)) - 0.5), 0.0)
     term, a, b = _count_terms(mean, dispersion)
     total, k = term, 0
     while total < level and k < _MAX_COUNT:
@@ -93,6 +96,8 @@ def count_quantile(mean: float, dispersion: float, level: float) -> float:
 
 def count_cdf(mean: float, dispersion: float, count: int) -> float:
     """P(a count <= this one): negative binomial."""
+    if (normal := _far_from_zero(mean, dispersion)) is not None:
+        return normal.cdf(count + 0.5)
     term, a, b = _count_terms(mean, dispersion)
     total = term
     for k in range(1, min(count, _MAX_COUNT) + 1):
@@ -176,6 +181,14 @@ def _lognormal_reader(spec: HeadSpec) -> Reader:
 def _amount(amount: float, low: float, high: float) -> Answer:
     # The mean of a skewed distribution can lie outside a central interval; the caller gets one that holds it.
     return Answer(None, amount, min(low, amount), max(high, amount))
+
+
+def _far_from_zero(mean: float, dispersion: float) -> NormalDist | None:
+    """The normal distribution of the same moments where the probability of 0 is too small for a float."""
+    log_zero = -mean if dispersion <= 0 else -math.log1p(dispersion * mean) / dispersion
+    if log_zero > _LEAST_LOG_ZERO:
+        return None
+    return NormalDist(mean, math.sqrt(mean + max(dispersion, 0.0) * mean * mean))
 
 
 def _count_terms(mean: float, dispersion: float) -> tuple[float, float, float]:

@@ -25,7 +25,7 @@ _MASK = (1 << 64) - 1
 
 
 def draw(logits: Tensor, samplings: Sequence[Sampling], indices: Sequence[int]) -> list[int]:
-    """One token id per row of `logits` [rows, vocabulary] (any float type), at temperatures above 0.
+    """One token id per row of `logits` [rows, vocabulary] (any float type), of samplings that are not greedy.
 
     `indices` counts each request's tokens, so that one seed gives a sequence of draws.
     """

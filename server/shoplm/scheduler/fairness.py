@@ -11,6 +11,7 @@ tenants of a service take turns by their virtual times alone.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 WINDOW_SECONDS = 0.5  # of steps, for a service of average weight
 _FEW_TENANTS = 64
+_MOST_IDLE = 1024  # tenants without requests of a service whose lead is remembered
 
 
 class Tenant:
@@ -56,6 +58,11 @@ class Tenant:
         self.newest: list[Sequence] = []  # of these, the latest comer last; some of them wait no more
         self.dearest = Dearest()  # of these, who may give way to cheaper ones
 
+    def forget_waiting(self) -> None:
+        """None of its requests waits: those that have left are kept alive no longer."""
+        self.newest.clear()
+        self.dearest = Dearest()
+
 
 class ServiceShare:
     """One service and its tenants."""
@@ -65,6 +72,7 @@ class ServiceShare:
         self.weight = weight
         self.virtual = 0.0
         self.waiting = 0  # requests in the queue
+        self.requests = 0  # that have not ended
         self.active_weight = 0.0  # of the tenants that have requests
         self.used_seconds = 0.0  # of steps, since the start
         self.tenants: dict[str, Tenant] = {}
@@ -83,13 +91,19 @@ class ServiceShare:
             tenant.virtual = max(tenant.virtual, self.turn)
             self.active_weight += tenant.weight
         tenant.requests += 1
+        self.requests += 1
         return tenant
 
     def leave(self, tenant: Tenant) -> None:
         """One of its requests has ended."""
         tenant.requests -= 1
+        self.requests -= 1
         if not tenant.requests:
             self.active_weight -= tenant.weight
+        if not self.requests:  # nobody is ahead of anybody: all begin anew, where the furthest was
+            self.turn = max(self.turn, *(each.virtual for each in self.tenants.values()))
+            self.tenants.clear()
+            self.active_weight = 0.0
 
     def weight_of(self, name: str) -> float:
         """The weight of a tenant, whether it is here or not."""
@@ -102,8 +116,11 @@ class ServiceShare:
             self.turn = max(self.turn, min(waiting))
 
     def _drop_idle(self) -> None:
-        """Forget tenants without requests, unless they are still ahead of the others."""
-        self.tenants = {n: each for n, each in self.tenants.items() if each.requests or each.virtual > self.turn}
+        """Forget tenants without requests, but for those that are the furthest ahead of the others."""
+        leading = [each for each in self.tenants.values() if not each.requests and each.virtual > self.turn]
+        leading = heapq.nlargest(_MOST_IDLE, leading, key=lambda each: each.virtual)
+        busy = [each for each in self.tenants.values() if each.requests]
+        self.tenants = {each.name: each for each in (*busy, *leading)}
         # Not again for each newcomer while most are in use.
         self._sweep_at = max(_FEW_TENANTS, 2 * len(self.tenants))
 

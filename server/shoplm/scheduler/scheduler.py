@@ -137,9 +137,9 @@ class Scheduler:
         if sequence is not None:
             self._fail(sequence, Refusal(FailureKind.CANCELLED, "CANCELLED", "cancelled by the caller"))
 
-    def fail(self, plan: Plan, message: str) -> None:
+    def fail(self, plan: Plan, message: str, now: float) -> None:
         """The step raised: its requests fail, the others go on."""
-        self._in_flight.popleft()
+        self._passed(now)
         for sequence in (*plan.answers, *(row.sequence for row in plan.rows)):
             if not sequence.ended:
                 self._fail(sequence, Refusal(FailureKind.INTERNAL, "ENGINE_FAILURE", message))
@@ -246,6 +246,10 @@ class Scheduler:
         seconds = now - max(plan.planned_seconds, self._last_commit)
         if seconds > 0:
             self.stats.cost_errors.append(self.cost.observe(plan.load, seconds))
+        self._passed(now)
+
+    def _passed(self, now: float) -> None:
+        """The oldest step in flight is over."""
         self._last_commit = now
         self._in_flight.popleft()
         self._busy_until = now + sum(self._in_flight)

@@ -21,6 +21,7 @@ class WaitingRoom:
     def __init__(self, config: SchedulerConfig, shares: Shares) -> None:
         self._most_requests, self._most_tokens = config.max_queued_requests, config.max_queued_tokens
         self._shares = shares
+        self._tenants: dict[Tenant, None] = {}  # who has somebody that waits, in the order in which they came
         self.requests = 0
         self.tokens = 0
 
@@ -32,6 +33,7 @@ class WaitingRoom:
         sequence.queued_tokens = len(sequence.tokens)
         self.requests += 1
         self.tokens += sequence.queued_tokens
+        self._tenants[tenant] = None
         tenant.waiting += 1
         tenant.waiting_tokens += sequence.queued_tokens
         if mostly_gone(len(tenant.newest), tenant.waiting):
@@ -50,6 +52,9 @@ class WaitingRoom:
         tenant.waiting -= 1
         tenant.waiting_tokens -= sequence.queued_tokens
         sequence.queued_tokens = 0
+        if not tenant.waiting:
+            del self._tenants[tenant]
+            tenant.forget_waiting()
 
     def has_room(self, tokens: int) -> bool:
         """Whether a request of so many tokens fits beside those that wait."""
@@ -66,8 +71,8 @@ class WaitingRoom:
 
     def is_shared(self, sequence: Sequence) -> bool:
         """Whether other tenants of the service wait, too."""
-        tenants = self._shares.services[sequence.request.service].tenants.values()
-        return any(each.waiting and each.name != sequence.request.tenant for each in tenants)
+        request = sequence.request
+        return any(each.service.service is request.service and each.name != request.tenant for each in self._tenants)
 
     def dearest(self, sequence: Sequence) -> Sequence | None:
         """Of the requests of a newcomer's service and tenant that wait and have a deadline, the most work."""
@@ -81,7 +86,7 @@ class WaitingRoom:
             by_tokens = self.requests < self._most_requests
             shares = self._fractions(service, sequence.request.tenant)
             most, victim = 0.0, None
-            for each in self._waiting():
+            for each in self._tenants:
                 used = each.waiting_tokens if by_tokens else each.waiting
                 over = used / shares[each.service, each.name]
                 if over > most:
@@ -91,15 +96,9 @@ class WaitingRoom:
                 victim.newest.pop()
             yield victim.newest.pop()
 
-    def _waiting(self) -> Iterator[Tenant]:
-        for service in self._shares.services.values():
-            for tenant in service.tenants.values():
-                if tenant.waiting:
-                    yield tenant
-
     def _fractions(self, service: ServiceShare, name: str) -> dict[tuple[ServiceShare, str], float]:
         """The shares of all who wait, and of the named tenant; they add up to 1."""
-        weights = {(each.service, each.name): each.weight for each in self._waiting()}
+        weights = {(each.service, each.name): each.weight for each in self._tenants}
         weights[service, name] = service.weight_of(name)
         of_services: dict[ServiceShare, float] = {}
         for (owner, _), weight in weights.items():

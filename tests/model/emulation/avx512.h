@@ -174,6 +174,7 @@ inline int32_t _mm512_reduce_add_epi32(__m512i x) {
 inline __m512 _mm512_cvtepi32_ps(__m512i x) { return __builtin_convertvector(reinterpret_cast<Int32>(x), __m512); }
 inline __m512i _mm512_cvtps_epi32(__m512 x) { return join(_mm256_cvtps_epi32(half(x, 0)), _mm256_cvtps_epi32(half(x, 1))); }
 inline __m512i _mm512_cvtepu16_epi32(__m256i x) { return join(_mm256_cvtepu16_epi32(half(x, 0)), _mm256_cvtepu16_epi32(half(x, 1))); }
+inline __m512i _mm512_cvtepi8_epi32(__m128i x) { return join(_mm256_cvtepi8_epi32(x), _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))); }
 inline __m128i _mm512_cvtsepi32_epi8(__m512i x) {
     const __m256i both = _mm256_packs_epi32(half(x, 0), half(x, 1));
     const __m256i in_order = _mm256_permute4x64_epi64(both, _MM_SHUFFLE(3, 1, 2, 0));
@@ -188,6 +189,11 @@ inline __m256bh _mm512_cvtneps_pbh(__m512 x) {  // to the nearest, ties to even;
     const auto wide = reinterpret_cast<__m512i>(rounded);
     const __m256i both = _mm256_packus_epi32(half(wide, 0), half(wide, 1));
     return reinterpret_cast<__m256bh>(_mm256_permute4x64_epi64(both, _MM_SHUFFLE(3, 1, 2, 0)));
+}
+
+inline __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
+    const auto of = [](__m512 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); };
+    return reinterpret_cast<__m512bh>(join(of(low), of(high)));
 }
 
 inline __m512 _mm512_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {

@@ -15,6 +15,8 @@ _OLDEST = datetime(1970, 1, 2, tzinfo=UTC).timestamp()
 _EPOCH_MILLIS = 1e11  # numbers above this are milliseconds: as seconds they would lie in the year 5138
 _ZONED = r"^\d{4}-\d{2}-\d{2} .*(Z|[+-]\d{2}(:?\d{2})?)$"
 _ITEM_COLUMNS = ("title", "category", "product_type")
+_PAID = "_median_paid"
+_RESERVED = ("row", "type_index", _PAID)  # of items.parquet, or made on the way to it
 
 
 def text_column(name: str) -> pl.Expr:
@@ -143,7 +145,10 @@ def cleaned_items(raw: pl.DataFrame | None, events: pl.DataFrame, problems: list
     if raw is None:
         raw = pl.DataFrame(schema={"item_id": pl.String})
         note.add("item_id", events["item_id"].n_unique(), "no items file", "the id is the title")
-    frame = raw.with_columns(text_column("item_id"))
+    for name in _RESERVED:
+        if name in raw.columns:
+            note.add(name, len(raw), "a column that a bundle has of its own", "left out")
+    frame = raw.drop(_RESERVED, strict=False).with_columns(text_column("item_id"))
     frame = note.drop(frame, "item_id", pl.col("item_id").is_null(), "empty")
     unique = frame.unique("item_id", keep="first", maintain_order=True)
     note.add("item_id", len(frame) - len(unique), "repeated", "first row kept")
@@ -167,12 +172,10 @@ def cleaned_items(raw: pl.DataFrame | None, events: pl.DataFrame, problems: list
     bad = frame.select((pl.col("price").is_not_null() & ~valid).sum()).item() or 0
     note.add("price", bad, "negative or not a number", "median price paid instead")
     frame = frame.with_columns(pl.when(valid).then(pl.col("price")).alias("price"))
-    paid = events.filter(pl.col("price").is_not_nan()).group_by("item_id").agg(pl.col("price").median().alias("paid"))
+    paid = events.filter(pl.col("price").is_not_nan()).group_by("item_id").agg(pl.col("price").median().alias(_PAID))
     frame = frame.join(paid, on="item_id", how="left").with_columns(
-        pl.coalesce("price", pl.col("paid").cast(pl.Float64)).round(2).alias("price"),
+        pl.coalesce("price", pl.col(_PAID).cast(pl.Float64)).round(2).alias("price"),
         pl.coalesce("title", "product_type", "item_id").alias("title"),
         pl.coalesce("category", "product_type", pl.lit("Other")).alias("category"),
     )
-    return (
-        frame.with_columns(pl.coalesce("product_type", "category").alias("product_type")).drop("paid").sort("item_id")
-    )
+    return frame.with_columns(pl.coalesce("product_type", "category").alias("product_type")).drop(_PAID).sort("item_id")

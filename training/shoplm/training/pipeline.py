@@ -14,6 +14,7 @@ from shoplm.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PromptSchema, file_ha
 from shoplm.catalog.items import Catalog, read_catalog
 from shoplm.features import FEATURE_NAMES
 from shoplm.model.base import Base
+from shoplm.prompt import PROMPT_VERSION
 from shoplm.training.adopting import bundled_adopt, fit_adopt
 from shoplm.training.campaigns import fit_campaigns
 from shoplm.training.catalogue import ShopItems, choose_items
@@ -101,6 +102,7 @@ def hidden_states(
         "dtype": str(dtype),
         "backend": reader.backend.info.name,
         "shop": shop.fingerprint,
+        "prompt": PROMPT_VERSION,
         "schema": [schema.preamble, *schema.attributes, schema.history_budget_tokens, schema.history_block_tokens],
     }
     if formats.weights != "model":

@@ -11,6 +11,7 @@ from shoplm.training import baselines
 from shoplm.training.examples import Examples
 from shoplm.training.metrics import BasketQuality, bootstrap_difference
 from shoplm.training.model import Model
+from shoplm.training.ranker import OutputRows
 from shoplm.training.report import (
     BASKETS,
     COUNT,
@@ -25,7 +26,7 @@ from shoplm.training.report import (
     known,
 )
 from shoplm.training.samples import HiddenTable
-from shoplm.training.scoring import Weights, Window
+from shoplm.training.scoring import Logits, Weights, Window
 from shoplm.training.shop import Shop
 from shoplm.training.tifu_knn import Purchases, TifuSettings, tifu_ranking, tuned_tifu
 
@@ -65,7 +66,7 @@ def measure_ranking(
     """One split; `examples` index `table`."""
     popularity, weights = model.popularity, model.weights
     window = Window(examples, shop.histories, popularity, model.habits, model.rebuy, model.adopt)
-    logits = model.rows.logits(torch.from_numpy(table.hidden[examples.sample]))
+    logits = _ModelLogits(model.rows, table.hidden[examples.sample])
     ranked = {
         POPULARITY: baselines.popularity_ranking(window),
         "group, then personal frequency": baselines.frequency_ranking(examples, shop.histories, popularity),
@@ -92,6 +93,17 @@ def measure_ranking(
     )
 
 
+@dataclass(frozen=True)
+class _ModelLogits:
+    """Made as they are asked for: of all customers and items of a large shop they would take gigabytes."""
+
+    rows: OutputRows
+    hidden: NDArray[np.float32]  # [N, H]
+
+    def __getitem__(self, chunk: NDArray[np.intp], /) -> torch.Tensor:
+        return self.rows.logits(torch.from_numpy(self.hidden[chunk]))
+
+
 def difference(ours: NDArray[np.float64], theirs: NDArray[np.float64], seed: int) -> Difference:
     """Paired, over the customers that both have a value for."""
     return Difference(*map(known, bootstrap_difference(ours, theirs, seed=seed)))
@@ -104,7 +116,7 @@ def _row(name: str, quality: BasketQuality) -> RankingRow:
     )
 
 
-def _exploration(window: Window, weights: Weights, logits: torch.Tensor, seed: int) -> Exploration | None:
+def _exploration(window: Window, weights: Weights, logits: Logits, seed: int) -> Exploration | None:
     lists = {
         POPULARITY: window.rank(Weights(0.0, 0.0, 1.0, 1.0), None, new_only=True),
         OURS: window.rank(weights, logits, new_only=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,6 +30,15 @@ GOES_WITH_WEIGHTS = (0.0, 25.0, 50.0, 100.0, 200.0, 400.0, 800.0, 1600.0, 3200.0
 ADOPT_WEIGHTS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 _LEAST_KEPT = 0.998  # of the NDCG, when weights are chosen by what is found among new items
 _CHUNK = 512
+_KEPT_EXAMPLES = 4096  # up to which the values of all items are kept: weights are tuned on fewer, by many rankings
+
+
+class Logits(Protocol):
+    """The model's, of each example [N, items]: all at once, or made as they are asked for."""
+
+    def __getitem__(self, chunk: NDArray[np.intp], /) -> Tensor:
+        """[chunk, items]."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,20 +137,25 @@ class Window:
         """Whether `adopt` may have a weight."""
         return self._adopt is not None
 
-    def first(self) -> Tensor:
-        """Values of all items, as the net of first purchases gives them, fp32 [N, items]; 0 for customers without
+    def first(self, chunk: NDArray[np.intp]) -> Tensor:
+        """Values of all items, as the net of first purchases gives them, fp32 [chunk, items]; 0 for customers without
         items of their own."""
+        if len(self.examples) > _KEPT_EXAMPLES:
+            return self._first_of(chunk)
+        if self._first is None:
+            self._first = self._first_of(np.arange(len(self.examples)))
+        return self._first[chunk]
+
+    def _first_of(self, chunk: NDArray[np.intp]) -> Tensor:
         if self._adopt is None:
             raise ValueError("buying first has a weight, but the window has no net")
-        if self._first is None:
-            owned = self.examples.owned
-            self._first = torch.zeros(len(self.examples), len(self._adopt))
-            for index in range(len(self.examples)):
-                if len(own := owned.row(index)):
-                    self._first[index] = torch.from_numpy(self._adopt.values(own.astype(np.int64)))
-        return self._first
+        values = torch.zeros(len(chunk), len(self._adopt))
+        for at, index in enumerate(chunk.tolist()):
+            if len(own := self.examples.owned.row(index)):
+                values[at] = torch.from_numpy(self._adopt.values(own.astype(np.int64)))
+        return values
 
-    def rank(self, weights: Weights, logits: Tensor | None, *, new_only: bool = False) -> NDArray[np.int64]:
+    def rank(self, weights: Weights, logits: Logits | None, *, new_only: bool = False) -> NDArray[np.int64]:
         """[N, k] best rows; ties go to the lower row, as in serving. `logits` [N, items] are the model's. `new_only`
         leaves out what the customer has bought before."""
         count, items = len(self.examples), len(self.popularity)
@@ -175,12 +190,12 @@ class Window:
         scores[at, column] += weights.goes_with * value
 
     def _add_first(self, scores: Tensor, weights: Weights, chunk: NDArray[np.intp]) -> None:
-        terms = weights.adopt * self.first()[chunk]
+        terms = weights.adopt * self.first(chunk)
         at, column, _ = self.examples.owned.select(chunk)
         terms[at, column] = 0.0
         scores += terms
 
-    def explored(self, weights: Weights, logits: Tensor | None) -> float:
+    def explored(self, weights: Weights, logits: Logits | None) -> float:
         """Mean explore recall of lists without what was bought before; 0 where nothing new was bought."""
         if not len(self.examples):
             return 0.0
@@ -190,7 +205,7 @@ class Window:
     def quality(self, ranked: NDArray[np.integer]) -> BasketQuality:
         return self._baskets.quality(ranked)
 
-    def ndcg(self, weights: Weights, logits: Tensor | None) -> float:
+    def ndcg(self, weights: Weights, logits: Logits | None) -> float:
         """Mean NDCG over the examples; 0 where there are none."""
         if not len(self.examples):
             return 0.0
@@ -215,7 +230,7 @@ def chunks(count: int, size: int) -> Iterator[NDArray[np.intp]]:
         yield np.arange(start, min(start + size, count))
 
 
-def tune(window: Window, logits: Tensor | None, start: Weights, *, habits: bool = False) -> Weights:
+def tune(window: Window, logits: Logits | None, start: Weights, *, habits: bool = False) -> Weights:
     """Weights that maximise NDCG on the window, by coordinate ascent over the grids from `start`.
 
     With `logits` None only counting and popularity are tuned, with `habits` loyalty and buying again, too. Never worse
@@ -235,7 +250,7 @@ def tune(window: Window, logits: Tensor | None, start: Weights, *, habits: bool 
     return best
 
 
-def tune_new(window: Window, logits: Tensor | None, found: Weights) -> Weights:
+def tune_new(window: Window, logits: Logits | None, found: Weights) -> Weights:
     """`found` with the weight of neighbours, or of the net of first purchases, that finds most among new items and
     keeps what is found among all.
 

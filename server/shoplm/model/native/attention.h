@@ -10,6 +10,8 @@
 
 namespace shoplm {
 
+constexpr int64_t MOST_HEAD_DIM = 256;
+
 // One row of the batch. All int64: Python fills an array of them.
 struct Row {
     int64_t query_start, query_len;
@@ -22,15 +24,16 @@ struct Row {
 };
 
 // Keys and values of one layer: [page][kv_head] and then `page_size` * `head_dim` numbers, by token or in blocks of 16
-// tokens [page_size / 16][head_dim][16]; AVX-512's form says how it orders pairs within them.
+// tokens [page_size / 16][head_dim][16]; AVX-512's form says how it orders pairs within them. Numbers of a byte are times
+// their token's scale [page][kv_head][page_size].
+template <class Number>
 struct Pool {
-    bf16* keys;
-    bf16* values;
+    Number *keys, *values;
+    float *key_scales, *value_scales;  // null: none
     int64_t kv_heads, page_size, head_dim;
 
-    int64_t token_at(int64_t page, int64_t head, int64_t offset) const {
-        return ((page * kv_heads + head) * page_size + offset) * head_dim;
-    }
+    int64_t scale_at(int64_t page, int64_t head, int64_t offset) const { return (page * kv_heads + head) * page_size + offset; }
+    int64_t token_at(int64_t page, int64_t head, int64_t offset) const { return scale_at(page, head, offset) * head_dim; }
     int64_t block_at(int64_t page, int64_t head, int64_t offset) const { return token_at(page, head, offset / LANES * LANES); }
 };
 
@@ -48,7 +51,6 @@ inline void put_token(const float* from, int64_t head_dim, bf16* to) {
 }
 
 struct AttentionInputs {
-    Pool pool;
     const Row* row;
     const int64_t* pages;
     const int64_t* own_slots;

@@ -11,31 +11,41 @@ using Share = float;
 constexpr int64_t KEYS_TOGETHER = LANES;
 constexpr int MOST_SUMS = 6;  // of 16 numbers, that registers hold
 
-inline void put_key(const Pool& pool, const float* from, int64_t page, int64_t head, int64_t offset) {
+// Where dimension `i` of a token's key and value lies.
+template <class Number>
+inline int64_t key_at(const Pool<Number>& pool, int64_t page, int64_t head, int64_t offset, int64_t i) {
+    return pool.block_at(page, head, offset) + i * LANES + offset % LANES;
+}
+template <class Number>
+inline int64_t value_at(const Pool<Number>& pool, int64_t page, int64_t head, int64_t offset, int64_t i) {
+    return pool.token_at(page, head, offset) + i;
+}
+
+inline void put_key(const Pool<bf16>& pool, const float* from, int64_t page, int64_t head, int64_t offset) {
     put_column(from, pool.head_dim, offset, pool.keys + pool.block_at(page, head, offset));
 }
 
-inline void put_value(const Pool& pool, const float* from, int64_t page, int64_t head, int64_t offset) {
+inline void put_value(const Pool<bf16>& pool, const float* from, int64_t page, int64_t head, int64_t offset) {
     put_token(from, pool.head_dim, pool.values + pool.token_at(page, head, offset));
 }
 
-inline float own_score(const Pool& pool, int64_t slot, int64_t head, const float* query) {
+inline float own_score(const Pool<bf16>& pool, int64_t slot, int64_t head, const float* query) {
     const int64_t offset = slot % pool.page_size;
-    const bf16* key = pool.keys + pool.block_at(slot / pool.page_size, head, offset) + offset % LANES;
+    const bf16* key = pool.keys + key_at(pool, slot / pool.page_size, head, offset, 0);
     float score = 0.f;
     for (int64_t i = 0; i < pool.head_dim; ++i) score += query[i] * to_float(key[i * LANES]);
     return score;
 }
 
 // Its dimensions `i` .. `i` + 15.
-inline Floats own_value(const Pool& pool, int64_t slot, int64_t head, int64_t i) {
+inline Floats own_value(const Pool<bf16>& pool, int64_t slot, int64_t head, int64_t i) {
     return load_bf16(pool.values + pool.token_at(slot / pool.page_size, head, slot % pool.page_size) + i);
 }
 
 // sums[q][w] += sum over i of factors[q * stride + i] * rows[i * row_stride + 16 w] .. + 15. What lies `ahead` of the rows
 // is fetched meanwhile: pages are too short for the hardware to see what comes.
-template <int QUERIES, int WIDTH>
-inline void add_rows(const float* factors, int64_t stride, const bf16* rows, int64_t row_stride, int64_t count, int64_t ahead, Floats* sums) {
+template <int QUERIES, int WIDTH, class Number>
+inline void add_rows(const float* factors, int64_t stride, const Number* rows, int64_t row_stride, int64_t count, int64_t ahead, Floats* sums) {
     Floats of[QUERIES][WIDTH];
 #pragma GCC unroll 6
     for (int q = 0; q < QUERIES; ++q)
@@ -44,7 +54,7 @@ inline void add_rows(const float* factors, int64_t stride, const bf16* rows, int
     for (int64_t i = 0; i < count; ++i, rows += row_stride) {
         Floats row[WIDTH];
 #pragma GCC unroll 2
-        for (int w = 0; w < WIDTH; ++w) row[w] = load_bf16(rows + w * LANES);
+        for (int w = 0; w < WIDTH; ++w) row[w] = load_numbers(rows + w * LANES);
         _mm_prefetch(reinterpret_cast<const char*>(rows + ahead), _MM_HINT_T0);
 #pragma GCC unroll 6
         for (int q = 0; q < QUERIES; ++q) {
@@ -59,8 +69,8 @@ inline void add_rows(const float* factors, int64_t stride, const bf16* rows, int
         for (int w = 0; w < WIDTH; ++w) sums[q * WIDTH + w] = of[q][w];
 }
 
-template <int WIDTH>
-inline void add_rows(int queries, const float* factors, int64_t stride, const bf16* rows, int64_t row_stride, int64_t count, int64_t ahead, Floats* sums) {
+template <int WIDTH, class Number>
+inline void add_rows(int queries, const float* factors, int64_t stride, const Number* rows, int64_t row_stride, int64_t count, int64_t ahead, Floats* sums) {
     switch (queries) {
         case 1: return add_rows<1, WIDTH>(factors, stride, rows, row_stride, count, ahead, sums);
         case 2: return add_rows<2, WIDTH>(factors, stride, rows, row_stride, count, ahead, sums);
@@ -77,7 +87,7 @@ inline void add_rows(int queries, const float* factors, int64_t stride, const bf
 template <class BlockAt>
 inline void score_all(const float* queries, int count, int64_t d, int64_t keys, const BlockAt& block_at, float* scores, int64_t stride) {
     for (int64_t key = 0; key < keys; key += LANES) {
-        const bf16* block = block_at(key);
+        const auto* block = block_at(key);
         const int64_t ahead = key + LANES < keys ? block_at(key + LANES) - block : 0;
         for (int first = 0; first < count; first += MOST_SUMS) {
             const int some = std::min(count - first, MOST_SUMS);
@@ -95,7 +105,7 @@ inline void sum_dimensions(const float* shares, int some, int64_t stride, int64_
     Floats sums[MOST_SUMS];
     std::fill(sums, sums + some * WIDTH, zero());
     for (int64_t key = 0; key < keys; key += LANES) {
-        const bf16* block = block_at(key);
+        const auto* block = block_at(key);
         const int64_t ahead = key + LANES < keys ? block_at(key + LANES) - block : 0;
         add_rows<WIDTH>(some, shares + key, stride, block, d, std::min<int64_t>(LANES, keys - key), ahead, sums);
     }

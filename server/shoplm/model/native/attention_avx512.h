@@ -10,10 +10,27 @@ using Share = bf16;
 constexpr int64_t KEYS_TOGETHER = 4 * LANES;  // with four queries, or four queries and 64 dimensions: 16 sums
 
 inline __m512bh load_pairs(const bf16* from) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(from)); }
+inline __m512bh load_pairs(const int8_t* from) {  // bf16 holds them exactly
+    return _mm512_cvtne2ps_pbh(load_numbers(from + LANES), load_numbers(from));
+}
+inline __m512bh load_first_of_pairs(const bf16* from) {  // what the unused slot holds may be NaN
+    return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(0x55555555, from));
+}
+inline __m512bh load_first_of_pairs(const int8_t* from) { return load_pairs(from); }  // the unused slot's share is 0
 inline __m512bh splat_pair(const bf16* from) { return reinterpret_cast<__m512bh>(splat_bytes(from)); }
 
-inline void put_key(const Pool& pool, const float* from, int64_t page, int64_t head, int64_t offset) {
-    bf16* to = pool.keys + pool.block_at(page, head, offset) + offset % LANES * 2;
+// Where dimension `i` of a token's key and value lies.
+template <class Number>
+inline int64_t key_at(const Pool<Number>& pool, int64_t page, int64_t head, int64_t offset, int64_t i) {
+    return pool.block_at(page, head, offset) + i / 2 * (2 * LANES) + offset % LANES * 2 + i % 2;
+}
+template <class Number>
+inline int64_t value_at(const Pool<Number>& pool, int64_t page, int64_t head, int64_t offset, int64_t i) {
+    return pool.token_at(page, head, offset / 2 * 2) + i * 2 + offset % 2;
+}
+
+inline void put_key(const Pool<bf16>& pool, const float* from, int64_t page, int64_t head, int64_t offset) {
+    bf16* to = pool.keys + key_at(pool, page, head, offset, 0);
     alignas(64) bf16 rounded[LANES];
     for (int64_t i = 0; i < pool.head_dim; i += LANES) {
         store_bf16(rounded, load(from + i));
@@ -21,7 +38,7 @@ inline void put_key(const Pool& pool, const float* from, int64_t page, int64_t h
     }
 }
 
-inline void put_value(const Pool& pool, const float* from, int64_t page, int64_t head, int64_t offset) {
+inline void put_value(const Pool<bf16>& pool, const float* from, int64_t page, int64_t head, int64_t offset) {
     bf16* to = pool.values + pool.token_at(page, head, offset / 2 * 2);
     const bool odd = offset % 2;
     for (int64_t i = 0; i < pool.head_dim; i += LANES) {
@@ -30,9 +47,9 @@ inline void put_value(const Pool& pool, const float* from, int64_t page, int64_t
     }
 }
 
-inline float own_score(const Pool& pool, int64_t slot, int64_t head, const bf16* query) {
+inline float own_score(const Pool<bf16>& pool, int64_t slot, int64_t head, const bf16* query) {
     const int64_t offset = slot % pool.page_size;
-    const bf16* key = pool.keys + pool.block_at(slot / pool.page_size, head, offset) + offset % LANES * 2;
+    const bf16* key = pool.keys + key_at(pool, slot / pool.page_size, head, offset, 0);
     const __m512i at = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(LANES));
     Floats score = zero();
     for (int64_t i = 0; i < pool.head_dim; i += 2 * LANES)
@@ -41,14 +58,14 @@ inline float own_score(const Pool& pool, int64_t slot, int64_t head, const bf16*
 }
 
 // Its dimensions `i` .. `i` + 15.
-inline Floats own_value(const Pool& pool, int64_t slot, int64_t head, int64_t i) {
+inline Floats own_value(const Pool<bf16>& pool, int64_t slot, int64_t head, int64_t i) {
     const int64_t offset = slot % pool.page_size;
     const __m512i pairs = _mm512_loadu_si512(pool.values + pool.token_at(slot / pool.page_size, head, offset / 2 * 2) + i * 2);
     return _mm512_castsi512_ps(offset % 2 ? _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000))) : _mm512_slli_epi32(pairs, 16));
 }
 
-template <int QUERIES>
-inline void score_keys(const bf16* queries, int64_t d, const bf16* const* blocks, float* scores, int64_t stride) {
+template <int QUERIES, class Number>
+inline void score_keys(const bf16* queries, int64_t d, const Number* const* blocks, float* scores, int64_t stride) {
     Floats of[QUERIES][4];
 #pragma GCC unroll 4
     for (int q = 0; q < QUERIES; ++q) of[q][0] = of[q][1] = of[q][2] = of[q][3] = zero();
@@ -72,7 +89,7 @@ inline void score_keys(const bf16* queries, int64_t d, const bf16* const* blocks
 template <class BlockAt>
 inline void score_all(const bf16* queries, int count, int64_t d, int64_t keys, const BlockAt& block_at, float* scores, int64_t stride) {
     for (int64_t key = 0; key < keys; key += KEYS_TOGETHER) {
-        const bf16* blocks[4];
+        decltype(block_at(0)) blocks[4];
         for (int64_t block = 0; block < 4; ++block) blocks[block] = block_at(std::min(key + block * LANES, keys - 1));
         for (int q = 0; q < count; q += 4) {
             const bf16* from = queries + q * d;
@@ -95,10 +112,10 @@ inline void add_values(const bf16* shares, int64_t stride, int64_t d, int64_t ke
     for (int q = 0; q < QUERIES; ++q)
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) of[q][v] = zero();
-    auto add_pair = [&](int64_t key, const bf16* values, __mmask32 used) __attribute__((always_inline)) {
+    auto add_pair = [&](int64_t key, const auto* values, bool both) __attribute__((always_inline)) {
         __m512bh rows[VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) rows[v] = reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(used, values + v * LANES * 2));
+        for (int v = 0; v < VECTORS; ++v) rows[v] = both ? load_pairs(values + v * LANES * 2) : load_first_of_pairs(values + v * LANES * 2);
 #pragma GCC unroll 4
         for (int q = 0; q < QUERIES; ++q) {
             const __m512bh pair = splat_pair(shares + q * stride + key);
@@ -107,11 +124,11 @@ inline void add_values(const bf16* shares, int64_t stride, int64_t d, int64_t ke
         }
     };
     for (int64_t block = 0; block < keys; block += LANES) {
-        const bf16* values = block_at(block);
+        const auto* values = block_at(block);
         const int64_t end = std::min(keys - block, static_cast<int64_t>(LANES));
         int64_t key = 0;
-        for (; key + 1 < end; key += 2) add_pair(block + key, values + key * d, ~__mmask32{0});
-        if (key < end) add_pair(block + key, values + key * d, 0x55555555);  // what the unused slot holds may be NaN
+        for (; key + 1 < end; key += 2) add_pair(block + key, values + key * d, true);
+        if (key < end) add_pair(block + key, values + key * d, false);
     }
 #pragma GCC unroll 4
     for (int q = 0; q < QUERIES; ++q)

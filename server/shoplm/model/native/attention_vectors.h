@@ -15,15 +15,14 @@ inline void leave_attention() {}
 
 struct Attention : AttentionInputs {
     // Queries `first` .. `first` + 15 of a key-value head, counted token by token and within it head by head.
-    void block(int64_t head, int64_t first, std::vector<float>& scratch) const;
-
-  private:
-    int64_t page_of(int64_t key) const { return pages[row->pages + key / pool.page_size]; }
+    template <class Number>
+    void block(const Pool<Number>& pool, int64_t head, int64_t first, std::vector<float>& scratch) const;
 };
 
-// Scores [count] to shares in their place; -inf: none. `own` of them follow at `own_scores`. Returns one over the shares'
-// sum.
-inline float to_shares(float* scores, int64_t count, float* own_scores, int64_t own) {
+// Scores [count] to shares in their place, each as `stored`(key, share) gives it; -inf: none. `own` of them follow at
+// `own_scores`. Returns one over the shares' sum.
+template <class Stored>
+inline float to_shares(float* scores, int64_t count, float* own_scores, int64_t own, const Stored& stored) {
     const Floats lowest = splat(-std::numeric_limits<float>::infinity());
     Floats most = lowest;
     for (int64_t key = 0; key < count; key += LANES) most = larger(most, load(scores + key));
@@ -35,7 +34,7 @@ inline float to_shares(float* scores, int64_t count, float* own_scores, int64_t 
     for (int64_t key = 0; key < count; key += LANES) {
         const Floats score = load(scores + key);
         const Floats share = keep_unless_equal(exponential(subtract(score, peaks)), score, lowest);
-        store_activations(shares + key, share);
+        store_activations(shares + key, stored(key, share));
         total = add(total, share);
     }
     float whole = sum(total);
@@ -43,7 +42,8 @@ inline float to_shares(float* scores, int64_t count, float* own_scores, int64_t 
     return 1.f / whole;
 }
 
-inline void Attention::block(int64_t head, int64_t first, std::vector<float>& scratch) const {
+template <class Number>
+inline void Attention::block(const Pool<Number>& pool, int64_t head, int64_t first, std::vector<float>& scratch) const {
     const int64_t d = pool.head_dim, group = heads / pool.kv_heads;
     const int count = static_cast<int>(std::min<int64_t>(LANES, row->query_len * group - first));
     const int64_t own = row->lanes ? row->own_steps : 0;
@@ -67,11 +67,20 @@ inline void Attention::block(int64_t head, int64_t first, std::vector<float>& sc
     float inverse[LANES];
     for (int lane = 0; lane < count; ++lane) std::memcpy(packed + lane * d, queries + at[lane], sizeof(Activation) * d);
 
-    auto keys_at = [&](int64_t key) { return pool.keys + pool.block_at(page_of(begin + key), head, (begin + key) % pool.page_size); };
+    auto page_of = [&](int64_t key) { return pages[row->pages + (begin + key) / pool.page_size]; };
+    auto keys_at = [&](int64_t key) { return pool.keys + pool.block_at(page_of(key), head, (begin + key) % pool.page_size); };
+    auto scale_at = [&](int64_t key) { return pool.scale_at(page_of(key), head, (begin + key) % pool.page_size); };
+    auto stored_share = [&](int64_t key, Floats share) {
+        if constexpr (sizeof(Number) > 1) return share;
+        if (key >= last - begin) return share;
+        return keep_unless_equal(multiply(share, load(pool.value_scales + scale_at(key))), share, zero());  // an unused slot's may be NaN
+    };
     score_all(packed, count, d, last - begin, keys_at, scores, keys);
     for (int lane = 0; lane < count; ++lane) {
         constexpr float none = -std::numeric_limits<float>::infinity();
         float* of = scores + lane * keys;
+        if constexpr (sizeof(Number) == 1)
+            for (int64_t key = 0; key < last - begin; key += LANES) store(of + key, multiply(load(of + key), load(pool.key_scales + scale_at(key))));
         std::fill(of, of + (from[lane] - begin), none);
         std::fill(of + (to[lane] - begin), of + keys, none);  // what unused slots hold may be NaN
         if (row->masked) {
@@ -81,9 +90,9 @@ inline void Attention::block(int64_t head, int64_t first, std::vector<float>& sc
         }
         for (int64_t step = 0; step < own; ++step)
             own_scores[lane * own + step] = own_score(pool, own_slots[row->own + token[lane] * own + step], head, packed + lane * d);
-        inverse[lane] = to_shares(of, keys, own_scores + lane * own, own);
+        inverse[lane] = to_shares(of, keys, own_scores + lane * own, own, stored_share);
     }
-    auto values_at = [&](int64_t key) { return pool.values + pool.token_at(page_of(begin + key), head, (begin + key) % pool.page_size); };
+    auto values_at = [&](int64_t key) { return pool.values + pool.token_at(page_of(key), head, (begin + key) % pool.page_size); };
     constexpr int64_t shares = sizeof(float) / sizeof(Share);  // in a score's place
     sum_values(reinterpret_cast<const Share*>(scores), count, keys * shares, d, last - begin, values_at, results);
     for (int lane = 0; lane < count; ++lane)

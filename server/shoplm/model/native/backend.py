@@ -31,7 +31,7 @@ def native_refusal(config: ModelConfig, dtype: torch.dtype, page_size: int) -> s
 
 
 class NativeBackend(EagerBackend):
-    """Runs each step at once, in the thread that submits it. Keys and values are bf16."""
+    """Runs each step at once, in the thread that submits it."""
 
     def __init__(
         self,
@@ -45,10 +45,12 @@ class NativeBackend(EagerBackend):
         state_slots: int = 256,
         max_context_tokens: int | None = None,
         format: WeightFormat = WeightFormat.BF16,
+        kv_format: str = "model",
         library: NativeLibrary | None = None,
     ) -> None:
-        """As `TorchBackend`; `format` is of all products' weights; the head's are int8 where they are int4. `library`:
-        the best of this machine. Needs `native_refusal` to be None."""
+        """As `TorchBackend`; `format` is of all products' weights; the head's are int8 where they are int4.
+        `kv_format`: what keys and values are kept in, model (bf16) or int8. `library`: the best of this machine. Needs
+        `native_refusal` to be None."""
         library = library or best_library()
         readouts = Readouts(
             shop, tries, text_tokens=len(weights.embedding), hidden_size=config.hidden_size, state_slots=state_slots
@@ -61,13 +63,16 @@ class NativeBackend(EagerBackend):
             kv_heads=config.num_kv_heads,
             page_size=page_size,
             head_dim=config.head_dim,
+            kv_format=kv_format,
         )
         with torch.no_grad():
             shop_rows = readouts.take_input_rows(torch.bfloat16)
             self._decoder = NativeDecoder(library, config, weights, shop_rows, positions, pool, format=format)
             self._head = NativeHead(library, weights.lm_head, format=format)
         super().__init__(
-            str(library.instructions) + ("" if format is WeightFormat.BF16 else f"-{format.name.lower()}"),
+            str(library.instructions)
+            + ("" if format is WeightFormat.BF16 else f"-{format.name.lower()}")
+            + ("" if kv_format == "model" else f"-kv-{kv_format}"),
             readouts,
             pages=pages,
             page_size=page_size,

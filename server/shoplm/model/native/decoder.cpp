@@ -11,12 +11,11 @@
 #else
 #include "attention_vectors.h"
 #endif
+#include "attention_bytes.h"
 #include "greedy.h"
 #include "products.h"
 
 namespace shoplm {
-
-constexpr int64_t MOST_HEAD_DIM = 256;
 
 struct Layer {
     Linear qkv, output, gate_up, down;  // gate_up: 16 columns of gate, the 16 of up, and so on
@@ -31,7 +30,8 @@ struct Model {
     const bf16* embedding;
     const float* final_norm;
     const float *cosine, *sine;  // [positions, head_dim / 2]
-    bf16 *keys, *values;         // the pool, all layers
+    void *keys, *values;         // the pool, all layers
+    float *key_scales, *value_scales;  // null: keys and values are bf16, else bytes
     int64_t count, hidden, middle, heads, kv_heads, head_dim, page_size, layer_elements;
     int64_t widest, rank;  // the largest of all products
     float epsilon, query_scale;
@@ -75,8 +75,18 @@ inline void turn_head(const Model& model, const float* from, const float* norm, 
     }
 }
 
+template <class Number>
+inline Pool<Number> pool_of(const Model& model, int64_t layer) {
+    const int64_t numbers = layer * model.layer_elements, scales = numbers / model.head_dim;
+    const bool scaled = model.key_scales != nullptr;
+    return {static_cast<Number*>(model.keys) + numbers, static_cast<Number*>(model.values) + numbers,
+            scaled ? model.key_scales + scales : nullptr, scaled ? model.value_scales + scales : nullptr,
+            model.kv_heads, model.page_size, model.head_dim};
+}
+
 // Queries to `queries`, keys and values to the pool.
-inline void place_heads(const Model& model, const Layer& layer, const Step& step, const Pool& pool, const float* projected, Activation* queries, Crew& crew) {
+template <class Number>
+inline void place_heads(const Model& model, const Layer& layer, const Step& step, const Pool<Number>& pool, const float* projected, Activation* queries, Crew& crew) {
     const int64_t d = model.head_dim, heads = model.heads, kv_heads = model.kv_heads, half = d / 2;
     const int64_t columns = layer.qkv.n;
     crew.divide(step.token_count, [&](int64_t token) {
@@ -99,14 +109,15 @@ inline void place_heads(const Model& model, const Layer& layer, const Step& step
 
 struct Work { int64_t row, head, first; bool wanted; };  // wanted: a token's hidden state is, behind the last layer
 
-inline void attend(const Model& model, const Layer& layer, const Step& step, const Pool& pool, const std::vector<Work>& work, bool last, const Activation* queries, Activation* output, Crew& crew) {
+template <class Number>
+inline void attend(const Model& model, const Layer& layer, const Step& step, const Pool<Number>& pool, const std::vector<Work>& work, bool last, const Activation* queries, Activation* output, Crew& crew) {
     static thread_local std::vector<float> scratch;
-    Attention attention{{pool, nullptr, step.pages, step.own_slots, step.masks, step.positions, queries, output, model.heads, layer.window}};
+    Attention attention{{nullptr, step.pages, step.own_slots, step.masks, step.positions, queries, output, model.heads, layer.window}};
     use_attention();
     crew.each(static_cast<int64_t>(work.size()), 4, [&](int64_t index) {
         if (last && !work[index].wanted) return;
         attention.row = step.rows + work[index].row;
-        attention.block(work[index].head, work[index].first, scratch);
+        attention.block(pool, work[index].head, work[index].first, scratch);
     });
     leave_attention();
 }
@@ -159,12 +170,15 @@ void run(const Model& model, const Step& step) {
         });
         for (int64_t index = 0; index < model.count; ++index) {
             const Layer& layer = model.layers[index];
-            const Pool pool{model.keys + index * model.layer_elements, model.values + index * model.layer_elements, model.kv_heads, model.page_size, model.head_dim};
             Rows x = norm_rows(residual, tokens, layer.input_norm, model.epsilon, layer.qkv, rows, crew);
             linear(x, layer.qkv, crew, stored(projected, layer.qkv.n));
-            place_heads(model, layer, step, pool, projected, queries, crew);
             const bool last = index + 1 == model.count;  // nothing behind it is needed of other tokens than the outputs
-            attend(model, layer, step, pool, work, last, queries, attended, crew);
+            auto attention = [&](const auto& pool) {
+                place_heads(model, layer, step, pool, projected, queries, crew);
+                attend(model, layer, step, pool, work, last, queries, attended, crew);
+            };
+            if (model.key_scales) attention(pool_of<int8_t>(model, index));
+            else attention(pool_of<bf16>(model, index));
             int64_t m = tokens;
             if (last) {
                 m = step.output_count;

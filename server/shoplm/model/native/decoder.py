@@ -111,6 +111,8 @@ class NativeDecoder:
             pointer(self._sine),
             pointer(pool.keys),
             pointer(pool.values),
+            pointer(pool.key_scales),
+            pointer(pool.value_scales),
             config.num_layers,
             config.hidden_size,
             config.intermediate_size,

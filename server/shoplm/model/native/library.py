@@ -26,7 +26,7 @@ from shoplm.model.native.memory import WeightMemory
 _SOURCES = (
     *("vectors.h", "tiles.h", "crew.h", "linear.h", "linear_tiles.h", "linear_vectors.h", "products.h"),
     *("products_avx2.h", "products_avx512.h"),
-    *("attention.h", "attention_tiles.h", "attention_vectors.h"),
+    *("attention.h", "attention_bytes.h", "attention_tiles.h", "attention_vectors.h"),
     *("attention_avx2.h", "attention_avx512.h", "greedy.h", "decoder.cpp"),
 )
 _FLAGS = ("-std=c++17", "-O2", "-fopenmp", "-shared", "-fPIC")
@@ -143,7 +143,7 @@ class ModelRef(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("layers", "embedding", "final_norm", "cosine", "sine")),
-        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
         *((name, ctypes.c_int64) for name in ("count", "hidden", "middle", "heads", "kv_heads", "head_dim")),
         *((name, ctypes.c_int64) for name in ("page_size", "layer_elements", "widest", "rank")),
         *((name, ctypes.c_float) for name in ("epsilon", "query_scale")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from shoplm.errors import ConfigurationError
-from shoplm.model.kv_pool import copy_pages
+from shoplm.model.kv_pool import KV_FORMATS, copy_pages
 from shoplm.model.native.library import InstructionSet
 from torch import Tensor
 
@@ -12,14 +12,25 @@ BLOCK = 16  # tokens whose numbers of one dimension lie together
 
 
 class NativePool:
-    """bf16 keys and values. Of both, one lies by token [layers, pages, kv_heads, page_size, head_dim], the other in
-    blocks [layers, pages, kv_heads, page_size / 16, head_dim, 16]: tiles want the values so, vectors the keys. Dot
-    products of pairs want the keys in blocks of pairs of dimensions [.., head_dim / 2, 16, 2], the values in pairs of
-    tokens [.., page_size / 2, head_dim, 2]. What unused slots hold never matters."""
+    """Keys and values, in bf16 or in int8 with a scale per token and head [layers, pages, kv_heads, page_size].
+
+    Of keys and values, one lies by token [layers, pages, kv_heads, page_size, head_dim], the other in blocks [layers,
+    pages, kv_heads, page_size / 16, head_dim, 16]: tiles want the values so, vectors the keys. Dot products of pairs
+    want the keys in blocks of pairs of dimensions [.., head_dim / 2, 16, 2], the values in pairs of tokens [..,
+    page_size / 2, head_dim, 2]. What unused slots hold never matters."""
 
     def __init__(
-        self, instructions: InstructionSet, *, layers: int, pages: int, kv_heads: int, page_size: int, head_dim: int
+        self,
+        instructions: InstructionSet,
+        *,
+        layers: int,
+        pages: int,
+        kv_heads: int,
+        page_size: int,
+        head_dim: int,
+        kv_format: str = "model",
     ) -> None:
+        """`kv_format`: model (bf16) or int8."""
         if pages < 1:
             raise ValueError(f"pages is {pages}, expected at least 1")
         if page_size % BLOCK:
@@ -35,11 +46,15 @@ class NativePool:
                 shapes = (page_size // BLOCK, head_dim // 2, BLOCK, 2), (page_size // 2, head_dim, 2)
             case InstructionSet.AVX2:
                 shapes = in_blocks, by_token
-        self.keys, self.values = (
-            torch.empty(layers, pages, kv_heads, *shape, dtype=torch.bfloat16) for shape in shapes
+        dtype = KV_FORMATS[kv_format] or torch.bfloat16
+        heads = (layers, pages, kv_heads)
+        self.keys, self.values = (torch.empty(*heads, *shape, dtype=dtype) for shape in shapes)
+        self.key_scales, self.value_scales = (
+            torch.empty(*heads, page_size) if dtype is torch.int8 else None for _ in shapes
         )
 
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
         """Copy whole pages, `sources` [C] to `targets` [C]; none is both."""
-        copy_pages(self.keys, sources, targets)
-        copy_pages(self.values, sources, targets)
+        for part in (self.keys, self.values, self.key_scales, self.value_scales):
+            if part is not None:
+                copy_pages(part, sources, targets)

@@ -51,6 +51,9 @@ inline Floats load_bf16(const bf16* from) {
 inline Floats load_fp16(const uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
+inline Floats load_numbers(const int8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
 inline __m256i round_bf16(Floats x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
 
 inline Integers no_integers() { return Integers{}; }
@@ -126,6 +129,10 @@ inline Floats load_fp16(const uint16_t* from) {
     const __m128i* halves = reinterpret_cast<const __m128i*>(from);
     return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
 }
+inline __m256 load_bytes_half(const int8_t* from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+inline Floats load_numbers(const int8_t* from) { return {load_bytes_half(from), load_bytes_half(from + 8)}; }
 inline __m256i round_bf16_half(__m256 x) {  // to the nearest, ties to even; in the low 16 bits
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -152,6 +159,9 @@ inline void store_integers(int8_t* to, Integers x) {
 
 #endif
 
+inline Floats load_numbers(const bf16* from) { return load_bf16(from); }
+
+inline float to_float(float value) { return value; }
 inline float to_float(bf16 value) {
     uint32_t bits = static_cast<uint32_t>(value) << 16;
     float result;
