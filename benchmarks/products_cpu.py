@@ -8,8 +8,8 @@ caches and bandwidth. Rounding the inputs and the results is in it.
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 import time
 
 import torch
@@ -42,7 +42,10 @@ def rates(library: NativeLibrary, format: WeightFormat) -> list[float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    library = native_library(InstructionSet(sys.argv[1])) if len(sys.argv) > 1 else best_library()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("instructions", nargs="?", type=InstructionSet, choices=list(InstructionSet))
+    chosen = parser.parse_args().instructions
+    library = best_library() if chosen is None else native_library(chosen)
     print(f"{library.instructions}, load {os.getloadavg()[0]:.1f}; rows: {', '.join(map(str, ROWS))}")
     for format in WeightFormat:
         print(f"{format.name.lower()}: {', '.join(f'{rate:.0f}' for rate in rates(library, format))} GFLOP/s")

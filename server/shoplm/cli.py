@@ -71,7 +71,7 @@ def _application(first: list[str]) -> typer.Typer:
 
 def _missing(command: str, error: ModuleNotFoundError, extra: str) -> int:
     """Say which extra a command needs."""
-    sys.stderr.write(f"shoplm {command}: {error}; install it with `pip install 'shoplm[{extra}]'`\n")
+    sys.stderr.write(f"shoplm {command}: {error}; install it, from a clone, with `pip install '.[{extra}]'`\n")
     return 2
 
 

@@ -299,7 +299,6 @@ class ReadyOutput(msgspec.Struct, frozen=True, tag=True):
     page_size: int
     max_context_tokens: int
     backend: str
-    load_seconds: float
     tries: dict[str, int]  # name -> items
 
 

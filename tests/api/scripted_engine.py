@@ -47,7 +47,7 @@ class ScriptedEngine:
         self._stats: list[Callable[[StepStats], None]] = []
 
     async def start(self) -> None:
-        self.ready = ReadyOutput(64, 16, CONTEXT_TOKENS, "scripted", 0.0, {"": 24, "toy": 8})
+        self.ready = ReadyOutput(64, 16, CONTEXT_TOKENS, "scripted", {"": 24, "toy": 8})
 
     def on_stats(self, callback: Callable[[StepStats], None]) -> None:
         self._stats.append(callback)

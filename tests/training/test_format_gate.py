@@ -75,8 +75,9 @@ def test_a_format_of_the_cpu_is_judged_by_the_decoder_that_serves_it(tiny_model:
     if (refusal := native_refusal(base.config, torch.bfloat16, 16)) is not None:
         pytest.skip(refusal)
     talk = [((5, 9, 200, 17), (30, 31, 7)), ((1,), (2, 3, 4, 5, 6))]
-    rounded = (Formats(name, of_cpu=True) for name in ("model", "int8", "int4"))
+    rounded = [Formats(name, of_cpu=True) for name in ("model", "int8", "int4")]
+    rounded.append(Formats("int8", "int8", of_cpu=True))
     found = [perplexity(base, None, talk, formats, Watch()) for formats in rounded]
     assert found[0] == pytest.approx(perplexity(base, None, talk, UNROUNDED, Watch()), rel=0.02)
-    assert found[1:] == pytest.approx([found[0]] * 2, rel=0.2)
-    assert len(set(found)) == 3
+    assert found[1:] == pytest.approx([found[0]] * 3, rel=0.2)
+    assert len(set(found)) == 4

@@ -65,13 +65,17 @@ def test_habits_rank_as_they_are_served(shop: Shop, window: Window) -> None:
         assert new[index].tolist() == np.argsort(-scores, kind="stable")[:TOP].tolist()
 
 
-def test_first_purchases_rank_as_they_are_served(shop: Shop, window: Window) -> None:
+def test_first_purchases_rank_as_they_are_served(shop: Shop, window: Window, monkeypatch: pytest.MonkeyPatch) -> None:
     adopt = fit_adopt(shop, shop.bare_table(np.arange(len(shop.histories))), 0)
     assert adopt is not None
     weights = Weights(0.0, 2.0, 0.3, 30.0, adopt=0.5)
     known = Window(window.examples, shop.histories, window.popularity, adopt=adopt)
     ranked, new = known.rank(weights, None), known.rank(weights, None, new_only=True)
     assert (ranked != known.rank(replace(weights, adopt=0.0), None)).any()
+    monkeypatch.setattr("shoplm.training.scoring._KEPT_EXAMPLES", 0)  # of a large shop, they are made anew each time
+    anew = Window(window.examples, shop.histories, window.popularity, adopt=adopt)
+    assert (ranked == anew.rank(weights, None)).all()
+    assert (new == anew.rank(weights, None, new_only=True)).all()
     table = HabitTable(2.0, adopt_weight=0.5, adopt=adopt)
     for index in (0, 5, len(window.examples) - 1):
         history = shop.histories[int(window.examples.customer[index])].before(float(window.examples.moment[index]))

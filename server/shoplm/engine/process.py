@@ -35,7 +35,6 @@ log = logging.getLogger("shoplm.engine")
 def run(connection: socket.socket, spec: EngineSpec, load: Callable[[EngineSpec], Backend]) -> int:
     """Serve the API process at the other end until it drains this engine or has gone. Returns the exit code."""
     with contextlib.closing(EngineEnd(connection)) as channel:
-        started = time.monotonic()
         try:
             backend = load(spec)
         except (ShopLMError, OSError, ValueError, MemoryError) as error:
@@ -48,7 +47,6 @@ def run(connection: socket.socket, spec: EngineSpec, load: Callable[[EngineSpec]
             info.page_size,
             info.max_context_tokens,
             info.name,
-            time.monotonic() - started,
             info.trie_items,
         )
         gc.collect()

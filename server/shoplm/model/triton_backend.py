@@ -146,7 +146,7 @@ class TritonBackend(LocalBackend):
         need = StepBounds.of(batch)
         if need.lane_tokens > self._max_beam_tokens:
             raise ValueError(f"the step has {need.lane_tokens} lanes, but max_beam_tokens is {self._max_beam_tokens}")
-        forks = fork_rows(batch, self.info.page_size, self._device)
+        forks = fork_rows(batch, self._device)
         outputs = None if forks is not None else self._graphs.run(batch, need)
         if outputs is None:
             state = self._device_readouts.state

@@ -191,7 +191,7 @@ def _parts(batch: Batch) -> tuple[list[Row], list[Row], list[Row]]:
     return plain, forked, [row for row in batch.rows if row.beam is not None]
 
 
-def fork_rows(batch: Batch, page_size: int, device: torch.device) -> ForkRows | None:
+def fork_rows(batch: Batch, device: torch.device) -> ForkRows | None:
     """The prompts of a step that have forks; None: there are none. Steps with one are in no captured graph."""
     if all(row.hidden is None for row in batch.rows):
         return None

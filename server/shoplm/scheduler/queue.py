@@ -22,7 +22,7 @@ class Queue:
         self._prospects = prospects
         self._stats = stats
 
-    def push(self, sequence: Sequence, now: float) -> None:
+    def push(self, sequence: Sequence) -> None:
         """It begins to wait, or waits again."""
         self.order.push(sequence)
         self._prospects.count(sequence)

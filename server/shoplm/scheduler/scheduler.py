@@ -129,7 +129,7 @@ class Scheduler:
         self._sequences[request.request_id] = sequence
         sequence.tenant = self.shares.services[request.service].join(request.tenant)
         self._deadlines.watch(sequence)
-        self._queue.push(sequence, now)
+        self._queue.push(sequence)
 
     def cancel(self, request_id: str) -> None:
         """The caller has gone: free what the request holds at once. Unknown ids are ignored: the end was under way."""
@@ -196,7 +196,7 @@ class Scheduler:
         self._drop_lost(now)
         for stopped in self._residents.make_room():
             self.stats.preemptions += 1
-            self._queue.push(stopped, now)
+            self._queue.push(stopped)
         begin = max(now, self._busy_until)
         plan = self._planner.plan(begin, now)
         if plan.load.rows:

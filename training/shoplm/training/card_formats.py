@@ -9,22 +9,27 @@ import msgspec
 from shoplm.bundle import read_manifest, write_manifest
 from shoplm.training.card_sections import with_section
 from shoplm.training.format_gate import Loss
+from shoplm.training.formats import Formats
 
 
-def record(folder: Path, format: str, customers: int, costs: Sequence[Loss]) -> None:
-    """Put what a format of weights costs into the card of a bundle, and whether it may be served with it into its
+def record(folder: Path, formats: Formats, customers: int, costs: Sequence[Loss]) -> None:
+    """Put what formats cost into the card of a bundle, and whether it may be served with one of weights alone into its
     manifest."""
-    manifest = read_manifest(folder, verify=False)
-    others = tuple(each for each in manifest.cpu_formats if each != format)
-    formats = (*others, format) if all(cost.holds for cost in costs) else others
-    write_manifest(folder, msgspec.structs.replace(manifest, cpu_formats=tuple(sorted(formats))))
+    if formats.kv is None:
+        manifest = read_manifest(folder, verify=False)
+        others = tuple(each for each in manifest.cpu_formats if each != formats.weights)
+        listed = (*others, formats.weights) if all(cost.holds for cost in costs) else others
+        write_manifest(folder, msgspec.structs.replace(manifest, cpu_formats=tuple(sorted(listed))))
     card = folder / "card.md"
-    card.write_text(with_section(card.read_text("utf-8"), section(format, customers, costs)), "utf-8")
+    card.write_text(with_section(card.read_text("utf-8"), section(formats, customers, costs)), "utf-8")
 
 
-def section(format: str, customers: int, costs: Sequence[Loss]) -> str:
+def section(formats: Formats, customers: int, costs: Sequence[Loss]) -> str:
     """As text."""
-    name = format.upper()
+    parts = {"weights": formats.weights, "keys and values": formats.kv or "model"}
+    rounded = {what: format.upper() for what, format in parts.items() if format != "model"}
+    heading = " and ".join(f"{what} in {format}" for what, format in rounded.items())
+    name = "/".join(rounded.values())
     broken = [cost.metric for cost in costs if not cost.holds]
     verdict = f"Over its limit: {', '.join(broken)}." if broken else "All are within their limits."
     rows = [
@@ -33,8 +38,8 @@ def section(format: str, customers: int, costs: Sequence[Loss]) -> str:
     ]
     return "\n\n".join(
         (
-            f"## Weights in {name} on a CPU",
-            f"What it costs that the C++ decoder computes with {name} instead of bf16, on {customers:,} customers: a "
+            f"## {heading[0].upper()}{heading[1:]} on a CPU",
+            f"What it costs that the C++ decoder has {heading} instead of bf16, on {customers:,} customers: a "
             "share of NDCG, a rise of the Brier scores, and a share of the perplexity of the base's own answers. "
             + verdict,
             "\n".join((f"| metric | bf16 | {name} | loss | limit |", "|---|---:|---:|---:|---:|", *rows)),

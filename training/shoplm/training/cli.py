@@ -189,7 +189,9 @@ def evaluate(
     weight_format: Annotated[
         str, typer.Option(help="round the base like this format of the GPU backend: int8, int4 or fp8")
     ] = "model",
-    cpu: Annotated[bool, typer.Option("--cpu", help="--weight-format is the C++ decoder's: int8 or int4")] = False,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="the formats are the C++ decoder's: int8 or int4, and int8")
+    ] = False,
     kv_format: Annotated[
         str, typer.Option(help="round keys and values like this format of the GPU backend: int8 or fp8")
     ] = "model",
@@ -212,8 +214,8 @@ def evaluate(
     formats = Formats(weight_format, None if kv_format == "model" else kv_format, cpu)
     costs: list[Loss] = []
     with errors(console):
-        if cpu and (weight_format == "model" or formats.kv is not None):
-            raise ConfigurationError("--cpu measures a --weight-format of int8 or int4, and no --kv-format")
+        if cpu and formats == Formats(of_cpu=True):
+            raise ConfigurationError("--cpu measures a --weight-format of int8 or int4, a --kv-format of int8, or both")
         log = _read(console, events, items, customers, campaigns, timezone)
         wanted = max_customers or None
         with watching(console) as watch:
@@ -226,7 +228,7 @@ def evaluate(
         if write and report.explanations is not None:
             record(bundle, report.explanations)
         if write and cpu:
-            record_format(bundle, weight_format, report.customers, costs)
+            record_format(bundle, formats, report.customers, costs)
     print_report(Console(), report)
     print_losses(Console(), formats.name, costs)
     if json is not None:

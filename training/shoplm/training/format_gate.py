@@ -123,7 +123,8 @@ def perplexity(base: Base, adapter: Path | None, talk: Talk, formats: Formats, w
     longest = max(len(prompt) + len(answer) for prompt, answer in talk)
     nats_of: Nats
     if formats.of_cpu:
-        nats_of = NativeScorer(base.config, weights, FORMATS[formats.weights], longest).nats
+        scorer = NativeScorer(base.config, weights, FORMATS[formats.weights], longest, formats.kv or "model")
+        nats_of = scorer.nats
     else:
         nats_of = _nats_of_rounded(base, weights, formats, longest)
     nats, count = 0.0, 0

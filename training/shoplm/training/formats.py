@@ -12,19 +12,20 @@ class Formats:
     """How the base's weights, and keys and values, are rounded."""
 
     weights: str = "model"
-    kv: str | None = None  # None: as the CPU's own backend keeps them; else by torch operations, which can round them
-    of_cpu: bool = False  # the weights: as the C++ decoder computes with them, not as the GPU's kernels round
+    kv: str | None = None  # None: as the CPU's own backend keeps them; else, not `of_cpu`, rounded by torch operations
+    of_cpu: bool = False  # as the C++ decoder computes, not as the GPU's kernels round
 
     @property
     def name(self) -> str:
         """For people."""
-        parts = [f"weights {self.weights}{' of the CPU' if self.of_cpu else ''}"] if self.weights != "model" else []
-        return ", ".join([*parts, *([f"keys and values {self.kv}"] if self.kv not in (None, "model") else [])])
+        parts = [f"weights {self.weights}"] if self.weights != "model" else []
+        parts += [f"keys and values {self.kv}"] if self.kv not in (None, "model") else []
+        return ", ".join(parts) + (" of the CPU" if self.of_cpu else "")
 
     @property
     def reference(self) -> Formats:
         """The same arithmetic without rounding."""
-        return Formats(kv=None if self.kv is None else "model", of_cpu=self.of_cpu)
+        return Formats(kv=None if self.kv is None or self.of_cpu else "model", of_cpu=self.of_cpu)
 
     @property
     def perplexity_rise(self) -> float:

@@ -21,7 +21,14 @@ _PAGE_SIZE = 16
 class NativeScorer:
     """Negative log-likelihoods under one format."""
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, format: WeightFormat, most_tokens: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        format: WeightFormat,
+        most_tokens: int,
+        kv_format: str = "model",
+    ) -> None:
         """Raises NativeUnavailableError where the machine has no C++ decoder."""
         library, pages = best_library(), -(-most_tokens // _PAGE_SIZE)
         pool = NativePool(
@@ -31,6 +38,7 @@ class NativeScorer:
             kv_heads=config.num_kv_heads,
             page_size=_PAGE_SIZE,
             head_dim=config.head_dim,
+            kv_format=kv_format,
         )
         self._pages = np.arange(pages, dtype=np.int32)
         self._decoder = NativeDecoder(library, config, weights, None, pages * _PAGE_SIZE, pool, format=format)

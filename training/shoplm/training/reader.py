@@ -92,10 +92,11 @@ def make_reader(
         max_context_tokens=longest,
         max_running_requests=SUFFIX_PAGES,
         weight_format=formats.weights if formats.of_cpu else "model",
+        kv_format=(formats.kv or "model") if formats.of_cpu else "model",
     )
     pages = -(-longest // spec.page_size) + SUFFIX_PAGES
     backend: EagerBackend
-    if formats.kv is None:
+    if formats.kv is None or formats.of_cpu:
         backend = cpu_backend(spec, base.config, weights, None, (), pages)
     else:
         backend = TorchBackend(

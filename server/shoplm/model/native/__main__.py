@@ -6,12 +6,14 @@ For an image or a shared cache whose machines have no compiler, and maybe anothe
 from __future__ import annotations
 
 import typer
+from shoplm.model.base_cache import cache_folder
 from shoplm.model.native.library import InstructionSet, built
 
 
 def main() -> None:
     for instructions in InstructionSet:
-        typer.echo(built(instructions)._name)
+        built(instructions)
+        typer.echo(f"{instructions}: {cache_folder() / 'native'}")
 
 
 if __name__ == "__main__":
