@@ -42,20 +42,22 @@ inline Floats own_value(const Pool<bf16>& pool, int64_t slot, int64_t head, int6
     return load_bf16(pool.values + pool.token_at(slot / pool.page_size, head, slot % pool.page_size) + i);
 }
 
-// sums[q][w] += sum over i of factors[q * stride + i] * rows[i * row_stride + 16 w] .. + 15. What lies `ahead` of the rows
-// is fetched meanwhile: pages are too short for the hardware to see what comes.
+// sums[q][w] += sum over i of factors[q * stride + i] * rows[w][i * row_stride] .. + 15. What lies at `next` as these do at
+// `rows` is fetched meanwhile: pages are too short for the hardware to see what comes.
 template <int QUERIES, int WIDTH, class Number>
-inline void add_rows(const float* factors, int64_t stride, const Number* rows, int64_t row_stride, int64_t count, int64_t ahead, Floats* sums) {
+inline void add_rows(const float* factors, int64_t stride, const Number* const* rows, const Number* const* next, int64_t row_stride, int64_t count, Floats* sums) {
     Floats of[QUERIES][WIDTH];
 #pragma GCC unroll 6
     for (int q = 0; q < QUERIES; ++q)
 #pragma GCC unroll 2
         for (int w = 0; w < WIDTH; ++w) of[q][w] = sums[q * WIDTH + w];
-    for (int64_t i = 0; i < count; ++i, rows += row_stride) {
+    for (int64_t i = 0; i < count; ++i) {
         Floats row[WIDTH];
 #pragma GCC unroll 2
-        for (int w = 0; w < WIDTH; ++w) row[w] = load_numbers(rows + w * LANES);
-        _mm_prefetch(reinterpret_cast<const char*>(rows + ahead), _MM_HINT_T0);
+        for (int w = 0; w < WIDTH; ++w) {
+            row[w] = load_numbers(rows[w] + i * row_stride);
+            _mm_prefetch(reinterpret_cast<const char*>(next[w] + i * row_stride), _MM_HINT_T0);
+        }
 #pragma GCC unroll 6
         for (int q = 0; q < QUERIES; ++q) {
             const Floats factor = splat(factors[q * stride + i]);
@@ -70,33 +72,44 @@ inline void add_rows(const float* factors, int64_t stride, const Number* rows, i
 }
 
 template <int WIDTH, class Number>
-inline void add_rows(int queries, const float* factors, int64_t stride, const Number* rows, int64_t row_stride, int64_t count, int64_t ahead, Floats* sums) {
+inline void add_rows(int queries, const float* factors, int64_t stride, const Number* const* rows, const Number* const* next, int64_t row_stride, int64_t count, Floats* sums) {
     switch (queries) {
-        case 1: return add_rows<1, WIDTH>(factors, stride, rows, row_stride, count, ahead, sums);
-        case 2: return add_rows<2, WIDTH>(factors, stride, rows, row_stride, count, ahead, sums);
-        case 3: return add_rows<3, WIDTH>(factors, stride, rows, row_stride, count, ahead, sums);
+        case 1: return add_rows<1, WIDTH>(factors, stride, rows, next, row_stride, count, sums);
+        case 2: return add_rows<2, WIDTH>(factors, stride, rows, next, row_stride, count, sums);
+        case 3: return add_rows<3, WIDTH>(factors, stride, rows, next, row_stride, count, sums);
     }
     if constexpr (WIDTH == 1) switch (queries) {
-        case 4: return add_rows<4, 1>(factors, stride, rows, row_stride, count, ahead, sums);
-        case 5: return add_rows<5, 1>(factors, stride, rows, row_stride, count, ahead, sums);
-        default: return add_rows<6, 1>(factors, stride, rows, row_stride, count, ahead, sums);
+        case 4: return add_rows<4, 1>(factors, stride, rows, next, row_stride, count, sums);
+        case 5: return add_rows<5, 1>(factors, stride, rows, next, row_stride, count, sums);
+        default: return add_rows<6, 1>(factors, stride, rows, next, row_stride, count, sums);
     }
+}
+
+// scores [some][stride] of WIDTH times 16 keys.
+template <int WIDTH, class BlockAt>
+inline void score_blocks(const float* queries, int some, int64_t d, int64_t key, int64_t keys, const BlockAt& block_at, float* scores, int64_t stride) {
+    decltype(block_at(0)) rows[WIDTH], next[WIDTH];
+    for (int w = 0; w < WIDTH; ++w) {
+        const int64_t behind = key + (WIDTH + w) * LANES;
+        rows[w] = block_at(key + w * LANES);
+        next[w] = behind < keys ? block_at(behind) : rows[w];
+    }
+    Floats sums[MOST_SUMS];
+    std::fill(sums, sums + some * WIDTH, zero());
+    add_rows<WIDTH>(some, queries, d, rows, next, LANES, d, sums);
+    for (int q = 0; q < some; ++q)
+        for (int w = 0; w < WIDTH; ++w) store(scores + q * stride + key + w * LANES, sums[q * WIDTH + w]);
 }
 
 // scores [count][stride] of `keys` keys, and of what fills KEYS_TOGETHER. `block_at`(key) is where the block of a key lies.
 template <class BlockAt>
 inline void score_all(const float* queries, int count, int64_t d, int64_t keys, const BlockAt& block_at, float* scores, int64_t stride) {
-    for (int64_t key = 0; key < keys; key += LANES) {
-        const auto* block = block_at(key);
-        const int64_t ahead = key + LANES < keys ? block_at(key + LANES) - block : 0;
-        for (int first = 0; first < count; first += MOST_SUMS) {
-            const int some = std::min(count - first, MOST_SUMS);
-            Floats sums[MOST_SUMS];
-            std::fill(sums, sums + some, zero());
-            add_rows<1>(some, queries + first * d, d, block, LANES, d, ahead, sums);
-            for (int q = 0; q < some; ++q) store(scores + (first + q) * stride + key, sums[q]);
-        }
-    }
+    int64_t key = 0;
+    if (2 * count <= MOST_SUMS)  // few sums would wait for each other: two blocks at once
+        for (; key + LANES < keys; key += 2 * LANES) score_blocks<2>(queries, count, d, key, keys, block_at, scores, stride);
+    for (; key < keys; key += LANES)
+        for (int first = 0; first < count; first += MOST_SUMS)
+            score_blocks<1>(queries + first * d, std::min(count - first, MOST_SUMS), d, key, keys, block_at, scores + first * stride, stride);
 }
 
 // results [some][d] of WIDTH times 16 dimensions.
@@ -105,9 +118,12 @@ inline void sum_dimensions(const float* shares, int some, int64_t stride, int64_
     Floats sums[MOST_SUMS];
     std::fill(sums, sums + some * WIDTH, zero());
     for (int64_t key = 0; key < keys; key += LANES) {
-        const auto* block = block_at(key);
-        const int64_t ahead = key + LANES < keys ? block_at(key + LANES) - block : 0;
-        add_rows<WIDTH>(some, shares + key, stride, block, d, std::min<int64_t>(LANES, keys - key), ahead, sums);
+        decltype(block_at(0)) rows[WIDTH], next[WIDTH];
+        for (int w = 0; w < WIDTH; ++w) {
+            rows[w] = block_at(key) + w * LANES;
+            next[w] = key + LANES < keys ? block_at(key + LANES) + w * LANES : rows[w];
+        }
+        add_rows<WIDTH>(some, shares + key, stride, rows, next, d, std::min<int64_t>(LANES, keys - key), sums);
     }
     for (int q = 0; q < some; ++q)
         for (int w = 0; w < WIDTH; ++w) store(results + q * d + w * LANES, sums[q * WIDTH + w]);
