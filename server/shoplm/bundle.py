@@ -147,6 +147,11 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def manifest_hash(folder: Path) -> str:
+    """Of a bundle's shop.toml, which holds the hashes of its other files. Raises OSError where it cannot be read."""
+    return file_hash(folder / "shop.toml")
+
+
 def read_manifest(folder: Path, *, verify: bool = True) -> ShopManifest:
     """Read and check shop.toml. Raises BundleError naming the file and field that is wrong.
 

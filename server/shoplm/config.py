@@ -48,7 +48,14 @@ def _split(value: object) -> object:
     return value
 
 
-Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+def _split_secrets(value: object) -> object:
+    """As `_split`. An empty text is a secret that was forgotten, and no wish to do without."""
+    if isinstance(value, str) and not value.strip(", "):
+        raise ValueError("is empty: name a token, or leave the setting out for no authentication")
+    return _split(value)
+
+
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_secrets)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
@@ -147,7 +154,7 @@ class ServerConfig(BaseSettings):
     engine_api: bool = Field(False, description="offer EngineService: raw token ids, for benchmarks and debugging")
 
     # Limits of a request; over one: INVALID_ARGUMENT
-    max_message_bytes: int = Field(8 * 2**20, description="largest request message", ge=1024, le=2**29)
+    max_message_bytes: int = Field(8 * 2**20, description="largest request message", ge=1024, le=2**28)
     max_text_bytes: int = Field(128 * 1024, description="text of a conversation, all messages together", ge=1)
     max_messages: int = Field(256, description="messages of a conversation", ge=1)
     max_events: int = Field(10_000, description="events read of a customer; the newest are kept", ge=1)
@@ -167,13 +174,16 @@ class ServerConfig(BaseSettings):
 
     # Limits of the server; over one: RESOURCE_EXHAUSTED
     max_concurrent_calls: int = Field(4096, description="calls in flight in all", ge=1)
-    max_concurrent_streams: int = Field(1024, description="calls in flight of one connection", ge=1)
+    max_concurrent_streams: int = Field(1024, description="calls in flight of one connection", ge=1, le=2**31 - 1)
 
     # Connections
     max_connection_age_seconds: float = Field(
-        1800, description="connections are renewed after this, so that balancers can move them; 0: never", ge=0
+        1800,
+        description="connections are renewed after this, so that balancers can move them; 0: never",
+        ge=0,
+        le=2_000_000,
     )
-    keepalive_seconds: float = Field(60, description="ping of idle connections; 0: none", ge=0)
+    keepalive_seconds: float = Field(60, description="ping of idle connections; 0: none", ge=0, le=2_000_000)
     drain_seconds: float = Field(30, description="how long running calls may take after SIGTERM", ge=0)
 
     # Security

@@ -12,17 +12,20 @@ import logging
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
+import msgspec
 from shoplm.api.core import Core, Engine
 from shoplm.api.customers import CustomerReader
 from shoplm.api.grpc_server import GrpcServer
 from shoplm.api.health import Health
 from shoplm.api.probes import ProbeServer
 from shoplm.api.shop import Served, load_served, server_version
+from shoplm.bundle import manifest_hash
 from shoplm.config import ServerConfig
 from shoplm.config_sources import load_config
 from shoplm.engine.launch import EngineProcess
@@ -32,6 +35,7 @@ from shoplm.logs import configure_logs
 from shoplm.metrics import Metrics, ModelInfo
 from shoplm.model.base import Base, bundle_base
 from shoplm.model.origin import Origin
+from shoplm.prompt import SUFFIX_TOKENS
 from shoplm.request import StepStats
 
 EXIT_CALLS_CUT, EXIT_CONFIGURATION, EXIT_INTERRUPTED = 1, 2, 130
@@ -62,7 +66,10 @@ EngineFactory = Callable[[ServerConfig, Base], ManagedEngine]
 
 def engine_process(config: ServerConfig, base: Base, started: EngineProcess | None = None) -> ManagedEngine:
     """The engine in a process of its own, the one that was started already where there is one."""
-    return ProcessEngineClient(config.engine_spec(base.folder), config.engine_hang_seconds, started)
+    spec = config.engine_spec(base.folder)
+    if config.bundle is not None:  # an engine that is started again must find what this process has read
+        spec = msgspec.structs.replace(spec, bundle_hash=manifest_hash(config.bundle))
+    return ProcessEngineClient(spec, config.engine_hang_seconds, started)
 
 
 class Server:
@@ -89,7 +96,7 @@ class Server:
         self.metrics_port = await self._probes.start(config.metrics_host, config.metrics_port)
         self._grpc = GrpcServer(config, self.metrics)
         self.port = self._grpc.port
-        base = await asyncio.to_thread(bundle_base, config.bundle, config.base)
+        base = await _in_daemon(partial(bundle_base, config.bundle, config.base))
         # The engine loads weights while this process reads metadata; bad metadata need not wait for the weights.
         reading = asyncio.create_task(asyncio.to_thread(load_served, base, config.bundle, verify=config.verify_bundle))
         engine = self._engine = self._make_engine(config, base)
@@ -100,6 +107,7 @@ class Server:
             await loading
         finally:
             loading.cancel()
+        self._check_sizes(engine)
         self._health = Health(
             has_bundle=config.bundle is not None, chats=base.origin is not Origin.SCRATCH, engine_api=config.engine_api
         )
@@ -114,6 +122,19 @@ class Server:
         # A catalogue is many objects that stay: without this, every full collection would walk them all.
         gc.collect()
         gc.freeze()
+
+    def _check_sizes(self, engine: ManagedEngine) -> None:
+        """Raises ConfigurationError where long histories of the bundle would be refused, each with its caller."""
+        assert self.served is not None
+        if self.served.shop is None or engine.ready is None:
+            return
+        budget = self.served.shop.manifest.prompt.history_budget_tokens
+        needed = len(self.served.prompts.prefix(None).tokens) + budget + SUFFIX_TOKENS
+        if (most := engine.ready.max_context_tokens) < needed:
+            raise ConfigurationError(
+                f"the engine takes prompts of at most {most} tokens, and the bundle's are of up to {needed}: raise "
+                f"max_context_tokens ({self.config.max_context_tokens}) or kv_cache_mib ({self.config.kv_cache_mib})"
+            )
 
     async def drain(self, seconds: float) -> bool:
         """Refuse new calls and let running ones finish. Whether all did within `seconds`."""
@@ -194,6 +215,33 @@ async def serve(config: ServerConfig, make_engine: EngineFactory = engine_proces
         return 0 if drained else EXIT_CALLS_CUT
     finally:
         await server.close(grace_seconds)
+
+
+async def _in_daemon(work: Callable[[], T]) -> T:
+    """As `asyncio.to_thread`, in a thread that the end of the process does not wait for: a base is downloaded and
+    converted for minutes, and what is made of it is kept whole or not at all."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if done.done():  # cancelled
+            return
+        if error is None:
+            done.set_result(cast(T, result))
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await done
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:

@@ -13,6 +13,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2
 from served_shop import Scripted, Serve
 from server_thread import TIMEOUT_SECONDS, bad_fields, detail
+from shoplm.api import filters, wire
+from shoplm.api.validation import MAX_VIOLATIONS
+from shoplm.errors import InvalidRequestError
 from shoplm.v1 import chat_pb2, prediction_pb2, recommendation_pb2, shop_pb2
 from tiny_shop import DEMO_CUSTOMER, item_id
 
@@ -205,6 +208,55 @@ def test_ten_megabytes_are_refused_by_name(scripted_shop: Scripted, request_mess
     fields = refused(scripted_shop, request_message)
     assert list(fields) == [field]
     assert "max_message_bytes" in fields[field]
+
+
+def test_of_many_fields_only_the_first_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller can send millions of empty ones, and other calls wait meanwhile."""
+    looked_at = []
+    decode = wire._varint
+    monkeypatch.setattr(wire, "_varint", lambda data, at: looked_at.append(at) or decode(data, at))
+    data = b"\x12\x00" * 100_000 + b"\x12\x01\xff"  # item_ids
+    with pytest.raises(InvalidRequestError, match="item_ids: the message has 200003 bytes, at most 5000 are allowed"):
+        wire.parse(data, recommendation_pb2.RankRequest, 5000)
+    with pytest.raises(InvalidRequestError, match="the message's 200003 bytes are not a RankRequest"):
+        wire.parse(data, recommendation_pb2.RankRequest, len(data))
+    assert len(looked_at) <= 4 * (wire._MOST_FIELDS + 1)
+
+
+def test_fields_are_found_among_those_of_other_wire_types() -> None:
+    data = b"\x08\x96\x01" + b"\x15abcd" + b"\x19abcdefgh" + b"\x22\x02hi" + b"\x2a\x7fcut"
+    assert list(wire._delimited(data)) == [(4, b"hi")]
+    assert list(wire._delimited(b"\x22\x02hi" + b"\xff" * 20)) == [(4, b"hi")]
+    assert list(wire._delimited(b"\x23\x22\x02hi")) == []  # a group
+
+
+def test_far_more_events_than_are_read_are_refused(serve_scripted: Serve) -> None:
+    scripted = serve_scripted("--max-events", "2")
+    customer = shop_pb2.Customer(events=[event()] * 41)
+    fields = refused(scripted, recommendation_pb2.RecommendRequest(customer=customer))
+    assert fields == {"customer.events": "has 41 entries, at most 40 are allowed (20 x max_events)"}
+
+
+def test_names_near_a_wrong_one_are_looked_for_only_where_they_are_shown(
+    scripted_shop: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+    monkeypatch.setattr(filters, "nearest", lambda name, known: compared.append(name) or "")
+    wanted = recommendation_pb2.ItemFilter(include_categories=[f"NO {number}" for number in range(500)])
+    fields = refused(scripted_shop, recommendation_pb2.RecommendRequest(customer=DEMO, filter=wanted))
+    assert len(fields) == len(compared) == MAX_VIOLATIONS
+    assert "(and 484 more problems)" in fields["filter.include_categories[15]"]
+
+
+def test_a_filter_that_leaves_no_category_is_refused(scripted_shop: Scripted) -> None:
+    wanted = recommendation_pb2.ItemFilter(exclude_categories=["DAIRY", "BAKERY", "PRODUCE"])
+    fields = refused(scripted_shop, recommendation_pb2.RecommendRequest(customer=DEMO, filter=wanted))
+    assert fields == {"filter.exclude_categories": "excludes every category: no item can pass the filter"}
+
+
+def test_numbers_just_beyond_a_bound_are_told_from_it(scripted_shop: Scripted) -> None:
+    request = chat_pb2.ChatRequest(messages=[chat_pb2.Message(role="user", content="hi")], temperature=10.000001)
+    assert refused(scripted_shop, request) == {"temperature": "is 10.000001, expected a number from 0 to 10"}
 
 
 def test_strings_below_the_message_limit_are_bound_too(scripted_shop: Scripted) -> None:

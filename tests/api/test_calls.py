@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from served_shop import Scripted, Serve
-from server_thread import TIMEOUT_SECONDS, detail, details
+from server_thread import TIMEOUT_SECONDS, bad_fields, detail, details
 from shoplm.api.calls import has_expired
 from shoplm.api.methods import METHODS
 from shoplm.api.status import CODES
@@ -216,9 +216,16 @@ def test_without_a_token_only_health_answers(serve_scripted: Serve) -> None:
     assert reflected.code() is grpc.StatusCode.UNAUTHENTICATED
     health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
     assert health.status == health_pb2.HealthCheckResponse.SERVING
-    for token in ("one", "two"):
-        metadata = (("authorization", f"Bearer {token}"),)
+    for sent in ("Bearer one", "bearer two"):
+        metadata = (("authorization", sent),)
         assert scripted.server.recommendation.Recommend(RECOMMEND, metadata=metadata).items
+
+
+def test_a_tenant_that_is_named_twice_is_refused(scripted_shop: Scripted) -> None:
+    """A gateway's own and one that a caller has sent before it: nobody can tell which is whose."""
+    metadata = (("x-tenant-id", "mine"), ("x-tenant-id", "another's"))
+    failed = failure(lambda: scripted_shop.server.recommendation.Recommend(RECOMMEND, metadata=metadata))
+    assert bad_fields(failed) == {"metadata[x-tenant-id]": "is there twice"}
 
 
 def test_nothing_is_read_of_a_stranger(serve_scripted: Serve) -> None:

@@ -16,14 +16,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import msgspec
 import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from scripted_engine import ScriptedEngine
 from served_shop import Scripted, Serve, ShopFolders
 from server_thread import TIMEOUT_SECONDS, ServerThread, detail
+from shoplm.api.grpc_server import GrpcServer
+from shoplm.config import ServerConfig
 from shoplm.config_sources import load_config
 from shoplm.errors import BundleError, ConfigurationError
+from shoplm.metrics import Metrics
 from shoplm.request import StepStats
 from shoplm.server import Server, ready_text, serve
 from shoplm.v1 import chat_pb2, model_pb2, prediction_pb2, recommendation_pb2, recommendation_pb2_grpc, shop_pb2
@@ -257,6 +261,45 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(
     with pytest.raises(ConfigurationError, match=rf"127\.0\.0\.1:{taken.metrics_port}.*--metrics-port"):
         asyncio.run(start("--metrics-port", str(taken.metrics_port)))
     assert engine.ready is None
+
+
+def test_a_port_that_is_taken_on_one_address_of_a_name_is_taken(
+    shop_folders: ShopFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gRPC would listen on the other ones, and callers would meet either server."""
+
+    async def bind(config: ServerConfig) -> None:
+        GrpcServer(config, Metrics())
+
+    free = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = (socket.AF_INET, socket.SOCK_STREAM, 6, "", other.getsockname())
+        monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [free, taken])
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigurationError, match=rf"cannot listen on 127\.0\.0\.1:{port}.*--port or --host"):
+            asyncio.run(bind(shop_folders.config("--host", "a-name", "--port", str(port))))
+
+
+def test_an_engine_too_small_for_the_bundles_histories_is_refused(shop_folders: ShopFolders) -> None:
+    class Small(ScriptedEngine):
+        async def start(self) -> None:
+            await super().start()
+            assert self.ready is not None
+            self.ready = msgspec.structs.replace(self.ready, max_context_tokens=100)
+
+    async def start() -> None:
+        server = Server(shop_folders.config(), lambda *_: Small())
+        try:
+            await server.start()
+        finally:
+            await server.close(0)
+
+    with pytest.raises(
+        ConfigurationError, match=r"at most 100 tokens, .* raise max_context_tokens \(0\) or kv_cache_mib"
+    ):
+        asyncio.run(start())
 
 
 def test_a_bundle_of_another_base_is_refused(shop_folders: ShopFolders, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from shoplm.bundle import manifest_hash
 from shoplm.engine import supervisor
+from shoplm.engine.client import Cancel, Drain
 from shoplm.engine.launch import EngineProcess
+from shoplm.engine.shop_texts import read_shop_texts
 from shoplm.engine.spec import EngineSpec
 from shoplm.engine.supervisor import ProcessEngineClient
-from shoplm.errors import ConfigurationError, EngineUnavailableError
+from shoplm.errors import BundleError, ConfigurationError, EngineUnavailableError
 from shoplm.request import FinishedOutput, Generate, Request, Service, TokensOutput, token_ids
 
 TinyModel = Callable[[str], Path]
@@ -82,6 +86,25 @@ async def test_a_killed_engine_fails_its_calls_at_once_and_comes_back(tiny_model
         assert client.process_id not in (first, None)
         ended = await client.run(chat("next", 5))
         assert isinstance(ended, FinishedOutput) and ended.completion_tokens == 5
+
+
+async def test_who_closes_waits_for_no_answer(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[object] = []
+    async with running(tiny_model("smollm2")) as client:
+        send = client._send
+        monkeypatch.setattr(client, "_send", lambda message: sent.append(message) or send(message))
+        await anext(client.generate(chat("started", 230)))
+    assert sent[1:] == [Cancel("started"), Drain()]
+
+
+def test_an_engine_that_is_started_again_finds_the_same_bundle(tmp_path: Path) -> None:
+    bundle = Path(__file__).parents[2] / "bundles" / "complete-journey"
+    for name in ("shop.toml", "items.parquet", "types.parquet"):
+        shutil.copy(bundle / name, tmp_path)
+    asked = EngineSpec("", str(tmp_path), bundle_hash=manifest_hash(tmp_path))
+    (tmp_path / "shop.toml").write_text((tmp_path / "shop.toml").read_text() + "\n# edited\n")
+    with pytest.raises(BundleError, match="is another bundle than when the server started: restart the server"):
+        read_shop_texts(asked)
 
 
 async def test_an_engine_that_hangs_is_killed_and_comes_back(

@@ -207,6 +207,9 @@ def test_the_command_prints_each_load_and_writes_the_plot(tmp_path: Path) -> Non
         ("--cost", "step=1,token=1", "--policy", "best"),
         ("--cost", "step=1,token=1", "--trace", "/no/such/file"),
         ("--cost", "step=1,token=1", "--sample", "3"),
+        ("--cost", "step=1,token=1", "--load", "0"),
+        ("--cost", "step=1,token=1", "--load", "1,inf"),
+        ("--cost", "step=1,token=1", "--load", "foo"),
     ],
 )
 def test_what_the_command_cannot_use_is_one_line_and_exit_code_2(arguments: tuple[str, ...]) -> None:

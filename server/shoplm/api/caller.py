@@ -38,6 +38,8 @@ def read_caller(metadata: Iterable[tuple[str, str | bytes]], tenant_key: str) ->
     tenant, priority = "", 0
     for key, value in metadata:
         if key == tenant_key:
+            if tenant:  # whose of two it is nobody can tell: a gateway's, or a caller's own before it
+                raise InvalidRequestError((f"metadata[{key}]", "is there twice"))
             if not isinstance(value, str) or not _TENANT.fullmatch(value):
                 raise InvalidRequestError(
                     (f"metadata[{key}]", f"is {quote(value)}, expected 1 to 128 letters, digits or ._:/+=@-")

@@ -59,7 +59,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     ) -> None:
         """`tenant_key` is the metadata key that holds the tenant; "": there are none."""
         self._metrics = metrics
-        self._tokens = [f"Bearer {token}".encode() for token in tokens]
+        self._tokens = [token.encode() for token in tokens]
         self._max_calls = max_calls
         self._max_message_bytes = max_message_bytes
         self._tenant_key = tenant_key
@@ -193,7 +193,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
 
     def _authorized(self, metadata: Metadata) -> bool:
         given = next((value for key, value in metadata if key == "authorization"), "")
-        sent = given if isinstance(given, bytes) else given.encode()
+        scheme, _, token = (given if isinstance(given, bytes) else given.encode()).partition(b" ")
+        sent = token.strip() if scheme.lower() == b"bearer" else b""  # RFC 7235: the scheme in any case
         # All are compared, in constant time: how long it takes says nothing about a token.
         return any([hmac.compare_digest(sent, token) for token in self._tokens])  # noqa: C419
 

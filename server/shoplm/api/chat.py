@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
 
 from shoplm.api.core import Context, Core
-from shoplm.api.validation import Violations, quote
+from shoplm.api.validation import Violations, quote, told_from
 from shoplm.api.warnings import Warnings
 from shoplm.grounding import Grounding
 from shoplm.history import History
@@ -28,6 +29,8 @@ MAX_TEMPERATURE = 10.0
 MAX_STOP_BYTES = 256
 _SERVICE = Service.CHAT
 _LONG_TEXT_BYTES = 8 * 1024  # to search and to encode more than this takes milliseconds: not on the event loop
+# Threads of their own: many long texts must not keep the default ones from a scrape or from noticing an engine's end.
+_LONG_TEXTS = ThreadPoolExecutor(2, thread_name_prefix="long-texts")
 _FINISH = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
 
 
@@ -135,7 +138,7 @@ class ChatService(ChatServiceServicer):
         if request.HasField("temperature"):
             violations.number("temperature", request.temperature, 0.0, MAX_TEMPERATURE)
         if request.HasField("top_p") and not 0.0 < request.top_p <= 1.0:
-            violations.add("top_p", f"is {request.top_p:g}, expected a number above 0 and up to 1")
+            violations.add("top_p", f"is {told_from(request.top_p, 0.0, 1.0)}, expected a number above 0 and up to 1")
         if violations.length("stop", request.stop, config.max_stop_strings, "max_stop_strings"):
             for index, stop in enumerate(request.stop):
                 violations.text(f"stop[{index}]", stop, MAX_STOP_BYTES, required=True)
@@ -196,7 +199,9 @@ class ChatService(ChatServiceServicer):
 
 async def _aside(turn: _Turn, work: Callable[[], Result]) -> Result:
     """What `work` returns; where texts are long it is done in a thread, so that other calls go on meanwhile."""
-    return await asyncio.to_thread(work) if turn.text_bytes > _LONG_TEXT_BYTES else work()
+    if turn.text_bytes <= _LONG_TEXT_BYTES:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_LONG_TEXTS, work)
 
 
 @dataclass

@@ -152,7 +152,11 @@ class Core:
         limit = self.ready().max_context_tokens - produced
         if tokens > limit:
             raise InvalidRequestError(
-                (field_path, f"the prompt takes {tokens} tokens, at most {limit} are allowed (max_context_tokens)")
+                (
+                    field_path,
+                    f"the prompt takes {tokens} tokens, at most {limit} are allowed "
+                    "(max_context_tokens or kv_cache_mib)",
+                )
             )
 
     def usage(self, request: Request, cached: int, completion: int, explanation: int = 0) -> shop_pb2.Usage:

@@ -18,6 +18,7 @@ from shoplm.catalog.items import Catalog
 from shoplm.history import SECONDS_PER_DAY, EventKind, History
 from shoplm.v1 import shop_pb2
 
+_MOST_TIMES_EVENTS = 20  # max_events: more are not even looked at, to find the newest
 MAX_FUTURE_DAYS = 366.0  # further ahead than any plan: milliseconds taken for seconds, most likely
 MAX_ID_BYTES = 256
 MAX_ATTRIBUTES = 64
@@ -118,6 +119,9 @@ class CustomerReader:
         field: str,
     ) -> RawEvents:
         """The newest events whose items are known. Every event that is read is checked; dropped ones are not."""
+        most = _MOST_TIMES_EVENTS * self._max_events
+        if not violations.length(f"{field}.events", events, most, f"{_MOST_TIMES_EVENTS} x max_events"):
+            return _NO_EVENTS
         times = np.asarray([event.time.seconds for event in events], np.float64)
         rows = np.arange(len(events)) if len(events) <= self._max_events else self._newest(times, as_of)
         warnings.add("EVENTS_TRUNCATED", len(events) - len(rows))

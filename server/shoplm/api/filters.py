@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from shoplm.api.customers import MAX_AMOUNT, MAX_ID_BYTES
-from shoplm.api.validation import Violations, nearest, quote
+from shoplm.api.validation import Violations, nearest, quote, told_from
 from shoplm.api.warnings import Warnings
 from shoplm.catalog.items import Catalog
 from shoplm.config import ServerConfig
@@ -27,6 +27,8 @@ def read_filter(
         violations.add(
             "filter.exclude_categories", "excludes every category of include_categories: no item can pass the filter"
         )
+    elif set(catalog.category_names) <= set(exclude):
+        violations.add("filter.exclude_categories", "excludes every category: no item can pass the filter")
     low = message.min_price if message.HasField("min_price") else None
     high = message.max_price if message.HasField("max_price") else None
     in_range = [
@@ -34,7 +36,9 @@ def read_filter(
         for name, value in zip(_PRICES, (low, high), strict=True)
     ]
     if all(in_range) and low is not None and high is not None and low > high:
-        violations.add("filter.min_price", f"is {low:g}, above max_price {high:g}: no item can pass the filter")
+        violations.add(
+            "filter.min_price", f"is {told_from(low, 0.0, high)}, above max_price {high:g}: no item can pass the filter"
+        )
     return ItemFilter(include, exclude, low, high, message.in_stock)
 
 
@@ -74,8 +78,6 @@ def _categories(
     known = set(catalog.category_names)
     for index, value in enumerate(given):
         if value not in known:
-            violations.add(
-                f"filter.{name}[{index}]",
-                f"the catalogue has no category {quote(value)}{nearest(value, catalog.category_names)}",
-            )
+            hint = "" if violations.is_full else nearest(value, catalog.category_names)  # it takes milliseconds
+            violations.add(f"filter.{name}[{index}]", f"the catalogue has no category {quote(value)}{hint}")
     return tuple(sorted(set(given)))

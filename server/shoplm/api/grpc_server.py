@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
+import socket
 import ssl
 from pathlib import Path
 from typing import Any
@@ -46,16 +49,19 @@ class GrpcServer:
         self._config = config
         self.calls = Calls(
             metrics,
-            tokens=config.tokens(),
+            tokens=(tokens := config.tokens()),
             max_calls=config.max_concurrent_calls,
             max_message_bytes=config.max_message_bytes,
             tenant_key=config.tenant_metadata_key,
         )
+        if config.is_public and not tokens:
+            log.warning("gRPC listens on %s without authentication; set auth_tokens", config.host)
         self._server = grpc.aio.server(handlers=[self.calls], options=_options(config))
         self.port = self._bind()
 
     def _bind(self) -> int:
         config = self._config
+        _check_free(config.host, config.port)
         address = f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}"
         credentials = _credentials(config)
         try:
@@ -63,9 +69,7 @@ class GrpcServer:
                 return self._server.add_insecure_port(address)
             return self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
-            raise ConfigurationError(
-                f"gRPC cannot listen on {address}: is another server running there? Choose another --port or --host"
-            ) from error
+            raise _taken(address) from error
 
     def add_services(self, core: Core, health: Health) -> None:
         """Call once, before `start`."""
@@ -90,6 +94,28 @@ class GrpcServer:
     async def stop(self, grace_seconds: float) -> None:
         """Close the port; calls that still run after the grace period are cancelled."""
         await self._server.stop(grace_seconds)
+
+
+def _taken(address: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"gRPC cannot listen on {address}: is another server running there? Choose another --port or --host"
+    )
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises ConfigurationError where another process listens on one of the addresses of a name: gRPC listens on the
+    others then, and callers may meet either."""
+    with contextlib.suppress(socket.gaierror):  # gRPC says what it cannot resolve
+        for family, kind, protocol, _, address in (
+            socket.getaddrinfo(host, port, type=socket.SOCK_STREAM) if port else ()
+        ):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(address)
+                except OSError as error:
+                    if error.errno == errno.EADDRINUSE:
+                        raise _taken(f"{address[0]}:{port}") from error
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:

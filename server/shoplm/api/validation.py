@@ -28,6 +28,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {quote(near[0])}?" if near else ""
 
 
+def told_from(value: float, low: float, high: float) -> str:
+    """A number outside of [low, high], short, but with as many digits as it takes to see that it is outside."""
+    shown = f"{value:g}"
+    return f"{value:.9g}" if low <= float(shown) <= high else shown
+
+
 class Violations:
     """Collects what is wrong with a request."""
 
@@ -38,9 +44,14 @@ class Violations:
     def __bool__(self) -> bool:
         return bool(self._found)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether what is added now is only counted: its text is not worth much work."""
+        return len(self._found) >= MAX_VIOLATIONS
+
     def add(self, field: str, text: str) -> None:
         """`field` is the path in the request's message, such as `customer.events[3].price`."""
-        if len(self._found) < MAX_VIOLATIONS:
+        if not self.is_full:
             self._found.append((field, text))
         else:
             self._more += 1
@@ -75,7 +86,7 @@ class Violations:
         """A finite number in [low, high]. Whether it can be used."""
         if math.isfinite(value) and low <= value <= high:
             return True
-        self.add(field, f"is {value:g}, expected a number from {low:g} to {high:g}")
+        self.add(field, f"is {told_from(value, low, high)}, expected a number from {low:g} to {high:g}")
         return False
 
     def at_most(self, field: str, count: int, limit: int, setting: str) -> bool:

@@ -6,20 +6,21 @@ only once parsing has failed or the message is too long.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TypeVar, cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
-from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import DecodeError, Message
-from google.protobuf.unknown_fields import UnknownFieldSet
 from shoplm.api.validation import quote
 from shoplm.errors import InvalidRequestError
 
 M = TypeVar("M", bound=Message)
 
-_LENGTH_DELIMITED = 2  # wire type of strings, bytes and messages
+_VARINT, _FIXED_64, _LENGTH_DELIMITED, _FIXED_32 = 0, 1, 2, 5  # wire types
 _MAX_DEPTH = 16  # our messages nest four deep
+_LEAST_BYTES = 2  # of a field: its number and its length
+_MOST_FIELDS = 10_000  # of a message that are looked at: other calls wait meanwhile
 
 
 def parse(data: bytes, message: type[M], max_bytes: int) -> M:
@@ -51,22 +52,50 @@ def quote_bytes(value: bytes) -> str:
 
 
 def _fields(data: bytes, descriptor: Descriptor) -> Iterator[tuple[str, FieldDescriptor, bytes]]:
-    """(path, field, value) of the length-delimited fields, in the order of the bytes. Stops where bytes are damaged."""
-    try:
-        carrier = Empty.FromString(data)  # keeps every field as an unknown one
-    except DecodeError:
-        return
+    """(path, field, value) of the first length-delimited fields, in the order of the bytes. Stops where bytes are
+    damaged."""
     seen: dict[int, int] = {}
-    unknown_fields = UnknownFieldSet(carrier)
-    for unknown in map(unknown_fields.__getitem__, range(len(unknown_fields))):
-        if unknown.wire_type != _LENGTH_DELIMITED:
-            continue
-        field = descriptor.fields_by_number.get(unknown.field_number)
+    for number, value in itertools.islice(_delimited(data), _MOST_FIELDS):
+        field = descriptor.fields_by_number.get(number)
         if field is None:
             continue
-        index = seen.get(field.number, 0)
-        seen[field.number] = index + 1
-        yield f"{field.name}[{index}]" if field.is_repeated else field.name, field, unknown.data
+        index = seen.get(number, 0)
+        seen[number] = index + 1
+        yield f"{field.name}[{index}]" if field.is_repeated else field.name, field, value
+
+
+def _delimited(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(field number, value) of the length-delimited fields (https://protobuf.dev/programming-guides/encoding)."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        kind = tag & 7
+        if kind == _LENGTH_DELIMITED:
+            size, at = _varint(data, at)
+            if at + size > len(data):
+                return
+            yield tag >> 3, data[at : at + size]
+            at += size
+        elif kind == _VARINT:
+            at = _varint(data, at)[1]
+        elif kind in (_FIXED_32, _FIXED_64):
+            at += 4 if kind == _FIXED_32 else 8
+        else:
+            return
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """The number that begins at `at`, and where it ends; the end of the data where it is damaged."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            break
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    return 0, len(data)
 
 
 def _not_utf8(data: bytes, descriptor: Descriptor, depth: int = 0) -> tuple[str, bytes] | None:
@@ -89,7 +118,7 @@ def _largest(data: bytes, descriptor: Descriptor, depth: int = 0) -> str:
     sizes: dict[str, int] = {}
     values: dict[str, tuple[str, FieldDescriptor, bytes]] = {}
     for path, field, value in _fields(data, descriptor):
-        sizes[field.name] = sizes.get(field.name, 0) + len(value)
+        sizes[field.name] = sizes.get(field.name, 0) + len(value) + _LEAST_BYTES
         if field.name not in values or len(value) > len(values[field.name][2]):
             values[field.name] = (path, field, value)
     if not sizes:

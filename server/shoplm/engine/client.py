@@ -138,6 +138,10 @@ class EngineClient(ABC):
     async def close(self) -> None:
         """Stop the engine; calls in flight fail."""
         self._serving = False
+        if self._transport is not None:
+            for request_id, call in self._calls.items():
+                if not call.has_ended:
+                    self._send(Cancel(request_id))
         self._fail_calls("the server is stopping")
         if self._transport is not None:
             self._send(Drain())

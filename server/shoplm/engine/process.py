@@ -45,7 +45,7 @@ def run(connection: socket.socket, spec: EngineSpec, load: Callable[[EngineSpec]
         ready = ReadyOutput(
             info.pages,
             info.page_size,
-            info.max_context_tokens,
+            min(info.max_context_tokens, info.pages * info.page_size),
             info.name,
             info.trie_items,
         )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from shoplm.bundle import ShopManifest, read_manifest
+from shoplm.bundle import ShopManifest, manifest_hash, read_manifest
 from shoplm.catalog.items import Catalog, read_catalog
 from shoplm.engine.spec import EngineSpec
+from shoplm.errors import BundleError
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.vocabulary import SPECIAL_TEXTS
 
@@ -26,6 +27,8 @@ def read_shop_texts(spec: EngineSpec) -> ShopTexts | None:
         return None
     # The API process has compared the hashes; here only the metadata are read again.
     bundle = Path(spec.bundle_folder)
+    if spec.bundle_hash is not None and manifest_hash(bundle) != spec.bundle_hash:
+        raise BundleError(f"{bundle} is another bundle than when the server started: restart the server")
     manifest, catalog = read_manifest(bundle, verify=False), read_catalog(bundle)
     if manifest.depth > 1:  # the bundle stores the rows of its codes
         return ShopTexts(manifest, catalog, None)

@@ -75,7 +75,7 @@ def simulate(
             write_trace(arrivals, save_trace)
         if deadlines:
             arrivals = [with_deadline(each, rules) for each in arrivals]
-        loads = [float(part) for part in load.split(",")]
+        loads = _loads(load)
         results = _sweep(fleet, arrivals, loads, warm_up)
         if capacity or compare:
             _capacities(fleet, arrivals, warm_up, compare)
@@ -90,6 +90,20 @@ def with_deadline(arrival: Arrival, policy: SchedulingPolicy) -> Arrival:
         return arrival
     allowed = policy.target_seconds[arrival.service] + arrival.output_tokens * policy.token_target_seconds
     return msgspec.structs.replace(arrival, deadline_seconds=allowed)
+
+
+def _loads(text: str) -> list[float]:
+    """`0.5,1,2` as numbers. ValueError names the part that is wrong."""
+    loads = []
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            value = 0.0
+        if not 0.0 < value < float("inf"):
+            raise ValueError(f"load {part!r} is no number above 0")
+        loads.append(value)
+    return loads
 
 
 def _order(policy: str) -> Literal["slack", "fcfs"]:

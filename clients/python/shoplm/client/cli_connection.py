@@ -107,8 +107,9 @@ def _advice(error: ShopLMClientError, address: str) -> str:
     if isinstance(error, UnavailableError):
         return f"no server answers at {address}; start one with `shoplm serve` or set --address ({text})"
     if isinstance(error, OverloadedError):
-        wait = "a moment" if error.retry_seconds is None else f"{error.retry_seconds:.2g} s"
-        return f"the server is busy: {text}; try again in {wait}"
+        if error.retry_seconds is None:
+            return f"the server refuses: {text}; allow more with --timeout SECONDS, or ask for less"
+        return f"the server is busy: {text}; try again in {error.retry_seconds:.2g} s"
     if isinstance(error, DeadlineExceededError):
         return f"no answer in time from {address}; allow more with --timeout SECONDS"
     if isinstance(error, UnauthenticatedError):

@@ -44,6 +44,7 @@ _AVX512 = {
     "avx512_vnni": "-mavx512vnni",
 }
 _AMX = {**_AVX512, "amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16", "amx_int8": "-mamx-int8"}
+_HASH_BYTES = 32
 _COMPILERS = ("g++", "c++", "clang++")
 _COMPILE_SECONDS = 600  # it takes three of a core's, which a busy machine may not have to give
 
@@ -241,10 +242,18 @@ def load_or_build(instructions: InstructionSet, compiler_flags: tuple[str, ...],
     path = folder / f"decoder-{instructions}-{digest.hexdigest()[:16]}.so"
     if path.exists() and _is_safe(folder) and _is_safe(path):
         try:
+            if not _is_whole(path):  # loading a part of a library may end the process
+                raise OSError(f"{path} is damaged")
             return ctypes.CDLL(str(path))
         except OSError as error:  # damaged, or made on another system
             log.info("the C++ decoder is built again: %s", error)
     return _build(flags, sources / _SOURCES[-1], path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file ends with the hash of what is before it, as `_build` leaves it."""
+    content = path.read_bytes()
+    return hashlib.sha256(content[:-_HASH_BYTES]).digest() == content[-_HASH_BYTES:]
 
 
 def _is_safe(path: Path) -> bool:
@@ -266,6 +275,7 @@ def _build(flags: tuple[str, ...], source: Path, target: Path) -> ctypes.CDLL:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
             if done.returncode:
                 raise NativeUnavailableError(f"{compiler} failed: {done.stderr.strip()[:300]}")
+            made.write_bytes((content := made.read_bytes()) + hashlib.sha256(content).digest())
             library = ctypes.CDLL(str(made))
             if keeps:
                 made.replace(target)  # whole or not at all: two engines may build at once
