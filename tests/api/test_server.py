@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ from shoplm.config_sources import load_config
 from shoplm.errors import BundleError, ConfigurationError
 from shoplm.metrics import Metrics
 from shoplm.request import StepStats
-from shoplm.server import Server, ready_text, serve
+from shoplm.server import Server, _in_daemon, ready_text, serve
 from shoplm.v1 import chat_pb2, model_pb2, prediction_pb2, recommendation_pb2, recommendation_pb2_grpc, shop_pb2
 from tiny_shop import DEMO_CUSTOMER, write_base
 
@@ -212,6 +213,29 @@ def _signalled(folders: ShopFolders, engine: ScriptedEngine, signals: int) -> in
 
 def test_sigterm_ends_the_server_with_exit_code_zero(shop_folders: ShopFolders) -> None:
     assert _signalled(shop_folders, ScriptedEngine(), 1) == 0
+
+
+def test_a_start_that_is_given_up_waits_for_no_download() -> None:
+    released = threading.Event()
+    ended: list[bool] = []
+
+    async def give_up() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await _in_daemon(lambda: ended.append(released.wait(20.0)))
+
+    asyncio.run(give_up())
+    assert ended == []
+    released.set()
+
+
+def test_what_a_daemon_thread_returns_or_raises_is_its_callers() -> None:
+    def fail() -> None:
+        raise BundleError("no bundle")
+
+    assert asyncio.run(_in_daemon(lambda: 3)) == 3
+    with pytest.raises(BundleError, match="no bundle"):
+        asyncio.run(_in_daemon(fail))
 
 
 def test_a_second_signal_stops_at_once_although_a_call_runs(shop_folders: ShopFolders) -> None:
