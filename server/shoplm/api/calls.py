@@ -23,7 +23,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 from shoplm.api.caller import caller, read_caller
-from shoplm.api.lost_calls import LostCalls
+from shoplm.api.failed_calls import FailedCalls
 from shoplm.api.methods import METHODS, Method
 from shoplm.api.status import CallStatus, status_of
 from shoplm.api.wire import parse
@@ -69,7 +69,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             method: metrics.calls.method(method.label, method.grpc_type, method.grpc_service, method.name)
             for method in METHODS.values()
         }
-        self._lost = LostCalls()
+        self._lost, self._strange = FailedCalls("UNAVAILABLE"), FailedCalls("UNAUTHENTICATED")
         self._idle = asyncio.Event()
         self._idle.set()
         self._last_arrival = 0.0  # monotonic seconds
@@ -140,6 +140,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             async def body(_: _Call) -> None:
                 raise error
 
+            self._strange.add(error)
             if method is None:
                 await _abort(context, status_of(error), _request_id(context.invocation_metadata() or ()))
             else:
@@ -262,10 +263,10 @@ def has_expired(remaining: float | None, elapsed: float) -> bool:
 
 
 # A caller's mistake is the caller's to log; every call at INFO would cost more than serving some of them, and a line
-# for each refusal under load would add to the load. The metrics count them; `LostCalls` warns where there is no engine.
+# for each refusal under load would add to the load. The metrics count them; `FailedCalls` warns where there
+# is no engine, and of calls without a token.
 _LEVELS = {
     grpc.StatusCode.INTERNAL: logging.ERROR,
-    grpc.StatusCode.UNAUTHENTICATED: logging.WARNING,
     grpc.StatusCode.INVALID_ARGUMENT: logging.INFO,
     grpc.StatusCode.FAILED_PRECONDITION: logging.INFO,
 }

@@ -1,4 +1,4 @@
-"""Calls without an engine are warned of by their number."""
+"""Calls without an engine, or without a token, are warned of by their number."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import grpc
 import pytest
 from served_shop import Serve
-from shoplm.api.lost_calls import LostCalls
+from shoplm.api.failed_calls import FailedCalls
 from shoplm.errors import EngineUnavailableError
 from shoplm.v1 import chat_pb2
 
@@ -35,13 +35,24 @@ def test_many_lost_calls_are_one_line_and_all_in_the_metric(
     assert f'reason="ENGINE_UNAVAILABLE",service="chat"}} {CALLS}.0' in scripted.server.get("/metrics")[2]
 
 
+def test_many_strangers_are_one_line(serve_scripted: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    scripted = serve_scripted("--auth-tokens", "one")
+    for _ in range(CALLS):
+        with pytest.raises(grpc.RpcError) as raised:
+            list(scripted.server.chat.Chat(chat_pb2.ChatRequest()))
+        assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    said = [line for line in warnings(caplog) if "UNAUTHENTICATED" in line]
+    assert said[0].startswith("calls end with UNAUTHENTICATED: send a valid token")
+    assert len(said) < CALLS / 2
+
+
 async def test_the_number_of_the_others_is_told_once_and_then_it_begins_anew(caplog: pytest.LogCaptureFixture) -> None:
     async def until_told(lines: int) -> None:
         async with asyncio.timeout(30.0):
             while len(warnings(caplog)) < lines:  # noqa: ASYNC110 - nothing tells of it
                 await asyncio.sleep(0.01)
 
-    lost = LostCalls(0.05)
+    lost = FailedCalls("UNAVAILABLE", 0.05)
     with caplog.at_level(logging.WARNING, "shoplm.api"):
         for _ in range(3):
             lost.add(EngineUnavailableError("gone"))

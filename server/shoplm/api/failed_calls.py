@@ -1,4 +1,5 @@
-"""Warns of calls that find no engine: while there is none that is every call, and a line for each would say no more."""
+"""Warns of calls that end with one status, where a line for each would say no more: while there is no engine that is
+every call, and a stranger without a token may call as often as he likes."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ _SECONDS = 5.0
 log = logging.getLogger("shoplm.api")
 
 
-class LostCalls:
+class FailedCalls:
     """A line for the first one, and one with the number of the others every few seconds until there are none."""
 
-    def __init__(self, seconds: float = _SECONDS) -> None:
+    def __init__(self, status: str, seconds: float = _SECONDS) -> None:
+        self._status = status
         self._seconds = seconds
         self._untold = 0
         self._is_counting = False
@@ -24,7 +26,7 @@ class LostCalls:
         if self._is_counting:
             self._untold += 1
             return
-        log.warning("calls end with UNAVAILABLE: %s", error)
+        log.warning("calls end with %s: %s", self._status, error)
         self._count()
 
     def _count(self) -> None:
@@ -35,6 +37,6 @@ class LostCalls:
     def _tell(self) -> None:
         self._is_counting = False
         if self._untold:
-            log.warning("%d more calls ended with UNAVAILABLE", self._untold)
+            log.warning("%d more calls ended with %s", self._untold, self._status)
             self._untold = 0
             self._count()
