@@ -20,7 +20,6 @@ class EngineSpec(msgspec.Struct, frozen=True):
 
     base_folder: str
     bundle_folder: str | None = None
-    bundle_hash: str | None = None  # SHA-256 of its shop.toml, which holds the other files'; None: whatever it is
     adapter_folder: str | None = None  # of the base; None: the bundle's, if it has one
     adapter_mode: str = "auto"  # merged, apart, or auto: apart where weights are int4
     backend: str = "torch"  # or triton
@@ -40,3 +39,4 @@ class EngineSpec(msgspec.Struct, frozen=True):
     max_queued_tokens: int = 1_000_000
     policy: SchedulingPolicy = msgspec.field(default_factory=SchedulingPolicy)
     synthetic_tries: tuple[SyntheticTrie, ...] = ()
+    bundle_hash: str | None = None  # SHA-256 of the bundle's shop.toml, which holds those of its other files; None: any
