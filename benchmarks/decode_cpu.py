@@ -32,16 +32,7 @@ SHAPES = ((1, 2048), (8, 512), (8, 2048), (32, 128), (32, 512), (32, 1024))  # r
 
 def filled_pool(pages: int, kv_format: str) -> NativePool:
     """Keys and values of about unit size in every slot."""
-    library = best_library()
-    pool = NativePool(
-        library.instructions,
-        layers=CONFIG.num_layers,
-        pages=pages,
-        kv_heads=CONFIG.num_kv_heads,
-        page_size=PAGE_SIZE,
-        head_dim=CONFIG.head_dim,
-        kv_format=kv_format,
-    )
+    pool = NativePool(best_library().instructions, CONFIG, pages=pages, page_size=PAGE_SIZE, kv_format=kv_format)
     for part in (pool.keys, pool.values):
         part.random_(-127, 128) if part.dtype == torch.int8 else part.normal_()
     for scales in (pool.key_scales, pool.value_scales):

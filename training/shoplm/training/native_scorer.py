@@ -31,15 +31,7 @@ class NativeScorer:
     ) -> None:
         """Raises NativeUnavailableError where the machine has no C++ decoder."""
         library, pages = best_library(), -(-most_tokens // _PAGE_SIZE)
-        pool = NativePool(
-            library.instructions,
-            layers=config.num_layers,
-            pages=pages,
-            kv_heads=config.num_kv_heads,
-            page_size=_PAGE_SIZE,
-            head_dim=config.head_dim,
-            kv_format=kv_format,
-        )
+        pool = NativePool(library.instructions, config, pages=pages, page_size=_PAGE_SIZE, kv_format=kv_format)
         self._pages = np.arange(pages, dtype=np.int32)
         self._decoder = NativeDecoder(library, config, weights, None, pages * _PAGE_SIZE, pool, format=format)
         self._head = PackedLinear(library, weights.lm_head, format=min(format, WeightFormat.INT8))

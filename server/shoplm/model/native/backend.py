@@ -56,15 +56,7 @@ class NativeBackend(EagerBackend):
             shop, tries, text_tokens=len(weights.embedding), hidden_size=config.hidden_size, state_slots=state_slots
         )
         positions = min(max_context_tokens or config.max_positions, config.max_positions)
-        pool = NativePool(
-            library.instructions,
-            layers=config.num_layers,
-            pages=pages,
-            kv_heads=config.num_kv_heads,
-            page_size=page_size,
-            head_dim=config.head_dim,
-            kv_format=kv_format,
-        )
+        pool = NativePool(library.instructions, config, pages=pages, page_size=page_size, kv_format=kv_format)
         with torch.no_grad():
             shop_rows = readouts.take_input_rows(torch.bfloat16)
             self._decoder = NativeDecoder(library, config, weights, shop_rows, positions, pool, format=format)

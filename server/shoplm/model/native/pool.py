@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from shoplm.errors import ConfigurationError
+from shoplm.model.config import ModelConfig
 from shoplm.model.kv_pool import KV_FORMATS, copy_pages
 from shoplm.model.native.library import InstructionSet
 from torch import Tensor
@@ -22,12 +23,10 @@ class NativePool:
     def __init__(
         self,
         instructions: InstructionSet,
+        config: ModelConfig,
         *,
-        layers: int,
         pages: int,
-        kv_heads: int,
         page_size: int,
-        head_dim: int,
         kv_format: str = "model",
     ) -> None:
         """`kv_format`: model (bf16) or int8."""
@@ -37,6 +36,7 @@ class NativePool:
             raise ConfigurationError(f"page_size {page_size} is not a multiple of {BLOCK}")
         self.page_size = page_size
         # Not zeroed: memory that no page has used yet is not occupied either.
+        head_dim = config.head_dim
         by_token: tuple[int, ...] = (page_size, head_dim)
         in_blocks: tuple[int, ...] = (page_size // BLOCK, head_dim, BLOCK)
         match instructions:
@@ -47,7 +47,7 @@ class NativePool:
             case InstructionSet.AVX2:
                 shapes = in_blocks, by_token
         dtype = KV_FORMATS[kv_format] or torch.bfloat16
-        heads = (layers, pages, kv_heads)
+        heads = (config.num_layers, pages, config.num_kv_heads)
         self.keys, self.values = (torch.empty(*heads, *shape, dtype=dtype) for shape in shapes)
         self.key_scales, self.value_scales = (
             torch.empty(*heads, page_size) if dtype is torch.int8 else None for _ in shapes
