@@ -42,7 +42,7 @@ from shoplm.bench.report import machine, write_json_of
 from shoplm.config import ServerConfig
 from shoplm.config_sources import load_config
 from shoplm.engine.batch import Batch, PredictReadout, Row, RowOutput, SampleReadout, StepResult
-from shoplm.engine.process import read_spec
+from shoplm.engine.process import listen
 from shoplm.engine.process import run as run_engine
 from shoplm.engine.spec import EngineSpec
 from shoplm.engine.supervisor import ProcessEngineClient
@@ -322,14 +322,14 @@ def _compared(values: dict[str, list[Round]], unit: str) -> dict[str, Any]:
     return report
 
 
-def _null_engine(config: ServerConfig, base: Base) -> NullEngine:
+def _null_engine(config: ServerConfig, base: Base, _: object) -> NullEngine:
     return NullEngine(config.engine_spec(base.folder))
 
 
 def main() -> int:
     if sys.argv[1:2] == ["engine"]:
         step_seconds, connection = 1e-3 * float(sys.argv[2]), socket.socket(fileno=int(sys.argv[3]))
-        spec = read_spec()
+        spec = listen().spec.result()
         return 0 if spec is None else run_engine(connection, spec, lambda spec: NullBackend(spec, step_seconds))
     if sys.argv[1:2] == ["serve"]:
         NullEngine.program = (sys.executable, str(Path(__file__).resolve()), "engine", sys.argv[2])

@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 
 import typer
+from shoplm.collector import pause_collector
 
 # Commands of the optional parts: name -> (module, function, the extra that brings it).
 _COMMANDS = {
@@ -37,6 +38,7 @@ def main() -> None:
 def _serve(arguments: list[str]) -> int:
     # The engine is started as a fresh program, so gRPC need not survive a fork, nor warn of one.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
+    pause_collector()
     engine = None
     try:
         if not _SHOWS.intersection(arguments):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import shlex
 import signal
@@ -26,9 +25,11 @@ from shoplm.api.health import Health
 from shoplm.api.probes import ProbeServer
 from shoplm.api.shop import Served, load_served, server_version
 from shoplm.bundle import manifest_hash
+from shoplm.collector import keep_loaded
 from shoplm.config import ServerConfig
 from shoplm.config_sources import load_config
 from shoplm.engine.launch import EngineProcess
+from shoplm.engine.shop_texts import ShopTexts
 from shoplm.engine.supervisor import ProcessEngineClient
 from shoplm.errors import ConfigurationError
 from shoplm.logs import configure_logs
@@ -61,15 +62,18 @@ class ManagedEngine(Engine, Protocol):
     async def close(self) -> None: ...
 
 
-EngineFactory = Callable[[ServerConfig, Base], ManagedEngine]
+# From the settings, the base, and what is told of the bundle to engines that would have to read it otherwise.
+EngineFactory = Callable[[ServerConfig, Base, asyncio.Future[bytes]], ManagedEngine]
 
 
-def engine_process(config: ServerConfig, base: Base, started: EngineProcess | None = None) -> ManagedEngine:
+def engine_process(
+    config: ServerConfig, base: Base, shop_texts: asyncio.Future[bytes], started: EngineProcess | None = None
+) -> ManagedEngine:
     """The engine in a process of its own, the one that was started already where there is one."""
     spec = config.engine_spec(base.folder)
     if config.bundle is not None:  # an engine that is started again must find what this process has read
         spec = msgspec.structs.replace(spec, bundle_hash=manifest_hash(config.bundle))
-    return ProcessEngineClient(spec, config.engine_hang_seconds, started)
+    return ProcessEngineClient(spec, config.engine_hang_seconds, started, shop_texts)
 
 
 class Server:
@@ -99,7 +103,8 @@ class Server:
         base = await _in_daemon(partial(bundle_base, config.bundle, config.base))
         # The engine loads weights while this process reads metadata; bad metadata need not wait for the weights.
         reading = asyncio.create_task(asyncio.to_thread(load_served, base, config.bundle, verify=config.verify_bundle))
-        engine = self._engine = self._make_engine(config, base)
+        texts = asyncio.create_task(self._shop_texts(reading))
+        engine = self._engine = self._make_engine(config, base, texts)
         engine.on_stats(self.metrics.observe_step_stats)
         loading = asyncio.create_task(engine.start())
         try:
@@ -119,9 +124,18 @@ class Server:
         self.metrics.engine_state(True)
         await self._health.set_serving(True)
         self.metrics.start_seconds.set(time.monotonic() - self._created)
-        # A catalogue is many objects that stay: without this, every full collection would walk them all.
-        gc.collect()
-        gc.freeze()
+        keep_loaded()
+
+    @staticmethod
+    async def _shop_texts(reading: asyncio.Task[Served]) -> bytes:
+        """What the engine is told of the bundle; nothing where there is none, or none that can be read."""
+        await asyncio.wait((reading,))
+        shop = None if reading.cancelled() or reading.exception() is not None else reading.result().shop
+        if shop is None:
+            return b""
+        tokenizer = reading.result().tokenizer
+        texts = await asyncio.to_thread(ShopTexts.of, shop.manifest, shop.catalog, tokenizer)
+        return msgspec.msgpack.encode(texts)
 
     def _check_sizes(self, engine: ManagedEngine) -> None:
         """Raises ConfigurationError where long histories of the bundle would be refused, each with its caller."""

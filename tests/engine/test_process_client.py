@@ -19,7 +19,7 @@ from shoplm.bundle import manifest_hash
 from shoplm.engine import supervisor
 from shoplm.engine.client import Cancel, Drain
 from shoplm.engine.launch import EngineProcess
-from shoplm.engine.shop_texts import read_shop_texts
+from shoplm.engine.load import check_bundle
 from shoplm.engine.spec import EngineSpec
 from shoplm.engine.supervisor import ProcessEngineClient
 from shoplm.errors import BundleError, ConfigurationError, EngineUnavailableError
@@ -104,7 +104,7 @@ def test_an_engine_that_is_started_again_finds_the_same_bundle(tmp_path: Path) -
     asked = EngineSpec("", str(tmp_path), bundle_hash=manifest_hash(tmp_path))
     (tmp_path / "shop.toml").write_text((tmp_path / "shop.toml").read_text() + "\n# edited\n")
     with pytest.raises(BundleError, match="is another bundle than when the server started: restart the server"):
-        read_shop_texts(asked)
+        check_bundle(asked)
 
 
 async def test_an_engine_that_hangs_is_killed_and_comes_back(
@@ -285,7 +285,7 @@ def test_an_engine_that_nobody_wants_ends_at_once() -> None:
 
 def test_an_engine_that_is_told_nothing_ends() -> None:
     started = EngineProcess()
-    started.load(b"")
+    started.tell(b"")
     assert asyncio.run(started.wait()) == 0
     started.discard()
 

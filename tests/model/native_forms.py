@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from shoplm.model.native.library import (
     InstructionSet,
+    NativeBuildError,
     NativeLibrary,
     NativeUnavailableError,
     declared,
@@ -22,9 +23,11 @@ _EMULATION = Path(__file__).parent / "emulation"
 
 @lru_cache
 def real_library(instructions: InstructionSet) -> NativeLibrary | str:
-    """The library, or why this machine has none."""
+    """The library, or why this machine has none. A decoder that cannot be compiled is no such reason."""
     try:
         return native_library(instructions)
+    except NativeBuildError:
+        raise
     except NativeUnavailableError as error:
         return str(error)
 

@@ -70,14 +70,14 @@ def test_the_emulation_multiplies_as_the_hardware_does(
 
 def test_weights_lie_behind_each_other_in_memory_of_their_own() -> None:
     memory = WeightMemory()
-    tensors = [torch.randn(7, 5), torch.arange(200, dtype=torch.int8), torch.randn(9_000, 1_000), torch.randn(3).half()]
-    kept = [memory.keep(tensor) for tensor in tensors]
+    sizes = [140, 200, 36_000_000, 6]
+    pieces = [memory.take(size) for size in sizes]
     del memory
-    for one, other in zip(kept, tensors, strict=True):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
-    assert kept[0].data_ptr() % (2 << 20) == 0
-    assert kept[1].data_ptr() == kept[0].data_ptr() + 256
+    for number, piece in enumerate(pieces):
+        piece.fill_(number)
+    assert [(len(piece), piece.unique().tolist()) for piece in pieces] == [(s, [n]) for n, s in enumerate(sizes)]
+    assert pieces[0].data_ptr() % (2 << 20) == 0
+    assert pieces[1].data_ptr() == pieces[0].data_ptr() + 256
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shoplm.engine.shop_texts import token_texts
 from shoplm.model.base import Base, resolve_base
 from shoplm.model.origin import Origin
 from shoplm.training import pipeline
@@ -13,7 +14,6 @@ from shoplm.training.adapt import trainer
 from shoplm.training.adapt.model import AdaptedModel, TunedModel
 from shoplm.training.adapt.tensors import pass_inputs
 from shoplm.training.adapt.trainer import AdaptSettings, JointTrainer
-from shoplm.training.catalogue import token_texts
 from shoplm.training.log import ShopLog
 from shoplm.training.ranker import OutputRows
 from shoplm.training.reader import make_reader

@@ -43,8 +43,16 @@ class EngineProcess:
     def load(self, spec: bytes) -> None:
         """Tell it what to load, an `EngineSpec` as JSON. Whether it still lives, `wait` tells."""
         assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(spec + b"\n")
+            self._process.stdin.flush()
+
+    def tell(self, shop_texts: bytes) -> None:
+        """`ShopTexts` as MessagePack, or nothing: the engine reads for itself what it needs of the bundle. Waits until
+        it has taken them."""
+        assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
-            stdin.write(spec)
+            stdin.write(shop_texts)
 
     async def wait(self) -> int:
         """Its exit code, once it has ended."""

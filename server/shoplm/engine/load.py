@@ -9,8 +9,7 @@ from pathlib import Path
 import msgspec
 import psutil
 import torch
-from shoplm.bundle import read_manifest
-from shoplm.catalog.filters import ItemColumns
+from shoplm.bundle import manifest_hash, read_manifest
 from shoplm.engine.cpu import cpu_backend
 from shoplm.engine.shop_texts import ShopTexts, read_shop_texts
 from shoplm.engine.spec import EngineSpec
@@ -48,6 +47,7 @@ def load_backend(
         raise ConfigurationError(f"dtype {spec.dtype!r} is not one of: {', '.join(_DTYPES)}")
     if spec.threads:
         torch.set_num_threads(spec.threads)
+    check_bundle(spec)
     config = ModelConfig.from_folder(Path(spec.base_folder))
     spec = msgspec.structs.replace(spec, weight_format=served_weight_format(spec, config))
     pages = 0 if on_gpu and not spec.kv_cache_bytes else _pages(spec, config, _DTYPES[spec.dtype])
@@ -99,14 +99,24 @@ def served_weight_format(spec: EngineSpec, config: ModelConfig) -> str:
 def load_tensors(
     spec: EngineSpec, config: ModelConfig, shop_texts: Callable[[], ShopTexts | None] | None = None
 ) -> tuple[DecoderWeights, ShopWeights | None]:
-    """The base's weights, with the adapter, and the bundle's. `shop_texts` waits for what is being read already."""
+    """The base's weights, with the adapter, and the bundle's. `shop_texts` waits for what somebody else reads of the
+    bundle; it is read here without one, and where it gives None."""
     apart = keeps_apart(spec.weight_format) if spec.adapter_mode == "auto" else spec.adapter_mode == "apart"
     folder = Path(spec.base_folder)
     weights = load_weights(folder, config, _DTYPES[spec.dtype], adapter=_adapter(spec), apart=apart)
-    texts = read_shop_texts(spec) if shop_texts is None else shop_texts()
-    if spec.bundle_folder is None or texts is None:
+    if spec.bundle_folder is None:
         return weights, None
-    return weights, _shop(Path(spec.bundle_folder), texts, weights.embedding)
+    bundle = Path(spec.bundle_folder)
+    texts = shop_texts() if shop_texts is not None else None
+    return weights, _shop(bundle, texts or read_shop_texts(bundle, folder), weights.embedding)
+
+
+def check_bundle(spec: EngineSpec) -> None:
+    """Raises BundleError where the spec's bundle is another one than when the spec was made."""
+    if spec.bundle_folder is None or spec.bundle_hash is None:
+        return
+    if manifest_hash(Path(spec.bundle_folder)) != spec.bundle_hash:
+        raise BundleError(f"{spec.bundle_folder} is another bundle than when the server started: restart the server")
 
 
 def _pages(spec: EngineSpec, config: ModelConfig, dtype: torch.dtype) -> int:
@@ -135,7 +145,7 @@ def _adapter(spec: EngineSpec) -> Adapter | None:
 
 
 def _shop(bundle: Path, texts: ShopTexts, embedding: torch.Tensor) -> ShopWeights:
-    manifest, catalog, tokens = texts
+    manifest = read_manifest(bundle, verify=False)
     if manifest.base.vocab_size != len(embedding) or manifest.base.hidden_size != embedding.shape[1]:
         raise BundleError(
             f"{bundle} was made for {manifest.base.name}: a vocabulary of {manifest.base.vocab_size} and width "
@@ -147,6 +157,6 @@ def _shop(bundle: Path, texts: ShopTexts, embedding: torch.Tensor) -> ShopWeight
         manifest,
         vocabulary,
         embedding,
-        columns=ItemColumns(catalog.categories, catalog.prices, catalog.in_stock),
-        token_texts=tokens,
+        columns=texts.columns,
+        token_texts=texts.tokens,
     )

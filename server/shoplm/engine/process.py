@@ -1,27 +1,30 @@
 """The engine's side of the process boundary: messages in, steps, messages out.
 
-`python -m shoplm.engine.process SOCKET` is how the API process starts it; SOCKET is an inherited descriptor, and what
-to load comes by standard input, as JSON.
+`python -m shoplm.engine.process SOCKET` is how the API process starts it; SOCKET is an inherited descriptor. What to
+load comes by standard input: a line of JSON, and behind it what the API process has read of the bundle, as MessagePack.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import logging
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
+from io import FileIO
+from threading import Thread
+from typing import NamedTuple, TypeVar
 
 import msgspec
+from shoplm.collector import keep_loaded, pause_collector
 from shoplm.engine.channel import EngineEnd
 from shoplm.engine.engine import Engine, scheduler_config
-from shoplm.engine.shop_texts import read_shop_texts
+from shoplm.engine.shop_texts import ShopTexts
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import ShopLMError
 from shoplm.model.backend import Backend
@@ -30,6 +33,7 @@ from shoplm.request import Cancel, Drain, FailedOutput, FailureKind, ReadyOutput
 REPORT_SECONDS = 0.2  # between two reports of statistics, while there is something to tell
 
 log = logging.getLogger("shoplm.engine")
+T = TypeVar("T")
 
 
 def run(connection: socket.socket, spec: EngineSpec, load: Callable[[EngineSpec], Backend]) -> int:
@@ -49,8 +53,7 @@ def run(connection: socket.socket, spec: EngineSpec, load: Callable[[EngineSpec]
             info.name,
             info.trie_items,
         )
-        gc.collect()
-        gc.freeze()
+        keep_loaded()
         _give_back_memory()
         # Whoever asked may have gone in the meantime, or may go in the midst of a message: there is nobody to tell.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -120,23 +123,44 @@ class _Loop:
 
 def main() -> int:
     """Entry of the process. A terminal's Ctrl-C and a group's SIGTERM are for the parent, which drains this process."""
+    pause_collector()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     connection = socket.socket(fileno=int(sys.argv[1]))
-    with ThreadPoolExecutor(1) as beside:
-        told = beside.submit(read_spec)
-        texts = beside.submit(lambda: None if (spec := told.result()) is None else read_shop_texts(spec))
-        from shoplm.engine.load import load_backend  # seconds, in which the API process finds out what to load
+    told = listen()
+    from shoplm.engine.load import load_backend  # seconds, in which the API process finds out what to load
 
-        spec = told.result()
-        return 0 if spec is None else run(connection, spec, partial(load_backend, shop_texts=texts.result))
+    spec = told.spec.result()
+    return 0 if spec is None else run(connection, spec, partial(load_backend, shop_texts=told.shop_texts.result))
 
 
-def read_spec() -> EngineSpec | None:
-    """What to load; None where the API process has gone without a word."""
-    written = sys.stdin.buffer.read()
-    return msgspec.json.decode(written, type=EngineSpec) if written else None
+class Told(NamedTuple):
+    """What comes by the standard input."""
+
+    spec: Future[EngineSpec | None]  # None: the API process has gone without a word
+    shop_texts: Future[ShopTexts | None]  # None: it has none to give
+
+
+def listen() -> Told:
+    """In a thread that an engine which cannot load does not wait for."""
+    told = Told(Future(), Future())
+
+    def run() -> None:
+        # Unbuffered: an interpreter that ends would wait for a buffer's lock.
+        with FileIO(sys.stdin.fileno(), closefd=False) as source:
+            _settle(told.spec, source.readline, partial(msgspec.json.decode, type=EngineSpec))
+            _settle(told.shop_texts, source.readall, partial(msgspec.msgpack.decode, type=ShopTexts))
+
+    Thread(target=run, daemon=True).start()
+    return told
+
+
+def _settle(future: Future[T | None], read: Callable[[], bytes | None], decode: Callable[[bytes], T]) -> None:
+    try:
+        future.set_result(decode(written) if (written := read()) else None)
+    except (OSError, ValueError) as error:  # a part of a message: whoever wrote it has gone
+        future.set_exception(error)
 
 
 if __name__ == "__main__":

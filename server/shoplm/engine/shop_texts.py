@@ -1,40 +1,58 @@
-"""What a bundle says of its shop, with every word of it as tokens. No torch: it is read while torch is imported."""
+"""What a bundle says of its shop's items, with every word of it as tokens.
+
+The API process, which reads it anyway, sends it to the engine while that imports torch.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
-from shoplm.bundle import ShopManifest, manifest_hash, read_manifest
-from shoplm.catalog.items import Catalog, read_catalog
-from shoplm.engine.spec import EngineSpec
-from shoplm.errors import BundleError
+import msgspec
+import numpy as np
+from shoplm.bundle import ShopManifest, read_manifest
+from shoplm.catalog.filters import ItemColumns
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.vocabulary import SPECIAL_TEXTS
 
+if TYPE_CHECKING:
+    from shoplm.catalog.items import Catalog
 
-class ShopTexts(NamedTuple):
-    """Of one bundle."""
 
-    manifest: ShopManifest
-    catalog: Catalog
+class ShopTexts(msgspec.Struct, frozen=True):
+    """Of one bundle, as plain data."""
+
+    categories: list[str]  # of each item row
+    prices: list[float]  # NaN where unknown
+    in_stock: list[bool]
     tokens: list[list[int]] | None  # the words behind each shop token; None for codes of several tokens
 
+    @classmethod
+    def of(cls, manifest: ShopManifest, catalog: Catalog, tokenizer: Tokenizer) -> ShopTexts:
+        """Bundles whose items have codes of several tokens store the rows of these."""
+        tokens = None if manifest.depth > 1 else _tokens(token_texts(catalog), tokenizer)
+        return cls(catalog.categories, catalog.prices.tolist(), catalog.in_stock.tolist(), tokens)
 
-def read_shop_texts(spec: EngineSpec) -> ShopTexts | None:
-    """Of the spec's bundle; None where it has none. Raises BundleError and BaseModelError."""
-    if spec.bundle_folder is None:
-        return None
-    # The API process has compared the hashes; here only the metadata are read again.
-    bundle = Path(spec.bundle_folder)
-    if spec.bundle_hash is not None and manifest_hash(bundle) != spec.bundle_hash:
-        raise BundleError(f"{bundle} is another bundle than when the server started: restart the server")
-    manifest, catalog = read_manifest(bundle, verify=False), read_catalog(bundle)
-    if manifest.depth > 1:  # the bundle stores the rows of its codes
-        return ShopTexts(manifest, catalog, None)
-    texts = [*SPECIAL_TEXTS.values(), *(catalog.text(row) for row in range(len(catalog))), *catalog.type_texts]
+    @property
+    def columns(self) -> ItemColumns:
+        return ItemColumns(self.categories, np.array(self.prices, np.float64), np.array(self.in_stock, np.bool_))
+
+
+def read_shop_texts(bundle: Path, base_folder: Path) -> ShopTexts:
+    """Raises BundleError and BaseModelError."""
+    from shoplm.catalog.items import read_catalog  # polars: an engine that is told does without
+
+    tokenizer = Tokenizer.from_folder(base_folder)
+    return ShopTexts.of(read_manifest(bundle, verify=False), read_catalog(bundle), tokenizer)
+
+
+def token_texts(catalog: Catalog) -> list[str]:
+    """The words that each of the shop's input embeddings is made from, in the order of the shop's token ids."""
+    return [*SPECIAL_TEXTS.values(), *(catalog.text(row) for row in range(len(catalog))), *catalog.type_texts]
+
+
+def _tokens(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     # Many items share their words: each text is encoded once.
     distinct = list(dict.fromkeys(texts))
-    tokenizer = Tokenizer.from_folder(Path(spec.base_folder))
     encoded = dict(zip(distinct, tokenizer.encode_all(distinct), strict=True))
-    return ShopTexts(manifest, catalog, [encoded[text] for text in texts])
+    return [encoded[text] for text in texts]

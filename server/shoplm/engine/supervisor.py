@@ -25,15 +25,23 @@ class ProcessEngineClient(EngineClient):
 
     program: tuple[str, ...] = PROGRAM
 
-    def __init__(self, spec: EngineSpec, hang_seconds: float = 0.0, started: EngineProcess | None = None) -> None:
+    def __init__(
+        self,
+        spec: EngineSpec,
+        hang_seconds: float = 0.0,
+        started: EngineProcess | None = None,
+        shop_texts: asyncio.Future[bytes] | None = None,
+    ) -> None:
         """An engine that owes something and says nothing for `hang_seconds` is killed, and one that is started again
         and takes much longer to load than the first did; 0: however long it takes. `started` is the first one's
-        process."""
+        process; `shop_texts` what `EngineProcess.tell` takes, once it is known."""
         super().__init__(spec)
+        self._shop_texts = shop_texts
         self._hang_seconds = hang_seconds
         self._load_seconds = 0.0  # of the first engine
         self._started = started
         self._process: EngineProcess | None = None
+        self._telling: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._closing = False
 
@@ -56,6 +64,7 @@ class ProcessEngineClient(EngineClient):
         process, link, loaded = self._process, self._link, self._loaded
         assert process is not None and link is not None and loaded is not None
         process.load(msgspec.json.encode(self.spec))
+        self._telling = asyncio.create_task(self._tell(process))
 
         async def died() -> None:
             code = await process.wait()
@@ -64,6 +73,14 @@ class ProcessEngineClient(EngineClient):
                 loaded.set_exception(ConfigurationError(f"the engine ended with code {code} while it was loading"))
 
         self._early_death = asyncio.create_task(died())
+
+    async def _tell(self, process: EngineProcess) -> None:
+        texts = b""
+        if (known := self._shop_texts) is not None:
+            await asyncio.wait((known,))
+            if not known.cancelled() and known.exception() is None:
+                texts = known.result()
+        await asyncio.to_thread(process.tell, texts)
 
     @property
     def _is_loading(self) -> bool:
@@ -130,6 +147,8 @@ class ProcessEngineClient(EngineClient):
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.wait((self._watcher,))
+        if self._telling is not None:
+            self._telling.cancel()
         if self._process is None:
             return
         if self._is_loading:  # it has nothing to finish, and reads no message before it has loaded

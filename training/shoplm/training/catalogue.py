@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from shoplm.catalog.items import Catalog
 from shoplm.history import EventKind
 from shoplm.training.log import ShopLog
-from shoplm.vocabulary import SPECIAL_TEXTS, ShopVocabulary
+from shoplm.vocabulary import ShopVocabulary
 
 # How often an item must have been bought for a token of its own: the largest that still covers enough of the log.
 MINIMUM_COUNTS = (10, 5, 3, 2, 1)
@@ -84,12 +82,3 @@ def _minimum_count(counts: NDArray[np.int64]) -> tuple[int, float]:
         if covered >= COVERED_SHARE:
             break
     return minimum, covered
-
-
-def token_texts(catalog: Catalog) -> Sequence[str]:
-    """The words that each of the shop's input embeddings is made from, in the order of the shop's token ids."""
-    return [
-        *SPECIAL_TEXTS.values(),
-        *(catalog.text(row) for row in range(len(catalog))),
-        *catalog.type_texts,
-    ]

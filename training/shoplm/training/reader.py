@@ -11,6 +11,7 @@ import torch
 from shoplm.bundle import PromptSchema
 from shoplm.catalog.items import Catalog
 from shoplm.engine.cpu import cpu_backend
+from shoplm.engine.shop_texts import token_texts
 from shoplm.engine.spec import EngineSpec
 from shoplm.model.adapter import keeps_apart, read_adapter
 from shoplm.model.base import Base
@@ -22,7 +23,6 @@ from shoplm.model.tokenizer import Tokenizer
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import DecoderWeights, load_weights
 from shoplm.prompt import PromptBuilder
-from shoplm.training.catalogue import token_texts
 from shoplm.training.formats import UNROUNDED, Formats
 from shoplm.training.packing import Pack
 from shoplm.training.passes import groups, lay_out

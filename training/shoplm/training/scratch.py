@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from shoplm.bundle import PromptSchema
 from shoplm.catalog.items import Catalog
+from shoplm.engine.shop_texts import token_texts
 from shoplm.errors import ConfigurationError
 from shoplm.model.base import Base, resolve_base
 from shoplm.model.chat_template import ChatTemplate
@@ -31,7 +32,6 @@ from shoplm.training.adapt.causal import CPU
 from shoplm.training.adapt.saved_base import check_place
 from shoplm.training.adapt.scratch_model import INPUT_ROWS, SIZES, ScratchModel, ScratchSize
 from shoplm.training.adapt.trainer import AdaptSettings, JointTrainer
-from shoplm.training.catalogue import token_texts
 from shoplm.training.examples import ranking_examples
 from shoplm.training.ranker import CountPrior
 from shoplm.training.samples import Task, Use

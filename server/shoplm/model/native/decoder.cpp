@@ -13,6 +13,7 @@
 #endif
 #include "attention_bytes.h"
 #include "greedy.h"
+#include "packing.h"
 #include "products.h"
 
 namespace shoplm {
@@ -252,5 +253,9 @@ void shoplm_linear(const shoplm::Linear* w, const void* x, int64_t m, int64_t co
 
 void shoplm_greedy(const shoplm::Greedy* head, const void* x, int64_t m, int64_t* tokens, int64_t threads) {
     shoplm::run_greedy(*head, static_cast<const shoplm::bf16*>(x), m, tokens, threads);
+}
+
+void shoplm_pack(const shoplm::Packing* packing, int64_t threads) {
+    packing->wide ? shoplm::run_packing<float>(*packing, threads) : shoplm::run_packing<shoplm::bf16>(*packing, threads);
 }
 }

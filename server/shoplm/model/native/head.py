@@ -6,9 +6,8 @@ import ctypes
 
 import torch
 from shoplm.model.native.library import GreedyRef, LinearRef, NativeLibrary, pointer
-from shoplm.model.native.linear import PANEL, PackedLinear, WeightFormat, quantise
+from shoplm.model.native.linear import PANEL, PackedLinear, WeightFormat
 from torch import Tensor
-from torch.nn import functional
 
 
 class NativeHead:
@@ -20,10 +19,9 @@ class NativeHead:
         self._logits = PackedLinear(library, weight, format=min(format, WeightFormat.INT8))
         self._ref = GreedyRef(self._logits.ref, LinearRef(), None, len(weight), 0.0)
         if format is WeightFormat.BF16:
-            padded = functional.pad(weight, (0, 0, 0, -len(weight) % PANEL))
-            integers = quantise(padded, WeightFormat.INT8)
-            errors = integers.errors(padded)
-            self._screen = PackedLinear(library, padded, format=WeightFormat.INT8, integers=integers)
+            self._screen = PackedLinear(library, weight, format=WeightFormat.INT8, measured=True)
+            errors = self._screen.errors
+            assert errors is not None
             self._errors = errors.view(-1, PANEL).amax(dim=1)
             self._ref.screen, self._ref.errors = self._screen.ref, pointer(self._errors)
             self._ref.norm = _largest_norm(weight) + errors.max().item()

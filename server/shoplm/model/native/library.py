@@ -24,8 +24,8 @@ from shoplm.model.base_cache import cache_folder
 from shoplm.model.native.memory import WeightMemory
 
 _SOURCES = (
-    *("vectors.h", "tiles.h", "crew.h", "linear.h", "linear_tiles.h", "linear_vectors.h", "products.h"),
-    *("products_avx2.h", "products_avx512.h"),
+    *("vectors.h", "tiles.h", "crew.h", "linear.h", "linear_tiles.h", "linear_vectors.h", "packing.h"),
+    *("products.h", "products_avx2.h", "products_avx512.h"),
     *("attention.h", "attention_bytes.h", "attention_tiles.h", "attention_vectors.h"),
     *("attention_avx2.h", "attention_avx512.h", "greedy.h", "decoder.cpp"),
 )
@@ -85,6 +85,10 @@ class NativeUnavailableError(Exception):
     """Says why this machine cannot use the C++ decoder."""
 
 
+class NativeBuildError(NativeUnavailableError):
+    """The compiler is there, and refuses the decoder."""
+
+
 @dataclass(frozen=True)
 class NativeLibrary:
     """The loaded decoder."""
@@ -107,6 +111,15 @@ class LinearRef(ctypes.Structure):
         ("group", ctypes.c_int64),
         ("rank", ctypes.c_int64),
         ("format", ctypes.c_int64),
+    )
+
+
+class PackingRef(ctypes.Structure):
+    """`shoplm::Packing`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "packed", "scales", "errors")),
+        *((name, ctypes.c_int64) for name in ("n", "k", "group", "format", "wide")),
     )
 
 
@@ -216,6 +229,8 @@ def declared(instructions: InstructionSet, library: ctypes.CDLL) -> NativeLibrar
         ctypes.c_int64,
     )
     library.shoplm_greedy.restype = None
+    library.shoplm_pack.argtypes = (ctypes.POINTER(PackingRef), ctypes.c_int64)
+    library.shoplm_pack.restype = None
     return NativeLibrary(instructions, library)
 
 
@@ -274,7 +289,7 @@ def _build(flags: tuple[str, ...], source: Path, target: Path) -> ctypes.CDLL:
             command = [compiler, *flags, str(source), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
             if done.returncode:
-                raise NativeUnavailableError(f"{compiler} failed: {done.stderr.strip()[:300]}")
+                raise NativeBuildError(f"{compiler} failed: {done.stderr.strip()[:300]}")
             made.write_bytes((content := made.read_bytes()) + hashlib.sha256(content).digest())
             library = ctypes.CDLL(str(made))
             if keeps:

@@ -15,19 +15,18 @@ _ALIGNMENT = 128
 
 
 class WeightMemory:
-    """Copies tensors one behind the other. A chunk is freed with the last tensor that lies in it."""
+    """Hands out pieces one behind the other. A chunk is freed with the last piece of it."""
 
     def __init__(self) -> None:
         self._chunk = torch.empty(0, dtype=torch.uint8)
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """A copy of `tensor`, contiguous."""
-        size = tensor.numel() * tensor.element_size()
+    def take(self, size: int) -> Tensor:
+        """So many bytes, which begin at a cache line."""
         taken = -(-size // _ALIGNMENT) * _ALIGNMENT
         if taken > len(self._chunk):
             self._chunk = _reserve(max(taken, _CHUNK))
         memory, self._chunk = self._chunk[:size], self._chunk[taken:]
-        return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return memory
 
 
 def _reserve(size: int) -> Tensor:

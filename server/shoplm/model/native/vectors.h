@@ -160,6 +160,7 @@ inline void store_integers(int8_t* to, Integers x) {
 #endif
 
 inline Floats load_numbers(const bf16* from) { return load_bf16(from); }
+inline Floats load_numbers(const float* from) { return load(from); }
 
 inline float to_float(float value) { return value; }
 inline float to_float(bf16 value) {

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from shoplm.bundle import PromptSchema
 from shoplm.catalog.items import Catalog
+from shoplm.engine.shop_texts import token_texts
 from shoplm.model.base import Base
 from shoplm.model.chat_template import ChatTemplate
 from shoplm.model.tokenizer import Tokenizer
@@ -18,7 +19,6 @@ from shoplm.training.adapt.causal import CPU
 from shoplm.training.adapt.conversations import talk_prompts
 from shoplm.training.adapt.model import AdaptedModel, TalkingModel
 from shoplm.training.adapt.replay import Replay, replays_of
-from shoplm.training.catalogue import token_texts
 from shoplm.training.ranker import OutputRows
 from shoplm.training.report import ChatKept
 from shoplm.training.shop import Shop

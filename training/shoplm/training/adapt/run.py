@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from shoplm.bundle import read_manifest
 from shoplm.catalog.items import read_catalog
+from shoplm.engine.shop_texts import token_texts
 from shoplm.errors import BundleError
 from shoplm.model.base import resolve_base
 from shoplm.model.chat_template import ChatTemplate
@@ -29,7 +30,6 @@ from shoplm.training.adapt.model import AdaptedModel, TalkingModel, TunedModel
 from shoplm.training.adapt.replay import Replay, replays_of
 from shoplm.training.adapt.saved_base import check_place
 from shoplm.training.adapt.trainer import AdaptSettings, JointTrainer, Talk
-from shoplm.training.catalogue import token_texts
 from shoplm.training.log import ShopLog
 from shoplm.training.ranker import OutputRows
 from shoplm.training.report import ChatKept
