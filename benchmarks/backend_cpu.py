@@ -11,14 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from shoplm.bench.report import machine, versions
 from shoplm.model.backend import Backend
 from shoplm.model.config import ModelConfig, RopeConfig
 from shoplm.model.direct import DirectRunner
@@ -132,11 +132,9 @@ def measure(backends: Mapping[str, Backend], repeats: int) -> dict[str, dict[str
     }
 
 
-def cpu_name() -> str:
-    """The processor's model name where the system says it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+def header(threads: int) -> dict[str, Any]:
+    """The machine, as it is now, and the versions: before anything is measured."""
+    return {"machine": {**machine(), "threads": threads}, "versions": versions()}
 
 
 def main() -> None:
@@ -149,9 +147,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     backends = {name: make(name, getattr(torch, arguments.dtype)) for name in arguments.contestants}
     report = {
-        "machine": {"cpu": cpu_name(), "threads": arguments.threads, "load": round(os.getloadavg()[0], 2)},
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **header(arguments.threads),
         "dtype": arguments.dtype,
         "model": "SmolLM2-135M's shape, random weights",
         "rows": measure(backends, arguments.repeats),

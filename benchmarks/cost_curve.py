@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import time
 from pathlib import Path
 
 import torch
-from backend_cpu import CONFIG, cpu_name, random_weights
+from backend_cpu import CONFIG, header, random_weights
 from shoplm.engine.engine import Engine
 from shoplm.model.native.backend import NativeBackend, native_refusal
 from shoplm.model.shop_weights import random_trie
@@ -95,10 +94,9 @@ def main() -> None:
         "row_seconds": each.row,
         "error": {"median": statistics.median(errors), "p90": statistics.quantiles(errors, n=10)[-1]},
         "steps": steps,
-        "machine": {"cpu": cpu_name(), "threads": arguments.threads, "model": "SmolLM2-135M's shape, bfloat16"},
+        **header(arguments.threads),
+        "model": "SmolLM2-135M's shape, bfloat16",
         "backend": backend.info.name,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
     }
     text = json.dumps(result, indent=2)
     print(text)

@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from backend_cpu import CONFIG, cpu_name, random_weights
+from backend_cpu import CONFIG, header, random_weights
 from shoplm.engine.batch import Batch, Row
 from shoplm.model.native.decoder import NativeDecoder
 from shoplm.model.native.library import best_library
@@ -89,10 +88,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     report = {
-        "machine": {"cpu": cpu_name(), "threads": arguments.threads, "load": round(os.getloadavg()[0], 2)},
+        **header(arguments.threads),
         "instructions": str(best_library().instructions),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "steps": measure(arguments.repeats),
     }
     text = json.dumps(report, indent=1)

@@ -47,6 +47,7 @@ def test_defaults_listen_on_loopback_only() -> None:
         ([], {"SHOPLM_MAX_EVENTS": "-3"}, "SHOPLM_MAX_EVENTS is '-3': Input should be greater than or equal to 1"),
         (["--dtype", "int3"], {}, "--dtype is 'int3': Input should be 'bfloat16' or 'float32'"),
         (["--default-beam-width", "500"], {}, "default_beam_width 500 is over max_beam_width 128"),
+        (["--max-step-tokens", "16"], {}, "default_beam_width 32 is over max_step_tokens 16"),
         (["--tls-key", "k.pem"], {}, "tls_certificate and tls_key come together"),
         (["--engine-hang-seconds", "0.2"], {}, "engine_hang_seconds 0.2 is below 1"),
         (["--max-message-bytes", "536870912"], {}, "--max-message-bytes is '536870912': Input should be less than or"),

@@ -205,6 +205,11 @@ class ServerConfig(BaseSettings):
         ):
             if getattr(self, default) > getattr(self, limit):
                 raise ValueError(f"{default} {getattr(self, default)} is over {limit} {getattr(self, limit)}")
+        if self.default_beam_width > self.max_step_tokens:
+            raise ValueError(
+                f"default_beam_width {self.default_beam_width} is over max_step_tokens {self.max_step_tokens}: a step "
+                "holds a search's beams together"
+            )
         if 0 < self.engine_hang_seconds < 1:  # it says something five times a second, if steps are short
             raise ValueError(f"engine_hang_seconds {self.engine_hang_seconds} is below 1: every step would be a hang")
         if (self.tls_certificate is None) != (self.tls_key is None):

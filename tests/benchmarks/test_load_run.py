@@ -264,7 +264,8 @@ def test_rounds_of_a_rate_are_taken_in_turns_and_count_as_one(
         (["--rounds", "2"], "--rounds needs --rates or --find-knee"),
         (["--policies", "slack,fcfs"], "--policies needs --rates or --find-knee"),
         (["--policies", "slack", "--rates", "1", "--address", "127.0.0.1:1"], "leave --address out"),
-        (["--rates", "1,fast"], "could not convert"),
+        (["--rates", "1,fast"], "--rates '1,fast': expected requests a second above 0, such as 3,6,9"),
+        (["--rates", "0"], "--rates '0': expected"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(arguments: list[str], message: str) -> None:

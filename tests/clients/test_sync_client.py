@@ -241,6 +241,8 @@ def test_zero_is_refused_rather_than_sent_as_the_default(server: CannedServer) -
     with Client(server.address) as client:
         with pytest.raises(ValueError, match="count=0"):
             client.recommend("7", count=0)
+        with pytest.raises(ValueError, match="count=99999999999 must be at most 4294967295"):
+            client.recommend("7", count=99_999_999_999)
         with pytest.raises(TypeError, match="one string"):
             client.rank("7", "milk")
         with pytest.raises(TypeError, match="customer must be"):

@@ -16,6 +16,7 @@ from shoplm.bench import offline, report
 from shoplm.bench.launch import LaunchError
 from shoplm.bench.plan import LoadSettings, Targets
 from shoplm.bench.run import CONNECT_SECONDS, Target, Work, measure, serve_arguments, server, sweep_rates
+from shoplm.bench.sweep import read_rates
 from shoplm.bench.workload import WorkloadError
 from shoplm.simulate.trace import parse_mix, read_trace
 
@@ -93,7 +94,7 @@ def bench(
         traced = None if trace is None else read_trace(trace)
         if rates or find_knee:
             targets = Target(address, metrics_url, token, base, bundle)
-            chosen = [] if rates is None else [float(rate) for rate in rates.split(",")]
+            chosen = [] if rates is None else read_rates(rates)
             path = output or RESULTS / f"sweep-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
             chosen_policies = policies.split(",") if policies else []
             sweep_rates(console, targets, settings, traced, chosen, chosen_policies, rounds, 60 * minutes, path)

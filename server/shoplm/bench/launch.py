@@ -38,7 +38,7 @@ def own_server(arguments: Sequence[str], log: Path, start_seconds: float = START
 
     Its output goes to `log`. Raises LaunchError when it ends or is not ready within `start_seconds`.
     """
-    port, metrics_port = _free_ports(2)
+    port, metrics_port = free_ports(2)
     # Ended by SIGTERM, this process must not leave the server behind: as an exception, it passes through `finally`.
     # While the server is being started there is nothing yet to stop: the exception waits until there is.
     started, terminated = False, False
@@ -91,7 +91,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Free ports of loopback; held together while they are chosen, so that they differ."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]

@@ -52,6 +52,17 @@ def goodput(result: LoadResult) -> float:
     return math.fsum(each.goodput for each in result.services.values())
 
 
+def read_rates(text: str) -> list[float]:
+    """`--rates`. Raises ValueError for what is no list of numbers above 0."""
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(0.0 < rate < math.inf for rate in rates):
+        raise ValueError(f"--rates {text!r}: expected requests a second above 0, such as 3,6,9")
+    return rates
+
+
 async def measure_rates(measure: MeasureAll, rates: Sequence[float]) -> tuple[tuple[LoadResult, ...], ...]:
     """Each policy's results, at each of the rates, ascending."""
     return tuple(zip(*[await measure(rate) for rate in sorted(set(rates))], strict=True))

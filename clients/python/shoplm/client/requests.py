@@ -9,6 +9,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from shoplm.client.types import Customer, Event, ItemFilter, Message, Target, TargetKind
 from shoplm.v1 import chat_pb2, prediction_pb2, recommendation_pb2, shop_pb2
 
+_MOST_UNSIGNED = 2**32 - 1  # of a uint32 on the wire
+
 
 def timestamp(moment: datetime) -> Timestamp:
     """The protobuf form of an aware datetime."""
@@ -121,6 +123,8 @@ def _unsigned(name: str, value: int | None) -> int:
         return 0
     if value < 1:
         raise ValueError(f"{name}={value} must be at least 1; leave it out for the server's default")
+    if value > _MOST_UNSIGNED:
+        raise ValueError(f"{name}={value} must be at most {_MOST_UNSIGNED}")
     return value
 
 
