@@ -2,8 +2,8 @@
 
     python benchmarks/start_up.py --install now=.venv/bin/shoplm --install before=../other/.venv/bin/shoplm
 
-The client is there before the server and asks at once, so nothing of its own is counted but the call. The first start of
-each install, which reads files, does not count. Servers listen on loopback.
+The client is there before the server and asks at once, so nothing of its own is counted but the call. The first start
+of each install, which reads files, does not count. Servers listen on loopback.
 """
 
 from __future__ import annotations
