@@ -188,7 +188,7 @@ def weight_only(outputs: int, inputs: int, rows: int, bits: int) -> Work:
 def beam_step(groups: int, live: int, children: int, select: int, *, filtered: bool = True) -> Work:
     """`live` beams per group with `children` candidates each: logit, code, item range and prefix sum of each, once."""
     candidates = groups * live * children
-    each = 2 + INDEX_BYTES + (3 * INDEX_BYTES if filtered else 0)
+    each = 4 + INDEX_BYTES + (3 * INDEX_BYTES if filtered else 0)
     written = groups * select * 4 * INDEX_BYTES
     read = groups * live * (2 * INDEX_BYTES + 4)
     return Work(candidates * each + written + read, vector_flops=4 * candidates)

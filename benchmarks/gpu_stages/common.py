@@ -142,9 +142,13 @@ def median_us(calls: Sequence[Call], *, smoke: bool, rounds: int = 20, graphed: 
     return statistics.median(_event_us(graph.replay) for _ in range(rounds)) / len(calls)
 
 
+_SLEEP_CYCLES = 2_000_000  # about a millisecond, in which the host queues all that is measured
+
+
 def _event_us(call: Call) -> float:
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
+    torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]  # else the card would wait for the host between the events
     first.record()
     call()
     last.record()

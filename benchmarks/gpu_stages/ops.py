@@ -60,7 +60,7 @@ def _beam_steps(stage: Stage) -> None:
 
 def _beam_step_call(stage: Stage, trie: TrieTables, groups: int, live: int, width: int) -> Call:
     device = stage.device
-    logits = torch.randn(groups * live, trie.columns, device=device).to(stage.dtype)
+    logits = torch.randn(groups * live, trie.columns, device=device)  # fp32, as the backend's products give them
 
     def filled(value: int) -> torch.Tensor:
         return torch.full((groups,), value, dtype=torch.int32, device=device)

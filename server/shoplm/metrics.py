@@ -120,7 +120,8 @@ class Metrics:
         self.draft_tokens = self._counter("shoplm_draft_tokens", "Guessed tokens of answers that passes checked.")
         self.draft_tokens_accepted = self._counter("shoplm_draft_tokens_accepted", "Those of them that were right.")
         self.preemptions = self._counter(
-            "shoplm_preemptions", "Requests that lost their pages to a more urgent one and are computed again."
+            "shoplm_preemptions",
+            "Requests that lost their pages to one that came before them, and are computed again.",
         )
         self.cost_error = self._histogram(
             "shoplm_cost_error_ratio", "|predicted - measured| / measured step time.", buckets=RATIO_BUCKETS

@@ -113,8 +113,12 @@ class Server:
         finally:
             loading.cancel()
         self._check_sizes(engine)
+        shop = self.served.shop
         self._health = Health(
-            has_bundle=config.bundle is not None, chats=base.origin is not Origin.SCRATCH, engine_api=config.engine_api
+            has_bundle=shop is not None,
+            predicts=shop is not None and bool(shop.targets),
+            chats=base.origin is not Origin.SCRATCH,
+            engine_api=config.engine_api,
         )
         customers = CustomerReader(self.served.shop, config.max_events)
         self._grpc.add_services(Core(self.served, engine, config, self.metrics, customers), self._health)

@@ -53,6 +53,6 @@ def real_shop(shop_folders: ShopFolders) -> Iterator[ServerThread]:
     """One server on a real engine, which runs in a thread."""
     small = ["--dtype", "float32", "--kv-cache-mib", "16", "--threads", "1"]
     config = shop_folders.config("--engine-api", "--synthetic-tries", "toy=50:4x4x4", *small)
-    make = lambda config, base: ThreadEngineClient(config.engine_spec(base.folder))  # noqa: E731
+    make = lambda config, base, _: ThreadEngineClient(config.engine_spec(base.folder))  # noqa: E731
     with ServerThread(config, make) as server:
         yield server

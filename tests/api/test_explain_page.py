@@ -27,7 +27,7 @@ SMALL = ("--dtype", "float32", "--kv-cache-mib", "16", "--threads", "1")
 def collected(folders: ShopFolders, customer: shop_pb2.Customer) -> Explained:
     config = folders.config(*SMALL)
     return asyncio.run(
-        explain(config, customer, 3, lambda config, base: ThreadEngineClient(config.engine_spec(base.folder)))
+        explain(config, customer, 3, lambda config, base, _: ThreadEngineClient(config.engine_spec(base.folder)))
     )
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
+import grpc
+import msgspec
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
-from served_shop import Scripted, Serve
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from served_shop import Scripted, Serve, ShopFolders
+from shoplm.api.methods import PREDICTION
+from shoplm.bundle import read_manifest, write_manifest
 from shoplm.features import FEATURE_NAMES
 from shoplm.request import Predict, Service
 from shoplm.v1 import model_pb2, shop_pb2
@@ -85,3 +93,19 @@ def test_the_model_describes_itself_so_that_a_caller_needs_nothing_else(scripted
     # Each target that it lists can be asked for as it is.
     request = pb.PredictRequest(customer=DEMO, targets=model.targets)
     assert [each.target for each in scripted_shop.server.prediction.Predict(request).predictions] == list(model.targets)
+
+
+def test_a_bundle_without_targets_predicts_nothing(
+    shop_folders: ShopFolders, serve_scripted: Serve, tmp_path: Path
+) -> None:
+    """The engine, which has no heads, is not asked."""
+    bundle = Path(shutil.copytree(shop_folders.bundle, tmp_path / "bundle"))
+    write_manifest(bundle, msgspec.structs.replace(read_manifest(bundle, verify=False), targets=()))
+    scripted = serve_scripted("--bundle", str(bundle))
+    with pytest.raises(grpc.RpcError, match="this bundle predicts nothing") as error:
+        scripted.server.prediction.Predict(pb.PredictRequest(customer=DEMO))
+    assert error.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert not scripted.engine.requests
+    request = health_pb2.HealthCheckRequest(service=PREDICTION.full_name)
+    status = health_pb2_grpc.HealthStub(scripted.server.channel).Check(request).status
+    assert status == health_pb2.HealthCheckResponse.NOT_SERVING

@@ -161,7 +161,7 @@ def test_the_command_sweeps_rates_with_every_flag_of_the_load(server: CannedServ
     flags = ["--trace", str(trace), "--burstiness", "3", "--deadline-at-target", "--no-allow-degraded"]
     load = ["--seconds", "0.5", "--warmup-seconds", "0.2", "--mix", "prediction=1", "--prediction-target", "0.9"]
     result = invoke("--address", server.address, "--rates", "40,20", *load, *flags, "--output", str(output))
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output  # so short a run is INVALID
     written = json.loads(output.read_text())
     assert written["capacity"] == {"server": 40.0}
     (sweep,) = written["sweeps"]
@@ -196,7 +196,7 @@ def test_the_command_searches_the_knee_within_the_minutes_that_it_is_given(
             *load,
         )
     )
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output  # so short a run is INVALID
     (sweep,) = json.loads(output.read_text())["sweeps"]
     # No time to double the rate: the first one, and those beyond it.
     assert [point["settings"]["rate"] for point in sweep["points"]] == [20.0, 30.0, 40.0]
@@ -216,7 +216,7 @@ def test_the_command_starts_a_server_for_each_policy(
     output = tmp_path / "policies.json"
     load = ["--seconds", "0.3", "--warmup-seconds", "0", "--mix", "prediction=1", "--prediction-target", "2"]
     result = invoke("--policies", "slack,fcfs", "--rates", "20", *load, "--output", str(output))
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output  # so short a run is INVALID
     assert started == ["slack", "fcfs"]
     assert json.loads(output.read_text())["capacity"] == {"slack": 20.0, "fcfs": 20.0}
 
@@ -247,7 +247,7 @@ def test_rounds_of_a_rate_are_taken_in_turns_and_count_as_one(
     load = ["--seconds", "0.3", "--warmup-seconds", "0", "--mix", "prediction=1", "--prediction-target", "2"]
     flags = ["--policies", "slack,fcfs", "--rates", "20", "--rounds", "3", "--seed", "5"]
     result = invoke(*flags, *load, "--output", str(output))
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output  # so short a run is INVALID
     assert sent == [(policy, seed) for seed in (6, 7, 8) for policy in ("slack", "fcfs")]
     for sweep in json.loads(output.read_text())["sweeps"]:
         (point,) = sweep["points"]

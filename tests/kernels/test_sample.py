@@ -102,6 +102,17 @@ def test_negative_zero_ties_with_zero(dtype: torch.dtype) -> None:
     assert set(found) == {0, 1}
 
 
+def test_a_row_without_a_number_has_a_token_of_the_vocabulary() -> None:
+    """Its neighbour is served as if it were alone."""
+    logits = torch.full((3, 5000), torch.nan)
+    logits[1, 7] = 1.0
+    logits[1, :7], logits[1, 8:] = 0.0, 0.0
+    settings = {"temperature": [0.0, 0.0, 1.0], "top_k": [0, 0, 5], "top_p": [1.0, 1.0, 0.5]}
+    found = run(Rows.of(logits, **settings))
+    assert all(0 <= token < 5000 for token in found)
+    assert found[1] == 7
+
+
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     """Same seed and position, same token: alone, in a batch, elsewhere in it, and from a larger workspace."""
     generator = torch.Generator().manual_seed(1)

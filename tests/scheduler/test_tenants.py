@@ -26,12 +26,12 @@ class Shop:
             lanes=lambda select: 0,
         )
         self.now = 0.0
-        self._number = 0
+        self.number = 0
 
     def ask(self, tenant: str) -> None:
-        self._number += 1
-        tokens = token_ids([self._number % 997, *range(30)])
-        request = Request(f"r{self._number}", Service.PREDICTION, tokens, Predict((0.5,)), self.now, tenant=tenant)
+        self.number += 1
+        tokens = token_ids([self.number % 997, *range(30)])
+        request = Request(f"r{self.number}", Service.PREDICTION, tokens, Predict((0.5,)), self.now, tenant=tenant)
         self.scheduler.admit(request, self.now)
 
     def step(self) -> bool:
@@ -54,6 +54,20 @@ def test_nothing_is_kept_of_requests_that_have_ended() -> None:
         while shop.step():
             pass
         assert _sequences() == before
+
+
+def test_who_left_a_long_queue_is_forgotten_before_the_turn_comes() -> None:
+    """Deadlines of an hour: their entries would come up in an hour."""
+    shop = Shop()
+    for _ in range(300):
+        shop.ask("a")
+    before = _sequences()
+    for _ in range(20):
+        for _ in range(100):
+            shop.ask("b")
+            shop.scheduler.cancel(f"r{shop.number}")
+        shop.scheduler.drain_outputs()
+    assert _sequences() < before + 2 * 300 + 100
 
 
 def _sequences() -> int:

@@ -221,6 +221,7 @@ def sample_row_kernel(
     partial = row * TILES + tile
     best = tl.load(best_ptr + partial, mask=exists, other=float("-inf"))
     _, token = _first_best(best, tl.load(token_ptr + partial, mask=exists, other=VOCAB), VOCAB)
+    token = tl.minimum(token, VOCAB - 1)  # where no logit is a number
     temperature = tl.load(temperature_ptr + row)
     k = tl.load(top_k_ptr + row)
     p = tl.load(top_p_ptr + row)
@@ -251,4 +252,4 @@ def sample_row_kernel(
                 following = _draw_before(row_ptr, key, token, inverse, seed, position, VOCAB, BLOCK)
                 searching = following < VOCAB
                 token = tl.where(searching, following, token)
-    tl.store(out_ptr + row, token.to(tl.int64))
+    tl.store(out_ptr + row, tl.minimum(token, VOCAB - 1).to(tl.int64))

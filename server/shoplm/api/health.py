@@ -13,9 +13,9 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 class Health:
     """What probes and balancers see. NOT_SERVING until `set_serving(True)`."""
 
-    def __init__(self, *, has_bundle: bool, chats: bool, engine_api: bool) -> None:
+    def __init__(self, *, has_bundle: bool, predicts: bool, chats: bool, engine_api: bool) -> None:
         offered = {CHAT.full_name: chats, MODEL.full_name: True}
-        offered |= {RECOMMENDATION.full_name: has_bundle, PREDICTION.full_name: has_bundle}
+        offered |= {RECOMMENDATION.full_name: has_bundle, PREDICTION.full_name: predicts}
         if engine_api:
             offered[ENGINE.full_name] = True
         self._offered = {"": True, **offered}

@@ -9,6 +9,7 @@ from shoplm.api.explanations import Asked, Explainer, Explanation
 from shoplm.api.validation import Violations, quote
 from shoplm.api.warnings import Warnings
 from shoplm.bundle import HeadSpec
+from shoplm.errors import NotServingError
 from shoplm.readout.answers import population_seconds, reader
 from shoplm.request import Predict, Service
 from shoplm.v1 import prediction_pb2 as pb
@@ -61,6 +62,8 @@ class PredictionService(PredictionServiceServicer):
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
         core = self._core
         core.shop()
+        if not self._targets:
+            raise NotServingError("this bundle predicts nothing: its log was too short or too small, as its card says")
         violations, warnings = Violations(), Warnings()
         history = core.customers.read(request.customer, violations, warnings)
         targets = self._asked(request.targets, violations) if request.targets else self._targets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -97,22 +98,35 @@ def bench(
             chosen = [] if rates is None else read_rates(rates)
             path = output or RESULTS / f"sweep-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
             chosen_policies = policies.split(",") if policies else []
-            sweep_rates(console, targets, settings, traced, chosen, chosen_policies, rounds, 60 * minutes, path)
+            _check_writable(path)
+            sweeps = sweep_rates(
+                console, targets, settings, traced, chosen, chosen_policies, rounds, 60 * minutes, path
+            )
+            if any(point.verdict.status == "INVALID" for sweep in sweeps for point in sweep.points):
+                raise typer.Exit(1)
             return
         if policies:
             raise ValueError("--policies needs --rates or --find-knee")
         if rounds > 1:
             raise ValueError("--rounds needs --rates or --find-knee")
+        path = output or RESULTS / f"{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
+        _check_writable(path)
         shapes = (offline.PROMPTS, offline.OUTPUTS) if throughput else ()
         work = Work(settings if mixed else None, shapes, throughput_runs, bundle, token, traced)
         with server(console, address, metrics_url, serve_arguments(base, bundle, settings.targets)) as running:
             measured = asyncio.run(measure(console, running, work))
-    path = output or RESULTS / f"{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
-    report.write_json(measured, machine, path)
     report.print_report(measured, console)
+    report.write_json(measured, machine, path)
     console.print(f"[dim]written to {path}[/dim]")
     if measured.load is not None and measured.load.verdict.status == "INVALID":
         raise typer.Exit(1)
+
+
+def _check_writable(path: Path) -> None:
+    """Raises ValueError before anything is measured."""
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if path.is_dir() or not os.access(there, os.W_OK) or not (there.is_dir() or there == path):
+        raise ValueError(f"--output {path} cannot be written")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 from shoplm.request import Service
 from shoplm.simulate.trace import Arrival as TracedArrival
@@ -27,6 +27,11 @@ class Targets:
     prediction_seconds: float = 0.050
     chat_first_seconds: float = 0.500
     chat_token_seconds: float = 0.060
+
+    def __post_init__(self) -> None:
+        for name, value in zip(self.__match_args__, astuple(self), strict=True):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}={value} must be a finite number above 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class LoadSettings:
             )
         if self.rate * (self.seconds + self.warmup_seconds) > MAX_ARRIVALS:
             raise ValueError(f"rate={self.rate} for {self.seconds} s is more than {MAX_ARRIVALS} requests; lower one")
-        if not self.mix or any(weight < 0 for weight in self.mix.values()) or sum(self.mix.values()) <= 0:
+        if not all(0 <= weight < math.inf for weight in self.mix.values()) or sum(self.mix.values()) <= 0:
             raise ValueError(f"mix={dict(self.mix)} must have weights of 0 or more, one of them above 0")
         if not 0 <= self.new_customer_share <= 1:
             raise ValueError(f"new_customer_share={self.new_customer_share} must be from 0 to 1")

@@ -71,7 +71,7 @@ def sweep_rates(
     rounds: int,
     most_seconds: float,
     path: Path,
-) -> None:
+) -> Sequence[Sweep]:
     """Measure every policy at the same rates, in so many rounds at each, in turns; without `rates`, those around the
     knees. Write JSON and plots."""
     if policies and target.address is not None:
@@ -88,11 +88,12 @@ def sweep_rates(
     sweeps = [Sweep(policy, each) for policy, each in zip(names, points, strict=True)]
     capacity = {each.policy or "server": each.capacity for each in sweeps}
     results = {"capacity": capacity, "comparison": comparison(sweeps), "sweeps": [asdict(each) for each in sweeps]}
+    print_sweeps(sweeps, console)
     report.write_json_of(results, machine_before, path)
     note = f"{rounds * settings.seconds:g} s at each rate, seed {settings.seed}; see {path.name} for the numbers."
     path.with_suffix(".html").write_text(plot_page(sweeps, note), "utf-8")
-    print_sweeps(sweeps, console)
     console.print(f"[dim]written to {path} and {path.with_suffix('.html').name}[/dim]")
+    return sweeps
 
 
 async def _sweep(

@@ -72,9 +72,11 @@ async def explain(
             recommended = await RecommendationServiceStub(channel).Recommend(
                 recommendation_pb2.RecommendRequest(customer=customer, count=count, explain=True)
             )
-            predicted = await PredictionServiceStub(channel).Predict(
-                prediction_pb2.PredictRequest(customer=customer, explain=True)
-            )
+            predicted = prediction_pb2.PredictResponse()
+            if served.shop.targets:
+                predicted = await PredictionServiceStub(channel).Predict(
+                    prediction_pb2.PredictRequest(customer=customer, explain=True)
+                )
     finally:
         await server.close()
     prefix = served.prompts.prefix(history)

@@ -90,10 +90,9 @@ class DeviceSelector:
         if trie.depth > 1:
             raise ValueError(f"items have codes of {trie.depth} tokens: one state does not tell their probability")
         check_items(tuple(items), trie.items)
-        codes = trie.levels[0].child_code.astype(np.int64)
-        existing, wanted = upload([codes, np.asarray(items, np.int64)], self._device)
+        (wanted,) = upload([np.asarray(items, np.int64)], self._device)
         logits = product(hidden, self._rows[0]) + self._bias[0]
-        return torch.log_softmax(logits[:, existing], dim=-1)[:, wanted].contiguous()
+        return torch.log_softmax(logits[:, self._levels[0].child_code.long()], dim=-1)[:, wanted].contiguous()
 
     def launch(self, hidden: Tensor, jobs: Sequence[SelectJob], readback: Readback) -> list[Finish]:
         """Queue one level of selections that are all at it. `hidden` [rows, H] is what the jobs' rows index.

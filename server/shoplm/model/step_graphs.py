@@ -117,14 +117,14 @@ class RunAgain:
 class CudaGraph:
     """A captured CUDA graph; all of a backend's share one pool of memory, since they run one after another."""
 
-    def __init__(self, run: Callable[[], StepOutputs], pool: Any) -> None:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    def __init__(self, run: Callable[[], StepOutputs], pool: Any, stream: torch.cuda.Stream) -> None:
+        """`stream` is the same for all: cuBLAS has a workspace for each stream, and keeps it."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             run()  # compiles kernels and lets cuBLAS take its workspace, neither of which may happen in a capture
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
             self._outputs = run()
 
     def replay(self) -> StepOutputs:
@@ -149,11 +149,16 @@ class StepGraphs:
         return tuple(self._captured)
 
     def capture(self, buckets: Sequence[StepBounds], budget_seconds: float) -> None:
-        """Capture buckets in order until the time is spent; what is left out runs launch by launch. Logs progress."""
+        """Capture buckets in order until the time is spent; what is left out runs launch by launch. Logs progress.
+        Once: the captured steps read one buffer, as large as these need."""
+        if self._captured:
+            raise RuntimeError("step sizes have been captured already")
         arrays = [plan_step(_EMPTY, bounds, self.state) for bounds in buckets]
         sizes = [packed_bytes(host_arrays(each)) for each in arrays]
         self._buffer = torch.zeros(max(sizes, default=0), dtype=torch.uint8, device=self._device)
-        pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        on_gpu = self._device.type == "cuda"
+        pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        stream = torch.cuda.Stream() if on_gpu else None  # type: ignore[no-untyped-call]
         start = reported = time.perf_counter()
         for bounds, inputs in zip(buckets, arrays, strict=True):
             now = time.perf_counter()
@@ -167,7 +172,7 @@ class StepGraphs:
             def run(step: KernelStep = step) -> StepOutputs:
                 return self._program(step)
 
-            self._captured[bounds] = RunAgain(run) if pool is None else CudaGraph(run, pool)
+            self._captured[bounds] = RunAgain(run) if stream is None else CudaGraph(run, pool, stream)
         self._smallest_first = sorted(self._captured, key=_padding)
         log.info(
             "captured %d of %d step sizes in %.1f s (budget %.0f s)",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Protocol
 
+from shoplm.lazy_heap import mostly_gone
 from shoplm.request import Service
 from shoplm.scheduler.fairness import ServiceShare, Shares, Tenant
 from shoplm.scheduler.forecast import Forecast
@@ -207,6 +208,9 @@ class _Turns:
             tenant.virtual = max(tenant.virtual, self._share.turn)
             heapq.heappush(self._tenants, (tenant.virtual, next(self._tie), tenant))
         heapq.heappush(queue, (key, sequence.ticket, sequence))
+        if mostly_gone(len(queue), self._share.waiting):  # far deadlines of who has gone never come up
+            queue[:] = [entry for entry in queue if entry[2].ticket == entry[1]]
+            heapq.heapify(queue)
 
     def clear(self) -> None:
         """Nobody waits: forget who did."""

@@ -25,6 +25,8 @@ from shoplm.scheduler.rows import next_level, next_tokens
 from shoplm.scheduler.sequence import Sequence
 from shoplm.scheduler.survey import Answers, survey
 
+PATIENCE_SECONDS = 5.0  # for room: after it nobody else is started
+
 
 class Planner:
     """Plans steps, starts requests from the queue and charges for both."""
@@ -50,13 +52,14 @@ class Planner:
         self._budgeter = budgeter
         self._prospects = prospects
         self._drafter = Drafter(config.max_draft_tokens, cost)
+        self._starved: Sequence | None = None  # smaller requests have taken every page that came free, for too long
 
     def plan(self, begin: float, now: float) -> Plan:
         """The step that will begin at `begin`; empty when there is nothing to compute."""
         self._order.open(now)
         searches, prompts, self.answers = survey(self._residents, self._cost, self._token_target)
         self._arrange(prompts, now)
-        waiting = self._order.peek(now)
+        waiting = self._first_waiting(now)
         budget = self._budgeter.open(self.answers, self._most_urgent(prompts, waiting), begin)
         rows: list[PlanRow] = []
         served = Served()
@@ -145,9 +148,10 @@ class Planner:
             if waiting is not None and (running is None or self._order.before(waiting, running)):
                 if self._start(waiting, now):
                     prompts.insert(at, waiting)
+                    waiting = self._first_waiting(now)
                 else:
                     self._order.hold(waiting)
-                waiting = self._order.peek(now)
+                    waiting = None if self._starved is not None else self._order.peek(now)
                 continue
             if running is None:
                 return
@@ -165,10 +169,22 @@ class Planner:
 
     def _start(self, sequence: Sequence, now: float) -> bool:
         """Let the first of the queue run, if it may and there is room for it."""
-        if not self._budgeter.may_answer(sequence, self.answers) or not self._residents.start(sequence):
+        if not self._budgeter.may_answer(sequence, self.answers):
+            return False
+        if not self._residents.start(sequence):
+            if sequence.lacks_since is None:
+                sequence.lacks_since = now
+            elif now - sequence.lacks_since > PATIENCE_SECONDS and self._starved is None:
+                self._starved = sequence
             return False
         self._queue.pop(sequence, now)
         return True
+
+    def _first_waiting(self, now: float) -> Sequence | None:
+        if self._starved is not None and self._starved.ticket:
+            return self._starved
+        self._starved = None
+        return self._order.peek(now)
 
     def _close(self, served: Served, rows: list[PlanRow], now: float) -> Plan:
         """Charge for the step."""

@@ -39,6 +39,7 @@ class Sequence:
     expected_cached: int = 0  # leading tokens of these
     queued_tokens: int = 0  # what it counts in the queue's bound while it waits
     ticket: int = 0  # of its place in the queue; 0: it does not wait
+    lacks_since: float | None = None  # when it was its turn and there was no room for it; None: never
     tenant: Tenant | None = None  # whom its work is charged to
     is_late: bool = False  # it has missed its target and nobody set a deadline: it gets what others leave, and a share
     foreseen_seconds: float = 0.0  # from its arrival to its first result, as it was predicted when it was let in

@@ -101,8 +101,8 @@ class SimulatedBackend:
                 return None
             case SampleReadout(sampling, index):
                 return STOP_TOKEN if index >= sampling.seed else _TEXT_TOKEN
-            case SelectReadout(_, level):
-                last = level == self._info.trie_depths[""] - 1
+            case SelectReadout(select, level):
+                last = select.popularity_only or level == self._info.trie_depths[""] - 1
                 return SelectOutput((0,), (0.0,), (0.0,), (0.0,), (0.0,), (0.0,)) if last else None
             case _:
                 return (0.0,)

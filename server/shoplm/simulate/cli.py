@@ -75,13 +75,19 @@ def simulate(
             write_trace(arrivals, save_trace)
         if deadlines:
             arrivals = [with_deadline(each, rules) for each in arrivals]
+        if not arrivals:
+            raise ValueError("nothing arrives: raise the rate or the seconds")
+        if not 0.0 <= warm_up < arrivals[-1].seconds:
+            raise ValueError(
+                f"--warm-up {warm_up:g}: expected seconds from 0 to the last arrival, at {arrivals[-1].seconds:.4g}"
+            )
         loads = _loads(load)
         results = _sweep(fleet, arrivals, loads, warm_up)
         if capacity or compare:
             _capacities(fleet, arrivals, warm_up, compare)
-    if plot is not None:
-        plot.write_text(_page(results, _rate(arrivals), warm_up), "utf-8")
-        typer.echo(f"written to {plot}")
+        if plot is not None:
+            plot.write_text(_page(results, _rate(arrivals), warm_up), "utf-8")
+            typer.echo(f"written to {plot}")
 
 
 def with_deadline(arrival: Arrival, policy: SchedulingPolicy) -> Arrival:
@@ -130,7 +136,8 @@ def _sweep(
             counts = map(str, (each.refused, each.expired, each.degraded, each.late))
             times = (each.latency["p50"], each.latency["p95"], each.latency["p99"], each.first["p95"])
             shown = ("-" if value is None else f"{1e3 * value:.0f}" for value in times)
-            share, goodput = f"{each.in_time_share:.1%}", f"{each.goodput:.4g}"
+            share = "-" if each.in_time_share is None else f"{each.in_time_share:.1%}"
+            goodput = f"{each.goodput:.4g}"
             typer.echo(_line(f"{load:g}", f"{load * rate:.4g}", service.value, share, *counts, goodput, *shown))
         cost = result.replica_seconds_per_answer()
         typer.echo(f"        busy {result.utilisation:.0%}; an answer in time costs {cost:.3g} replica-seconds")

@@ -66,6 +66,8 @@ class Shape:
         for name in ("rate", "seconds", "burstiness"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be a positive number")
+        if self.customers < 1:
+            raise ValueError(f"customers is {self.customers}: it must be at least 1")
         if sum(self.mix.values()) <= 0 or min(self.mix.values()) < 0:
             raise ValueError(f"mix is {dict(self.mix)}: it needs weights of 0 or more, one of them above 0")
 

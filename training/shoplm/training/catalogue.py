@@ -14,6 +14,7 @@ from shoplm.vocabulary import ShopVocabulary
 # How often an item must have been bought for a token of its own: the largest that still covers enough of the log.
 MINIMUM_COUNTS = (10, 5, 3, 2, 1)
 COVERED_SHARE = 0.85
+LABELS = (EventKind.PURCHASE, EventKind.CART, EventKind.VIEW)  # what is recommended: the first kind that there is
 MAX_ITEMS = 100_000
 
 
@@ -46,7 +47,7 @@ def choose_items(log: ShopLog, until: float) -> ShopItems:
     """Number the items by the events before `until` (Unix seconds) alone."""
     past = log.events.filter(pl.col("time") < until)
     present = set(past["kind"].unique().to_list())
-    label_kind = next((kind for kind in EventKind if int(kind) in present), EventKind.PURCHASE)
+    label_kind = next((kind for kind in LABELS if int(kind) in present), EventKind.PURCHASE)
     labels = past.filter(pl.col("kind") == int(label_kind))["item"].to_numpy()
     counts = np.bincount(labels, minlength=len(log.item_ids))
     minimum, covered = _minimum_count(counts)

@@ -13,8 +13,16 @@ from pathlib import Path
 
 import polars as pl
 from shoplm.history import EventKind
-from shoplm.training.log_columns import cleaned_events, cleaned_items, is_timezone, text_column, time_column
-from shoplm.training.problems import LogError, Problem
+from shoplm.training.log_columns import (
+    cleaned_events,
+    cleaned_items,
+    flag_column,
+    is_timezone,
+    text_column,
+    time_column,
+    unknown_flags,
+)
+from shoplm.training.problems import LogError, Notes, Problem
 
 KINDS: Mapping[str, EventKind] = {
     "purchase": EventKind.PURCHASE,
@@ -31,6 +39,11 @@ COLUMNS: Mapping[str, frozenset[str]] = {
     "customers": frozenset({"customer_id", "as_of"}),
     "campaigns": frozenset({"customer_id", "campaign_id", "campaign_type", "start", "end", "redeemed"}),
 }
+
+
+_FEW_PURCHASES = 0.01  # of the carts and views
+_MOST_ATTRIBUTES, _MOST_ATTRIBUTE_BYTES = 64, 256  # of a customer, as a server takes them
+_SEVERAL_CUSTOMERS = 50
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,7 @@ def read_log(
         problems.append(Problem("events", "time", len(clean), found, done, fatal=True))
     if any(problem.fatal for problem in problems):
         raise LogError(problems)
+    _check_kinds(clean, problems)
     known = cleaned_items(raw_items, clean, problems)
     item_ids = known["item_id"].to_list()
     customer_ids = clean["customer_id"].unique().sort().to_list()
@@ -139,14 +153,39 @@ def read_table(path: Path, table: str, required: tuple[str, ...], problems: list
         return None
     frame = frame.rename(dict(zip(frame.columns, names, strict=True)))
     for column, dtype in frame.schema.items():
-        if dtype.is_nested() and column in COLUMNS[table]:
-            found = f"a cell holds {dtype}, not one value"
+        if not (dtype.is_nested() or dtype in (pl.Binary, pl.Object, pl.Duration, pl.Time)):
+            continue
+        found = f"a cell holds {dtype}, not one value"
+        if column in COLUMNS[table]:
             problems.append(Problem(table, column, len(frame), found, "write one row per value", fatal=True))
+        else:
+            problems.append(Problem(table, column, len(frame), found, "left out"))
+            frame = frame.drop(column)
     for column in required:
         if column not in frame.columns:
             found = f"the column is missing; there are: {', '.join(frame.columns)}"
             problems.append(Problem(table, column, len(frame), found, "add or rename the column", fatal=True))
     return frame
+
+
+def _check_kinds(clean: pl.DataFrame, problems: list[Problem]) -> None:
+    """What customers buy is recommended, what they put into carts or look at only where nobody buys. Raises LogError
+    where there is none of it."""
+    counts = dict(clean["kind"].value_counts().iter_rows())
+    bought = counts.get(int(EventKind.PURCHASE), 0)
+    looked = counts.get(int(EventKind.CART), 0) + counts.get(int(EventKind.VIEW), 0)
+    if not bought + looked:
+        found, done = "nothing but returns", "give purchases, carts or views"
+        raise LogError([*problems, Problem("events", "type", len(clean), found, done, fatal=True)])
+    if 0 < bought < _FEW_PURCHASES * looked:
+        found = f"so few purchases beside {looked:,} carts and views"
+        problems.append(
+            Problem("events", "type", bought, found, "these few are recommended; without them, carts or views are")
+        )
+    if not bought:
+        found = "no purchases"
+        done = "carts (or views) are recommended; the customer's own are not counted"
+        problems.append(Problem("events", "type", len(clean), found, done))
 
 
 def _numbered(events: pl.DataFrame, customer_ids: list[str], item_ids: list[str]) -> pl.DataFrame:
@@ -167,11 +206,28 @@ def _attributes(frame: pl.DataFrame | None, problems: list[Problem]) -> dict[str
         problems.append(
             Problem("customers", "customer_id", len(frame) - len(unique), "empty or repeated id", "first row kept")
         )
-    names = sorted(name for name in frame.columns if name != "customer_id")
+    names = _telling(unique, sorted(name for name in frame.columns if name not in COLUMNS["customers"]), problems)
     return {
         row["customer_id"]: tuple((name, row[name]) for name in names if row[name] is not None)
         for row in unique.iter_rows(named=True)
     }
+
+
+def _telling(customers: pl.DataFrame, names: list[str], problems: list[Problem]) -> list[str]:
+    """The attributes that say something of others, too, and that a server takes."""
+    note = Notes("customers", problems)
+    kept: list[str] = []
+    for name in names:
+        column = customers[name].drop_nulls()
+        if column.n_unique() > max(_SEVERAL_CUSTOMERS, len(column) / 2):
+            note.add(name, len(column), "another value for nearly each customer", "left out: it says nothing of others")
+        elif long := int((column.str.len_bytes() > _MOST_ATTRIBUTE_BYTES).sum()):
+            note.add(name, long, f"longer than {_MOST_ATTRIBUTE_BYTES} bytes, which a server refuses", "left out")
+        elif len(kept) == _MOST_ATTRIBUTES:
+            note.add(name, len(column), f"more than {_MOST_ATTRIBUTES} columns, which a server refuses", "left out")
+        else:
+            kept.append(name)
+    return kept
 
 
 def _campaigns(
@@ -180,14 +236,17 @@ def _campaigns(
     if frame is None:
         return pl.DataFrame(schema=CAMPAIGN_SCHEMA)
     ids = pl.DataFrame({"customer_id": customer_ids, "customer": pl.Series(range(len(customer_ids)), dtype=pl.Int32)})
-    truth = pl.col("redeemed").cast(pl.String).str.to_lowercase().is_in(["true", "1", "yes", "t"])
+    odd, example = unknown_flags(frame, "redeemed")
+    if odd:
+        found = f"neither true nor false, such as {example!r}"
+        problems.append(Problem("campaigns", "redeemed", odd, found, "taken as not redeemed"))
     parsed = frame.with_columns(
         text_column("customer_id"),
         text_column("campaign_id"),
         text_column("campaign_type"),
         time_column(frame, "start", timezone),
         time_column(frame, "end", timezone),
-        truth.fill_null(False).alias("redeemed"),
+        flag_column("redeemed").fill_null(False),
     )
     known = parsed.join(ids, on="customer_id").select(list(CAMPAIGN_SCHEMA)).drop_nulls()
     usable = known.filter(pl.col("start") < pl.col("end")).unique(maintain_order=True)

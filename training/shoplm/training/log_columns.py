@@ -13,7 +13,10 @@ from shoplm.training.problems import Notes, Problem
 _MAX_AMOUNT = 1e9  # a quantity or price above this is a defect of the file, not a purchase
 _OLDEST = datetime(1970, 1, 2, tzinfo=UTC).timestamp()
 _EPOCH_MILLIS = 1e11  # numbers above this are milliseconds: as seconds they would lie in the year 5138
+_LEAST_SECONDS = 1e8  # numbers below this, years such as 2024 or spreadsheets' days, are no Unix time after March 1973
 _ZONED = r"^\d{4}-\d{2}-\d{2} .*(Z|[+-]\d{2}(:?\d{2})?)$"
+_EXAMPLES = 3
+_TRUE, _FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
 _ITEM_COLUMNS = ("title", "category", "product_type")
 _PAID = "_median_paid"
 _RESERVED = ("row", "type_index", _PAID)  # of items.parquet, or made on the way to it
@@ -25,25 +28,43 @@ def text_column(name: str) -> pl.Expr:
     return pl.when(text != "").then(text.str.replace(r"^(-?\d+)\.0$", "$1")).alias(name)
 
 
+def flag_column(name: str) -> pl.Expr:
+    """The column as true or false, null where it is neither."""
+    text = text_column(name).str.to_lowercase()
+    return pl.when(text.is_in(_TRUE)).then(True).when(text.is_in(_FALSE)).then(False).alias(name)
+
+
+def unknown_flags(frame: pl.DataFrame, name: str) -> tuple[int, str]:
+    """Cells that say something, but neither true nor false, and one of them."""
+    odd = frame.filter(text_column(name).is_not_null() & flag_column(name).is_null())[name]
+    return len(odd), str(odd[0]) if len(odd) else ""
+
+
 def time_column(frame: pl.DataFrame, name: str, timezone: str) -> pl.Expr:
-    """The column as Unix seconds, null where it cannot be read: datetimes, dates, ISO 8601 text, or Unix seconds (or
-    milliseconds). A time without a zone is one of `timezone`; a local time that does not exist is null."""
+    """The column as Unix seconds, null where it cannot be read: datetimes, dates (20240131, too), ISO 8601 text, or
+    Unix seconds (or milliseconds). A time without a zone is one of `timezone`; a local time that does not exist is
+    null."""
     dtype = frame.schema[name]
     column = pl.col(name)
     if isinstance(dtype, pl.Datetime) and dtype.time_zone is not None:
         return (column.dt.timestamp("us") / 1e6).alias(name)
     if dtype.is_numeric():
-        return _unix(column.cast(pl.Float64)).alias(name)
+        compact = column.cast(pl.Int64, strict=False).cast(pl.String).str.to_date("%Y%m%d", strict=False)
+        dated = _localized(compact.cast(pl.Datetime("us")), timezone)
+        return pl.coalesce(_unix(column.cast(pl.Float64)), dated).alias(name)
     if dtype == pl.Date or isinstance(dtype, pl.Datetime):
         return _localized(column.cast(pl.Datetime("us")), timezone).alias(name)
     text = _time_text(name)
     zoned = text.str.replace(r"Z$", "+00:00").str.replace(r"([+-]\d{2})$", "${1}:00")
-    with_zone = zoned.str.to_datetime("%Y-%m-%d %H:%M:%S%.f%:z", strict=False, time_unit="us").dt.timestamp("us") / 1e6
+    formats = ("%Y-%m-%d %H:%M:%S%.f%:z", "%Y-%m-%d %H:%M%:z")
+    parsed = pl.coalesce(zoned.str.to_datetime(each, strict=False, time_unit="us") for each in formats)
+    with_zone = parsed.dt.timestamp("us") / 1e6
     has_zone = text.str.contains(_ZONED)
     plain = pl.coalesce(
         text.str.to_datetime("%Y-%m-%d %H:%M:%S%.f", strict=False, time_unit="us"),
         text.str.to_datetime("%Y-%m-%d %H:%M", strict=False, time_unit="us"),
         text.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us")),
+        text.str.to_date("%Y%m%d", strict=False).cast(pl.Datetime("us")),
     )
     numeric = _unix(text.cast(pl.Float64, strict=False))
     return (
@@ -75,12 +96,13 @@ def is_timezone(name: str) -> bool:
 
 
 def _time_text(name: str) -> pl.Expr:
-    return pl.col(name).cast(pl.String).str.strip_chars().str.replace(r"^(\d{4}-\d{2}-\d{2})T", "${1} ")
+    text = pl.col(name).cast(pl.String).str.strip_chars().str.to_uppercase()
+    return text.str.replace(r"^(\d{4}-\d{2}-\d{2})T", "${1} ").str.replace(r"(:\d{2}),(\d)", "${1}.${2}")
 
 
 def _unix(number: pl.Expr) -> pl.Expr:
     seconds = pl.when(number > _EPOCH_MILLIS).then(number / 1000.0).otherwise(number)
-    return pl.when(seconds.is_finite()).then(seconds)
+    return pl.when(seconds.is_finite() & (seconds.abs() >= _LEAST_SECONDS)).then(seconds)
 
 
 def _localized(naive: pl.Expr, timezone: str) -> pl.Expr:
@@ -112,7 +134,10 @@ def cleaned_events(
     )
     frame = note.drop(frame, "customer_id", pl.col("customer_id").is_null(), "empty")
     frame = note.drop(frame, "item_id", pl.col("item_id").is_null(), "empty")
-    frame = note.drop(frame, "type", pl.col("kind").is_null(), f"not one of {', '.join(kinds)}")
+    unknown = raw["type"].cast(pl.String).str.strip_chars()
+    unknown = unknown.filter(~unknown.str.to_lowercase().is_in([*kinds])).unique(maintain_order=True)[:_EXAMPLES]
+    such = f"not one of {', '.join(kinds)}, such as {', '.join(map(repr, unknown))}"
+    frame = note.drop(frame, "type", pl.col("kind").is_null(), such)
     frame = note.drop(frame, "time", pl.col("time").is_null(), "empty or not a time")
     frame = note.drop(frame, "time", pl.col("time") > now, "in the future")
     frame = note.drop(frame, "time", pl.col("time") < _OLDEST, "before 1970-01-02")
@@ -159,17 +184,21 @@ def cleaned_items(raw: pl.DataFrame | None, events: pl.DataFrame, problems: list
     for name in _ITEM_COLUMNS:
         if name not in frame.columns:
             frame = frame.with_columns(pl.lit(None, pl.String).alias(name))
-    price = pl.col("price").cast(pl.Float64, strict=False) if "price" in frame.columns else pl.lit(None, pl.Float64)
+    priced = "price" in frame.columns
+    given = frame.select(text_column("price").is_not_null()).to_series() if priced else pl.Series([False])
+    price = pl.col("price").cast(pl.Float64, strict=False) if priced else pl.lit(None, pl.Float64)
     stock = pl.lit(True)
     if "in_stock" in frame.columns:
-        stock = ~pl.col("in_stock").cast(pl.String).str.to_lowercase().is_in(["false", "0", "no", "f"])
+        stock = flag_column("in_stock")
+        odd, example = unknown_flags(frame, "in_stock")
+        note.add("in_stock", odd, f"neither true nor false, such as {example!r}", "taken as in stock")
     frame = frame.with_columns(
         *(text_column(name) for name in frame.columns if name not in ("item_id", "price", "in_stock")),
         price.alias("price"),
         stock.fill_null(True).alias("in_stock"),
     )
     valid = pl.col("price").is_finite() & (pl.col("price") >= 0)
-    bad = frame.select((pl.col("price").is_not_null() & ~valid).sum()).item() or 0
+    bad = frame.select((pl.lit(given) & ~valid.fill_null(False)).sum()).item() or 0
     note.add("price", bad, "negative or not a number", "median price paid instead")
     frame = frame.with_columns(pl.when(valid).then(pl.col("price")).alias("price"))
     paid = events.filter(pl.col("price").is_not_nan()).group_by("item_id").agg(pl.col("price").median().alias(_PAID))

@@ -78,7 +78,7 @@ class StateSpace:
         """Principal components of the standardised states; each is divided by its deviation, small ones by less."""
         mean, deviation = hidden.mean(0), hidden.std(0, correction=0) + 1e-3
         standard = (hidden - mean) / deviation
-        values, vectors = torch.linalg.eigh(standard.T @ standard / max(len(hidden), 1))
+        values, vectors = principal_axes(standard)
         values, vectors = values.flip(0)[:dimensions].clamp(min=0), vectors.flip(1)[:, :dimensions]
         floor = 0.05 * values.mean() + _EPSILON
         return cls(mean, vectors / (values + floor).sqrt() / deviation[:, None])
@@ -166,7 +166,7 @@ def attribute_components(embeddings: Tensor, dimensions: int = ATTRIBUTE_DIMENSI
     """[items, A]: leading principal components of the items' text embeddings [items, H], each with deviation one; one
     zero column where all texts are the same."""
     centred = embeddings.float() - embeddings.float().mean(0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred / max(len(centred), 1))
+    values, vectors = principal_axes(centred)
     values, vectors = values.flip(0)[:dimensions], vectors.flip(1)[:, :dimensions]
     kept = values > _EPSILON * values[0].clamp(min=_EPSILON)
     if not bool(kept.any()):
@@ -246,3 +246,10 @@ def fit_ranker(
 def _folded(space: StateSpace, model: Ranker) -> tuple[OutputRows, float]:
     with torch.no_grad():
         return space.fold(model.rows(), model.bias.detach().clone()), float(model.repeat_weight)
+
+
+def principal_axes(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [H] and -vectors [H, H] of the covariance of `centred` [N, H], ascending. In fp64: where rows are few
+    or alike, fp32 may not converge."""
+    values, vectors = torch.linalg.eigh((centred.T @ centred / max(len(centred), 1)).double())
+    return values.to(centred.dtype), vectors.to(centred.dtype)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from rich.console import Console
 from rich.table import Table
@@ -17,8 +18,12 @@ def print_report(console: Console, report: Report) -> None:
     for result in report.rankings:
         _print_ranking(console, result)
     if report.probabilities:
-        header = ("target", "observed", "AUC", "Brier", "ECE", "slope", "intercept", "boosting AUC", "Brier", "ECE")
-        console.print(table("probabilities", header, map(_probability, report.probabilities)))
+        header = ("target", "observed", "by", "AUC", "Brier", "ECE")
+        console.print(table("probabilities", header, chain.from_iterable(map(_probability, report.probabilities))))
+        calibration = [
+            (row.target, estimate(row.slope, ".3f"), estimate(row.intercept, "+.3f")) for row in report.probabilities
+        ]
+        console.print(table("calibration", ("target", "slope", "intercept"), calibration))
     if report.amounts:
         rows = [
             (row.target, error.name, f"{error.mae:.2f}", f"{error.rmse:.2f}", covers, observed)
@@ -53,19 +58,9 @@ def _print_ranking(console: Console, result: RankingResult) -> None:
         console.print(f"new items: {shown(result.exploration.ratio, '.2f')} times the recall of popularity")
 
 
-def _probability(row: ProbabilityRow) -> tuple[str, ...]:
-    return (
-        row.target,
-        f"{row.observed:.4f}",
-        shown(row.auc, ".4f"),
-        f"{row.brier:.4f}",
-        f"{row.ece:.4f}",
-        estimate(row.slope, ".3f"),
-        estimate(row.intercept, "+.3f"),
-        shown(row.boosted_auc, ".4f"),
-        f"{row.boosted_brier:.4f}",
-        f"{row.boosted_ece:.4f}",
-    )
+def _probability(row: ProbabilityRow) -> Iterator[tuple[str, ...]]:
+    yield (row.target, f"{row.observed:.4f}", "ShopLM", shown(row.auc, ".4f"), f"{row.brier:.4f}", f"{row.ece:.4f}")
+    yield ("", "", "boosting", shown(row.boosted_auc, ".4f"), f"{row.boosted_brier:.4f}", f"{row.boosted_ece:.4f}")
 
 
 def _explanation_table(result: ExplanationResult) -> Table:

@@ -11,6 +11,7 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from shoplm.bundle_cli import table
 from shoplm.errors import ShopLMError
 from shoplm.training.problems import LogError, Problem
@@ -29,6 +30,8 @@ def errors(console: Console) -> Iterator[None]:
         fail(console, "the log cannot be used: see the rows above that say what to do")
     except ShopLMError as error:
         fail(console, str(error))
+    except (OSError, SafetensorError) as error:
+        fail(console, f"{error}: is the disk full, or not to be written? A run that is started again goes on")
 
 
 def fail(console: Console, message: str) -> NoReturn:

@@ -118,6 +118,9 @@ def _known_events(
     clean: pl.DataFrame, catalog: Catalog, problems: list[Problem]
 ) -> tuple[RawEvents, dict[str, tuple[int, int]]]:
     item, has_item, known = resolve_items(clean["item_id"].to_list(), catalog)
+    if len(clean) and not known.any():
+        found, done = "none is an item of the bundle", "give the events of the shop that the bundle was trained on"
+        raise LogError([*problems, Problem("events", "item_id", len(clean), found, done, fatal=True)])
     if not known.all():
         found = "not an item of the bundle"
         problems.append(Problem("events", "item_id", int((~known).sum()), found, "dropped"))
@@ -133,5 +136,5 @@ def _known_events(
     ).select(kept)
     who = clean["customer_id"].gather(kept).rle().struct.unnest()
     ends = np.cumsum(who["len"].to_numpy()).tolist()
-    starts = [0, *ends[:-1]]
+    starts = [0, *ends][: len(ends)]
     return events, dict(zip(who["value"].to_list(), zip(starts, ends, strict=True), strict=True))
