@@ -46,6 +46,10 @@ def test_three_columns_are_enough(tmp_path: Path) -> None:
         ("2021-03-01 10:00:00.250", 1614592800.25),
         ("2021-03-01 10:00", 1614592800.0),
         ("2021-03-01", 1614556800.0),
+        ("20210301", 1614556800.0),
+        ("2021-03-01T10:00Z", 1614592800.0),
+        ("2021-03-01t10:00+02:00", 1614585600.0),
+        ("2021-03-01T10:00:00,250z", 1614592800.25),
         ("1614592800", 1614592800.0),
         ("1614592800000", 1614592800.0),
     ],
@@ -53,6 +57,78 @@ def test_three_columns_are_enough(tmp_path: Path) -> None:
 def test_times_are_read_in_all_documented_forms(tmp_path: Path, text: str, seconds: float) -> None:
     log = read(tmp_path, f"{HEADER}\na,x,2000-01-01\na,x,{text}\n")
     assert log.events["time"].to_list() == [946684800.0, seconds]
+
+
+@pytest.mark.parametrize("text", ["2021", "45322", "-5"])
+def test_small_numbers_are_no_times(tmp_path: Path, text: str) -> None:
+    """Years, a spreadsheet's days: as seconds they would be of 1970, and stretch the log."""
+    log = read(tmp_path, f"{HEADER}\na,x,2021-03-01\na,x,2021-03-02\na,x,{text}\n")
+    assert len(log.events) == 2
+    assert found(log)["time", "empty or not a time"] == (1, "dropped")
+
+
+def test_dates_may_be_numbers(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"customer_id": [1, 1], "item_id": [2, 2], "time": [20210301, 20210302]})
+    frame.write_parquet(tmp_path / "e.parquet")
+    assert read_log(tmp_path / "e.parquet", now=NOW).events["time"].to_list() == [1614556800.0, 1614643200.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "flag"), [("1.0", True), (" Y ", True), ("TRUE", True), ("0.0", False), ("n", False), ("False ", False)]
+)
+def test_flags_are_read_in_all_spellings(tmp_path: Path, text: str, flag: bool) -> None:
+    (tmp_path / "campaigns.csv").write_text(
+        f"customer_id,campaign_id,campaign_type,start,end,redeemed\na,1,A,2021-03-01,2021-03-09,{text}\n"
+    )
+    log = read(
+        tmp_path,
+        f"{HEADER}\na,x,2021-03-01\na,x,2021-03-02\n",
+        f"item_id,in_stock\nx,{text}\n",
+        campaigns=tmp_path / "campaigns.csv",
+    )
+    assert log.campaigns["redeemed"].to_list() == log.items["in_stock"].to_list() == [flag]
+
+
+def test_what_is_neither_true_nor_false_is_said(tmp_path: Path) -> None:
+    items = 'item_id,in_stock,price\nx,sold out,1\ny,,"1,99"\n'
+    log = read(tmp_path, f"{HEADER}\na,x,2021-03-01\na,y,2021-03-02\n", items)
+    assert found(log)["in_stock", "neither true nor false, such as 'sold out'"] == (1, "taken as in stock")
+    assert found(log)["price", "negative or not a number"] == (1, "median price paid instead")
+
+
+def test_kinds_of_events_that_tell_little_are_said(tmp_path: Path) -> None:
+    views = "".join(f"a,x,2021-03-{day:02d},view\n" for day in range(2, 30)) * 5
+    times = "".join(
+        line.replace(",view", f" {hour:02d}:00,view") for hour in range(24) for line in views.splitlines(True)
+    )
+    log = read(tmp_path, f"{HEADER},type\na,x,2021-03-01,purchase\n{times}a,x,2021-03-01,BUY\na,x,2021-03-01,order\n")
+    said = [problem for problem in log.problems if problem.column == "type"]
+    assert said[0].found.endswith("such as 'BUY', 'order'") and said[0].rows == 2
+    assert said[1].found.startswith("so few purchases beside") and said[1].rows == 1
+    with pytest.raises(LogError, match="nothing but returns"):
+        read(tmp_path, f"{HEADER},type\na,x,2021-03-01,return\na,x,2021-03-02,return\n")
+
+
+def test_profiles_that_a_server_refuses_or_that_name_one_customer_are_left_out(tmp_path: Path) -> None:
+    count = 120
+    profiles = pl.DataFrame({
+        "customer_id": [f"c{number}" for number in range(count)],
+        "email": [f"c{number}@example.org" for number in range(count)],
+        "note": ["word " * 100] * count,
+        "age": ["30", "40"] * (count // 2),
+        "as_of": ["2021-03-01"] * count,
+        "tags": [["a"]] * count,
+    })  # fmt: skip
+    profiles.write_parquet(tmp_path / "customers.parquet")
+    rows = "".join(f"c{number},x,2021-03-0{1 + number % 9}\n" for number in range(count))
+    log = read(tmp_path, f"{HEADER}\n{rows}", customers=tmp_path / "customers.parquet")
+    assert log.attributes["c7"] == (("age", "40"),)
+    said = {problem.column: problem.done for problem in log.problems if problem.table == "customers"}
+    assert said == {
+        "email": "left out: it says nothing of others",
+        "note": "left out",
+        "tags": "left out",
+    }
 
 
 def test_local_times_are_those_of_the_named_zone(tmp_path: Path) -> None:
