@@ -204,6 +204,13 @@ def test_files_that_cannot_be_used_are_refused_before_an_engine_starts(run_score
         run_score(count=100_000)
 
 
+def test_events_of_another_shop_are_refused(run_score: Score, files: Path) -> None:
+    path = files / "events.parquet"
+    pl.read_parquet(path).with_columns(pl.lit("unknown").alias("item_id")).write_parquet(path)
+    with pytest.raises(LogError, match=r"events\.item_id: none is an item of the bundle"):
+        run_score()
+
+
 def test_rows_without_a_customer_or_a_moment_are_dropped_and_said(run_score: Score, files: Path) -> None:
     (files / "C.csv").write_text("customer_id,as_of\nc1,2017-12-01\n,2017-12-01\nc2,soon\nc3,\n")
     problems: list[Problem] = []

@@ -14,6 +14,7 @@ from shoplm.training.ranker import (
     attribute_components,
     basket_loss,
     fit_ranker,
+    principal_axes,
 )
 
 ITEMS, HIDDEN, GROUPS = 30, 24, 5
@@ -121,3 +122,16 @@ def test_attributes_that_are_all_alike_say_nothing() -> None:
     assert attribute_components(torch.ones(4, 6)).abs().sum() == 0
     parts = attribute_components(torch.randn(50, 6, generator=torch.Generator().manual_seed(1)))
     torch.testing.assert_close(parts.square().mean(0), torch.ones(6), rtol=1e-3, atol=1e-3)
+
+
+def test_states_of_few_kinds_have_axes() -> None:
+    """Most eigenvalues are nearly nothing, at which fp32 may not converge."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randn(36, 256, generator=generator)
+    states = kinds[torch.randint(36, (2000,), generator=generator)]
+    states = states + 1e-7 * torch.randn(states.shape, generator=generator)
+    centred = states - states.mean(0)
+    values, vectors = principal_axes(centred)
+    assert values.dtype == vectors.dtype == torch.float32
+    assert int((values > 1e-3).sum()) == 35  # one is the mean's
+    torch.testing.assert_close((vectors * values) @ vectors.T, centred.T @ centred / 2000, rtol=1e-4, atol=1e-4)
