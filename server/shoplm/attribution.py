@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,7 +107,7 @@ def leave_out(history: History, gone: NDArray[np.bool_]) -> History:
     columns = history.columns(~gone)
     _, basket = np.unique(columns["basket"], return_inverse=True)
     columns["basket"] = basket.astype(np.int32)
-    return History(**columns, as_of=history.as_of, attributes=history.attributes)
+    return replace(history, **columns)
 
 
 def prefix_without(builder: PromptBuilder, history: History, prefix: Prefix, gone: NDArray[np.bool_]) -> Prefix:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import IntEnum
 from typing import Any
@@ -44,6 +44,7 @@ class History:
     basket: NDArray[np.int32]  # 0, 1, 2, … in order of time
     as_of: float  # Unix seconds, UTC
     attributes: tuple[tuple[str, str], ...] = field(default=())  # known profile attributes, sorted by name
+    counted: EventKind = EventKind.PURCHASE  # what the shop recommends, and counts of a customer's own
 
     def __post_init__(self) -> None:
         count = len(self.item)
@@ -56,9 +57,9 @@ class History:
 
     def before(self, moment: float) -> History:
         """The history as it was at `moment` (Unix seconds): events strictly earlier, `as_of` = moment."""
-        return History(**self.columns(self.time < moment), as_of=moment, attributes=self.attributes)
+        return replace(self, **self.columns(self.time < moment), as_of=moment)
 
-    def columns(self, keep: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
+    def columns(self, keep: NDArray[np.bool_]) -> dict[str, Any]:
         """Every array, by name, at the events where `keep` [E] is set; basket numbers as they are."""
         names = ("item", "has_item", "kind", "time", "quantity", "price", "basket")
         return {name: getattr(self, name)[keep] for name in names}
@@ -69,11 +70,11 @@ class History:
         return 2 * self.item.astype(np.int64) + self.has_item
 
     def own_counts(self, decay_days: float) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Distinct purchased item rows and their decayed counts, sum over purchases of exp(-age / decay_days).
+        """Distinct item rows of `counted` events, purchases, and their decayed counts, sums of exp(-age / decay_days).
 
         Returns (rows [U] ascending, counts [U]). Age is measured from `as_of`.
         """
-        bought = self.has_item & (self.kind == EventKind.PURCHASE)
+        bought = self.has_item & (self.kind == self.counted)
         age_days = np.maximum(self.as_of - self.time[bought], 0.0) / SECONDS_PER_DAY
         rows, inverse = np.unique(self.item[bought], return_inverse=True)
         counts = np.bincount(inverse, weights=np.exp(-age_days / decay_days), minlength=len(rows))
@@ -90,6 +91,7 @@ def build_history(
     basket_key: list[str] | NDArray[np.str_] | NDArray[np.int64],
     as_of: float,
     attributes: tuple[tuple[str, str], ...] = (),
+    counted: EventKind = EventKind.PURCHASE,
 ) -> History:
     """Sort raw events of one customer into a History; the one way that training and serving both make one.
 
@@ -118,4 +120,5 @@ def build_history(
         basket=basket.astype(np.int32),
         as_of=as_of,
         attributes=tuple(sorted(attributes)),
+        counted=counted,
     )

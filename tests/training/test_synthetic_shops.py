@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 import typer
+from shoplm.bundle import read_manifest
 from shoplm.model.base import Base
 from shoplm.training.cli import train
 from shoplm.training.report import COUNT, OURS, POPULARITY, Report
@@ -63,8 +64,15 @@ def trained(tiny_base: Base, tmp_path: Path) -> Callable[[pl.DataFrame], Report]
     return run
 
 
-def test_on_a_shop_of_habits_the_model_is_not_below_counting(trained: Callable[[pl.DataFrame], Report]) -> None:
-    report = trained(habits())
+@pytest.mark.parametrize("kind", ["purchase", "cart"])
+def test_on_a_shop_of_habits_the_model_is_not_below_counting(
+    trained: Callable[[pl.DataFrame], Report], tmp_path: Path, kind: str
+) -> None:
+    """Where nobody buys, what customers put into carts is counted and recommended instead."""
+    report = trained(habits().with_columns(pl.lit(kind).alias("type")))
+    manifest = read_manifest(tmp_path / "shop")
+    assert manifest.recommends == kind
+    assert manifest.score.repeat_weight > 0 or manifest.score.rebuy_weight > 0
     assert len(report.rankings) == 2
     for result in report.rankings:
         ndcg = {row.name: row.ndcg for row in result.rows}

@@ -42,6 +42,7 @@ class CustomerReader:
         self._catalog = shop.catalog if shop is not None else _no_catalog()
         self._attributes = frozenset(shop.manifest.prompt.attributes) if shop is not None else frozenset()
         self._demo = shop.demo if shop is not None else {}
+        self._counted = shop.manifest.counted if shop is not None else EventKind.PURCHASE
         self._recent = RecentCustomers()
         self._max_events = max_events
         self._clock = clock
@@ -89,7 +90,7 @@ class CustomerReader:
         warnings.add("FUTURE_EVENT", len(events) - len(past))
         if len(past) < len(events):
             events = events.select(past)
-        return events.history(as_of, attributes)
+        return events.history(as_of, attributes, self._counted)
 
     def _read_attributes(
         self, customer: shop_pb2.Customer, violations: Violations, warnings: Warnings, field: str

@@ -46,7 +46,7 @@ class RawEvents:
             basket=[self.basket[row] for row in rows.tolist()],
         )
 
-    def history(self, as_of: float, attributes: Mapping[str, str]) -> History:
+    def history(self, as_of: float, attributes: Mapping[str, str], counted: EventKind) -> History:
         """Sorted and grouped into baskets. All events are at or before `as_of`."""
         return build_history(
             item=self.item,
@@ -58,6 +58,7 @@ class RawEvents:
             basket_key=self.basket,
             as_of=as_of,
             attributes=tuple(attributes.items()),
+            counted=counted,
         )
 
 

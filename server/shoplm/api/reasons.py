@@ -36,14 +36,18 @@ def _model_text(log_probability: float, history: History) -> str:
     return f"the model expects it next with a probability of {100 * math.exp(min(log_probability, 0.0)):.2g} %"
 
 
+_VERBS = {EventKind.PURCHASE: "bought", EventKind.CART: "put into the cart", EventKind.VIEW: "looked at"}
+
+
 def repeat_text(row: int, history: History) -> str:
     """How often and when last the customer bought the item, in visits and UTC dates."""
-    bought = (history.item == row) & history.has_item & (history.kind == EventKind.PURCHASE)
+    bought = (history.item == row) & history.has_item & (history.kind == history.counted)
+    verb = _VERBS[history.counted]
     if not bought.any():
-        return "not bought before"
+        return f"not {verb} before"
     visits = len(np.unique(history.basket[bought]))
     last = utc_day(float(history.time[bought].max()))
-    return f"bought once, on {last}" if visits == 1 else f"bought {visits} times, last on {last}"
+    return f"{verb} once, on {last}" if visits == 1 else f"{verb} {visits} times, last on {last}"
 
 
 def _near_text(contribution: float, sources: Sequence[str]) -> str:

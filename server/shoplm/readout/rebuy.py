@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from shoplm.bundle import ShopManifest
 from shoplm.errors import BundleError
-from shoplm.history import SECONDS_PER_DAY, EventKind, History
+from shoplm.history import SECONDS_PER_DAY, History
 
 Floats = NDArray[np.float32]
 
@@ -106,7 +106,7 @@ def own_items(history: History, decay_days: float, rebuy: Rebuy | None, weight: 
 def history_features(history: History, types: NDArray[np.int32]) -> tuple[NDArray[np.int32], Floats]:
     """Distinct purchased item rows [N], ascending, and HISTORY_FEATURES of each [N, H]; `types` [items] are the items'
     product types."""
-    bought = history.kind == EventKind.PURCHASE
+    bought = history.kind == history.counted
     has_item, item = history.has_item[bought], history.item[bought].astype(np.int64)
     if not has_item.any():
         return np.zeros(0, np.int32), np.zeros((0, len(HISTORY_FEATURES)), np.float32)

@@ -19,6 +19,7 @@ from shoplm.bundle import (
     ADAPTER_WEIGHTS,
     BASE_FOLDER,
     FORMAT,
+    RECOMMENDS,
     BaseReference,
     DemoCustomer,
     PromptSchema,
@@ -135,6 +136,7 @@ def _manifest(
         feature_version=FEATURE_VERSION,
         hashes=hashes,
         targets=model.predictor.specs if model.predictor is not None else (),
+        recommends=RECOMMENDS[shop.items.label_kind],
         customers=tuple(
             DemoCustomer(
                 customer_id=shop.log.customer_ids[customer],

@@ -28,7 +28,6 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 from shoplm.bundle import ScoreWeights
-from shoplm.history import EventKind
 from shoplm.readout.habits import Neighbours, habit_table
 from shoplm.training.shop import Shop
 from sklearn.utils.extmath import randomized_svd
@@ -69,7 +68,7 @@ class PastPurchases(NamedTuple):
 
 def purchases_before(shop: Shop, until: float) -> PastPurchases:
     """Of items with a row, before `until` (Unix seconds), in the log's order."""
-    known = (pl.col("time") < until) & (pl.col("kind") == int(EventKind.PURCHASE))
+    known = (pl.col("time") < until) & (pl.col("kind") == int(shop.items.label_kind))
     bought = shop.log.events.filter(known).select("customer", "time", "item")
     visits = bought.filter(pl.Series(shop.items.has_row[bought["item"].to_numpy()])).unique(maintain_order=True)
     customer, item = visits["customer"].to_numpy(), shop.items.index[visits["item"].to_numpy()]

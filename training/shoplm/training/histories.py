@@ -48,6 +48,7 @@ class Histories:
             basket_key=self._baskets[rows],
             as_of=float(columns["time"].max()) + 1.0,
             attributes=self._log.attributes.get(self._log.customer_ids[customer], ()),
+            counted=self._items.label_kind,
         )
 
     def __iter__(self) -> Iterator[History]:

@@ -184,7 +184,7 @@ def _check_kinds(clean: pl.DataFrame, problems: list[Problem]) -> None:
         )
     if not bought:
         found = "no purchases"
-        done = "carts (or views) are recommended; the customer's own are not counted"
+        done = "carts (or views) are recommended instead"
         problems.append(Problem("events", "type", len(clean), found, done))
 
 

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
-from shoplm.history import EventKind
 from shoplm.training.histories import Histories
 from shoplm.training.scoring import TOP, Window, chunks, top
 
@@ -62,7 +61,7 @@ class Purchases:
             if history is None or customer != last:
                 last, history = customer, histories[customer]
             known = history.before(moment)
-            bought = known.has_item & (known.kind == EventKind.PURCHASE)
+            bought = known.has_item & (known.kind == known.counted)
             baskets, index = np.unique(known.basket[bought], return_inverse=True)
             pairs.append(np.unique(np.stack([known.item[bought], index]).astype(np.int64), axis=1))
             counts.append(len(baskets))

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from shoplm.api.demo import RawEvents, resolve_items
 from shoplm.catalog.items import Catalog
-from shoplm.history import History
+from shoplm.history import EventKind, History
 from shoplm.training.log import KINDS, read_table
 from shoplm.training.log_columns import cleaned_events, text_column, time_column
 from shoplm.training.problems import LogError, Problem
@@ -35,6 +35,7 @@ class Questions:
     fingerprint: str  # of the questions and of the events
     _events: RawEvents
     _rows: dict[str, tuple[int, int]]  # customer -> where its events are
+    _counted: EventKind
 
     def __len__(self) -> int:
         return len(self.asked)
@@ -44,7 +45,7 @@ class Questions:
         start, end = self._rows.get(question.customer_id, (0, 0))
         rows = np.arange(start, end)
         known = self._events.select(rows[self._events.time[start:end] <= question.as_of])
-        return known.history(question.as_of, dict(question.attributes))
+        return known.history(question.as_of, dict(question.attributes), self._counted)
 
 
 def read_questions(
@@ -53,6 +54,7 @@ def read_questions(
     catalog: Catalog,
     attributes: tuple[str, ...],
     *,
+    counted: EventKind,
     as_of: float,
     timezone: str,
     now: float,
@@ -77,7 +79,7 @@ def read_questions(
     digest = hashlib.sha256(repr(questions).encode())
     for column in clean.columns:
         digest.update(clean[column].hash(seed=0).to_numpy().tobytes())
-    return Questions(questions, tuple(problems), digest.hexdigest(), known, rows)
+    return Questions(questions, tuple(problems), digest.hexdigest(), known, rows, counted)
 
 
 def _asked(

@@ -62,6 +62,7 @@ async def score(
         request.events,
         served.shop.catalog,
         served.shop.manifest.prompt.attributes,
+        counted=served.shop.manifest.counted,
         as_of=as_of,
         timezone=request.timezone,
         now=now,
