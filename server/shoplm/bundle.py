@@ -23,17 +23,11 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from shoplm.errors import BundleError
-from shoplm.history import EventKind
 
 # Written. 2 has habits beside the count: `loyalty_weight`, `goes_with_weight` and their tables; 3 has `rebuy_weight`,
 # 4 `adopt_weight`.
 FORMAT = 4
 Recommends = Literal["purchase", "cart", "view"]
-RECOMMENDS: dict[EventKind, Recommends] = {
-    EventKind.PURCHASE: "purchase",
-    EventKind.CART: "cart",
-    EventKind.VIEW: "view",
-}
 _READ = (1, 2, 3, 4)
 REQUIRED_FILES = ("items.parquet", "types.parquet", "weights.safetensors")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -142,11 +136,6 @@ class ShopManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     customers: tuple[DemoCustomer, ...] = ()
     recommends: Recommends = "purchase"  # the events that are foreseen, and a customer's counted
     cpu_formats: tuple[str, ...] = ()  # of weights, with which the C++ decoder has kept to the quality gate's limits
-
-    @property
-    def counted(self) -> EventKind:
-        """`recommends`, as histories name it."""
-        return EventKind[self.recommends.upper()]
 
     @property
     def has_adapter(self) -> bool:

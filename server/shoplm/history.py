@@ -27,6 +27,11 @@ class EventKind(IntEnum):
     RETURN = 3
 
 
+def event_kind(name: str) -> EventKind:
+    """As manifests name it, in lower case."""
+    return EventKind[name.upper()]
+
+
 @dataclass(frozen=True, slots=True)
 class History:
     """Events sorted by (time, basket, kind, item), all before or at `as_of`. Arrays of one length [E].

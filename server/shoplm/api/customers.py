@@ -15,7 +15,7 @@ from shoplm.api.shop import Shop
 from shoplm.api.validation import Violations, quote
 from shoplm.api.warnings import Warnings
 from shoplm.catalog.items import Catalog
-from shoplm.history import SECONDS_PER_DAY, EventKind, History
+from shoplm.history import SECONDS_PER_DAY, EventKind, History, event_kind
 from shoplm.v1 import shop_pb2
 
 _MOST_TIMES_EVENTS = 20  # max_events: more are not even looked at, to find the newest
@@ -42,7 +42,7 @@ class CustomerReader:
         self._catalog = shop.catalog if shop is not None else _no_catalog()
         self._attributes = frozenset(shop.manifest.prompt.attributes) if shop is not None else frozenset()
         self._demo = shop.demo if shop is not None else {}
-        self._counted = shop.manifest.counted if shop is not None else EventKind.PURCHASE
+        self._counted = event_kind(shop.manifest.recommends) if shop is not None else EventKind.PURCHASE
         self._recent = RecentCustomers()
         self._max_events = max_events
         self._clock = clock

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -19,10 +20,10 @@ from shoplm.bundle import (
     ADAPTER_WEIGHTS,
     BASE_FOLDER,
     FORMAT,
-    RECOMMENDS,
     BaseReference,
     DemoCustomer,
     PromptSchema,
+    Recommends,
     ShopManifest,
     file_hash,
     write_manifest,
@@ -136,7 +137,7 @@ def _manifest(
         feature_version=FEATURE_VERSION,
         hashes=hashes,
         targets=model.predictor.specs if model.predictor is not None else (),
-        recommends=RECOMMENDS[shop.items.label_kind],
+        recommends=cast(Recommends, shop.items.label_kind.name.lower()),
         customers=tuple(
             DemoCustomer(
                 customer_id=shop.log.customer_ids[customer],
