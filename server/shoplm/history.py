@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import IntEnum
@@ -27,9 +28,8 @@ class EventKind(IntEnum):
     RETURN = 3
 
 
-def event_kind(name: str) -> EventKind:
-    """As manifests name it, in lower case."""
-    return EventKind[name.upper()]
+EVENT_KINDS: Mapping[str, EventKind] = {kind.name.lower(): kind for kind in EventKind}  # as files name them
+MAX_ATTRIBUTES, MAX_ATTRIBUTE_BYTES = 64, 256  # of a customer's profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +74,20 @@ class History:
         """[E]: equal where events are of the same item, or of the same product type."""
         return 2 * self.item.astype(np.int64) + self.has_item
 
+    @property
+    def own(self) -> NDArray[np.bool_]:
+        """[E]: events that make an item of the catalogue the customer's own."""
+        own: NDArray[np.bool_] = self.has_item & (self.kind == self.counted)
+        return own
+
     def own_counts(self, decay_days: float) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Distinct item rows of `counted` events, purchases, and their decayed counts, sums of exp(-age / decay_days).
 
         Returns (rows [U] ascending, counts [U]). Age is measured from `as_of`.
         """
-        bought = self.has_item & (self.kind == self.counted)
-        age_days = np.maximum(self.as_of - self.time[bought], 0.0) / SECONDS_PER_DAY
-        rows, inverse = np.unique(self.item[bought], return_inverse=True)
+        own = self.own
+        age_days = np.maximum(self.as_of - self.time[own], 0.0) / SECONDS_PER_DAY
+        rows, inverse = np.unique(self.item[own], return_inverse=True)
         counts = np.bincount(inverse, weights=np.exp(-age_days / decay_days), minlength=len(rows))
         return rows.astype(np.int32), counts.astype(np.float32)
 

@@ -15,14 +15,12 @@ from shoplm.api.shop import Shop
 from shoplm.api.validation import Violations, quote
 from shoplm.api.warnings import Warnings
 from shoplm.catalog.items import Catalog
-from shoplm.history import SECONDS_PER_DAY, EventKind, History, event_kind
+from shoplm.history import EVENT_KINDS, MAX_ATTRIBUTE_BYTES, MAX_ATTRIBUTES, SECONDS_PER_DAY, EventKind, History
 from shoplm.v1 import shop_pb2
 
 _MOST_TIMES_EVENTS = 20  # max_events: more are not even looked at, to find the newest
 MAX_FUTURE_DAYS = 366.0  # further ahead than any plan: milliseconds taken for seconds, most likely
 MAX_ID_BYTES = 256
-MAX_ATTRIBUTES = 64
-MAX_ATTRIBUTE_BYTES = 256
 MAX_AMOUNT = 1e9  # of a quantity or a price: far above any shop's, and sums of it stay finite in fp32
 
 _KINDS = {
@@ -42,7 +40,7 @@ class CustomerReader:
         self._catalog = shop.catalog if shop is not None else _no_catalog()
         self._attributes = frozenset(shop.manifest.prompt.attributes) if shop is not None else frozenset()
         self._demo = shop.demo if shop is not None else {}
-        self._counted = event_kind(shop.manifest.recommends) if shop is not None else EventKind.PURCHASE
+        self._counted = EVENT_KINDS[shop.manifest.recommends] if shop is not None else EventKind.PURCHASE
         self._recent = RecentCustomers()
         self._max_events = max_events
         self._clock = clock

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from shoplm.bundle import ShopManifest
 from shoplm.catalog.items import Catalog
 from shoplm.errors import BundleError
-from shoplm.history import EventKind, History, build_history
+from shoplm.history import EVENT_KINDS, EventKind, History, build_history
 
-KINDS = {"purchase": EventKind.PURCHASE, "cart": EventKind.CART, "view": EventKind.VIEW, "return": EventKind.RETURN}
 _COLUMNS = ("customer_id", "item_id", "type", "time", "quantity", "price", "basket_id")
 
 
@@ -113,14 +112,14 @@ def read_demo_customers(bundle: Path, manifest: ShopManifest, catalog: Catalog) 
 
 
 def _events(path: Path, table: pl.DataFrame, catalog: Catalog) -> RawEvents:
-    unknown = set(table["type"].unique().to_list()) - set(KINDS)
+    unknown = set(table["type"].unique().to_list()) - set(EVENT_KINDS)
     if unknown:
-        raise BundleError(f"{path}: type is {sorted(map(str, unknown))[0]!r}, expected one of {', '.join(KINDS)}")
+        raise BundleError(f"{path}: type is {sorted(map(str, unknown))[0]!r}, expected one of {', '.join(EVENT_KINDS)}")
     item, has_item, known = resolve_items(table["item_id"].cast(pl.String).to_list(), catalog)
     events = RawEvents(
         item=item,
         has_item=has_item,
-        kind=np.asarray([KINDS[name] for name in table["type"].to_list()], np.int8),
+        kind=np.asarray([EVENT_KINDS[name] for name in table["type"].to_list()], np.int8),
         time=_unix_seconds(path, table["time"]),
         quantity=table["quantity"].fill_null(1).cast(pl.Float32).to_numpy(),
         price=table["price"].cast(pl.Float32).fill_null(float("nan")).to_numpy(),

@@ -41,7 +41,7 @@ _VERBS = {EventKind.PURCHASE: "bought", EventKind.CART: "put into the cart", Eve
 
 def repeat_text(row: int, history: History) -> str:
     """How often and when last the customer bought the item, in visits and UTC dates."""
-    bought = (history.item == row) & history.has_item & (history.kind == history.counted)
+    bought = history.own & (history.item == row)
     verb = _VERBS[history.counted]
     if not bought.any():
         return f"not {verb} before"

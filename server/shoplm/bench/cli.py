@@ -93,12 +93,13 @@ def bench(
             seed=seed,
         )
         traced = None if trace is None else read_trace(trace)
-        if rates or find_knee:
+        sweeping = bool(rates) or find_knee
+        path = output or RESULTS / f"{'sweep-' * sweeping}{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
+        _check_writable(path)
+        if sweeping:
             targets = Target(address, metrics_url, token, base, bundle)
             chosen = [] if rates is None else read_rates(rates)
-            path = output or RESULTS / f"sweep-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
             chosen_policies = policies.split(",") if policies else []
-            _check_writable(path)
             sweeps = sweep_rates(
                 console, targets, settings, traced, chosen, chosen_policies, rounds, 60 * minutes, path
             )
@@ -109,8 +110,6 @@ def bench(
             raise ValueError("--policies needs --rates or --find-knee")
         if rounds > 1:
             raise ValueError("--rounds needs --rates or --find-knee")
-        path = output or RESULTS / f"{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
-        _check_writable(path)
         shapes = (offline.PROMPTS, offline.OUTPUTS) if throughput else ()
         work = Work(settings if mixed else None, shapes, throughput_runs, bundle, token, traced)
         with server(console, address, metrics_url, serve_arguments(base, bundle, settings.targets)) as running:

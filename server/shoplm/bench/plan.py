@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field, fields
 
 from shoplm.request import Service
 from shoplm.simulate.trace import Arrival as TracedArrival
@@ -14,6 +14,13 @@ from shoplm.simulate.trace import moments
 
 MAX_ARRIVALS = 200_000
 MAX_SECONDS = 3600.0
+
+
+def _check_above_zero(settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}={value} must be a finite number above 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +36,7 @@ class Targets:
     chat_token_seconds: float = 0.060
 
     def __post_init__(self) -> None:
-        for name, value in zip(self.__match_args__, astuple(self), strict=True):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}={value} must be a finite number above 0")
+        _check_above_zero(self, *(each.name for each in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +72,7 @@ class LoadSettings:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("rate", "seconds", "deadline_seconds", "burstiness"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}={value} must be a finite number above 0")
+        _check_above_zero(self, "rate", "seconds", "deadline_seconds", "burstiness")
         if not 0 <= self.warmup_seconds <= MAX_SECONDS or self.seconds > MAX_SECONDS:
             raise ValueError(
                 f"seconds={self.seconds} and warmup_seconds={self.warmup_seconds} must be within {MAX_SECONDS:g}"

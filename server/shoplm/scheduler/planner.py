@@ -174,7 +174,7 @@ class Planner:
         if not self._residents.start(sequence):
             if sequence.lacks_since is None:
                 sequence.lacks_since = now
-            elif now - sequence.lacks_since > PATIENCE_SECONDS and self._starved is None:
+            elif now - sequence.lacks_since > PATIENCE_SECONDS:
                 self._starved = sequence
             return False
         self._queue.pop(sequence, now)

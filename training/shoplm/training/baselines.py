@@ -32,7 +32,7 @@ def frequency_ranking(examples: Examples, histories: Histories, popularity: torc
     ranked = np.zeros((len(examples), k), np.int64)
     for index, (customer, moment) in enumerate(zip(examples.customer, examples.moment, strict=True)):
         known = histories[int(customer)].before(float(moment))
-        bought = known.has_item & (known.kind == known.counted)
+        bought = known.own
         pairs = np.unique(np.stack([known.item[bought], known.basket[bought]], axis=1), axis=0)
         rows, baskets = np.unique(pairs[:, 0], return_counts=True)
         own = rows[np.lexsort((rank_of[rows], -baskets))][:k]

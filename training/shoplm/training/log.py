@@ -12,25 +12,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import polars as pl
-from shoplm.history import EventKind
+from shoplm.history import MAX_ATTRIBUTE_BYTES, MAX_ATTRIBUTES, EventKind
 from shoplm.training.log_columns import (
     cleaned_events,
     cleaned_items,
     flag_column,
     is_timezone,
+    note_unknown_flags,
     text_column,
     time_column,
-    unknown_flags,
 )
 from shoplm.training.problems import LogError, Notes, Problem
-
-KINDS: Mapping[str, EventKind] = {
-    "purchase": EventKind.PURCHASE,
-    "cart": EventKind.CART,
-    "view": EventKind.VIEW,
-    "return": EventKind.RETURN,
-}
-
 
 # Columns that are read, by file; of the customers' file and the catalogue, the others are kept as they are.
 COLUMNS: Mapping[str, frozenset[str]] = {
@@ -42,7 +34,6 @@ COLUMNS: Mapping[str, frozenset[str]] = {
 
 
 _FEW_PURCHASES = 0.01  # of the carts and views
-_MOST_ATTRIBUTES, _MOST_ATTRIBUTE_BYTES = 64, 256  # of a customer, as a server takes them
 _SEVERAL_CUSTOMERS = 50
 
 
@@ -103,7 +94,7 @@ def read_log(
     if any(problem.fatal for problem in problems):
         raise LogError(problems)
     assert raw_events is not None
-    clean = cleaned_events(raw_events, KINDS, timezone, now, problems)
+    clean = cleaned_events(raw_events, timezone, now, problems)
     if not len(clean):
         problems.append(Problem("events", "-", len(raw_events), "no usable row is left", "repair the file", fatal=True))
     elif clean["time"].n_unique() == 1:
@@ -221,10 +212,10 @@ def _telling(customers: pl.DataFrame, names: list[str], problems: list[Problem])
         column = customers[name].drop_nulls()
         if column.n_unique() > max(_SEVERAL_CUSTOMERS, len(column) / 2):
             note.add(name, len(column), "another value for nearly each customer", "left out: it says nothing of others")
-        elif long := int((column.str.len_bytes() > _MOST_ATTRIBUTE_BYTES).sum()):
-            note.add(name, long, f"longer than {_MOST_ATTRIBUTE_BYTES} bytes, which a server refuses", "left out")
-        elif len(kept) == _MOST_ATTRIBUTES:
-            note.add(name, len(column), f"more than {_MOST_ATTRIBUTES} columns, which a server refuses", "left out")
+        elif long := int((column.str.len_bytes() > MAX_ATTRIBUTE_BYTES).sum()):
+            note.add(name, long, f"longer than {MAX_ATTRIBUTE_BYTES} bytes, which a server refuses", "left out")
+        elif len(kept) == MAX_ATTRIBUTES:
+            note.add(name, len(column), f"more than {MAX_ATTRIBUTES} columns, which a server refuses", "left out")
         else:
             kept.append(name)
     return kept
@@ -236,10 +227,7 @@ def _campaigns(
     if frame is None:
         return pl.DataFrame(schema=CAMPAIGN_SCHEMA)
     ids = pl.DataFrame({"customer_id": customer_ids, "customer": pl.Series(range(len(customer_ids)), dtype=pl.Int32)})
-    odd, example = unknown_flags(frame, "redeemed")
-    if odd:
-        found = f"neither true nor false, such as {example!r}"
-        problems.append(Problem("campaigns", "redeemed", odd, found, "taken as not redeemed"))
+    note_unknown_flags(Notes("campaigns", problems), frame, "redeemed", "taken as not redeemed")
     parsed = frame.with_columns(
         text_column("customer_id"),
         text_column("campaign_id"),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
 import polars as pl
-from shoplm.history import EventKind
+from shoplm.history import EVENT_KINDS, EventKind
 from shoplm.training.problems import Notes, Problem
 
 _MAX_AMOUNT = 1e9  # a quantity or price above this is a defect of the file, not a purchase
@@ -34,10 +33,11 @@ def flag_column(name: str) -> pl.Expr:
     return pl.when(text.is_in(_TRUE)).then(True).when(text.is_in(_FALSE)).then(False).alias(name)
 
 
-def unknown_flags(frame: pl.DataFrame, name: str) -> tuple[int, str]:
-    """Cells that say something, but neither true nor false, and one of them."""
+def note_unknown_flags(note: Notes, frame: pl.DataFrame, name: str, done: str) -> None:
+    """Of cells that say something, but neither true nor false."""
     odd = frame.filter(text_column(name).is_not_null() & flag_column(name).is_null())[name]
-    return len(odd), str(odd[0]) if len(odd) else ""
+    if len(odd):
+        note.add(name, len(odd), f"neither true nor false, such as {str(odd[0])!r}", done)
 
 
 def time_column(frame: pl.DataFrame, name: str, timezone: str) -> pl.Expr:
@@ -110,9 +110,7 @@ def _localized(naive: pl.Expr, timezone: str) -> pl.Expr:
     return local.dt.timestamp("us") / 1e6
 
 
-def cleaned_events(
-    raw: pl.DataFrame, kinds: Mapping[str, EventKind], timezone: str, now: float, problems: list[Problem]
-) -> pl.DataFrame:
+def cleaned_events(raw: pl.DataFrame, timezone: str, now: float, problems: list[Problem]) -> pl.DataFrame:
     """Columns customer_id, item_id, kind, time, quantity, price, basket; only usable rows."""
     note = Notes("events", problems)
     note.add("time", zoneless(raw, "time"), "no time zone", f"read as {timezone} (--timezone)")
@@ -125,7 +123,7 @@ def cleaned_events(
         text_column("customer_id"),
         text_column("item_id"),
         names.fill_null("purchase")
-        .replace_strict({name: int(kind) for name, kind in kinds.items()}, default=None, return_dtype=pl.Int8)
+        .replace_strict({name: int(kind) for name, kind in EVENT_KINDS.items()}, default=None, return_dtype=pl.Int8)
         .alias("kind"),
         time_column(raw, "time", timezone),
         pl.col("quantity").cast(pl.Float32, strict=False),
@@ -135,8 +133,8 @@ def cleaned_events(
     frame = note.drop(frame, "customer_id", pl.col("customer_id").is_null(), "empty")
     frame = note.drop(frame, "item_id", pl.col("item_id").is_null(), "empty")
     unknown = raw["type"].cast(pl.String).str.strip_chars()
-    unknown = unknown.filter(~unknown.str.to_lowercase().is_in([*kinds])).unique(maintain_order=True)[:_EXAMPLES]
-    such = f"not one of {', '.join(kinds)}, such as {', '.join(map(repr, unknown))}"
+    unknown = unknown.filter(~unknown.str.to_lowercase().is_in([*EVENT_KINDS])).unique(maintain_order=True)[:_EXAMPLES]
+    such = f"not one of {', '.join(EVENT_KINDS)}, such as {', '.join(map(repr, unknown))}"
     frame = note.drop(frame, "type", pl.col("kind").is_null(), such)
     frame = note.drop(frame, "time", pl.col("time").is_null(), "empty or not a time")
     frame = note.drop(frame, "time", pl.col("time") > now, "in the future")
@@ -184,23 +182,21 @@ def cleaned_items(raw: pl.DataFrame | None, events: pl.DataFrame, problems: list
     for name in _ITEM_COLUMNS:
         if name not in frame.columns:
             frame = frame.with_columns(pl.lit(None, pl.String).alias(name))
-    priced = "price" in frame.columns
-    given = frame.select(text_column("price").is_not_null()).to_series() if priced else pl.Series([False])
-    price = pl.col("price").cast(pl.Float64, strict=False) if priced else pl.lit(None, pl.Float64)
+    if "price" not in frame.columns:
+        frame = frame.with_columns(pl.lit(None, pl.Float64).alias("price"))
+    price = pl.col("price").cast(pl.Float64, strict=False)
+    valid = (price.is_finite() & (price >= 0)).fill_null(False)
+    bad = frame.select((text_column("price").is_not_null() & ~valid).sum()).item() or 0
+    note.add("price", bad, "negative or not a number", "median price paid instead")
     stock = pl.lit(True)
     if "in_stock" in frame.columns:
         stock = flag_column("in_stock")
-        odd, example = unknown_flags(frame, "in_stock")
-        note.add("in_stock", odd, f"neither true nor false, such as {example!r}", "taken as in stock")
+        note_unknown_flags(note, frame, "in_stock", "taken as in stock")
     frame = frame.with_columns(
         *(text_column(name) for name in frame.columns if name not in ("item_id", "price", "in_stock")),
-        price.alias("price"),
+        pl.when(valid).then(price).alias("price"),
         stock.fill_null(True).alias("in_stock"),
     )
-    valid = pl.col("price").is_finite() & (pl.col("price") >= 0)
-    bad = frame.select((pl.lit(given) & ~valid.fill_null(False)).sum()).item() or 0
-    note.add("price", bad, "negative or not a number", "median price paid instead")
-    frame = frame.with_columns(pl.when(valid).then(pl.col("price")).alias("price"))
     paid = events.filter(pl.col("price").is_not_nan()).group_by("item_id").agg(pl.col("price").median().alias(_PAID))
     frame = frame.join(paid, on="item_id", how="left").with_columns(
         pl.coalesce("price", pl.col(_PAID).cast(pl.Float64)).round(2).alias("price"),

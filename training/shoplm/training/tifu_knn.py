@@ -61,7 +61,7 @@ class Purchases:
             if history is None or customer != last:
                 last, history = customer, histories[customer]
             known = history.before(moment)
-            bought = known.has_item & (known.kind == known.counted)
+            bought = known.own
             baskets, index = np.unique(known.basket[bought], return_inverse=True)
             pairs.append(np.unique(np.stack([known.item[bought], index]).astype(np.int64), axis=1))
             counts.append(len(baskets))

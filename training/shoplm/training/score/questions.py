@@ -11,7 +11,7 @@ import polars as pl
 from shoplm.api.demo import RawEvents, resolve_items
 from shoplm.catalog.items import Catalog
 from shoplm.history import EventKind, History
-from shoplm.training.log import KINDS, read_table
+from shoplm.training.log import read_table
 from shoplm.training.log_columns import cleaned_events, text_column, time_column
 from shoplm.training.problems import LogError, Problem
 
@@ -74,7 +74,7 @@ def read_questions(
         raise LogError(problems)
     assert asked is not None and log is not None
     questions = _asked(asked, attributes, as_of, timezone, once=events is None, problems=problems)
-    clean = cleaned_events(log, KINDS, timezone, now, problems).sort("customer_id", maintain_order=True)
+    clean = cleaned_events(log, timezone, now, problems).sort("customer_id", maintain_order=True)
     known, rows = _known_events(clean, catalog, problems)
     digest = hashlib.sha256(repr(questions).encode())
     for column in clean.columns:

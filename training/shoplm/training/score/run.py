@@ -14,7 +14,7 @@ from shoplm.api.shop import Served, Shop, load_served
 from shoplm.config import ServerConfig
 from shoplm.engine.client import EngineClient
 from shoplm.errors import ConfigurationError
-from shoplm.history import event_kind
+from shoplm.history import EVENT_KINDS
 from shoplm.model.base import Base
 from shoplm.training.problems import Problem
 from shoplm.training.score.parts import PART_QUESTIONS, Parts
@@ -63,7 +63,7 @@ async def score(
         request.events,
         served.shop.catalog,
         served.shop.manifest.prompt.attributes,
-        counted=event_kind(served.shop.manifest.recommends),
+        counted=EVENT_KINDS[served.shop.manifest.recommends],
         as_of=as_of,
         timezone=request.timezone,
         now=now,
