@@ -43,19 +43,30 @@ def test_there_is_a_value_for_every_name_and_names_are_unique() -> None:
 def test_recency_frequency_and_money_of_a_small_history() -> None:
     values = named(history([(60.0, 0), (85.0, 2), (85.0, 3), (95.0, 0)]))
     assert np.isclose(values["log_recency_days"], np.log1p(5.0))
-    assert np.isclose(values["log_tenure_days"], np.log1p(40.0))
+    assert np.isclose(values["log_tenure_90d"], np.log1p(40.0))
     assert np.isclose(values["log_visits_7d"], np.log1p(1))
     assert np.isclose(values["log_visits_30d"], np.log1p(2))
-    assert np.isclose(values["log_visits"], np.log1p(3))
+    assert np.isclose(values["log_visits_180d"], np.log1p(3))
     assert np.isclose(values["log_items_30d"], np.log1p(3))
     assert np.isclose(values["log_spend_30d"], np.log1p(5.0 + 1.0 + 2.0))
-    assert np.isclose(values["log_spend"], np.log1p(10.0))
+    assert np.isclose(values["log_spend_180d"], np.log1p(10.0))
     assert np.isclose(values["log_median_gap_days"], np.log1p(17.5))
     assert np.isclose(values["log_last_gap_days"], np.log1p(10.0))
     assert np.isclose(values["share_of_gaps_below_recency"], 0.0)
-    assert np.isclose(values["share_of_repeated_items"], 0.25)
+    assert np.isclose(values["share_of_repeated_items_180d"], 0.25)
     assert values["recency_above_3d"] == 1.0
     assert values["recency_above_7d"] == 0.0
+
+
+def test_a_customer_who_goes_on_as_ever_looks_the_same_however_long_the_log_is() -> None:
+    """What grows with the log's age is its date, which heads would learn."""
+    every_week = [(float(day), day // 7 % 4) for day in range(7, 1000, 7)]
+    young, old = (
+        named(history([event for event in every_week if event[0] < end], as_of=end)) for end in (399.0, 987.0)
+    )
+    assert all(np.isclose(young[name], old[name], atol=0.03) for name in FEATURE_NAMES), {
+        name: (young[name], old[name]) for name in FEATURE_NAMES if not np.isclose(young[name], old[name], atol=0.03)
+    }
 
 
 def test_the_price_paid_comes_before_the_listed_one_and_unknown_ones_count_nothing() -> None:

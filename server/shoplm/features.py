@@ -4,6 +4,9 @@ One function for training and serving, on numpy alone. Amounts and counts go in 
 and size matter little. Visits are baskets with a purchase; the moment that ages are measured from is `history.as_of`.
 
 The date itself is no feature: training sees a handful of cut-offs, on which a weekday or season is only their number.
+Nor is what grows with it, such as how long the log has known the customer, or all that was ever bought: heads would
+take it for the date, and each day of serving would lie further from what they were fitted on. Hence windows, of half a
+year at most, and rates.
 """
 
 from __future__ import annotations
@@ -12,26 +15,27 @@ import numpy as np
 from numpy.typing import NDArray
 from shoplm.history import SECONDS_PER_DAY, EventKind, History
 
-FEATURE_VERSION = 1  # changes whenever the meaning or order of a feature does; a bundle fits one version
+FEATURE_VERSION = 2  # changes whenever the meaning or order of a feature does; a bundle fits one version
 
 _WINDOWS = (7, 14, 30, 60, 90, 180)  # days
+_ITEM_WINDOWS = (30, 90, 180)  # days
+_SPEND_WINDOWS = (7, 30, 90, 180)  # days
+_REPEAT_DAYS = 180
 _RECENCY_STEPS = (3, 7, 14, 21, 30, 60)  # days
 _HORIZONS = (7, 14, 30)  # days
 _WEEKS = (4, 12, 26)
-_NO_VISIT_DAYS = 3650.0  # stands for "never" where an age is needed
+_KNOWN_DAYS = 90  # tells newcomers from others; what is longer is the log's age
+_LONGEST_DAYS = 365.0  # that ages count; stands for "never", too
 _PRIOR_GAPS = 2.0  # how many imagined gaps the estimates from a customer's own gaps begin with
 _PRIOR_GAP_DAYS = 14.0
 
 FEATURE_NAMES: tuple[str, ...] = (
     "log_recency_days",
     "log_event_recency_days",
-    "log_tenure_days",
+    f"log_tenure_{_KNOWN_DAYS}d",
     *(f"log_visits_{days}d" for days in _WINDOWS),
-    "log_visits",
-    *(f"log_items_{days}d" for days in (30, 90)),
-    "log_items",
-    *(f"log_spend_{days}d" for days in (7, 30, 90)),
-    "log_spend",
+    *(f"log_items_{days}d" for days in _ITEM_WINDOWS),
+    *(f"log_spend_{days}d" for days in _SPEND_WINDOWS),
     "log_visits_per_30d",
     "log_spend_per_30d",
     "log_mean_gap_days",
@@ -50,7 +54,7 @@ FEATURE_NAMES: tuple[str, ...] = (
     "log_spend_per_visit",
     "log_spend_deviation_per_visit",
     "log_last_spend",
-    "share_of_repeated_items",
+    f"share_of_repeated_items_{_REPEAT_DAYS}d",
     "share_of_weekend_visits",
     *(f"log_{kind}s_30d" for kind in ("view", "cart", "return")),
 )
@@ -89,19 +93,17 @@ def dense_features(history: History, item_prices: NDArray[np.floating]) -> NDArr
     bought = history.kind == EventKind.PURCHASE
     age = np.maximum(history.as_of - history.time, 0.0) / SECONDS_PER_DAY
     visits = _Visits.of(history, bought, age, item_prices)
-    lines = history.item[bought].astype(np.int64) * 2 + history.has_item[bought]
-    recency = float(visits.age[-1]) if len(visits.age) else _NO_VISIT_DAYS
+    late = bought & (age <= _REPEAT_DAYS)
+    lines = history.item[late].astype(np.int64) * 2 + history.has_item[late]
+    recency = min(float(visits.age[-1]), _LONGEST_DAYS) if len(visits.age) else _LONGEST_DAYS
     tenure = float(age.max()) if len(age) else 0.0
     values = [
         np.log1p(recency),
-        np.log1p(float(age.min()) if len(age) else _NO_VISIT_DAYS),
-        np.log1p(tenure),
+        np.log1p(min(float(age.min()), _LONGEST_DAYS) if len(age) else _LONGEST_DAYS),
+        np.log1p(min(tenure, _KNOWN_DAYS)),
         *(np.log1p(visits.count(days)) for days in _WINDOWS),
-        np.log1p(len(visits.age)),
-        *(np.log1p(visits.items[visits.age <= days].sum()) for days in (30, 90)),
-        np.log1p(visits.items.sum()),
-        *(np.log1p(visits.money(days)) for days in (7, 30, 90)),
-        np.log1p(visits.spend.sum()),
+        *(np.log1p(visits.items[visits.age <= days].sum()) for days in _ITEM_WINDOWS),
+        *(np.log1p(visits.money(days)) for days in _SPEND_WINDOWS),
         np.log1p(30.0 * len(visits.age) / max(tenure, 30.0)),
         np.log1p(30.0 * visits.spend.sum() / max(tenure, 30.0)),
         *_rhythm(visits.age, recency, tenure),

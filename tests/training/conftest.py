@@ -45,8 +45,11 @@ def tiny_base(tiny_model: object) -> Base:
 
 @pytest.fixture(scope="module")
 def quick_heads() -> Iterator[None]:
-    """Two strengths of a head instead of a grid: for tests of what a whole run does, not of how heads are chosen."""
+    """Two strengths of a head instead of a grid, and two folds: for tests of what a whole run does, not of how heads
+    are chosen and calibrated."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shoplm.training.heads.PENALTIES", heads.PENALTIES[1:2])
         patch.setattr("shoplm.training.heads.HIDDEN_SCALES", heads.HIDDEN_SCALES[:2])
+        patch.setattr("shoplm.training.predictions.FOLDS", 2)
+        patch.setattr("shoplm.training.campaigns.MOST_FOLDS", 2)
         yield

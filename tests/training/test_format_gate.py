@@ -24,9 +24,9 @@ def report(ndcg: float, brier: float, **changes: Any) -> Report:
     rows = (RankingRow("popularity", 0.1, 0.9, None, None), RankingRow(OURS, 0.1, ndcg, None, None))
     ranking = RankingResult("by time", 10, rows, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, None, (), ())
     chance = ProbabilityRow(
-        "buys", 10, 0.5, 0.8, brier, 0.0, NO_ESTIMATE, NO_ESTIMATE, None, None, 0.0, 0.0, None, ()
+        "buys", 10, 0.5, 0.8, brier, 0.0, NO_ESTIMATE, NO_ESTIMATE, None, None, 0.0, 0.0, None, UNKNOWN, UNKNOWN, ()
     )  # fmt: skip
-    fields: dict[str, Any] = {"seed": 0, "customers": 10, "customers_in_log": 20} | changes
+    fields: dict[str, Any] = {"seed": 0, "customers": 10, "log": "", "customers_in_log": 20} | changes
     return Report(
         **fields, rankings=(ranking,), probabilities=(chance,), amounts=(), count_weights={}, tifu_settings={}
     )  # fmt: skip

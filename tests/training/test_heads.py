@@ -42,8 +42,8 @@ def test_hazards_recover_the_chances_they_were_drawn_from() -> None:
 def test_the_hidden_state_is_read_where_it_helps() -> None:
     rows = data(2000, 2)
     useful = torch.from_numpy(np.exp(0.8 * (rows.hidden[:, 1] - 20.0) + 0.5).astype(np.float32))
-    head, scale = fit_head(rows, 1, lambda at: count_loss(useful[at]), initial=[0.0], seed=0)
-    assert scale > 0
+    head, strength = fit_head(rows, 1, lambda at: count_loss(useful[at]), initial=[0.0], seed=0)
+    assert strength.hidden_scale > 0
     means = np.exp(head.values(rows.hidden, rows.standard)[:, 0])
     assert np.corrcoef(means, useful.numpy())[0, 1] > 0.9
     blind = torch.from_numpy(np.exp(rows.standard[:, 0]).astype(np.float32))

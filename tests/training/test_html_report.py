@@ -57,10 +57,12 @@ def report() -> Report:
         boosted_brier=0.3,
         boosted_ece=0.02,
         boosted_lift=None,
+        auc_over_boosting=Difference(None, None, None),
+        brier_over_boosting=Difference(-0.1, -0.2, 0.0),
         reliability=((50, 0.25, 0.125), (50, 0.75, 1.0)),
     )
     amount = AmountRow("spend 30 d", 9, 10.0, 11.0, 0.905, (AmountError(OURS, 1.5, 2.5),))
-    return Report(0, 9, 10, (ranking,), (chance,), (amount,), {}, {})
+    return Report(0, 9, "", 10, (ranking,), (chance,), (amount,), {}, {})
 
 
 def drawings(page: str) -> list[ET.Element]:
@@ -105,5 +107,5 @@ def test_points_stay_inside_the_frame() -> None:
 
 
 def test_a_report_of_nothing_is_still_a_page() -> None:
-    page = render_report("Empty", Report(0, 0, 0, (), (), (), {}, {}), Watch())
+    page = render_report("Empty", Report(0, 0, "", 0, (), (), (), {}, {}), Watch())
     assert page.rstrip().endswith("</html>") and not drawings(page)

@@ -246,6 +246,27 @@ def test_unknown_kinds_of_files_are_refused(tmp_path: Path) -> None:
         read_log(tmp_path / "events.xlsx", now=NOW)
 
 
+def test_what_spreadsheets_write_is_read_or_named(tmp_path: Path) -> None:
+    log = read(tmp_path, "customer_id;item_id;time;price;quantity\na;x;2021-03-01;1,50;2\na;y;2021-03-02;3;1\n")
+    assert log.events["price"].to_list() == [1.5, 3.0]
+    assert found(log)["-", "semicolons between the columns"] == (2, "read so")
+    log = read(tmp_path, "customer_id;item_id;time;price\na;x;2021-03-01;1.234,5\na;y;2021-03-02;1.000\n")
+    assert log.events["price"].to_list() == [1234.5, 1000.0]
+    (tmp_path / "marked.csv").write_text(f"{HEADER}\na,x,2021-03-01\na,y,2021-03-02\n", "utf-8-sig")
+    assert read_log(tmp_path / "marked.csv", now=NOW).customer_ids == ["a"]
+    (tmp_path / "wide.csv").write_text(f"{HEADER}\na,x,2021-03-01\n", "utf-16")
+    with pytest.raises(LogError, match="it is UTF-16; save it as UTF-8"):
+        read_log(tmp_path / "wide.csv", now=NOW)
+
+
+def test_profiles_of_nobody_in_the_log_are_said(tmp_path: Path) -> None:
+    for ids, said in ((("C1", "C2"), True), (("1", "C2"), False)):
+        (tmp_path / "customers.csv").write_text("customer_id,age\n" + "".join(f"{each},30\n" for each in ids))
+        log = read(tmp_path, f"{HEADER}\n1,x,2021-03-01\n2,y,2021-03-02\n", customers=tmp_path / "customers.csv")
+        text = "no id of the events, which are such as '1'; these are such as 'C1'"
+        assert (("customer_id", text) in found(log)) == said
+
+
 def test_campaigns_and_profiles_of_unknown_customers_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / "campaigns.csv").write_text(
         "customer_id,campaign_id,campaign_type,start,end,redeemed\n"

@@ -47,14 +47,14 @@ def test_states_are_added_where_they_know_more(useful: bool) -> None:
     hidden = (5.0 + np.random.default_rng(4).normal(size=(1500, 4))).astype(np.float32)
     means = bent(rows) * np.exp(0.7 * (hidden[:, 1] - 5.0) * useful).astype(np.float32)
     data = HeadData(np.arange(1500, dtype=np.int32), hidden, rows)
-    head, scale = fit_net_and_states(
+    head, found = fit_net_and_states(
         *(dense, loss_of(dense), data, lambda at: count_loss(torch.from_numpy(means)[at]), 1),  # type: ignore[arg-type]
         initial=[0.0],
         seed=0,
     )
     error = np.abs(head.values(hidden, rows)[:, 0] - np.log(means)).mean()
-    strength = float(np.abs(head.weight[0, :4]).max())
-    assert (scale > 0 and strength > 0.5) if useful else strength < 0.05
+    strongest = float(np.abs(head.weight[0, :4]).max())
+    assert (found.hidden_scale > 0 and strongest > 0.5) if useful else strongest < 0.05
     assert error < 0.3
 
 

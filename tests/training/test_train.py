@@ -22,6 +22,7 @@ from shoplm.model.base import Base
 from shoplm.model.shop_weights import load_shop_weights
 from shoplm.readout.targets import check_spec
 from shoplm.training.cli import evaluate, train
+from shoplm.training.exclusive import exclusive
 from shoplm.training.report import Report
 from shoplm.vocabulary import ShopVocabulary
 from tiny_log import START, events, items
@@ -288,7 +289,7 @@ def test_the_sample_of_the_docs_trains_without_a_problem(shell: Invoke, tiny_bas
     assert "the log's problems" not in said
     opened(tmp_path / "my-shop", tiny_base)
     manifest = read_manifest(tmp_path / "my-shop")
-    assert {spec.kind for spec in manifest.targets} == {"purchase", "purchase_count", "spend"}
+    assert {spec.kind for spec in manifest.targets} == {"purchase", "churn", "purchase_count", "spend"}
     assert len(manifest.customers) == 10
 
 
@@ -329,3 +330,12 @@ def test_the_help_of_all_commands_waits_for_no_torch() -> None:
     program = "import sys; from shoplm.cli import _application; _application([]); print('torch' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "False"
+
+
+def test_two_runs_do_not_share_a_folder(shell: Invoke, tmp_path: Path) -> None:
+    sample, work = Path(__file__).parents[2] / "docs" / "sample", tmp_path / ".shop.train"
+    with exclusive(work):
+        (work / "hidden-0").mkdir()
+        said = shell("train", "--events", sample / "events.csv", "--out", tmp_path / "shop", "--no-resume", code=2)
+    assert "another run is at work" in said
+    assert (work / "hidden-0").is_dir(), "what the other run keeps is left alone"

@@ -9,8 +9,9 @@ weights.safetensors holds (n items, H hidden size, K codes of a level, F dense f
   none of them: see `shoplm.readout.habits`;
 - `rebuy.*`, optional: read where requests are made and not by a backend, see `shoplm.readout.rebuy`;
 - `adopt.*`, optional: see `shoplm.readout.adopt`;
-- `head.input_mean` [F], `head.input_scale` [F], `head.weight` [P, H + F + M], `head.bias` [P], all or none of them, and
-  where the heads have hidden units on the features, `head.unit_weight` [M, F] and `head.unit_bias` [M];
+- `head.input_mean` [F], `head.input_scale` [F], `head.weight` [P, H + F + M], `head.bias` [P], all or none of them,
+  `head.input_range` [2, F], optional, and where the heads have hidden units on the features, `head.unit_weight` [M, F]
+  and `head.unit_bias` [M];
 - `codes` [n, depth], only for codes of more than one token: sorted, item row = position.
 """
 
@@ -39,6 +40,7 @@ from torch.nn import functional
 
 _HEAD_KEYS = ("head.input_mean", "head.input_scale", "head.weight", "head.bias")
 _UNIT_KEYS = ("head.unit_weight", "head.unit_bias")
+_RANGE_KEY = "head.input_range"
 
 
 @dataclass(frozen=True)
@@ -180,11 +182,14 @@ def _heads(reader: _Reader, hidden: int) -> Heads | None:
         return None
     mean = reader.take("head.input_mean", (None,)).float()
     bias = reader.take("head.bias", (None,)).float()
-    units = [reader.tensors[key].float() for key in _UNIT_KEYS if key in reader.tensors]
-    width = hidden + len(mean) + (len(units[0]) if units else 0)
+    unit_weight, unit_bias, limits = (
+        None if (found := reader.tensors.get(key)) is None else found.float() for key in (*_UNIT_KEYS, _RANGE_KEY)
+    )
+    width = hidden + len(mean) + (0 if unit_weight is None else len(unit_weight))
     weight = reader.take("head.weight", (len(bias), width)).float()
+    scale = reader.take("head.input_scale", (len(mean),)).float()
     try:
-        return Heads(mean, reader.take("head.input_scale", (len(mean),)).float(), weight, bias, *units)
+        return Heads(mean, scale, weight, bias, unit_weight, unit_bias, limits)
     except ValueError as error:
         raise BundleError(f"{reader.path}: {error}") from error
 

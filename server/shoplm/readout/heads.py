@@ -1,4 +1,8 @@
-"""Prediction heads: linear in the hidden state, the standardised dense features and hidden units of these."""
+"""Prediction heads: linear in the hidden state, the standardised dense features and hidden units of these.
+
+Features are held within the range that the heads were fitted on: beyond it, as after a silence longer than any that
+training saw, a sum goes on in whatever direction it had.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ class Heads:
     bias: Tensor  # [outputs]
     unit_weight: Tensor | None = None  # [units, features]; None: no units
     unit_bias: Tensor | None = None  # [units]
+    input_range: Tensor | None = None  # [2, features]: least and greatest of training; None: as they come
 
     def __post_init__(self) -> None:
         features = len(self.input_mean)
@@ -36,6 +41,12 @@ class Heads:
             raise ValueError(
                 f"heads: unit_weight {tuple(self.unit_weight.shape)} and unit_bias do not fit {features} features"
             )
+        if self.input_range is not None and (
+            self.input_range.shape != (2, features) or not bool((self.input_range[0] <= self.input_range[1]).all())
+        ):
+            raise ValueError(
+                f"heads: input_range {tuple(self.input_range.shape)} holds no range of {features} features"
+            )
         if not bool((self.input_scale > 0).all()):
             raise ValueError("heads: input_scale has an entry that is not positive")
 
@@ -49,7 +60,8 @@ class Heads:
 
     def to(self, device: torch.device) -> Heads:
         """The same heads on `device`."""
-        moved = (None if tensor is None else tensor.to(device) for tensor in (self.unit_weight, self.unit_bias))
+        optional = (self.unit_weight, self.unit_bias, self.input_range)
+        moved = (None if tensor is None else tensor.to(device) for tensor in optional)
         tensors = (self.input_mean, self.input_scale, self.weight, self.bias)
         return Heads(*(tensor.to(device) for tensor in tensors), *moved)
 
@@ -68,6 +80,8 @@ class Heads:
 
     def values(self, hidden: Tensor, dense: Tensor) -> Tensor:
         """fp32 [rows, outputs]: raw values, from `hidden` [rows, hidden_size] and `dense` [rows, features]."""
+        if self.input_range is not None:
+            dense = torch.clamp(dense, self.input_range[0], self.input_range[1])
         standard = (dense - self.input_mean) / self.input_scale
         inputs = [hidden.float(), standard]
         if self.unit_weight is not None:

@@ -215,9 +215,11 @@ def _write_weights(path: Path, model: Model, input_rows: torch.Tensor | None) ->
     if input_rows is not None:
         tensors["input_rows"] = input_rows.contiguous()
     if model.predictor is not None:
+        standard = model.predictor.standard
         tensors |= {
-            "head.input_mean": torch.from_numpy(model.predictor.standard.mean.astype(np.float32)),
-            "head.input_scale": torch.from_numpy(model.predictor.standard.scale.astype(np.float32)),
+            "head.input_mean": torch.from_numpy(standard.mean.astype(np.float32)),
+            "head.input_scale": torch.from_numpy(standard.scale.astype(np.float32)),
+            "head.input_range": torch.from_numpy(np.stack([standard.least, standard.greatest]).astype(np.float32)),
             "head.weight": torch.from_numpy(np.ascontiguousarray(model.predictor.head.weight, np.float32)),
             "head.bias": torch.from_numpy(model.predictor.head.bias.astype(np.float32)),
         }

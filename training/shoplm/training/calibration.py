@@ -1,4 +1,4 @@
-"""Fits the parameters by which raw head values become answers, on a later window than the heads'."""
+"""Fits the parameters by which raw head values become answers, on values that heads gave rows they had not seen."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from shoplm.readout.targets import PROBABILITIES, distribution, logit, quantiles
 _LEVEL_BOUNDS = (0.001, 0.999)
 AMOUNT_LEVELS = tuple(round(0.4 + 0.02 * step, 2) for step in range(18))  # 0.4 to 0.74
 _STEPS = tuple(0.5**halvings for halvings in range(20))
-_PRIOR = np.array([1.0, 0.0])  # slope, intercept
 
 
 def calibrated(spec: HeadSpec, values: NDArray[np.float64], truth: NDArray[np.float64]) -> HeadSpec:
-    """The spec with parameters fitted on a later window: `values` [N, P], `truth` [N]."""
+    """The spec with parameters fitted on `values` [N, P] and `truth` [N] of rows that the head was not fitted on."""
     if spec.transform in PROBABILITIES:
-        slope, intercept = _platt(logit(raw_probabilities(spec, values)), truth)
-        return msgspec.structs.replace(spec, parameters={"slope": slope, "intercept": intercept})
+        slope, intercepts = platt(logit(raw_probabilities(spec, values)), truth, np.zeros(len(truth), np.int64), 1)
+        return with_line(spec, slope, intercepts[0])
     means = unscaled_amounts(spec, values)
     scale = float(truth.sum() / max(means.sum(), 1e-9)) or 1.0
     parameters = {"scale": scale, "level_low": 0.05, "level_high": 0.95}
@@ -42,24 +41,33 @@ def calibrated(spec: HeadSpec, values: NDArray[np.float64], truth: NDArray[np.fl
     return msgspec.structs.replace(spec, parameters={**parameters, "level_low": low, "level_high": max(high, low)})
 
 
-def _platt(score: NDArray[np.float64], outcome: NDArray[np.float64]) -> tuple[float, float]:
-    """Slope and intercept by maximum likelihood (Newton), with a faint pull to (1, 0) for separable data."""
-    x = np.stack([score, np.ones_like(score)], axis=1)
+def with_line(spec: HeadSpec, slope: float, intercept: float) -> HeadSpec:
+    """The spec of a chance with the parameters of its calibration."""
+    return msgspec.structs.replace(spec, parameters={"slope": slope, "intercept": intercept})
+
+
+def platt(
+    score: NDArray[np.float64], outcome: NDArray[np.float64], group: NDArray[np.integer], groups: int
+) -> tuple[float, list[float]]:
+    """A slope, and an intercept for each of the `groups` that rows belong to: `group` [N]. By maximum likelihood
+    (Newton), with a faint pull to 1 and 0 for separable data and groups without rows."""
+    x = np.concatenate([score[:, None], np.eye(groups)[group]], axis=1)
+    prior = np.eye(1 + groups)[0]
 
     def loss(at: NDArray[np.float64]) -> float:
         score_at = x @ at
         fit = (np.logaddexp(0.0, score_at) - outcome * score_at).sum()
-        return float(fit + 0.5 * ((at - _PRIOR) ** 2).sum())
+        return float(fit + 0.5 * ((at - prior) ** 2).sum())
 
-    beta = _PRIOR.copy()
+    beta = prior.copy()
     for _ in range(50):
         p = 1.0 / (1.0 + np.exp(-np.clip(x @ beta, -30, 30)))
-        gradient = x.T @ (p - outcome) + (beta - _PRIOR)
-        hessian = (x * (p * (1.0 - p))[:, None]).T @ x + np.eye(2)
+        gradient = x.T @ (p - outcome) + (beta - prior)
+        hessian = (x * (p * (1.0 - p))[:, None]).T @ x + np.eye(1 + groups)
         change = np.linalg.solve(hessian, gradient)
         # Far from the optimum a whole Newton step can overshoot without end.
         size = next((s for s in _STEPS if loss(beta - s * change) < loss(beta)), 0.0)
         beta = beta - size * change
         if np.abs(size * change).max() < 1e-9:
             break
-    return float(beta[0]), float(beta[1])
+    return float(beta[0]), beta[1:].tolist()

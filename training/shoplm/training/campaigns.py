@@ -11,9 +11,12 @@ import torch
 from numpy.typing import NDArray
 from shoplm.bundle import HeadSpec
 from shoplm.readout.targets import logit
-from shoplm.training.calibration import calibrated
-from shoplm.training.heads import Head, HeadData, Standard, campaign_loss, fit_head
-from shoplm.training.predictions import FEWEST_EVENTS, FEWEST_ROWS, draft
+from shoplm.training.calibration import platt, with_line
+from shoplm.training.heads import Head, HeadData, Standard, Strength, campaign_loss, fit_head
+from shoplm.training.predictions import FEWEST_EVENTS, draft
+
+FEWEST_ROWS = 30  # customers reached by campaigns; with fewer there is no target
+MOST_FOLDS = 20  # of campaigns, for calibration
 
 
 @dataclass(frozen=True)
@@ -41,37 +44,65 @@ class Campaigns:
 
 
 def fit_campaigns(
-    train: Campaigns, tune: Campaigns, types: Sequence[str], standard: Standard, hidden_size: int, seed: int
+    rows: Campaigns, types: Sequence[str], standard: Standard, hidden_size: int, seed: int
 ) -> tuple[list[Head], list[HeadSpec]]:
     """One logit per campaign type: the types share their weights and differ in the bias, for there are few campaigns.
-    Slope and intercept of the calibration are shared for the same reason.
+    So are they calibrated, on what heads fitted without a campaign say of it: one slope, an intercept for each type.
 
     The head reads the dense features alone, its weights on the hidden state are zero. A pass of the base for each start
     of a campaign would cost half as much again as all others; and to learn only from those customers for whom a start
     falls into another pass is to learn from light buyers, who redeem half as often as all do.
     """
-    both = [int(part.redeemed.sum()) for part in (train, tune)] + [int((~p.redeemed).sum()) for p in (train, tune)]
-    if not len(types) or min(both) < FEWEST_EVENTS or min(len(train), len(tune)) < FEWEST_ROWS:
+    if not len(types) or min(rows.redeemed.sum(), (~rows.redeemed).sum()) < FEWEST_EVENTS or len(rows) < FEWEST_ROWS:
         return [], []
-    one_hot = np.eye(len(types), dtype=np.float32)
-    none = np.zeros((len(train), 0), np.float32)
-    data = HeadData(train.customer, none, np.concatenate([standard(train.features), one_hot[train.kind]], axis=1))
-    outcome = torch.from_numpy(train.redeemed.astype(np.float32))
-    zero = torch.zeros(len(train), dtype=torch.long)
-    start = [float(logit(np.array([train.redeemed.mean()]))[0])]
-    head, _ = fit_head(data, 1, lambda rows: campaign_loss(zero[rows], outcome[rows]), initial=start, seed=seed)
+    head, strength = _fit(rows, len(types), standard, seed)
     width = head.weight.shape[1] - len(types)
     weight = np.concatenate([np.zeros((1, hidden_size), np.float32), head.weight[:, :width]], axis=1)
     bias = (head.bias + head.weight[0, width:]).astype(np.float32)
-    spread = Head(np.repeat(weight, len(types), axis=0), bias)
-    values = spread.values(np.zeros((len(tune), hidden_size), np.float32), standard(tune.features))
-    chosen = values[np.arange(len(tune)), tune.kind][:, None]
-    spec = draft("coupon_redemption", "sigmoid", (0,), 0)
-    shared = calibrated(spec, chosen, tune.redeemed.astype(np.float64))
+    unseen = _unseen(rows, len(types), standard, seed, strength)
+    slope, intercepts = platt(unseen, rows.redeemed.astype(np.float64), rows.kind, len(types))
     specs = []
     for index, name in enumerate(types):
-        of_type = train.redeemed[train.kind == index]
+        of_type = rows.redeemed[rows.kind == index]
         if len(of_type):
-            rate = float(of_type.mean())
-            specs.append(msgspec.structs.replace(shared, outputs=(index,), campaign_type=name, base_rate=rate))
-    return [spread], specs
+            spec = with_line(draft("coupon_redemption", "sigmoid", (index,), 0), slope, intercepts[index])
+            specs.append(msgspec.structs.replace(spec, campaign_type=name, base_rate=float(of_type.mean())))
+    return [Head(np.repeat(weight, len(types), axis=0), bias)], specs
+
+
+def _unseen(rows: Campaigns, types: int, standard: Standard, seed: int, strength: Strength) -> NDArray[np.float64]:
+    """[N]: logits of heads fitted without a row's campaign; where its type has no other, without its customer. So the
+    type is known to each of them."""
+    fold, units = np.zeros(len(rows), np.int64), 0
+    for kind in range(types):
+        of_type = np.flatnonzero(rows.kind == kind)
+        owners, owner = np.unique(rows.campaign[of_type], return_inverse=True)
+        if len(owners) == 1:
+            owners, owner = np.unique(rows.customer[of_type], return_inverse=True)
+        fold[of_type] = (units + np.random.default_rng(seed).permutation(len(owners))[owner]) % MOST_FOLDS
+        units += len(owners)
+    values = np.zeros(len(rows))
+    if len(np.unique(fold)) == 1:  # one campaign that reached one customer again and again
+        fold = np.arange(len(rows)) % MOST_FOLDS
+    for each in np.unique(fold):
+        head, _ = _fit(rows.where(fold != each), types, standard, seed, strength)
+        held = rows.where(fold == each)
+        values[fold == each] = head.values(np.zeros((len(held), 0), np.float32), _inputs(held, types, standard))[:, 0]
+    return values
+
+
+def _fit(
+    rows: Campaigns, types: int, standard: Standard, seed: int, strength: Strength | None = None
+) -> tuple[Head, Strength]:
+    """One logit from the dense features and the type."""
+    data = HeadData(rows.customer, np.zeros((len(rows), 0), np.float32), _inputs(rows, types, standard))
+    outcome = torch.from_numpy(rows.redeemed.astype(np.float32))
+    first = torch.zeros(len(rows), dtype=torch.long)
+    start = [float(logit(np.array([rows.redeemed.mean()]))[0])]
+    return fit_head(
+        *(data, 1, lambda at: campaign_loss(first[at], outcome[at])), initial=start, seed=seed, strength=strength
+    )
+
+
+def _inputs(rows: Campaigns, types: int, standard: Standard) -> NDArray[np.float32]:
+    return np.concatenate([standard(rows.features), np.eye(types, dtype=np.float32)[rows.kind]], axis=1)

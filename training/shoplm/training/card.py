@@ -81,16 +81,16 @@ def _data(shop: Shop, report: Report) -> str:
 
 def _splits(shop: Shop) -> str:
     timeline = shop.timeline
-    cuts = ", ".join(utc_day(moment) for moment in timeline.train_at)
+    tuned_at, test_at = utc_day(timeline.tuned_at), utc_day(timeline.test_at)
+    cuts = ", ".join(utc_day(moment) for moment in (*timeline.train_at, timeline.tuned_at))
     return (
         "## Splits\n\n"
-        f"Item rows and heads: labels before {utc_day(timeline.tuned_at)} (head cut-offs {cuts}). Score weights and "
-        f"calibration: labels from {utc_day(timeline.tuned_at)} to {utc_day(timeline.test_at)}. Tests: labels from "
-        f"{utc_day(timeline.test_at)} on. The *global time split* asks at {utc_day(timeline.test_at)} for "
-        "the next basket; the "
-        "*last basket* split asks at the moment of each customer's last visit, where that lies after "
-        f"{utc_day(timeline.test_at)}. **The served bundle is the measured one**: it was not fitted "
-        "again on the test period."
+        f"Item rows and nets: labels before {tuned_at}. Score weights: labels from {tuned_at} to {test_at}. Heads: all "
+        f"labels before {test_at} (cut-offs with hidden states {cuts}); chances and intervals are calibrated on "
+        "customers, or campaigns, that were held out of the fit in turns. "
+        f"Tests: labels from {test_at} on. The *global time split* asks at {test_at} for the next basket; "
+        "the *last basket* split asks at the moment of each customer's last visit, where that lies after "
+        f"{test_at}. **The served bundle is the measured one**: it was not fitted again on the test period."
     )
 
 

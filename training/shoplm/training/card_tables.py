@@ -101,6 +101,8 @@ def predictions(report: Report, targets: Sequence[HeadSpec]) -> list[str]:
         header = ("target", "customers", "observed", "AUC", "Brier", "ECE", "lift")
         boosting = ("boosting AUC", "Brier", "ECE", "lift")
         parts.append(table((*header, *boosting), map(_probability, report.probabilities)))
+        parts.append(f"ShopLM minus boosting, {_INTERVAL}; a Brier score is better the lower it is.")
+        parts.append(table(("target", "AUC", "Brier"), map(_over_boosting, report.probabilities)))
         parts.append(
             "Calibration: the slope of outcomes on logit(p) is 1 and the intercept (slope held at 1) is 0 where "
             "probabilities mean what they say; 95 % intervals."
@@ -136,6 +138,10 @@ def _probability(row: ProbabilityRow) -> tuple[str, ...]:
         f"{row.boosted_ece:.3f}",
         shown(row.boosted_lift, ".2f"),
     )
+
+
+def _over_boosting(row: ProbabilityRow) -> tuple[str, ...]:
+    return row.target, _difference(row.auc_over_boosting), _difference(row.brier_over_boosting)
 
 
 def _calibration(row: ProbabilityRow) -> tuple[str, ...]:
@@ -228,9 +234,11 @@ def _lost_rankings(report: Report) -> Iterable[str]:
 def _lost_probabilities(report: Report) -> Iterable[str]:
     for row in report.probabilities:
         if row.auc is not None and row.boosted_auc is not None and row.auc < row.boosted_auc:
-            yield f"{row.target}: AUC {row.boosted_auc - row.auc:.4f} below boosting"
+            found = row.auc_over_boosting
+            yield f"{row.target}: AUC {_difference(found)} against boosting, {found.verdict} it"
         if row.brier > row.boosted_brier:
-            yield f"{row.target}: Brier {row.brier - row.boosted_brier:.4f} above boosting"
+            found = row.brier_over_boosting
+            yield f"{row.target}: Brier {_difference(found)} against boosting, {found.verdict} it"
         if not row.slope.holds(1.0):
             yield f"{row.target}: calibration slope {estimate(row.slope, '.3f')} does not hold 1"
         if not row.intercept.holds(0.0):

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from shoplm.bundle_cli import table
 from shoplm.errors import ConfigurationError
+from shoplm.training.exclusive import exclusive
 from shoplm.training.terminal import errors, fail, print_problems, watching
 
 if TYPE_CHECKING:
@@ -83,8 +84,6 @@ def train(
     if not _may_become_bundle(out):
         fail(console, f"--out {out} is there and is no bundle, and its files would be lost: name another folder")
     folder = work or out.resolve().with_name(f".{out.resolve().name}.train")
-    if not resume:
-        _forget(folder)
     shown = title or chosen.replace("-", " ").title()
     with errors(console):
         where = training_device(device)
@@ -109,7 +108,9 @@ def train(
         explained=explained,
         device=where,
     )
-    with errors(console):
+    with errors(console), exclusive(folder):
+        if not resume:
+            _forget(folder)
         log = _read(console, events, items, customers, campaigns, timezone)
         with watching(console, logs) as watch:
             run = Run(request, log, watch)
@@ -164,7 +165,7 @@ def adapt(
     with errors(console):
         where = training_device(device)
         log = _read(console, events, items, customers, campaigns, timezone)
-        with watching(console, logs) as watch:
+        with exclusive(out), watching(console, logs) as watch:
             request = AdaptRequest(bundle, out, base, steps, None if full else rank, checkpointing, seed, where)
             folder = adapt(request, log, watch)
     flag = "--base" if full else "--adapter"
@@ -218,7 +219,7 @@ def evaluate(
             raise ConfigurationError("--cpu measures a --weight-format of int8 or int4, a --kv-format of int8, or both")
         log = _read(console, events, items, customers, campaigns, timezone)
         wanted = max_customers or None
-        with watching(console) as watch:
+        with exclusive(folder), watching(console) as watch:
             if formats == UNROUNDED:
                 report = evaluate_bundle(
                     bundle, log, base=base, work=folder, max_customers=wanted, explained=explained, watch=watch

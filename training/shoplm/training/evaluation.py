@@ -62,6 +62,7 @@ def measure(shop: Shop, table: HiddenTable, read: int, model: Model, seed: int, 
     return Report(
         seed=seed,
         customers=read,
+        log=shop.fingerprint,
         customers_in_log=len(shop.histories),
         rankings=tuple(rankings),
         probabilities=tuple(chances),

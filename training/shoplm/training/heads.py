@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,13 @@ PENALTIES = (1e-4, 1e-3, 1e-2)
 _HELD_OUT = 0.25
 
 Loss = Callable[[Tensor], Tensor]  # raw values [N, P] -> loss per row [N]
+
+
+class Strength(NamedTuple):
+    """How freely a head is fitted."""
+
+    hidden_scale: float  # of the hidden state; 0: it is not read
+    penalty: float  # on squared weights
 
 
 def _no_units() -> NDArray[np.float32]:
@@ -69,20 +77,24 @@ def joined(heads: Sequence[Head], features: int) -> Head:
 
 @dataclass(frozen=True)
 class Standard:
-    """Dense features and hidden states, to mean 0 and deviation 1 over the training data."""
+    """Dense features and hidden states, to mean 0 and deviation 1 over the training data, held within its range."""
 
     mean: NDArray[np.float32]  # [F]
     scale: NDArray[np.float32]  # [F], positive
+    least: NDArray[np.float32]  # [F]
+    greatest: NDArray[np.float32]  # [F]
 
     @classmethod
     def fit(cls, values: NDArray[np.float32]) -> Standard:
         if not len(values):
-            return cls(np.zeros(values.shape[1], np.float32), np.ones(values.shape[1], np.float32))
+            none = np.zeros(values.shape[1], np.float32)
+            return cls(none, np.ones_like(none), none, none)
         scale = values.std(0)
-        return cls(values.mean(0), np.where(scale > 1e-6, scale, 1.0).astype(np.float32))
+        usable = np.where(scale > 1e-6, scale, 1.0).astype(np.float32)
+        return cls(values.mean(0), usable, values.min(0), values.max(0))
 
     def __call__(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        return ((values - self.mean) / self.scale).astype(np.float32)
+        return ((np.clip(values, self.least, self.greatest) - self.mean) / self.scale).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -92,66 +104,70 @@ class HeadData:
     customer: NDArray[np.int32]  # [N]
     hidden: NDArray[np.float32]  # [N, H]
     standard: NDArray[np.float32]  # [N, F] standardised dense features
+    judged: NDArray[np.bool_] | None = None  # [N]: rows that may tell how strong a fit is best; None: all
 
     def __len__(self) -> int:
         return len(self.customer)
 
 
 def fit_head(
-    data: HeadData, outputs: int, loss_of: Callable[[NDArray[np.intp]], Loss], *, initial: list[float], seed: int
-) -> tuple[Head, float]:
-    """The head with the best strength of its two penalties on held-out customers, refitted on all; and the chosen
-    `hidden_scale`. `loss_of(rows)` gives the loss of these rows of `data`; `initial` [outputs] are the biases that the
-    fit starts from.
-    """
-    weight, bias, scale = _fit_chosen(data, data.standard, outputs, loss_of, initial, seed)
-    return Head(weight, bias), scale
-
-
-def fit_states(
-    data: HeadData, outputs: int, loss_of: Callable[[NDArray[np.intp]], Loss], *, seed: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
-    """As `fit_head`, on the hidden states alone: weights [outputs, H], biases [outputs] and the chosen scale."""
-    return _fit_chosen(data, np.zeros((len(data), 0), np.float32), outputs, loss_of, [0.0] * outputs, seed)
-
-
-def _fit_chosen(
     data: HeadData,
-    standard: NDArray[np.float32],
     outputs: int,
     loss_of: Callable[[NDArray[np.intp]], Loss],
+    *,
     initial: list[float],
     seed: int,
-) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
-    states = Standard.fit(data.hidden)
-    hidden = states(data.hidden)
-    rows = np.arange(len(data))
-    people = np.unique(data.customer)
+    strength: Strength | None = None,
+) -> tuple[Head, Strength]:
+    """The head of a strength, by default the one that is best for held-out customers, fitted on all. `loss_of(rows)`
+    gives the loss of these rows of `data`; `initial` [outputs] are the biases that the fit starts from.
+    """
+    chosen = strength or _best_strength(data, outputs, loss_of, initial, seed)
+    states, rows = Standard.fit(data.hidden), np.arange(len(data))
+    weight, bias = _fit(_inputs(data, states(data.hidden), chosen), outputs, loss_of(rows), chosen, initial)
+    size = data.hidden.shape[1]
+    on_states = np.zeros((outputs, size))
+    if chosen.hidden_scale:
+        on_states += weight[:, :size].numpy() * chosen.hidden_scale / states.scale
+    on_features = weight[:, weight.shape[1] - data.standard.shape[1] :].numpy()
+    full = np.concatenate([on_states, on_features], axis=1)
+    return Head(full.astype(np.float32), (bias.numpy() - on_states @ states.mean).astype(np.float32)), chosen
+
+
+def _best_strength(
+    data: HeadData, outputs: int, loss_of: Callable[[NDArray[np.intp]], Loss], initial: list[float], seed: int
+) -> Strength:
+    rows, people = np.arange(len(data)), np.unique(data.customer)
     held = np.random.default_rng(seed).permutation(people)[: int(_HELD_OUT * len(people))]
     outside = np.isin(data.customer, held)
-    best: tuple[float, float, float] | None = None
-    scales = HIDDEN_SCALES if hidden.shape[1] and outside.any() and not outside.all() else (0.0,)
-    for scale in scales:
+    known, unknown = rows[~outside], rows[outside if data.judged is None else outside & data.judged]
+    if not len(known) or not len(unknown):
+        return Strength(0.0, PENALTIES[0])
+    best: tuple[float, Strength] | None = None
+    states = Standard.fit(data.hidden)(data.hidden)
+    for scale in HIDDEN_SCALES if data.hidden.shape[1] else (0.0,):
         for penalty in PENALTIES:
-            inputs = torch.from_numpy(np.concatenate([hidden * scale, standard], axis=1))
-            weight, bias = _fit(inputs[~outside], outputs, loss_of(rows[~outside]), penalty, initial)
+            strength = Strength(scale, penalty)
+            inputs = _inputs(data, states, strength)
+            weight, bias = _fit(inputs[known], outputs, loss_of(known), strength, initial)
             with torch.no_grad():
-                quality = float(loss_of(rows[outside])(inputs[outside] @ weight.T + bias).mean())
+                quality = float(loss_of(unknown)(inputs[unknown] @ weight.T + bias).mean())
             if best is None or quality < best[0]:
-                best = quality, scale, penalty
-            if scale == 0.0 and (not outside.any() or not standard.shape[1]):
-                break
+                best = quality, strength
+            if scale == 0.0 and not data.standard.shape[1]:
+                break  # nothing to penalise
     assert best is not None
-    _, scale, penalty = best
-    inputs = torch.from_numpy(np.concatenate([hidden * scale, standard], axis=1))
-    weight, bias = _fit(inputs, outputs, loss_of(rows), penalty, initial)
-    size = data.hidden.shape[1]
-    on_states = weight[:, :size].numpy() * scale / states.scale
-    full = np.concatenate([on_states, weight[:, size:].numpy()], axis=1)
-    return full.astype(np.float32), (bias.numpy() - on_states @ states.mean).astype(np.float32), scale
+    return best[1]
 
 
-def _fit(inputs: Tensor, outputs: int, loss: Loss, penalty: float, initial: list[float]) -> tuple[Tensor, Tensor]:
+def _inputs(data: HeadData, states: NDArray[np.float32], strength: Strength) -> Tensor:
+    """[N, H + F], or [N, F] where the standardised `states` [N, H] are not read."""
+    if not strength.hidden_scale:
+        return torch.from_numpy(data.standard)
+    return torch.from_numpy(np.concatenate([states * strength.hidden_scale, data.standard], axis=1))
+
+
+def _fit(inputs: Tensor, outputs: int, loss: Loss, strength: Strength, initial: list[float]) -> tuple[Tensor, Tensor]:
     """Minimises mean loss + penalty * sum of squared weights with L-BFGS, from zero weights."""
     weight = torch.zeros(outputs, inputs.shape[1], requires_grad=True)
     bias = torch.tensor(initial, dtype=torch.float32, requires_grad=True)
@@ -159,7 +175,7 @@ def _fit(inputs: Tensor, outputs: int, loss: Loss, penalty: float, initial: list
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        value = loss(inputs @ weight.T + bias).mean() + penalty * weight.square().sum()
+        value = loss(inputs @ weight.T + bias).mean() + strength.penalty * weight.square().sum()
         value.backward()  # type: ignore[no-untyped-call]
         return value
 

@@ -6,6 +6,7 @@ Fatal problems are all found before any work starts.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -113,7 +114,7 @@ def read_log(
         item_ids=item_ids,
         events=numbered,
         items=known,
-        attributes=_attributes(raw_customers, problems),
+        attributes=_attributes(raw_customers, customer_ids, problems),
         campaigns=_campaigns(raw_campaigns, customer_ids, timezone, problems),
         problems=problems,
     )
@@ -126,8 +127,7 @@ def read_table(path: Path, table: str, required: tuple[str, ...], problems: list
         if suffix in (".parquet", ".pq"):
             frame = pl.read_parquet(path)
         elif suffix in (".csv", ".tsv"):
-            # Ids such as 007 must stay what they are: everything is text until its column is read.
-            frame = pl.read_csv(path, infer_schema=False, separator="\t" if suffix == ".tsv" else ",")
+            frame = _read_csv(path, table, "\t" if suffix == ".tsv" else ",", problems)
         else:
             found = f"{path} is neither .parquet nor .csv"
             problems.append(Problem(table, "-", 0, found, "convert the file", fatal=True))
@@ -159,6 +159,32 @@ def read_table(path: Path, table: str, required: tuple[str, ...], problems: list
     return frame
 
 
+def _read_csv(path: Path, table: str, separator: str, problems: list[Problem]) -> pl.DataFrame:
+    """Everything is text until its column is read: ids such as 007 must stay what they are. Spreadsheets of some
+    countries write semicolons between the columns, and a comma into numbers."""
+    with path.open("rb") as file:
+        begin = file.read(4096)
+    if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise pl.exceptions.ComputeError("it is UTF-16; save it as UTF-8")
+    header = begin.splitlines()[0] if begin else b""
+    semicolons = separator not in header.decode("utf-8", "replace") and b";" in header
+    frame = pl.read_csv(path, infer_schema=False, separator=";" if semicolons else separator)
+    if semicolons:
+        problems.append(Problem(table, "-", len(frame), "semicolons between the columns", "read so"))
+        numbers = [name for name in frame.columns if name.strip().lower() in ("price", "quantity")]
+        frame = frame.with_columns(_with_points(frame, name) for name in numbers)
+    return frame
+
+
+def _with_points(frame: pl.DataFrame, name: str) -> pl.Expr:
+    """Numbers with decimal commas, and points between thousands, as others write them; a column without commas as it
+    is."""
+    text = pl.col(name)
+    if not frame.select(text.str.contains(r"\d,\d").any()).item():
+        return text
+    return text.str.replace_all(".", "", literal=True).str.replace(",", ".", literal=True)
+
+
 def _check_kinds(clean: pl.DataFrame, problems: list[Problem]) -> None:
     """What customers buy is recommended, what they put into carts or look at only where nobody buys. Raises LogError
     where there is none of it."""
@@ -188,7 +214,9 @@ def _numbered(events: pl.DataFrame, customer_ids: list[str], item_ids: list[str]
     return joined.select(columns).sort("customer", "time", "basket", "kind", "item", "quantity", "price")
 
 
-def _attributes(frame: pl.DataFrame | None, problems: list[Problem]) -> dict[str, tuple[tuple[str, str], ...]]:
+def _attributes(
+    frame: pl.DataFrame | None, customer_ids: list[str], problems: list[Problem]
+) -> dict[str, tuple[tuple[str, str], ...]]:
     if frame is None:
         return {}
     frame = frame.with_columns(text_column(name) for name in frame.columns)
@@ -197,6 +225,10 @@ def _attributes(frame: pl.DataFrame | None, problems: list[Problem]) -> dict[str
         problems.append(
             Problem("customers", "customer_id", len(frame) - len(unique), "empty or repeated id", "first row kept")
         )
+    if len(unique) and not unique["customer_id"].is_in(customer_ids).any():
+        theirs = unique[0, "customer_id"]
+        found = f"no id of the events, which are such as {customer_ids[0]!r}; these are such as {theirs!r}"
+        problems.append(Problem("customers", "customer_id", len(unique), found, "no customer has a profile"))
     names = _telling(unique, sorted(name for name in frame.columns if name not in COLUMNS["customers"]), problems)
     return {
         row["customer_id"]: tuple((name, row[name]) for name in names if row[name] is not None)

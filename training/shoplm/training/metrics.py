@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +88,30 @@ def bootstrap_difference(ours: Floats, theirs: Floats, *, seed: int, rounds: int
     )
     low, high = np.percentile(means, [2.5, 97.5])
     return float(difference.mean()), float(low), float(high)
+
+
+def bootstrap_statistic(
+    statistic: Callable[[Floats, NDArray[np.bool_]], float],
+    ours: Floats,
+    theirs: Floats,
+    outcome: NDArray[np.bool_],
+    *,
+    seed: int,
+    rounds: int = 1000,
+) -> tuple[float, float, float]:
+    """Difference of a statistic of probabilities, ours minus theirs on the same rows, and its 95 % bootstrap interval
+    (percentiles, rows resampled; those without a value are left out)."""
+    generator = np.random.default_rng(seed)
+
+    def difference(rows: NDArray[np.intp]) -> float:
+        return statistic(ours[rows], outcome[rows]) - statistic(theirs[rows], outcome[rows])
+
+    count = len(outcome)
+    found = np.array([difference(generator.integers(0, count, count)) for _ in range(rounds if count else 0)])
+    if not np.isfinite(found).any():
+        return float("nan"), float("nan"), float("nan")
+    low, high = np.nanpercentile(found, [2.5, 97.5])
+    return difference(np.arange(count)), float(low), float(high)
 
 
 def auc(probability: Floats, outcome: NDArray[np.bool_]) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from shoplm.training.heads import Head, HeadData, Loss, fit_states
+from shoplm.training.heads import Head, HeadData, Loss, Strength, fit_head
 from torch import Tensor
 
 FEWEST_ROWS = 5000  # with fewer, a linear head is fitted
@@ -83,9 +83,10 @@ def fit_net_and_states(
     *,
     initial: list[float],
     seed: int,
-) -> tuple[Head, float]:
-    """Nets on the `dense` rows [N, F], and what the hidden states of `data` add to them: the head, and how strongly it
-    reads the states (0: not at all)."""
+    strength: Strength | None = None,
+) -> tuple[Head, Strength]:
+    """Nets on the `dense` rows [N, F], and what the hidden states of `data` add to them: the head, and the strength of
+    its part on the states, by default the best one for held-out customers."""
     net = fit_net(dense, outputs, dense_loss, initial=initial, seed=seed)
     offset = torch.from_numpy(net.values(np.zeros((len(data), 0), np.float32), data.standard).astype(np.float32))
 
@@ -93,6 +94,7 @@ def fit_net_and_states(
         loss, known = loss_of(rows), offset[rows]
         return lambda values: loss(values + known)
 
-    on_states, bias, scale = fit_states(data, outputs, beyond, seed=seed)
-    weight = np.concatenate([on_states, net.weight], axis=1)
-    return Head(weight, (net.bias + bias).astype(np.float32), net.unit_weight, net.unit_bias), scale
+    states = HeadData(data.customer, data.hidden, np.zeros((len(data), 0), np.float32), data.judged)
+    added, found = fit_head(states, outputs, beyond, initial=[0.0] * outputs, seed=seed, strength=strength)
+    weight = np.concatenate([added.weight, net.weight], axis=1)
+    return Head(weight, (net.bias + added.bias).astype(np.float32), net.unit_weight, net.unit_bias), found

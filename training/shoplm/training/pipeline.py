@@ -27,7 +27,15 @@ from shoplm.training.hidden import HiddenStates, Progress
 from shoplm.training.histories import Histories
 from shoplm.training.log import ShopLog
 from shoplm.training.model import Model
-from shoplm.training.predictions import Predictor, Windows, at_moments, fit_behaviour, observe, shifted, weekly_rows
+from shoplm.training.predictions import (
+    FEWEST_CUSTOMERS,
+    FEWEST_EVENTS,
+    Predictor,
+    fit_behaviour,
+    observe,
+    shifted,
+    weekly_rows,
+)
 from shoplm.training.ranker import OutputRows, RankerSettings, fit_ranker
 from shoplm.training.reader import Reader, make_reader
 from shoplm.training.rebuying import bundled_rebuy, fit_rebuy
@@ -146,8 +154,8 @@ def fit(
     settings: RankerSettings,
     watch: Watch,
 ) -> Fitted:
-    """Output rows on labels before `tuned_at`; weights and calibration on labels before `test_at`. `embeddings`
-    [rows, H] are the input embeddings of the catalogue's items."""
+    """Output rows on labels before `tuned_at`, the score's weights on those between it and `test_at`, heads on all
+    before `test_at`. `embeddings` [rows, H] are the input embeddings of the catalogue's items."""
     popularity = torch.from_numpy(shop.popularity())
     watch.say("finding what is bought again, together and for the first time")
     bare = shop.bare_table(np.unique(table.customer))
@@ -203,6 +211,8 @@ def fit(
     stored = rows.scaled(best.model).rounded(centre)
     watch.say("fitting prediction heads")
     predictor = fit_predictor(shop, table, seed)
+    if predictor is None and shop.timeline.horizons:
+        watch.say(f"no prediction targets: they take {FEWEST_CUSTOMERS} customers and {FEWEST_EVENTS} of each outcome")
     habits = bundled_habits(shop, best.goes_with, seed)
     rebuy, adopt = bundled_rebuy(shop, rebuy, best), bundled_adopt(shop, adopt, best.adopt, seed)
     model = Model(stored, popularity, replace(best, model=1.0, own=0.0), habits, rebuy, adopt, predictor)
@@ -212,22 +222,14 @@ def fit(
 def fit_predictor(shop: Shop, table: HiddenTable, seed: int) -> Predictor | None:
     """All heads that the log has enough data for; None where it has none."""
     prices, timeline, customers = shop.items.row_prices, shop.timeline, np.unique(table.customer)
-    train, tune = (
-        observe(table, table.where(Task.PREDICT, use), shop.histories, timeline, prices)
-        for use in (Use.HEAD_TRAIN, Use.HEAD_TUNE)
-    )
-    later = {
-        horizon: at_moments(customers, moments, shop.histories, timeline, prices, use=Use.HEAD_TUNE)
-        for horizon in timeline.horizons
-        if (moments := timeline.later(horizon))
-    }
-    standard = Standard.fit(train.features)
-    windows = Windows(train, weekly_rows(customers, shop.histories, timeline, prices, seed), tune, later)
-    heads, specs, scales = fit_behaviour(windows, timeline.horizons, standard, seed)
+    chosen = table.where(Task.PREDICT, Use.HEAD_TRAIN | Use.HEAD_TUNE)
+    train = observe(table, chosen, shop.histories, timeline, prices)
+    dense = weekly_rows(customers, shop.histories, timeline, prices, seed)
+    standard = Standard.fit(np.concatenate([train.features, dense.features]))
+    heads, specs, scales = fit_behaviour(train, dense, timeline.horizons, standard, seed)
     first = sum(len(head.bias) for head in heads)
-    bare = shop.bare_table(customers)
-    early, late = (shop.campaign_rows(bare, part) for part in ("train", "tune"))
-    more_heads, more_specs = fit_campaigns(early, late, shop.campaign_types, standard, table.hidden.shape[1], seed)
+    reached = shop.campaign_rows(shop.bare_table(customers), "train")
+    more_heads, more_specs = fit_campaigns(reached, shop.campaign_types, standard, table.hidden.shape[1], seed)
     if more_specs:
         scales = {**scales, "coupon_redemption": 0.0}
     heads += more_heads

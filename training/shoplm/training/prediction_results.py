@@ -11,6 +11,7 @@ from shoplm.training.bg_nbd import BgNbd, repeats_at
 from shoplm.training.campaigns import Campaigns
 from shoplm.training.metrics import (
     auc,
+    bootstrap_statistic,
     brier,
     calibration_error,
     calibration_intercept,
@@ -27,6 +28,7 @@ from shoplm.training.report import (
     OWN_MEAN,
     AmountError,
     AmountRow,
+    Difference,
     Estimate,
     ProbabilityRow,
     known,
@@ -63,10 +65,10 @@ def _chance(spec: HeadSpec, train: Observed, test: Observed, values: Floats, see
     boosted = baselines.boosted_probability(
         train.features[trained], train.outcome(spec)[trained] > 0, test.features[inside], seed
     )
-    return _chance_row(spec, probabilities(spec, values[inside]), boosted, truth)
+    return _chance_row(spec, probabilities(spec, values[inside]), boosted, truth, seed)
 
 
-def _chance_row(spec: HeadSpec, ours: Floats, boosted: Floats, truth: NDArray[np.bool_]) -> ProbabilityRow:
+def _chance_row(spec: HeadSpec, ours: Floats, boosted: Floats, truth: NDArray[np.bool_], seed: int) -> ProbabilityRow:
     return ProbabilityRow(
         target=spec.label,
         customers=len(truth),
@@ -81,6 +83,8 @@ def _chance_row(spec: HeadSpec, ours: Floats, boosted: Floats, truth: NDArray[np
         boosted_brier=brier(boosted, truth),
         boosted_ece=calibration_error(boosted, truth),
         boosted_lift=known(top_decile_lift(boosted, truth)),
+        auc_over_boosting=Difference(*map(known, bootstrap_statistic(auc, ours, boosted, truth, seed=seed))),
+        brier_over_boosting=Difference(*map(known, bootstrap_statistic(brier, ours, boosted, truth, seed=seed))),
         reliability=tuple(reliability(ours, truth)),
     )
 
@@ -133,7 +137,7 @@ def _campaign_rows(shop: Shop, bare: HiddenTable, predictor: Predictor, seed: in
         of_type = test.kind == shop.campaign_types.index(spec.campaign_type)
         if of_type.any():
             ours = probabilities(spec, values[of_type])
-            rows.append(_chance_row(spec, ours, boosted[of_type], test.redeemed[of_type]))
+            rows.append(_chance_row(spec, ours, boosted[of_type], test.redeemed[of_type], seed))
     return rows
 
 

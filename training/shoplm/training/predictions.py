@@ -1,9 +1,15 @@
-"""The prediction targets of a shop: labels, heads, calibration."""
+"""The prediction targets of a shop: labels, heads, calibration.
+
+Heads are fitted on everything before the test, and calibrated on values that heads fitted without a customer gave that
+customer: what fits too closely shows there, at all times of the training. A later window alone would show its own
+season as well, which the next one need not share. How strongly the hidden state is read is judged on the newest moment:
+an adapter, or a base from nothing, was trained on labels of the earlier ones.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import msgspec
 import numpy as np
@@ -14,7 +20,17 @@ from shoplm.features import dense_features
 from shoplm.history import SECONDS_PER_DAY, EventKind
 from shoplm.readout.targets import PROBABILITIES
 from shoplm.training.calibration import calibrated
-from shoplm.training.heads import Head, HeadData, Loss, Standard, count_loss, fit_head, hazard_loss, spend_loss
+from shoplm.training.heads import (
+    Head,
+    HeadData,
+    Loss,
+    Standard,
+    Strength,
+    count_loss,
+    fit_head,
+    hazard_loss,
+    spend_loss,
+)
 from shoplm.training.histories import Histories
 from shoplm.training.labels import behaviour
 from shoplm.training.nets import FEWEST_ROWS as NET_ROWS
@@ -22,9 +38,10 @@ from shoplm.training.nets import fit_net_and_states
 from shoplm.training.samples import HiddenTable, Sample, Task, Use
 from shoplm.training.timeline import Timeline
 
-FEWEST_ROWS = 30  # a target is left out where training or calibration has fewer customers
+FEWEST_CUSTOMERS = 30  # a target is left out where training has fewer
 FEWEST_EVENTS = 5  # … or fewer of either outcome
-DENSE_ROWS = 40_000  # of what reads dense features alone: more takes minutes and teaches little
+FOLDS = 4  # of customers, for calibration
+DENSE_ROWS = 50_000  # of what reads dense features alone: more takes minutes and teaches little
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,10 @@ class Observed:
 
     def __len__(self) -> int:
         return len(self.customer)
+
+    def where(self, keep: NDArray[np.bool_]) -> Observed:
+        """The rows that are kept."""
+        return Observed(**{column.name: getattr(self, column.name)[keep] for column in fields(self)})
 
     def outcome(self, spec: HeadSpec) -> NDArray[np.float64]:
         """The target's true value per row: 0 or 1, a count, or an amount."""
@@ -149,16 +170,6 @@ def weekly_rows(
 
 
 @dataclass(frozen=True)
-class Windows:
-    """What behaviour heads are fitted and calibrated on. Labels of `train` and `dense` end before `tune` begins."""
-
-    train: Observed  # with hidden states
-    dense: Observed  # at more moments, without
-    tune: Observed  # with hidden states, at `tuned_at`
-    later: dict[int, Observed]  # per horizon: at the weeks after, without hidden states
-
-
-@dataclass(frozen=True)
 class _Group:
     """Targets that share the outputs of one fit."""
 
@@ -170,53 +181,72 @@ class _Group:
 
 
 def fit_behaviour(
-    windows: Windows, horizons: Sequence[int], standard: Standard, seed: int
+    train: Observed, dense: Observed, horizons: Sequence[int], standard: Standard, seed: int
 ) -> tuple[list[Head], list[HeadSpec], dict[str, float]]:
-    """Heads for purchase, number of purchases, spend and churn."""
-    train, tune = windows.train, windows.tune
-    if not horizons or min(len(train), len(tune)) < FEWEST_ROWS:
+    """Heads for purchase, number of purchases, spend and churn, from `train`, with hidden states, and `dense`, at more
+    moments without."""
+    if not horizons or len(np.unique(train.customer)) < FEWEST_CUSTOMERS:
         return [], [], {}
-    data = HeadData(train.customer, train.hidden, standard(train.features))
+    nets = len(dense) >= NET_ROWS
+    rows = _with_mean_state(dense, train) if nets else train  # to calibrate on: the more moments, the better
+    fold_of = np.random.default_rng(seed).permutation(int(max(train.customer.max(), rows.customer.max())) + 1) % FOLDS
+    fold = fold_of[rows.customer]
     heads: list[Head] = []
     specs: list[HeadSpec] = []
     scales: dict[str, float] = {}
     for group in _groups(train, horizons):
-        usable = [spec for spec in group.drafts if _enough(train, spec) and _enough(tune, spec)]
+        usable = [spec for spec in group.drafts if _enough(train, spec)]
         if not usable:
             continue
-        loss_of, dense = group.loss_of(train), windows.dense
-        if len(dense) >= NET_ROWS:
-            head, scales[group.name] = fit_net_and_states(
-                *(standard(dense.features), group.loss_of(dense), data, loss_of, group.outputs),
-                initial=group.initial,
-                seed=seed,
-            )
-        else:
-            head, scales[group.name] = fit_head(data, group.outputs, loss_of, initial=group.initial, seed=seed)
+        head, strength = _fit(group, train, dense if nets else None, standard, seed)
+        unseen = np.zeros((len(rows), group.outputs))
+        for each in np.unique(fold):
+            known = train.where(fold_of[train.customer] != each)
+            others = dense.where(fold_of[dense.customer] != each) if nets else None
+            without, _ = _fit(group, known, others, standard, seed, strength)
+            part = rows.where(fold == each)
+            unseen[fold == each] = without.values(part.hidden, standard(part.features))
         first = sum(len(other.bias) for other in heads)
         heads.append(head)
-        done = (_calibrated(spec, head, windows, standard) for spec in usable)
-        specs += shifted(list(done), first)
+        scales[group.name] = strength.hidden_scale
+        specs += shifted([_calibrated(spec, unseen, rows) for spec in usable], first)
     return heads, specs, scales
 
 
-def _calibrated(spec: HeadSpec, head: Head, windows: Windows, standard: Standard) -> HeadSpec:
-    """With parameters from the tuning window: for chances, from all its weeks, since one week may be a holiday's. Weeks
-    without hidden states take the mean of those at `tuned_at`."""
-    tune, train = windows.tune, windows.train
-    parts = [tune]
-    if spec.transform in PROBABILITIES and spec.horizon_days in windows.later:
-        late = windows.later[spec.horizon_days]
-        mean = tune.hidden.mean(0, keepdims=True)
-        parts.append(replace(late, hidden=np.repeat(mean, len(late), axis=0)))
-    values, truth = [], []
-    for part in parts:
-        inside = part.population(spec)
-        values.append(head.values(part.hidden, standard(part.features))[inside])
-        truth.append(part.outcome(spec)[inside])
-    rate = float(train.outcome(spec)[train.population(spec)].mean())
-    named = msgspec.structs.replace(spec, base_rate=rate)
-    return calibrated(named, np.concatenate(values), np.concatenate(truth))
+def _fit(
+    group: _Group,
+    train: Observed,
+    dense: Observed | None,
+    standard: Standard,
+    seed: int,
+    strength: Strength | None = None,
+) -> tuple[Head, Strength]:
+    """The group's head: with nets on the rows of `dense`, or linear."""
+    data = HeadData(train.customer, train.hidden, standard(train.features), train.moment == train.moment.max())
+    if dense is None:
+        return fit_head(
+            *(data, group.outputs, group.loss_of(train)), initial=group.initial, seed=seed, strength=strength
+        )
+    return fit_net_and_states(
+        *(standard(dense.features), group.loss_of(dense), data, group.loss_of(train), group.outputs),
+        initial=group.initial,
+        seed=seed,
+        strength=strength,
+    )
+
+
+def _with_mean_state(rows: Observed, train: Observed) -> Observed:
+    """The rows with the mean of the hidden states of `train`."""
+    state = train.hidden.mean(0, keepdims=True)
+    return replace(rows, hidden=np.broadcast_to(state, (len(rows), state.shape[1])))
+
+
+def _calibrated(spec: HeadSpec, unseen: NDArray[np.float64], rows: Observed) -> HeadSpec:
+    """With parameters from `unseen` [N, P], the values of heads that did not know the rows' customers."""
+    inside = rows.population(spec)
+    truth = rows.outcome(spec)[inside]
+    named = msgspec.structs.replace(spec, base_rate=float(truth.mean()))
+    return calibrated(named, unseen[inside], truth)
 
 
 def _groups(train: Observed, horizons: Sequence[int]) -> list[_Group]:

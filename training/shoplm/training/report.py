@@ -104,6 +104,8 @@ class ProbabilityRow(msgspec.Struct, frozen=True):
     boosted_brier: float
     boosted_ece: float
     boosted_lift: float | None
+    auc_over_boosting: Difference
+    brier_over_boosting: Difference  # below 0: ours is better
     reliability: tuple[tuple[int, float, float], ...]  # customers, mean probability, observed share, per bin
 
 
@@ -179,6 +181,7 @@ class Sample(msgspec.Struct, frozen=True):
 
     seed: int
     customers: int  # that hidden states were computed for, in seeded random order
+    log: str  # the fingerprint of the shop's events, items and profiles
 
 
 class Report(Sample, frozen=True):

@@ -260,6 +260,10 @@ def evaluate_bundle(
     _check_base(manifest, resolved, folder)
     card = msgspec.json.decode((folder / "metrics.json").read_bytes(), type=Sample)
     shop = shop_of_bundle(folder, manifest, log)
+    if shop.fingerprint != card.log:
+        raise BundleError(
+            f"{folder} was trained on other events, items or profiles; evaluate with the files that it was trained on"
+        )
     watch.say(f"loading {resolved.name}")
     adapter, catalog = folder if manifest.has_adapter else None, read_catalog(folder)
     common = (shop, catalog, resolved, manifest.prompt)
@@ -311,7 +315,8 @@ def read_model(folder: Path, manifest: ShopManifest) -> Model:
     rows = OutputRows(tensors["output_rows.0"].float(), tensors["output_bias.0"].float())
     predictor = None
     if manifest.targets:
-        standard = Standard(tensors["head.input_mean"].numpy(), tensors["head.input_scale"].numpy())
+        mean, scale = tensors["head.input_mean"].numpy(), tensors["head.input_scale"].numpy()
+        standard = Standard(mean, scale, *tensors["head.input_range"].numpy())
         head = Head(
             tensors["head.weight"].numpy(),
             tensors["head.bias"].numpy(),

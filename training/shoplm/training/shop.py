@@ -70,9 +70,8 @@ class Shop:
         )
 
     def campaign_rows(self, table: HiddenTable, part: str) -> Campaigns:
-        """Customers at campaign starts. `part`: `train`, campaigns that end by `tuned_at`; `tune`, those that end by
-        `test_at`; `test`, the others of which most was observed. No outcome of one part is known in the one before.
-        `table` is a bare one: it names the customers and moments.
+        """Customers at campaign starts. `part`: `train`, campaigns that end by `test_at`; `test`, the others of which
+        most was observed. `table` is a bare one: it names the customers and moments.
         """
         chosen = table.where(Task.PREDICT, Use.CAMPAIGN)
         keys = set(zip(table.customer[chosen].tolist(), table.moment[chosen].tolist(), strict=True))
@@ -89,9 +88,7 @@ class Shop:
     def _part(self, part: str) -> pl.Expr:
         start, end = pl.col("start"), pl.col("end")
         if part == "train":
-            return end <= self.timeline.tuned_at
-        if part == "tune":
-            return (end > self.timeline.tuned_at) & (end <= self.timeline.test_at)
+            return end <= self.timeline.test_at
         observed = (self.timeline.end - start) >= OBSERVED_SHARE * (end - start)
         return (end > self.timeline.test_at) & observed
 

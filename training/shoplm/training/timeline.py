@@ -4,8 +4,9 @@
                    labels end by tuned_at  labels end by     labels end by
                                            test_at           end
 
-Item rows and heads are fitted on labels before `tuned_at`; score weights and calibration on labels between `tuned_at`
-and `test_at`; metrics on labels after `test_at`. The bundle that is served is the one that was measured.
+Item rows and nets are fitted on labels before `tuned_at`; the score's weights on labels between `tuned_at` and
+`test_at`; prediction heads on all labels before `test_at`; metrics on labels after `test_at`. The bundle that is served
+is the one that was measured.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from shoplm.history import SECONDS_PER_DAY
 HORIZONS = (7, 14, 30)  # days
 TRAIN_CUTOFFS = 4
 DENSE_WEEKS = 16  # of cut-offs that need no hidden state
-_WINDOWS = 5  # the log must hold so many horizons: history, two cut-offs of training, calibration, test
+_WINDOWS = 5  # the log must hold so many horizons: history, two cut-offs of training, tuning, test
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +50,12 @@ class Timeline:
 
     @property
     def weekly(self) -> tuple[float, ...]:
-        """Cut-offs of training a week apart, oldest first: what reads dense features alone can afford that many. Labels
-        end by `tuned_at`."""
+        """Cut-offs of the heads a week apart, oldest first: what reads dense features alone can afford that many.
+        Labels end by `test_at`."""
         longest = max(self.horizons, default=0) * SECONDS_PER_DAY
-        last = self.tuned_at - longest
+        last = self.test_at - longest
         found = [last - 7 * week * SECONDS_PER_DAY for week in range(DENSE_WEEKS)]
-        return tuple(sorted({*self.train_at, *(moment for moment in found if moment >= self.train_at[0])}))
-
-    def later(self, horizon_days: int) -> tuple[float, ...]:
-        """Cut-offs a week apart after `tuned_at` whose labels within the horizon end by `test_at`."""
-        step, until = 7 * SECONDS_PER_DAY, self.test_at - horizon_days * SECONDS_PER_DAY
-        weeks = int(max(until - self.tuned_at, 0.0) // step)
-        return tuple(self.tuned_at + step * (1 + week) for week in range(weeks))
+        return tuple(sorted({*self.train_at, self.tuned_at, *(each for each in found if each >= self.train_at[0])}))
 
 
 def make_timeline(start: float, end: float) -> Timeline:

@@ -10,6 +10,7 @@ from zoneinfo import ZoneInfo
 
 import typer
 from rich.console import Console
+from shoplm.training.log_columns import is_timezone
 from shoplm.training.terminal import errors, fail, print_problems, watching
 
 if TYPE_CHECKING:
@@ -80,11 +81,13 @@ def engine_process(config: ServerConfig, base: Base) -> EngineClient:
 
 
 def _moment(console: Console, text: str | None, timezone: str) -> float | None:
+    if not is_timezone(timezone):
+        fail(console, f"--timezone {timezone!r}: no time zone is called so; name one such as Europe/Berlin")
     if text is None:
         return None
     try:
         found = datetime.fromisoformat(text)
         return (found if found.tzinfo is not None else found.replace(tzinfo=ZoneInfo(timezone))).timestamp()
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         example = datetime(2024, 1, 31, 18, 5, tzinfo=UTC).isoformat()
-        fail(console, f"--as-of {text!r}, --timezone {timezone!r}: {error}; write it like {example}")
+        fail(console, f"--as-of {text!r}: {error}; write it like {example}")
