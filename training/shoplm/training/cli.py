@@ -165,7 +165,7 @@ def adapt(
     with errors(console):
         where = training_device(device)
         log = _read(console, events, items, customers, campaigns, timezone)
-        with exclusive(out), watching(console, logs) as watch:
+        with watching(console, logs) as watch:
             request = AdaptRequest(bundle, out, base, steps, None if full else rank, checkpointing, seed, where)
             folder = adapt(request, log, watch)
     flag = "--base" if full else "--adapter"
