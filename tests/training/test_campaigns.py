@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from shoplm.bundle import HeadSpec
 from shoplm.readout.targets import probabilities
 from shoplm.training.campaigns import Campaigns, fit_campaigns
 from shoplm.training.heads import Standard
@@ -59,6 +60,17 @@ def test_a_type_is_calibrated_on_campaigns_that_the_head_did_not_know() -> None:
     assert slopes[1] > 0.5, "customers held out of known campaigns show nothing of this"
 
 
+def assert_rates_are_kept(rows: Campaigns, within: float) -> list[HeadSpec]:
+    """The mean chance of each type is the share that redeemed; returns the targets."""
+    standard = Standard.fit(rows.features)
+    heads, specs = fit_campaigns(rows, TYPES, standard, HIDDEN, seed=0)
+    values = heads[0].values(np.zeros((len(rows), HIDDEN), np.float32), standard(rows.features))
+    for index, spec in enumerate(specs):
+        found = probabilities(spec, values)[rows.kind == index].mean()
+        assert found == pytest.approx(rows.redeemed[rows.kind == index].mean(), abs=within)
+    return specs
+
+
 def test_each_type_has_an_intercept_of_its_own() -> None:
     """Of one type, every campaign does twice as well as the customers' features let expect; the other's do as badly."""
     random = np.random.default_rng(8)
@@ -69,12 +81,7 @@ def test_each_type_has_an_intercept_of_its_own() -> None:
     redeemed = random.random(count) < 1 / (1 + np.exp(-(np.array([-0.5, -2.5])[kind] + shift[campaign])))
     features = random.normal(size=(count, FEATURES)).astype(np.float32)
     rows = Campaigns(np.arange(count, dtype=np.int32), features, kind, redeemed, campaign.astype(np.str_))
-    standard = Standard.fit(features)
-    heads, specs = fit_campaigns(rows, TYPES, standard, HIDDEN, seed=0)
-    values = heads[0].values(np.zeros((count, HIDDEN), np.float32), standard(features))
-    for index, spec in enumerate(specs):
-        found = probabilities(spec, values)[kind == index].mean()
-        assert found == pytest.approx(redeemed[kind == index].mean(), abs=0.03)
+    specs = assert_rates_are_kept(rows, within=0.03)
     assert specs[0].parameters["slope"] == specs[1].parameters["slope"]
     assert specs[0].parameters["intercept"] != specs[1].parameters["intercept"]
 
@@ -88,12 +95,7 @@ def test_a_type_of_one_campaign_keeps_its_rate() -> None:
     redeemed = random.random(count) < 1 / (1 + np.exp(-np.array([-1.0, -3.0])[kind]))
     features = random.normal(size=(count, FEATURES)).astype(np.float32)
     rows = Campaigns(np.arange(count, dtype=np.int32), features, kind, redeemed, campaign.astype(np.str_))
-    standard = Standard.fit(features)
-    heads, specs = fit_campaigns(rows, TYPES, standard, HIDDEN, seed=0)
-    values = heads[0].values(np.zeros((count, HIDDEN), np.float32), standard(features))
-    for index, spec in enumerate(specs):
-        found = probabilities(spec, values)[kind == index].mean()
-        assert found == pytest.approx(redeemed[kind == index].mean(), abs=0.01)
+    assert_rates_are_kept(rows, within=0.01)
 
 
 def test_one_campaign_is_calibrated_on_customers_held_out() -> None:

@@ -80,14 +80,7 @@ def bootstrap_difference(ours: Floats, theirs: Floats, *, seed: int, rounds: int
     """Mean paired difference and its 95 % bootstrap interval (percentiles, customers resampled)."""
     both = np.isfinite(ours) & np.isfinite(theirs)
     difference = (ours - theirs)[both]
-    if not len(difference):
-        return float("nan"), float("nan"), float("nan")
-    generator = np.random.default_rng(seed)
-    means = np.array(
-        [difference[generator.integers(0, len(difference), len(difference))].mean() for _ in range(rounds)]
-    )
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(difference.mean()), float(low), float(high)
+    return _bootstrap(lambda rows: float(difference[rows].mean()), len(difference), seed, rounds)
 
 
 def bootstrap_statistic(
@@ -101,12 +94,18 @@ def bootstrap_statistic(
 ) -> tuple[float, float, float]:
     """Difference of a statistic of probabilities, ours minus theirs on the same rows, and its 95 % bootstrap interval
     (percentiles, rows resampled; those without a value are left out)."""
-    generator = np.random.default_rng(seed)
 
     def difference(rows: NDArray[np.intp]) -> float:
         return statistic(ours[rows], outcome[rows]) - statistic(theirs[rows], outcome[rows])
 
-    count = len(outcome)
+    return _bootstrap(difference, len(outcome), seed, rounds)
+
+
+def _bootstrap(
+    difference: Callable[[NDArray[np.intp]], float], count: int, seed: int, rounds: int
+) -> tuple[float, float, float]:
+    """The difference of all rows, 0 to `count`, and the interval of those of rows that are drawn from them."""
+    generator = np.random.default_rng(seed)
     found = np.array([difference(generator.integers(0, count, count)) for _ in range(rounds if count else 0)])
     if not np.isfinite(found).any():
         return float("nan"), float("nan"), float("nan")

@@ -130,31 +130,6 @@ def observe(
     )
 
 
-def at_moments(
-    customers: NDArray[np.integer],
-    moments: Sequence[float],
-    histories: Histories,
-    timeline: Timeline,
-    item_prices: NDArray[np.float32],
-    *,
-    use: Use,
-    most: int | None = None,
-    seed: int = 0,
-) -> Observed:
-    """The customers who had a history at each of the moments, without hidden states; at most `most` rows, at random."""
-    pairs = [
-        (int(customer), Sample(moment, Task.PREDICT, use, False))
-        for customer in customers
-        for moment in moments
-        if len(histories[int(customer)]) and histories[int(customer)].time[0] < moment
-    ]
-    if most is not None and len(pairs) > most:
-        kept = np.sort(np.random.default_rng(seed).choice(len(pairs), most, replace=False))
-        pairs = [pairs[index] for index in kept.tolist()]
-    table = HiddenTable.bare(pairs)
-    return observe(table, np.arange(len(table)), histories, timeline, item_prices)
-
-
 def weekly_rows(
     customers: NDArray[np.integer],
     histories: Histories,
@@ -162,11 +137,19 @@ def weekly_rows(
     item_prices: NDArray[np.float32],
     seed: int,
 ) -> Observed:
-    """What nets and boosting learn from: customers at the weekly cut-offs of training."""
-    moments = timeline.weekly
-    return at_moments(
-        *(customers, moments, histories, timeline, item_prices), use=Use.HEAD_TRAIN, most=DENSE_ROWS, seed=seed
-    )
+    """What nets and boosting learn from: the customers who had a history at each of the weekly cut-offs, without hidden
+    states; at most DENSE_ROWS, at random."""
+    pairs = [
+        (int(customer), Sample(moment, Task.PREDICT, Use.HEAD_TRAIN, False))
+        for customer in customers
+        for moment in timeline.weekly
+        if len(histories[int(customer)]) and histories[int(customer)].time[0] < moment
+    ]
+    if len(pairs) > DENSE_ROWS:
+        kept = np.sort(np.random.default_rng(seed).choice(len(pairs), DENSE_ROWS, replace=False))
+        pairs = [pairs[index] for index in kept.tolist()]
+    table = HiddenTable.bare(pairs)
+    return observe(table, np.arange(len(table)), histories, timeline, item_prices)
 
 
 @dataclass(frozen=True)
