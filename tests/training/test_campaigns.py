@@ -8,12 +8,19 @@ import numpy as np
 import pytest
 from shoplm.bundle import HeadSpec
 from shoplm.readout.targets import probabilities
+from shoplm.training import stumps
 from shoplm.training.campaigns import Campaigns, fit_campaigns
 from shoplm.training.heads import Standard
 from shoplm.training.metrics import auc
 
 HIDDEN, FEATURES = 6, 3
 TYPES = ["A", "B"]
+
+
+@pytest.fixture
+def linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads without stumps, which take seconds to fit and change nothing here."""
+    monkeypatch.setattr(stumps, "FEWEST_ROWS", 10_000)
 
 
 def campaigns(count: int, seed: int) -> tuple[Campaigns, np.ndarray]:
@@ -43,6 +50,7 @@ def test_chances_are_recovered_per_type() -> None:
         assert spec.base_rate == pytest.approx(train.redeemed[train.kind == index].mean())
 
 
+@pytest.mark.usefixtures("linear")
 def test_a_type_is_calibrated_on_campaigns_that_the_head_did_not_know() -> None:
     """What speaks for redeeming in one campaign speaks against it in the other: a head that knows both leans to the
     larger one, but whoever knows only one is wrong about the other."""
@@ -71,6 +79,7 @@ def assert_rates_are_kept(rows: Campaigns, within: float) -> list[HeadSpec]:
     return specs
 
 
+@pytest.mark.usefixtures("linear")
 def test_each_type_has_an_intercept_of_its_own() -> None:
     """Of one type, every campaign does twice as well as the customers' features let expect; the other's do as badly."""
     random = np.random.default_rng(8)
@@ -86,6 +95,7 @@ def test_each_type_has_an_intercept_of_its_own() -> None:
     assert specs[0].parameters["intercept"] != specs[1].parameters["intercept"]
 
 
+@pytest.mark.usefixtures("linear")
 def test_a_type_of_one_campaign_keeps_its_rate() -> None:
     """No head is fitted without the type: its rate would be missed, and then corrected once too often."""
     random = np.random.default_rng(10)
