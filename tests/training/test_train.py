@@ -32,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("quick_heads")
 FILES = ("--items", "items.parquet"), ("--customers", "customers.parquet"), ("--campaigns", "campaigns.parquet")
 Invoke = Callable[..., str]
 EXPLAINED = 4
+NOTES = "Was für das Lager nicht half: **Wochentage**."
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,9 @@ def trained(shell: Invoke, tiny_files: Path, tmp_path_factory: pytest.TempPathFa
     (tiny_files / "knowledge").mkdir()
     (tiny_files / "knowledge" / "returns.md").write_text("# Returns\nWithin 30 days.\n")
     paths = [part for flag, name in FILES for part in (flag, tiny_files / name)]
+    (tiny_files / "notes.md").write_text(f"{NOTES}\n")
     knowledge = ["--knowledge", tiny_files / "knowledge", "--demo-customers", 4, "--explained", EXPLAINED]
+    knowledge += ["--notes", tiny_files / "notes.md"]
     shell("train", "--events", tiny_files / "events.parquet", *paths, *quick(out), *knowledge)
     return out
 
@@ -132,6 +135,7 @@ def test_the_card_says_what_was_measured(trained: Path) -> None:
         for row in result.rows:
             assert f"| {row.name} | {row.recall:.4f} | {row.ndcg:.4f} |" in card
     assert "popularity" in card and "tuned count" in card and "Privacy" in card
+    assert f"## Notes\n\n{NOTES}\n\n## Reproduce" in card
     assert all(f"| {row.target} | {row.customers:,} |" in card for row in (*report.probabilities, *report.amounts))
 
 
@@ -170,7 +174,8 @@ def test_evaluate_reproduces_the_card(trained: Path, shell: Invoke, tiny_files: 
     )
     assert list(work.glob("hidden-*/*.safetensors"))
     assert out.read_bytes() == (trained / "metrics.json").read_bytes()
-    assert (trained / "card.md").read_text().count("## Explanations") == 1
+    card = (trained / "card.md").read_text()
+    assert card.count("## Explanations") == 1 and NOTES in card
     read_manifest(trained)  # what was written has its hash
 
 
@@ -316,6 +321,13 @@ def test_starting_anew_forgets_what_runs_kept_and_nothing_else(shell: Invoke, ti
     shell("train", *arguments, "--history-tokens", 64, "--history-block", 32, "--no-resume", "--dry-run")
     assert not (work / "hidden-0123456789abcdef").exists() and not (work / "held-out.json").exists()
     assert (work / "mine.txt").read_text() == "other things"
+
+
+def test_notes_that_are_no_text_are_refused(shell: Invoke, tiny_files: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_bytes("Grüße".encode("latin-1"))
+    arguments = ["--events", tiny_files / "events.parquet", "--out", tmp_path / "x", "--notes", tmp_path / "notes.md"]
+    said = shell("train", *arguments, code=2)
+    assert "--notes" in said and "utf-8" in said and not (tmp_path / "x").exists()
 
 
 def test_a_bad_name_and_impossible_budgets_are_refused(shell: Invoke, tiny_files: Path, tmp_path: Path) -> None:

@@ -25,14 +25,13 @@ def render_card(
     *,
     title: str,
     notice: str,
+    notes: str,
     examples: int,
-    remarks: Sequence[str],
 ) -> str:
     """card.md as text."""
     parts = [
         f"# {title}",
         notice,
-        *(f"> {remark}" for remark in remarks),
         _data(shop, report),
         _splits(shop),
         _model(base, schema, weights, hidden_scales, examples),
@@ -48,6 +47,7 @@ def render_card(
         chat(report),
         _privacy(),
         limits(report, _origin(base, schema)),
+        f"## Notes\n\n{notes}" if notes else "",
         "## Reproduce",
         "`shoplm evaluate --bundle <this folder>` with the files that it was trained on computes every number above "
         f"again (seed {report.seed}, {report.customers:,} customers).",
@@ -134,8 +134,9 @@ def _model(base: Base, schema: PromptSchema, weights: Weights, hidden_scales: di
     if kept:
         lines.append(
             "Behaviour heads read the dense features of the whole history, through small nets where the log is long "
-            "enough, and the hidden state; the coupon head is linear in the dense features. Held-out customers decide "
-            f"how strongly a head reads the hidden state; it does: {', '.join(kept)}."
+            "enough, and the hidden state; the coupon head reads the dense features alone, along lines and, where many "
+            "customers were reached, in steps. Held-out customers decide how strongly a head reads the hidden state; "
+            f"it does: {', '.join(kept)}."
         )
     return "\n\n".join(lines)
 

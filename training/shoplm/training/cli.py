@@ -55,6 +55,9 @@ def train(
     preamble: Annotated[str | None, typer.Option(help="first words of every prompt: who the assistant is")] = None,
     currency: Annotated[str, typer.Option(help="ISO 4217 code")] = "USD",
     notice: Annotated[str, typer.Option(help="where the data come from and what they may be used for")] = "",
+    notes: Annotated[
+        Path | None, typer.Option(help="a text for the card: what you tried, what to know", exists=True, dir_okay=False)
+    ] = None,
     timezone: TimezoneOption = "UTC",
     history_tokens: Annotated[int, typer.Option(min=64, help="history budget of every prompt")] = 512,
     history_block: Annotated[int, typer.Option(min=16, help="the oldest baskets go in blocks of so many tokens")] = 256,
@@ -97,6 +100,7 @@ def train(
         preamble=preamble or f"You are the assistant of {shown}, a shop. Be friendly, brief and honest.",
         currency=currency,
         notice=notice,
+        notes=_text(console, notes) if notes is not None else "",
         history_tokens=history_tokens,
         history_block=history_block,
         minutes=minutes or None,
@@ -120,6 +124,13 @@ def train(
             report = run.train()
     print_report(console, report)
     console.print(f"wrote [bold]{out}[/bold]; serve it with: shoplm serve --bundle {out}")
+
+
+def _text(console: Console, path: Path) -> str:
+    try:
+        return path.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(console, f"--notes {path}: {error}")
 
 
 def _may_become_bundle(folder: Path) -> bool:

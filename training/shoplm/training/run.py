@@ -66,6 +66,7 @@ class TrainRequest:
     preamble: str
     currency: str
     notice: str
+    notes: str  # for the card
     history_tokens: int
     history_block: int
     minutes: float | None  # None: as long as needed
@@ -76,7 +77,6 @@ class TrainRequest:
     work: Path
     explained: int = 0  # customers whose explanations are measured
     device: torch.device = CPU  # of what is trained from nothing
-    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,8 @@ class Run:
             fitted.hidden_scales,
             title=request.title,
             notice=request.notice,
+            notes=request.notes,
             examples=fitted.ranking_examples,
-            remarks=request.remarks,
         )
         write_bundle(
             request.out,
