@@ -54,7 +54,7 @@ capacity: $(INSTALLED) ## What slack carries beside first come, first served: tw
 	  --recommendation-target 6 --prediction-target 6 --chat-first-target 6 --chat-token-target 0.5 $(ARGS)
 
 doctor: ## What this machine has, and what each part is for
-	@$(PYTHON) server/shoplm/doctor.py
+	@PYTHONPATH=server $(PYTHON) -m shoplm.doctor
 
 budget: $(INSTALLED) ## Compile every kernel for every card and write the table
 	$(BIN)/python benchmarks/kernel_budget.py --full --write --keep .kernel-budget.jsonl $(ARGS)

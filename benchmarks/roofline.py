@@ -30,24 +30,31 @@ class Card:
     tensor_tflops: float  # fp16 and bf16 products, fp32 sums
     fp8_tflops: float  # equal to tensor_tflops where there are no fp8 tensor cores
     vector_tflops: float  # fp32, fused multiply-add counted as two
+    device: str  # as the driver names the card that the numbers are of
 
 
 CARDS = {
     card.name: card
     for card in (
         # NVIDIA A100 datasheet (2021), 80 GB SXM: 2,039 GB/s; 312 TFLOPS bf16; 19.5 TFLOPS fp32; no fp8.
-        Card("A100", 2039, 312, 312, 19.5),
+        Card("A100", 2039, 312, 312, 19.5, "NVIDIA A100-SXM4-80GB"),
         # NVIDIA L4 datasheet (2023): 300 GB/s; 242 and 485 TFLOPS bf16 and fp8 with sparsity, half dense; 30.3 fp32.
-        Card("L4", 300, 121, 242.5, 30.3),
+        Card("L4", 300, 121, 242.5, 30.3, "NVIDIA L4"),
         # NVIDIA H100 datasheet (2023), SXM5: 3.35 TB/s; 1,979 and 3,958 TFLOPS with sparsity, half dense; 67 fp32.
-        Card("H100", 3350, 989.5, 1979, 67),
+        Card("H100", 3350, 989.5, 1979, 67, "NVIDIA H100 80GB HBM3"),
         # NVIDIA H200 datasheet (2024), SXM: 4.8 TB/s; compute as H100.
-        Card("H200", 4800, 989.5, 1979, 67),
+        Card("H200", 4800, 989.5, 1979, 67, "NVIDIA H200"),
         # NVIDIA HGX B200 product page (2025), one of eight GPUs: 8 TB/s; 4.5 and 9 PFLOPS with sparsity, half dense;
         # fp32 600 TFLOPS for eight.
-        Card("B200", 8000, 2250, 4500, 75),
+        Card("B200", 8000, 2250, 4500, 75, "NVIDIA B200"),
     )
 }
+
+
+def card_of(device: str) -> Card | None:
+    """The card that the driver calls `device`. None for any other: a PCIe or NVL board, less memory or a part of a card
+    (MIG) has other peaks under nearly the same name."""
+    return next((card for card in CARDS.values() if card.device == device), None)
 
 
 @dataclass(frozen=True)
@@ -181,17 +188,27 @@ def swiglu(model: ModelShape, tokens: int) -> Work:
 def weight_only(outputs: int, inputs: int, rows: int, bits: int) -> Work:
     """The weight in 8 bits with a scale of 4 bytes per output, or in 4 with a scale and a low of 2 bytes each per 32
     inputs; x read, output written."""
-    tables = 4 * outputs * (1 if bits == 8 else inputs // 32)
-    return Work(outputs * inputs * bits // 8 + tables + 2 * rows * (inputs + outputs), 2 * rows * outputs * inputs)
+    return Work(_packed_bytes(outputs, inputs, bits) + 2 * rows * (inputs + outputs), 2 * rows * outputs * inputs)
+
+
+def unpack(outputs: int, inputs: int, bits: int) -> Work:
+    """The weight read and written in 16 bits; a product and, in 4 bits, a sum an element."""
+    elements = outputs * inputs
+    return Work(_packed_bytes(outputs, inputs, bits) + 2 * elements, vector_flops=(1 if bits == 8 else 2) * elements)
+
+
+def _packed_bytes(outputs: int, inputs: int, bits: int) -> int:
+    return outputs * inputs * bits // 8 + 4 * outputs * (1 if bits == 8 else inputs // 32)
 
 
 def beam_step(groups: int, live: int, children: int, select: int, *, filtered: bool = True) -> Work:
-    """`live` beams per group with `children` candidates each: logit, code, item range and prefix sum of each, once."""
+    """`live` beams per group with `children` candidates each: the logit of each, and code, item range and prefix sum of
+    each once for all groups, which stand at the same nodes under the same filter."""
     candidates = groups * live * children
-    each = 4 + INDEX_BYTES + (3 * INDEX_BYTES if filtered else 0)
+    tables = live * children * (INDEX_BYTES + (3 * INDEX_BYTES if filtered else 0))
     written = groups * select * 4 * INDEX_BYTES
     read = groups * live * (2 * INDEX_BYTES + 4)
-    return Work(candidates * each + written + read, vector_flops=4 * candidates)
+    return Work(4 * candidates + tables + written + read, vector_flops=4 * candidates)
 
 
 def sample(model: ModelShape, rows: int) -> Work:
@@ -228,6 +245,8 @@ def entries(model: ModelShape) -> list[Entry]:
         ("swiglu", "8192 tokens", swiglu(model, 8192)),
         ("weight_only", "64 rows, gate and up, int8", weight_only(2 * model.features, model.hidden, 64, 8)),
         ("weight_only", "64 rows, gate and up, int4", weight_only(2 * model.features, model.hidden, 64, 4)),
+        ("unpack", "gate and up, int8", unpack(2 * model.features, model.hidden, 8)),
+        ("unpack", "gate and up, int4", unpack(2 * model.features, model.hidden, 4)),
         ("beam_step", "1 x 1M items, top 256", beam_step(1, 1, 10**6, 256)),
         ("beam_step", "1 x 256 beams x 256 children", beam_step(1, 256, 256, 256)),
         ("sample", "64 rows", sample(model, 64)),

@@ -15,11 +15,10 @@ from pathlib import Path
 MISSING = 3
 # Name -> (module, function, keywords of it).
 STAGES: dict[str, tuple[str, str, dict[str, int]]] = {
-    "correct-attention-1": ("correctness", "attention", {"part": 0, "parts": 3}),
-    "correct-attention-2": ("correctness", "attention", {"part": 1, "parts": 3}),
-    "correct-attention-3": ("correctness", "attention", {"part": 2, "parts": 3}),
+    **{f"correct-attention-{part + 1}": ("correctness", "attention", {"part": part, "parts": 6}) for part in range(6)},
     "correct-ops": ("correctness_ops", "ops", {}),
     "correct-backend": ("backend", "equality", {}),
+    "correct-formats": ("backend", "formats", {}),
     "prefill": ("kernels", "prefill", {}),
     "decode": ("kernels", "decode", {}),
     "beams": ("kernels", "beams", {}),

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from shoplm.engine.batch import Batch, Row, SampleReadout
 from shoplm.model.backend import Handle
+from shoplm.model.config import ModelConfig
 from shoplm.model.direct import DirectRunner
 from shoplm.model.gpu_linear import WEIGHT_FORMATS
 from shoplm.model.kv_pool import KV_FORMATS
@@ -31,8 +32,7 @@ from gpu_stages.models import CONFIGS, TINY, random_weights
 
 
 def equality(stage: Stage) -> None:
-    """Mixed steps of all services, launch by launch and as captured graphs; drawn tokens; bf16 hidden states; and those
-    of every format of weights and of keys and values."""
+    """Mixed steps of all services, launch by launch and as captured graphs; an adapter apart; drawn tokens."""
     for name, seconds in (("launches", 0.0), ("graphs", 20.0)):
         if stage.smoke and seconds:
             continue  # without CUDA a bucket is the same launches: tests/kernels/test_step_graphs.py
@@ -43,8 +43,12 @@ def equality(stage: Stage) -> None:
             )
     stage.check("fp32 with an adapter apart equals one merged", partial(_services, stage, True, 0.0, adapted=True))
     stage.check("a seed gives the same tokens in every run", lambda: _seeds(stage))
-    formats = [(weights, "model") for weights in WEIGHT_FORMATS]
-    for weights, kv in (*formats, *(("model", kv) for kv in KV_FORMATS if kv != "model")):
+
+
+def formats(stage: Stage) -> None:
+    """bf16 hidden states, and those of every format of weights and of keys and values."""
+    kinds = [(weights, "model") for weights in WEIGHT_FORMATS]
+    for weights, kv in (*kinds, *(("model", kv) for kv in KV_FORMATS if kv != "model")):
         name = f"hidden states of the 135M shape, weights {weights}, kv {kv}"
         stage.check(name, partial(_hidden, stage, weights, kv))
 
@@ -98,18 +102,11 @@ def _hidden(stage: Stage, weight_format: str, kv_format: str) -> None:
 
 def steps(stage: Stage) -> None:
     """CUDA-graph decode steps: forward pass, head, sampling. Random weights of real shapes, 64 rows and one."""
-    for name, target in (("135M", 800.0), ("0.5B", None), ("1.7B", None), ("7B", None)):
-        if stage.smoke and name != "135M":
-            continue
-        for rows, kv_len in ((2, 20),) if stage.smoke else ((64, 512), (1, 512), (64, 4096)):
+    for rows, kv_len in ((2, 20),) if stage.smoke else ((64, 512), (1, 512), (64, 4096)):
+        for name in ("135M",) if stage.smoke else CONFIGS:
             label = f"decode step {name} {rows} rows, context {kv_len}"
-            promised = target if (rows, kv_len) == (64, 512) else None
-            stage.measure(
-                label,
-                "us",
-                partial(_step_us, stage, name, rows, kv_len),
-                target=promised,
-            )
+            promised = 800.0 if (name, rows, kv_len) == ("135M", 64, 512) else None
+            stage.measure(label, "us", partial(_step_us, stage, name, rows, kv_len), target=promised)
             if not stage.smoke:
                 torch.cuda.empty_cache()
 
@@ -176,13 +173,24 @@ def searches(stage: Stage) -> None:
     backend = TritonBackend(
         config, weights, tries=[trie], pages=stage.size(3200, 60), state_slots=groups,
         max_context_tokens=min(config.max_positions, 8192), max_beam_tokens=groups * width, device=stage.device,
-        graph_seconds=0.0 if stage.smoke else 30.0,
     )  # fmt: skip
+    # What is not captured runs launch by launch, and is measured so.
+    stage.check("capture of the searches' steps", partial(_capture_searches, backend, config, groups, width))
     shapes = [(33, 1)] if stage.smoke else list(ANCHORS)
     for length, count in shapes:
         _search_rows(stage, backend, f"{length} x {count}", [length] * count, width, ANCHORS.get((length, count)))
     mixed = [17, 40] if stage.smoke else [300, 900, 1500, 2200, 3100, 4000, 4700, 5000]
     _search_rows(stage, backend, f"lengths {min(mixed)} to {max(mixed)} x {len(mixed)}", mixed, width, None)
+
+
+def _capture_searches(backend: TritonBackend, config: ModelConfig, groups: int, width: int) -> None:
+    """The buckets that a server would have captured for one search and for `groups` at once, and no others."""
+    steps, context = backend.graphs.state.parents.shape[1], backend.info.max_context_tokens
+    limits = GraphLimits(groups, context, backend.info.page_size, config.query_group, steps, groups * width)
+    lanes = (width, groups * width)
+    wanted = [each for each in graph_buckets(limits) if each.row_tokens == 0 and each.lane_tokens in lanes]
+    with torch.inference_mode():
+        backend.graphs.capture(wanted, 30.0)
 
 
 def _search_rows(

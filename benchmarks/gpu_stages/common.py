@@ -17,6 +17,7 @@ import torch
 import triton
 
 L2_BYTES = 128 << 20  # inputs are rotated through at least this much, more than any card's L2
+MOST_COPIES = 1024  # of inputs, each with a launch of its own
 Call = Callable[[], object]
 
 
@@ -110,7 +111,7 @@ def _driver() -> str:
 
 def copies(bytes_of_one: int, smoke: bool) -> int:
     """How many sets of inputs it takes so that each is out of L2 when its turn comes again."""
-    return 2 if smoke else max(2, min(64, -(-L2_BYTES // max(1, bytes_of_one)) + 1))
+    return 2 if smoke else max(2, min(MOST_COPIES, -(-L2_BYTES // max(1, bytes_of_one)) + 1))
 
 
 def median_us(calls: Sequence[Call], *, smoke: bool, rounds: int = 20, graphed: bool = True) -> float:

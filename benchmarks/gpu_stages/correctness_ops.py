@@ -15,7 +15,7 @@ from shoplm.kernels.kv_write import kv_write
 from shoplm.kernels.norm import add_rms_norm, rms_norm
 from shoplm.kernels.sample import sample
 from shoplm.kernels.swiglu import swiglu
-from shoplm.kernels.weight_only import dequantise, quantise, weight_only
+from shoplm.kernels.weight_only import dequantise, quantise, unpack, weight_only
 from torch.nn import functional
 
 from gpu_stages.common import Stage
@@ -75,13 +75,14 @@ def _swiglu(dtype: torch.dtype) -> None:
 
 
 def _weight_only(dtype: torch.dtype, bits: int) -> None:
-    """A row, a tile and more, each against the product with the weight that the format stands for."""
+    """A row, a tile and more, each against the product with the weight that the format stands for; and that weight."""
     for rows, outputs, inputs in ((1, 960, 576), (16, 576, 1536), (50, 130, 2048)):
         weight = quantise(torch.randn(outputs, inputs) * inputs**-0.5, bits)
         x, bias = torch.randn(rows, inputs).to(dtype), torch.randn(outputs).to(dtype)
         exact = x.double() @ dequantise(weight, torch.float32).double().t() + bias.double()
         in_dtype = functional.linear(x, dequantise(weight, dtype), bias)
         _judge(weight_only(x, weight, bias), exact, in_dtype)
+        _judge(unpack(weight, dtype), dequantise(weight, torch.float32).double(), dequantise(weight, dtype))
 
 
 def _rotated(x: torch.Tensor, angle: torch.Tensor, weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -14,7 +14,7 @@ from shoplm.kernels.attention import BeamGroups, RaggedRows, Workspace, beam_att
 from shoplm.kernels.inputs import PagedKv
 from torch.nn import functional
 
-from gpu_stages.common import Call, Stage, copies, median_us
+from gpu_stages.common import L2_BYTES, Call, Stage, copies, median_us
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 PAGE = 16
@@ -33,14 +33,15 @@ def copy_bandwidth(stage: Stage) -> float:
 
 def floor_share(stage: Stage, work: Work, microseconds: float) -> dict[str, Any]:
     """The fraction of the card's floor, where the card is one of the table's."""
-    name = "" if stage.smoke else torch.cuda.get_device_name()
-    card = next((card for key, card in roofline.CARDS.items() if key in name), None)
+    card = None if stage.smoke else roofline.card_of(torch.cuda.get_device_name())
     return {} if card is None else {"floor_share": work.floor_microseconds(card) / microseconds}
 
 
 def timed(stage: Stage, name: str, calls: list[Call], work: Work, **rest: Any) -> float | None:
-    """A row in microseconds, with the share of the floor."""
+    """A row in microseconds, with the share of the floor. `calls`: of inputs of their own, `copies` of them."""
     found: list[float] = []
+    if len(calls) * work.bytes < L2_BYTES and not stage.smoke:
+        rest["note"] = "inputs may stay in L2"
 
     def once() -> float:
         found.append(median_us(calls, smoke=stage.smoke))
@@ -110,43 +111,51 @@ def twin_of(kv: PagedKv, tokens: int) -> PagedKv:
 
 
 def prefill(stage: Stage) -> None:
-    """Causal prompts of one row: TFLOP/s over random pages, of the contiguous twin, and of torch's attention."""
+    """Causal prompts of one row: TFLOP/s over random pages, then of what each is compared with: torch's attention, and
+    the contiguous twin, which compiles for each length anew."""
+    prompts = []
     for head_dim, aim in ((128, 400.0), (64, 330.0)):
         heads, kv_heads = stage.size(32, 4), stage.size(8, 2)
         model = ModelShape(f"d{head_dim}", heads * head_dim, heads, kv_heads, head_dim, 1, 1)
-        for tokens in (48,) if stage.smoke else (8192, 16384):
-            _prefill_rows(stage, model, tokens, aim)
+        prompts += [_Prompt(stage, model, tokens, aim) for tokens in ((48,) if stage.smoke else (8192, 16384))]
+    for backend, least in (("math", None),) if stage.smoke else (("cuDNN", 0.75), ("flash", None)):
+        for prompt in prompts:
+            prompt.beside(f"SDPA {backend}", partial(_sdpa_rate, backend, prompt.q, prompt.rate), least)
+    for prompt in prompts:
+        prompt.beside("contiguous twin", prompt.twin_rate, 0.90)
 
 
-def _prefill_rows(stage: Stage, model: ModelShape, tokens: int, aim: float) -> None:
-    device = stage.device
-    work = roofline.prefill(model, tokens)
-    q, kv = queries(tokens, model, stage), pool(tokens // PAGE, model, stage.dtype, device)
-    out, scratch = torch.empty_like(q), workspace(model, 1, tokens, 0, device)
-    rows = ragged(1, tokens, tokens, device)
-    whole = replace(rows, page_table=torch.zeros(1, 1, dtype=torch.int32, device=device))
+class _Prompt:
+    """One shape's inputs, and its rate, which is measured at once."""
 
-    def rate(call: Call) -> float:
-        return work.tensor_flops / median_us([call], smoke=stage.smoke, rounds=10, graphed=False) / 1e6
+    def __init__(self, stage: Stage, model: ModelShape, tokens: int, aim: float) -> None:
+        device = stage.device
+        self._stage, self._name = stage, f"prefill {model.name} {tokens}"
+        self._work, self._tokens = roofline.prefill(model, tokens), tokens
+        self.q, self._kv = queries(tokens, model, stage), pool(tokens // PAGE, model, stage.dtype, device)
+        self._out, self._scratch = torch.empty_like(self.q), workspace(model, 1, tokens, 0, device)
+        self._rows = ragged(1, tokens, tokens, device)
+        self._found = stage.measure(self._name, "TFLOP/s", partial(self._paged_rate, self._kv, self._rows), target=aim)
 
-    def paged(kv: PagedKv, rows: RaggedRows) -> float:
-        return rate(lambda: paged_attention(q, kv, rows, out=out, workspace=scratch))
+    def rate(self, call: Call) -> float:
+        """TFLOP/s of a call that does this prompt's work."""
+        return self._work.tensor_flops / median_us([call], smoke=self._stage.smoke, rounds=10, graphed=False) / 1e6
 
-    name = f"prefill {model.name} {tokens}"
-    found = stage.measure(name, "TFLOP/s", partial(paged, kv, rows), target=aim)
-    others = {"twin": stage.measure(f"{name} contiguous twin", "TFLOP/s", lambda: paged(twin_of(kv, tokens), whole))}
-    for backend in sdpa_backends(stage):
-        others[backend] = stage.measure(f"{name} SDPA {backend}", "TFLOP/s", partial(_sdpa_rate, backend, q, rate))
-    for other, least in (("twin", 0.90), ("cuDNN", 0.75)):
-        value = others.get(other)
-        if found and value:
-            share = found / value
-            stage.row(f"{name} / {other}", share, "share", target=least, passed=None if stage.smoke else share >= least)
+    def twin_rate(self) -> float:
+        """Of the contiguous twin."""
+        table = torch.zeros(1, 1, dtype=torch.int32, device=self._stage.device)
+        return self._paged_rate(twin_of(self._kv, self._tokens), replace(self._rows, page_table=table))
 
+    def beside(self, other: str, measurement: Callable[[], float], least: float | None) -> None:
+        """A row of what the prompt is compared with, and one of its share of that where `least` is promised."""
+        value = self._stage.measure(f"{self._name} {other}", "TFLOP/s", measurement)
+        if self._found and value and least is not None:
+            share = self._found / value
+            passed = None if self._stage.smoke else share >= least
+            self._stage.row(f"{self._name} / {other}", share, "share", target=least, passed=passed)
 
-def sdpa_backends(stage: Stage) -> tuple[str, ...]:
-    """torch's attention backends to compare with."""
-    return ("math",) if stage.smoke else ("flash", "cuDNN")
+    def _paged_rate(self, kv: PagedKv, rows: RaggedRows) -> float:
+        return self.rate(lambda: paged_attention(self.q, kv, rows, out=self._out, workspace=self._scratch))
 
 
 def _sdpa_rate(backend: str, q: torch.Tensor, rate: Callable[[Call], float]) -> float:
@@ -171,9 +180,9 @@ def decode(stage: Stage) -> None:
     """One new token per row: bytes per second beside those of a copy; and the same over quantised pools."""
     bandwidth = copy_bandwidth(stage)
     rows, kv_len = stage.size(64, 2), stage.size(4096, 40)
-    for name in ("qwen3-1.7b", "smollm2-135m"):
-        model = MODELS[name]
-        for dtype in (stage.dtype, INT8) if stage.smoke else (stage.dtype, INT8, FP8):
+    for dtype in (stage.dtype, INT8) if stage.smoke else (stage.dtype, INT8, FP8):
+        for name in ("qwen3-1.7b", "smollm2-135m"):
+            model = MODELS[name]
             quantised = dtype in (INT8, FP8)
             work = roofline.decode(model, rows, kv_len, cache_bytes=1 if quantised else dtype.itemsize)
             calls = _decode_calls(stage, model, dtype, rows, kv_len, work.bytes)

@@ -20,19 +20,15 @@ from shoplm.kernels.norm import add_rms_norm
 from shoplm.kernels.sample import SampleWorkspace, sample
 from shoplm.kernels.span_mass import span_mass
 from shoplm.kernels.swiglu import swiglu
-from shoplm.kernels.weight_only import quantise, weight_only
+from shoplm.kernels.weight_only import quantise, unpack, weight_only
 
 from gpu_stages.common import Call, Stage, copies
 from gpu_stages.kernels import PAGE, pool, queries, ragged, timed, workspace
 
 
 def ops(stage: Stage) -> None:
-    """beam_step at a million items, sampling, the element-wise ops, products with few-bit weights, forks and spans."""
+    """beam_step at a million items, the element-wise ops, sampling, products with few-bit weights, forks and spans."""
     _beam_steps(stage)
-    for bits in (8, 4):
-        _weight_only(stage, bits)
-    _forks(stage)
-    _span_mass(stage)
     for name in ("smollm2-135m", "qwen3-1.7b"):
         model = MODELS[name]
         if stage.smoke:
@@ -40,25 +36,32 @@ def ops(stage: Stage) -> None:
         for tokens in (3,) if stage.smoke else (64, 8192):
             _elementwise(stage, model, tokens)
         _sampling(stage, model, stage.size(64, 3))
+    for bits in (8, 4):
+        _weight_only(stage, bits)
+    _forks(stage)
+    _span_mass(stage)
 
 
 def _beam_steps(stage: Stage) -> None:
     items, width = stage.size(1_000_000, 5000), stage.size(256, 16)
-    one = torch.arange(items, dtype=torch.int32, device=stage.device)
-    flat = TrieTables.build(torch.tensor([0, items], dtype=torch.int32, device=stage.device), one, one, one + 1)
-    children = stage.size(256, 8)
-    start = torch.arange(0, width * children + 1, children, dtype=torch.int32, device=stage.device)
-    child = torch.arange(width * children, dtype=torch.int32, device=stage.device)
-    deep = TrieTables.build(start, child % children, child, child + 1)
-    for label, trie, live, target in (("flat", flat, 1, 50.0), ("deep", deep, width, 50.0)):
-        for groups in (1, 8):
-            work = roofline.beam_step(groups, live, trie.max_children, width)
-            name = f"beam_step {label} {groups} x {live * trie.max_children} children, top {width}"
-            calls = [_beam_step_call(stage, trie, groups, live, width) for _ in range(copies(work.bytes, stage.smoke))]
-            timed(stage, name, calls, work, target=target if groups == 1 else None)
+    for groups in (1, 8):
+        for label, live, children in (("flat", 1, items), ("deep", width, stage.size(256, 8))):
+            work = roofline.beam_step(groups, live, children, width)
+            name = f"beam_step {label} {groups} x {live * children} children, top {width}"
+            number = copies(work.bytes, stage.smoke)
+            calls = [_beam_step_call(stage, _trie(stage, live, children), groups, live, width) for _ in range(number)]
+            timed(stage, name, calls, work, target=50.0 if groups == 1 else None)
+
+
+def _trie(stage: Stage, nodes: int, children: int) -> TrieTables:
+    """One level: `nodes` of `children` each."""
+    start = torch.arange(0, nodes * children + 1, children, dtype=torch.int32, device=stage.device)
+    child = torch.arange(nodes * children, dtype=torch.int32, device=stage.device)
+    return TrieTables.build(start, child % children, child, child + 1)
 
 
 def _beam_step_call(stage: Stage, trie: TrieTables, groups: int, live: int, width: int) -> Call:
+    """On tables, logits and a filter of its own."""
     device = stage.device
     logits = torch.randn(groups * live, trie.columns, device=device)  # fp32, as the backend's products give them
 
@@ -139,7 +142,8 @@ def _elementwise(stage: Stage, model: ModelShape, tokens: int) -> None:
 
 
 def _weight_only(stage: Stage, bits: int) -> None:
-    """The largest product of a 1.7B model's layer, for one row and for a batch of chats."""
+    """The largest product of a 1.7B model's layer, for one row and for a batch of chats; and its weight unpacked, as
+    for more rows."""
     outputs, inputs = stage.size(12_288, 96), stage.size(2048, 128)
     for rows in (1, stage.size(64, 3)):
         work = roofline.weight_only(outputs, inputs, rows, bits)
@@ -150,6 +154,13 @@ def _weight_only(stage: Stage, bits: int) -> None:
             out = torch.empty(rows, outputs, device=stage.device, dtype=stage.dtype)
             calls.append(partial(weight_only, x, weight, out=out))
         timed(stage, f"weight_only int{bits} {outputs} x {inputs}, {rows} rows", calls, work)
+    work = roofline.unpack(outputs, inputs, bits)
+    calls = []
+    for _ in range(copies(work.bytes, stage.smoke)):
+        weight = quantise(torch.randn(outputs, inputs, device=stage.device), bits)
+        out = torch.empty(outputs, inputs, device=stage.device, dtype=stage.dtype)
+        calls.append(partial(unpack, weight, stage.dtype, out=out))
+    timed(stage, f"unpack int{bits} {outputs} x {inputs}", calls, work)
 
 
 def _forks(stage: Stage) -> None:

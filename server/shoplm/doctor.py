@@ -8,11 +8,12 @@ import socket
 import sys
 from pathlib import Path
 
+from shoplm.launchers import missing_for_launches
+
 DISK_GB = 8
 PORTS = {50051: "gRPC", 9464: "metrics and probes"}
 PROGRAMS = {
     "g++": "compiles the fast CPU decoder at the first start (clang++ or $CXX will do); else torch serves, slower",
-    "cc": "compiles the launchers of Triton kernels, on a GPU only",
     "node": "runs the Node client and its tests",
     "npm": "installs the Node client's packages",
     "promtool": "checks the metrics' format in a test (Debian: prometheus)",
@@ -50,6 +51,9 @@ def report() -> tuple[list[str], bool]:
         )
     for program, purpose in PROGRAMS.items():
         say(shutil.which(program) is not None, False, f"{program}: {purpose}")
+    missing = missing_for_launches()
+    found = "a C compiler, Python.h and a folder for what is compiled"
+    say(missing is None, False, f"launching Triton kernels, on a GPU only: {missing or found}")
     return lines, fine
 
 

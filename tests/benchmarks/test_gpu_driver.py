@@ -6,11 +6,15 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import gpu
 import pytest
+import roofline
 from gpu_stages.__main__ import STAGES
+from gpu_stages.common import L2_BYTES, Stage, copies
+from shoplm.kernels.beam_step_types import TrieTables
 
 STAGE = """
 import json, sys, time
@@ -53,8 +57,76 @@ def test_a_stage_that_fails_or_hangs_does_not_end_the_others(tmp_path: Path, env
 
 
 def test_the_limits_leave_time_within_nine_minutes() -> None:
-    assert sum(plan.limit_seconds for plan in gpu.PLANS) <= gpu.TOTAL_SECONDS < 540
+    assert sum(plan.seconds for plan in gpu.PLANS) <= gpu.TOTAL_SECONDS < 540
     assert len(set(gpu.STAGES)) == len(gpu.STAGES)
+
+
+def test_a_stage_gets_what_earlier_ones_left_and_takes_nothing_from_later_ones() -> None:
+    plans = [gpu.Plan(("ops",), 50), gpu.Plan(("step",), 70), gpu.Plan(("server",), 80)]
+    assert gpu.limit_seconds(plans, 200) == 50
+    assert gpu.limit_seconds(plans, 260) == 110
+    assert gpu.limit_seconds(plans[2:], 260) == 260
+    assert gpu.limit_seconds(plans, 150) == 50  # a smaller whole: the last ones lack it
+    assert gpu.limit_seconds(plans, 30) == 30
+
+
+def test_nothing_is_started_where_triton_could_launch_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line says what to install."""
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert gpu.main(["--out", str(tmp_path), "--stages", "ops"]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "no-such-compiler" in line and "install gcc" in line
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("CC", "true")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    problem = gpu.launch_problem(gpu.stage_environment(tmp_path, None, smoke=False))
+    assert problem == "" or "Python.h" in problem
+
+
+def test_what_has_a_target_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a stage that is stopped has lost what matters less."""
+    monkeypatch.syspath_prepend(str(gpu.REPOSITORY / "tests" / "kernels"))
+    from gpu_stages import backend, kernels, ops
+
+    names: list[str] = []
+
+    def keep(_: Stage, name: str, *rest: object, **keywords: object) -> float:
+        names.append(name)
+        return 1.0
+
+    for module in (kernels, ops):
+        monkeypatch.setattr(module, "timed", keep)
+        monkeypatch.setattr(module, "paged_attention", lambda *_, **__: None)
+    monkeypatch.setattr(Stage, "measure", keep)
+    monkeypatch.setattr(Stage, "row", keep)
+
+    def of(function: Callable[[Stage], None], smoke: bool = True) -> list[str]:
+        names.clear()
+        function(Stage("any", Path("nowhere"), smoke))
+        return names.copy()
+
+    beam_steps = ["beam_step flat 1 x 5000 children, top 16", "beam_step deep 1 x 128 children, top 16"]
+    assert of(ops.ops)[:2] == beam_steps
+    assert of(kernels.decode)[1] == "decode qwen3-1.7b 2 x 40 float32"
+    assert of(kernels.prefill)[:2] == ["prefill d128 48", "prefill d64 48"]
+    assert of(backend.steps, smoke=False)[0] == "decode step 135M 64 rows, context 512"
+
+
+def test_every_measured_call_has_inputs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough of them that none is in L2 when its turn comes again; a beam search's tables too."""
+    for model in roofline.MODELS.values():
+        for work in (roofline.norm(model, 64), roofline.swiglu(model, 64), roofline.kv_write(model, 64)):
+            assert work.bytes * copies(work.bytes, smoke=False) >= L2_BYTES
+    from gpu_stages import ops
+
+    tables: list[TrieTables] = []
+    monkeypatch.setattr(ops, "timed", lambda *_, **__: None)
+    monkeypatch.setattr(ops, "_beam_step_call", lambda _, trie, *__: tables.append(trie))
+    ops._beam_steps(Stage("ops", Path("nowhere"), smoke=True))
+    assert len(tables) == 8
+    assert len({trie.child_code.data_ptr() for trie in tables}) == len(tables)
 
 
 def test_the_stages_are_those_that_exist() -> None:
@@ -84,3 +156,16 @@ def test_wheels_are_unpacked_and_come_behind_the_sources(tmp_path: Path) -> None
     assert carried and carried[0] > folders.index(str(gpu.REPOSITORY / "server"))
     assert not any((Path(folder) / "numpy").exists() for folder in folders)
     assert "TRITON_INTERPRET" not in environment
+
+
+def test_a_time_of_inputs_that_may_stay_in_l2_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu_stages import kernels
+
+    notes: list[str] = []
+    monkeypatch.setattr(kernels, "median_us", lambda *_, **__: 1.0)
+    monkeypatch.setattr(kernels, "floor_share", lambda *_: {})
+    monkeypatch.setattr(Stage, "row", lambda *_, note="", **__: notes.append(note))
+    for megabytes in (19, 100):
+        calls: list[Callable[[], object]] = [lambda: None] * 2
+        kernels.timed(Stage("ops", Path("nowhere"), smoke=False), "norm", calls, roofline.Work(megabytes << 20))
+    assert notes == ["inputs may stay in L2", ""]

@@ -54,6 +54,30 @@ def test_beam_step_at_a_million_items() -> None:
     assert work.floor_microseconds(H100) == pytest.approx(5.971, abs=0.001)
     unfiltered = roofline.beam_step(1, 1, 10**6, 256, filtered=False)
     assert work.bytes - unfiltered.bytes == 12_000_000
+    # Seven more groups at the same nodes: their logits and what they select, the same tables.
+    assert roofline.beam_step(8, 1, 10**6, 256).bytes == work.bytes + 7 * (4_000_000 + 256 * 16 + 12)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", None),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("NVIDIA B200", "B200"),
+    ],
+)
+def test_a_card_is_known_by_its_whole_name(device: str, name: str | None) -> None:
+    """Boards of other peaks share parts of the name: no floor rather than another card's."""
+    card = roofline.card_of(device)
+    assert (card and card.name) == name
 
 
 def test_elementwise_ops() -> None:
@@ -74,10 +98,12 @@ def test_elementwise_ops() -> None:
     # 12,288 x 2048 weights of one or half a byte, 12,288 scales or 64 times as many pairs, 64 x (2048 + 12,288) x 2.
     assert roofline.weight_only(12_288, 2048, 64, 8).bytes == 25_165_824 + 49_152 + 1_835_008
     assert roofline.weight_only(12_288, 2048, 64, 4).bytes == 12_582_912 + 3_145_728 + 1_835_008
+    assert roofline.unpack(12_288, 2048, 8).bytes == 25_165_824 + 49_152 + 50_331_648
+    assert roofline.unpack(12_288, 2048, 4).bytes == 12_582_912 + 3_145_728 + 50_331_648
 
 
 def test_the_floor_is_the_largest_of_the_three() -> None:
-    card = roofline.Card("test", memory_gb_per_second=1, tensor_tflops=1, fp8_tflops=2, vector_tflops=1)
+    card = roofline.Card("test", memory_gb_per_second=1, tensor_tflops=1, fp8_tflops=2, vector_tflops=1, device="")
     assert Work(1000).floor_microseconds(card) == pytest.approx(1.0)
     assert Work(1000, tensor_flops=3_000_000).floor_microseconds(card) == pytest.approx(3.0)
     assert Work(1000, tensor_flops=3_000_000).floor_microseconds(card, fp8=True) == pytest.approx(1.5)
@@ -90,7 +116,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {row["op"] for row in rows} == {
         "prefill", "decode", "beam", "merge", "forks", "span_mass", "kv_write", "norm", "swiglu", "weight_only",
-        "beam_step", "sample",
+        "unpack", "beam_step", "sample",
     }  # fmt: skip
     decode = next(row for row in rows if row["op"] == "decode")
     assert decode["floor_microseconds"] == {"H100": pytest.approx(320.68, abs=0.01)}

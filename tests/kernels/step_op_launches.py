@@ -50,6 +50,12 @@ def weight_only_call(rows: int, outputs: int, inputs: int, bits: int) -> Call:
     return lambda: weight_only_op.weight_only(x, weight, out=out)
 
 
+def unpack_call(outputs: int, inputs: int, bits: int) -> Call:
+    weight = weight_only_op.quantise(torch.zeros(outputs, inputs), bits)
+    out = torch.zeros(outputs, inputs, dtype=BF16)
+    return lambda: weight_only_op.unpack(weight, BF16, out=out)
+
+
 def kv_write_call(tokens: int, head_dim: int, cache: torch.dtype, norm: bool, table: bool, offset: int = 0) -> Call:
     fused = torch.zeros(tokens, 32, head_dim, dtype=BF16)
     shape = (2, 8, 64, head_dim)
@@ -114,6 +120,7 @@ def steps() -> dict[str, Any]:
             norm_call(tokens, 576, False),
             swiglu_call(tokens, 1536),
             *(weight_only_call(rows, 576, 1536, bits) for bits in (8, 4) for rows in (min(tokens, 16), tokens + 16)),
+            *(unpack_call(576, 1536, bits) for bits in (8, 4)),
             kv_write_call(tokens, 64, BF16, True, True, offset),
             kv_write_call(tokens, 64, torch.int8, False, False, offset),
             beam_call(trie, workspace, groups, 256, 256, tokens, offset),
@@ -140,6 +147,7 @@ def cell_launches() -> list[Launch]:
     calls = [norm_call(4, hidden, residual) for hidden in (576, 2048, 3584) for residual in (True, False)]
     calls += [swiglu_call(4, features) for features in (1536, 18_944)]
     calls += [weight_only_call(rows, 4096, 2048, bits) for rows in (4, 40) for bits in (8, 4)]
+    calls += [unpack_call(4096, 2048, bits) for bits in (8, 4)]
     for head_dim in (64, 96, 128, 256):
         for cache in (BF16, torch.int8, torch.float8_e4m3fn):
             calls += [

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from shoplm.errors import ConfigurationError
+from shoplm.kernels.weight_only import MAX_ROWS
 from shoplm.model.gpu_linear import WEIGHT_FORMATS, make_linear
+from shoplm.model.rounded import rounded
 from shoplm.model.triton_decoder import TritonDecoder
+from shoplm.model.weights import DecoderWeights, LayerWeights
 from toy_backend import toy_config, toy_weights
 
 CPU = torch.device("cpu")
@@ -44,3 +49,17 @@ def test_the_decoder_quantises_every_projection() -> None:
             config, toy_weights(config), None, max_positions=8, workspace=None, device=CPU,  # type: ignore[arg-type]
             weight_format="int8",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [3, MAX_ROWS + 1])
+def test_rounded_weights_are_what_is_multiplied(weight_format: str, rows: int) -> None:
+    """What quality gates measure without a GPU, for few rows and more."""
+    weight, states = torch.randn(64, 64), torch.randn(rows, 64)
+    norm = torch.ones(64)
+    fields: dict[str, Any] = dict.fromkeys(("qkv", "output", "gate_up", "down"), weight)
+    fields |= dict.fromkeys(("qkv_bias", "query_norm", "key_norm", "output_bias"))
+    before = DecoderWeights(weight, (LayerWeights(input_norm=norm, mlp_norm=norm, **fields),), norm, weight)
+    stands_for = rounded(before, weight_format).layers[0].down
+    found = make_linear(weight, None, weight_format, CPU)(states)
+    torch.testing.assert_close(found, torch.nn.functional.linear(states, stands_for), atol=1e-5, rtol=1e-5)

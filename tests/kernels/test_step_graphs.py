@@ -7,6 +7,7 @@ places, and that a step is queued before the host has seen the one before it.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,10 +16,11 @@ import pytest
 import torch
 from shoplm.engine.batch import Batch
 from shoplm.engine.engine import Engine
+from shoplm.model import step_graphs
 from shoplm.model.backend import Backend, BackendInfo, Handle
 from shoplm.model.direct import Output
 from shoplm.model.step_graphs import GraphLimits, StepGraphs, graph_buckets, smallest_cover
-from shoplm.model.triton_step import StepBounds
+from shoplm.model.triton_step import KernelStep, StepBounds
 from shoplm.request import (
     FailedOutput,
     FinishedOutput,
@@ -129,6 +131,29 @@ def test_the_time_budget_ends_the_capture_and_the_rest_runs_by_launches() -> Non
     assert not backend.graphs.buckets
     _, whole = backends(traits=False, layers=1)
     assert run(backend, 15, chats(Sampling()))[1] == run(whole, 15, chats(Sampling()))[1]
+
+
+def test_compiling_is_not_counted_as_capturing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first run of each kind of step takes a hundred seconds of a budget of five."""
+    _, backend = backends(traits=False, layers=1)
+    now, seen = 0.0, set[tuple[bool, bool, bool]]()
+
+    def program(step: KernelStep) -> Any:
+        nonlocal now
+        kind = step.bounds.rows > 0, step.bounds.query_len > 1, step.bounds.groups > 0
+        now += 0.0 if kind in seen else 100.0
+        seen.add(kind)
+
+    monkeypatch.setattr(step_graphs.time, "perf_counter", lambda: now)
+    graphs = StepGraphs(program, backend.graphs.state)
+    buckets = graph_buckets(GraphLimits(rows=9, kv_len=128, page_size=16, query_group=2, steps=2, lane_tokens=32))
+    with caplog.at_level(logging.INFO, "shoplm.graphs"):
+        graphs.capture(buckets, 5.0)
+    assert len(graphs.buckets) == len(buckets) and len(seen) == 4
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert f"captured {len(buckets)} of {len(buckets)}" in caplog.text
 
 
 class InFlight:

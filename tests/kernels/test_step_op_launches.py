@@ -37,6 +37,7 @@ def test_other_lengths_compile_nothing(recording: dict[str, Any]) -> None:
         "sample_row_kernel",
         "sample_tile_kernel",
         "tile_kernel",
+        *["unpack_kernel"] * 2,
         *["weight_only_kernel"] * 4,  # 8 and 4 bits, few rows and more
     ]
     assert recording["steps"]["new"] == []

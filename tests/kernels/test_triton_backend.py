@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from shoplm.engine.batch import Batch, EmbedReadout, ForkReadout, PredictReadout, Row, SampleReadout, SelectReadout
 from shoplm.errors import ConfigurationError
+from shoplm.kernels.beam_step import beam_step
+from shoplm.model import device_select
 from shoplm.model.gpu_warmup import warm_up
 from shoplm.model.triton_backend import TritonBackend
-from shoplm.request import Embed, Sampling, Select
+from shoplm.request import Embed, Sampling, Select, SelectOutput
 from toy_backend import (
     TOLERANCE,
     Recorder,
@@ -131,6 +134,23 @@ def test_warming_up_changes_no_answer() -> None:
     done = set().union(*(kinds(batch) for batch, _ in recorder.steps))
     assert {"sample", "decode", "predict", "select", "beams", "forks"} <= done
     assert run(backend, 15, jobs)[1] == cold
+
+
+def test_how_many_items_a_deep_search_gives_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are compiled for a width: the last level, which keeps fewer, takes those of the others."""
+    _, backend = backends(traits=False, layers=1)
+    classes = []
+
+    def recorded(*arguments: Any, max_select: int, **options: Any) -> Any:
+        classes.append(max_select)
+        return beam_step(*arguments, max_select=max_select, **options)
+
+    monkeypatch.setattr(device_select, "beam_step", recorded)
+    [few] = run(backend, 2048, [([1, 2, 3], Select(3, 20, trie="deep"))])[1]
+    [many] = run(backend, 2048, [([1, 2, 3], Select(20, 20, trie="deep"))])[1]
+    assert set(classes) == {32}
+    assert isinstance(few, SelectOutput) and isinstance(many, SelectOutput)
+    assert few.items == many.items[:3] and len(few.items) == 3
 
 
 def test_a_failed_step_raises_from_its_result() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shoplm.kernels.weight_only import GROUP, MULTIPLE, QuantisedWeight, dequantise, quantise, weight_only
+from shoplm.kernels.weight_only import GROUP, MULTIPLE, QuantisedWeight, dequantise, quantise, unpack, weight_only
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -24,6 +24,19 @@ def test_equals_the_product_with_the_dequantised_weight(
     assert weight_only(x, weight, bias, out=out) is out
     want = x.float() @ dequantise(weight, torch.float32).t() + (0 if bias is None else bias.float())
     torch.testing.assert_close(out.float(), want, rtol=2e-3, atol=2e-3 if dtype == torch.float16 else 1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, MULTIPLE), (64, 2 * MULTIPLE), (67, 3 * MULTIPLE)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_unpacks_what_torch_dequantises(bits: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    weight = quantise(torch.randn(outputs, inputs), bits)
+    room = torch.full((outputs + 1, inputs), torch.nan, dtype=dtype)
+    out = room[:outputs]
+    assert unpack(weight, dtype, out=out) is out
+    torch.testing.assert_close(out, dequantise(weight, dtype), rtol=1e-3 if dtype == torch.float16 else 1e-6, atol=1e-6)
+    assert room[outputs:].isnan().all()
+    assert torch.equal(unpack(weight, dtype), out)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -59,5 +72,11 @@ def test_what_does_not_fit_is_named() -> None:
         weight_only(torch.randn(2, 32), weight)
     with pytest.raises(ValueError, match="row stride 65"):
         weight_only(torch.randn(2, 65)[:, :64], weight)
+    with pytest.raises(TypeError, match=r"out is torch\.int8, expected one of"):
+        unpack(weight, torch.int8)
+    with pytest.raises(TypeError, match=r"out is torch\.float32, expected one of: torch\.float16"):
+        unpack(weight, torch.float16, out=torch.zeros(4, MULTIPLE))
+    with pytest.raises(ValueError, match="out has shape"):
+        unpack(weight, torch.float16, out=torch.zeros(5, MULTIPLE, dtype=torch.float16))
     with pytest.raises(ValueError, match="scale has shape"):
         QuantisedWeight(weight.values, weight.scale[:, :0])

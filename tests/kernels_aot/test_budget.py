@@ -17,7 +17,10 @@ import triton
 import triton.language as tl
 from budget_matrix import KeptRows, write_matrix
 from budget_table import BudgetRow, BudgetTable
-from shoplm.kernels.aot import AotCell, make_cell
+from shoplm.kernels.aot import AotCell, AttentionShape, make_cell
+from shoplm.kernels.beam import beam_cells
+from shoplm.kernels.decode import split_cell
+from shoplm.kernels.prefill import prefill_cell
 
 Measured = list[tuple[AotCell, BudgetRow | str]]
 
@@ -59,6 +62,16 @@ def test_representative_cells_cover_every_op_and_architecture(measured: Measured
     assert 50 <= len(cells) <= 75
     pairs = {(cell.op, cell.arch) for cell in cells}
     assert pairs == {(op, arch) for op in kernel_budget.OPS for arch in kernel_budget.ARCHES}
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_the_fp32_kernels_of_the_proof_do_not_spill(window: bool) -> None:
+    """The backend's check on a card runs them, within a time that compiling large tiles of multiply-adds would take."""
+    shape = AttentionShape(64, torch.float32, torch.float32, 16, 2, window, kv_heads=1)
+    cells = (split_cell(shape, 90, short=True), beam_cells(shape, 90, max_width=32)[0], prefill_cell(shape, 90))
+    for cell in cells:
+        measured = kernel_budget.measure(cell)
+        assert measured.spill_bytes == 0 and measured.instructions < 3000, measured
 
 
 def row(**changes: int | bool) -> BudgetRow:

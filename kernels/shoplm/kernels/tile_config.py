@@ -189,8 +189,8 @@ def tile_config(arch: int, head_dim: int, dtype: torch.dtype, rows: int, quantis
         raise ValueError(f"arch must be 80 (sm_80) or later, got {arch}")
     if dtype == torch.float32:
         # Full-precision products do without tensor cores: for the interpreter and for checks on a card, not to serve.
-        side = {64: 64, 128: 32, 256: 16}[padded_head_dim(head_dim)]
-        return TileConfig(16 if rows <= 16 else side, max(side, 32), 4, 2)
+        # Tiles are unrolled into multiply-adds: at head_dim 64, larger ones spill, and compile more than twice as long.
+        return TileConfig(16 if rows <= _TOKEN or head_dim > 128 else 32, 32, 8, 2)
     size = _TOKEN if rows <= _TOKEN else _NARROW if rows <= _NARROW else _WIDE
     tiles = _TILES[_family(arch)][size]
     return tiles.get((head_dim, quantised_kv), tiles[padded_head_dim(head_dim), quantised_kv])

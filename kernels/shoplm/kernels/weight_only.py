@@ -8,7 +8,8 @@ are. Two INT4 values share a byte: of each 64 inputs, byte j holds input j in it
 half, so that unpacking is a shift and no shuffle.
 
 Cost: bound by memory up to a few dozen rows: `n * k` bytes for INT8, `n * k * 5 / 8` for INT4, read once per 64 rows.
-For more rows the caller does better to multiply with the dequantised weight (`dequantise`).
+For more rows the caller does better to multiply with the unpacked weight (`unpack`), which costs that and writing and
+reading `2 * n * k` bytes once more, whatever the number of rows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import triton
 from shoplm.kernels._checks import ACTIVATION_DTYPES, check_tensor, leading_stride
-from shoplm.kernels._weight_only_kernel import weight_only_kernel
+from shoplm.kernels._weight_only_kernel import unpack_kernel, weight_only_kernel
 from shoplm.kernels.aot import AotCell, make_cell, pointer
 from shoplm.kernels.inputs import check_aligned
 
@@ -26,6 +27,7 @@ GROUP = 32  # inputs that share an INT4 scale
 MULTIPLE = 2 * GROUP  # of inputs: two groups share their bytes, and a turn of the kernel's loop
 MAX_ROWS = 64  # most rows for which the kernel is the better way
 BLOCK_N = 32
+UNPACK_BLOCK_N = 64
 NUM_WARPS, NUM_STAGES = 4, 4
 _LEAST_SCALE = 2.0**-14  # the smallest that fp16 holds with all its digits
 
@@ -88,13 +90,47 @@ def quantise(weight: torch.Tensor, bits: int) -> QuantisedWeight:
 
 
 def dequantise(weight: QuantisedWeight, dtype: torch.dtype) -> torch.Tensor:
-    """[n, k] of `dtype`."""
+    """[n, k] of `dtype`, by torch: on any device, with several copies in fp32 beside it."""
     if weight.bits == 8:
         return (weight.values.float() * weight.scale[:, None]).to(dtype)
     packed = weight.values.view(weight.outputs, -1, GROUP)
     grouped = torch.stack((packed & 15, packed >> 4), 2).view(weight.outputs, -1, GROUP).float()
     scale, low = weight.scale.t()[..., None].view(torch.float16).float().chunk(2, -1)
     return (grouped * scale + low).view(weight.outputs, weight.inputs).to(dtype)
+
+
+def unpack(weight: QuantisedWeight, dtype: torch.dtype, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The weight itself: value times scale, plus low, in fp32 and rounded once.
+
+    Args:
+        weight: the quantised weight.
+        dtype: of the result: fp32, fp16 or bf16.
+        out: [n, k] of `dtype`, contiguous. Allocated when absent.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError, TypeError: `out` has another shape, device or dtype, or `dtype` is none that the kernel writes.
+    """
+    device = weight.values.device
+    out = torch.empty(weight.outputs, weight.inputs, dtype=dtype, device=device) if out is None else out
+    check_tensor("out", out, (weight.outputs, weight.inputs), ACTIVATION_DTYPES, device, contiguous=True)
+    check_tensor("out", out, (weight.outputs, weight.inputs), (dtype,), device)
+    check_aligned("out", out)
+    if weight.outputs:
+        unpack_kernel[(triton.cdiv(weight.outputs, UNPACK_BLOCK_N), weight.inputs // MULTIPLE)](
+            weight.values,
+            weight.scale,
+            out,
+            N=weight.outputs,
+            K=weight.inputs,
+            BITS=weight.bits,
+            GROUP=GROUP,
+            BLOCK_N=UNPACK_BLOCK_N,
+            num_warps=NUM_WARPS,
+        )
+    return out
 
 
 def weight_only(
@@ -148,20 +184,18 @@ def weight_only(
 
 
 def aot_cells(arch: int, *, full: bool = False) -> list[AotCell]:
-    """A product of a 1.7B model with both kinds of weight, for few rows and more; in full also of a 135M model."""
+    """A product of a 1.7B model with both kinds of weight, for few rows and more, and its weight unpacked; in full also
+    of a 135M and a 7B model."""
     shapes = [(4096, 2048), *([(576, 1536), (18_944, 3584)] if full else [])]
-    return [
-        _cell(arch, outputs, inputs, bits, block_m)
-        for outputs, inputs in shapes
-        for bits in (8, 4)
-        for block_m in (16, 64)
-    ]
+    kinds = [(outputs, inputs, bits) for outputs, inputs in shapes for bits in (8, 4)]
+    products = [_cell(arch, *kind, block_m) for kind in kinds for block_m in (16, 64)]
+    return products + [_unpack_cell(arch, *kind) for kind in kinds]
 
 
 def _cell(arch: int, outputs: int, inputs: int, bits: int, block_m: int) -> AotCell:
     element = pointer(torch.bfloat16)
     types = {"x_ptr": element, "bias_ptr": element, "out_ptr": element, "rows": "i32", "x_stride": "i32"}
-    types |= {"w_ptr": "*i8", "scale_ptr": "*fp32"} if bits == 8 else {"w_ptr": "*u8", "scale_ptr": "*i32"}
+    types |= _weight_types(bits)
     constants: dict[str, object] = {"N": outputs, "K": inputs, "BITS": bits, "GROUP": GROUP, "BLOCK_M": block_m}
     return make_cell(
         "weight_only",
@@ -177,3 +211,24 @@ def _cell(arch: int, outputs: int, inputs: int, bits: int, block_m: int) -> AotC
         expect_wgmma=False,
         variant=f"{outputs}x{inputs}-int{bits}-m{block_m}",
     )
+
+
+def _unpack_cell(arch: int, outputs: int, inputs: int, bits: int) -> AotCell:
+    return make_cell(
+        "weight_only",
+        unpack_kernel,
+        {**_weight_types(bits), "out_ptr": pointer(torch.bfloat16)},
+        {"N": outputs, "K": inputs, "BITS": bits, "GROUP": GROUP, "BLOCK_N": UNPACK_BLOCK_N},
+        aligned=("w_ptr", "scale_ptr", "out_ptr"),
+        num_warps=NUM_WARPS,
+        num_stages=3,
+        arch=arch,
+        head_dim=0,
+        dtype=torch.bfloat16,
+        expect_wgmma=False,
+        variant=f"{outputs}x{inputs}-int{bits}",
+    )
+
+
+def _weight_types(bits: int) -> dict[str, str]:
+    return {"w_ptr": "*i8", "scale_ptr": "*fp32"} if bits == 8 else {"w_ptr": "*u8", "scale_ptr": "*i32"}

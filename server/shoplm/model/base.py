@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 from shoplm.bundle import BASE_FOLDER
-from shoplm.errors import BaseModelError
+from shoplm.errors import BaseModelError, TransientError
 from shoplm.model.base_cache import (
     DEFAULT_MODEL,
     cache_folder,
@@ -48,7 +48,7 @@ def resolve_base(reference: str | None = None, console: Console | None = None) -
 
     `reference` is a folder of safetensors, a GGUF file or a folder with exactly one, a hub id such as
     `Qwen/Qwen2.5-0.5B-Instruct`, or None for the default. Progress goes to `console` (standard error if None).
-    Raises BaseModelError.
+    Raises BaseModelError, and TransientError where it cannot be fetched.
     """
     console = console or Console(stderr=True)
     if reference is None:
@@ -67,7 +67,7 @@ def resolve_base(reference: str | None = None, console: Console | None = None) -
 
 def bundle_base(bundle: Path | None, reference: str | None, console: Console | None = None) -> Base:
     """The base that serves `bundle`: the one that is asked for, else the one that lies in the bundle, else the default.
-    Raises BaseModelError."""
+    Raises as `resolve_base`."""
     own = None if bundle is None else bundle / BASE_FOLDER
     if reference is None and own is not None and own.is_dir():
         found = _from_folder(own, console or Console(stderr=True))
@@ -103,7 +103,7 @@ def _from_gguf(path: Path, console: Console) -> Base:
 def _from_hub(identifier: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     except ImportError as error:
         raise BaseModelError(
             f"{identifier!r} is a hub id, which needs the package huggingface_hub; install it, or give a folder"
@@ -112,7 +112,9 @@ def _from_hub(identifier: str) -> Path:
         return Path(snapshot_download(identifier, allow_patterns=list(_HUB_FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or ["no message"])[0]
-        raise BaseModelError(
+        # Of an id that is wrong, the hub says so, or its client before it asks.
+        wrong = isinstance(error, RepositoryNotFoundError) or not isinstance(error, OSError)
+        raise (BaseModelError if wrong else TransientError)(
             f"{identifier!r} is no folder on this machine, and could not be fetched from the Hugging Face hub: "
             f"{type(error).__name__}: {reason}"
         ) from error

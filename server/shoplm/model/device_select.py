@@ -163,6 +163,8 @@ class DeviceSelector:
         state = self._state
         searches = [search for _, search, _ in groups]
         keep = [search.select.count if last else search.width for search in searches]
+        # The last level keeps fewer: its kernels are still those of the search's width, not others for each count.
+        most = max(*keep, *(search.width for search in searches))
         allowed, filter_rows = _stack([search.allowed for search in searches], self.table.trie.items, self._device)
         first_row, select, filter_row, bonus_row, slots = upload(
             [
@@ -192,7 +194,7 @@ class DeviceSelector:
             scores,
             width,
             select,
-            max_select=_width_class(max(keep)),
+            max_select=_width_class(most),
             allowed_cumsum=allowed,
             filter_row=None if allowed is None else filter_row,
             bonus=bonus,

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from shoplm.errors import ConfigurationError
+from shoplm.launchers import missing_for_launches
 from shoplm.model.config import ModelConfig
 from shoplm.model.kv_pool import KV_FORMATS
 
@@ -18,7 +19,8 @@ MARGIN_SHARE = 0.05  # of the whole memory: a step's activations, cuBLAS, the co
 
 
 def check_device(device: torch.device) -> None:
-    """Raise ConfigurationError unless the kernels run on `device`: a GPU, or a CPU where TRITON_INTERPRET=1."""
+    """Raise ConfigurationError unless the kernels run on `device`: a GPU, beside what Triton needs to launch them, or a
+    CPU where TRITON_INTERPRET=1."""
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -32,6 +34,8 @@ def check_device(device: torch.device) -> None:
             f"--backend triton needs an NVIDIA GPU of compute capability 8.0 or later, but "
             f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}: use --backend torch"
         )
+    if missing := missing_for_launches():
+        raise ConfigurationError(f"--backend triton cannot start: {missing}")
 
 
 def kv_dtype(kv_format: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:

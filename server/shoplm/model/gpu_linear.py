@@ -3,7 +3,7 @@
 - model: cuBLAS.
 - fp8: e4m3 with a scale per output row, activations with a scale per token, `torch._scaled_mm`: half the bytes and
   twice the peak of bf16, on compute capability 8.9 and later.
-- int8, int4: the weight alone; few rows by `kernels.weight_only`, more by cuBLAS with the weight dequantised in
+- int8, int4: the weight alone; few rows by `kernels.weight_only`, more by cuBLAS with the weight unpacked in
   passing.
 
 An adapter that is kept apart is two more products of cuBLAS, in the model's dtype whatever the weight's format is.
@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 from shoplm.errors import ConfigurationError
-from shoplm.kernels.weight_only import MAX_ROWS, MULTIPLE, dequantise, quantise, weight_only
+from shoplm.kernels.weight_only import MAX_ROWS, MULTIPLE, quantise, unpack, weight_only
 from shoplm.model.adapter import LowRankPath
 from torch import Tensor
 from torch.nn import functional
@@ -75,7 +75,7 @@ class WeightOnlyLinear:
     def __call__(self, states: Tensor) -> Tensor:
         if len(states) <= MAX_ROWS:
             return weight_only(states, self._weight, self._bias)
-        return functional.linear(states, dequantise(self._weight, states.dtype), self._bias)
+        return functional.linear(states, unpack(self._weight, states.dtype), self._bias)
 
 
 class AdaptedLinear:

@@ -16,7 +16,7 @@ from shoplm.model.gpu import memory_for
 from shoplm.request import Explain, Generate, HeadValues, ItemScores, Predict, Sampling, Select, Task
 
 LONGEST = 2100  # tokens: more than one split of a short chunk on every card
-WIDTHS = (10, 32, 128)  # beams and items; each stands for the powers of two around it
+WIDTHS = (16, 32, 64, 128)  # beams and items: the powers of two that narrower ones are rounded up to
 _FORKS = ((), ((0, 1),))  # what they hide of a history
 
 log = logging.getLogger("shoplm.warmup")

@@ -150,7 +150,8 @@ class StepGraphs:
 
     def capture(self, buckets: Sequence[StepBounds], budget_seconds: float) -> None:
         """Capture buckets in order until the time is spent; what is left out runs launch by launch. Logs progress.
-        Once: the captured steps read one buffer, as large as these need."""
+        Once: the captured steps read one buffer, as large as these need. A step of each kind is run before, so that
+        the time of Triton's compiler, minutes on a first start, does not count."""
         if self._captured:
             raise RuntimeError("step sizes have been captured already")
         arrays = [plan_step(_EMPTY, bounds, self.state) for bounds in buckets]
@@ -159,8 +160,11 @@ class StepGraphs:
         on_gpu = self._device.type == "cuda"
         pool = torch.cuda.graph_pool_handle() if on_gpu else None
         stream = torch.cuda.Stream() if on_gpu else None  # type: ignore[no-untyped-call]
+        inputs_of = dict(zip(buckets, arrays, strict=True))
+        for bounds in _one_of_each_kind(buckets):
+            self._program(KernelStep.upload(inputs_of[bounds], bounds, self._device, self._buffer))
         start = reported = time.perf_counter()
-        for bounds, inputs in zip(buckets, arrays, strict=True):
+        for bounds, inputs in inputs_of.items():
             now = time.perf_counter()
             if now - start > budget_seconds:
                 break
@@ -174,8 +178,9 @@ class StepGraphs:
 
             self._captured[bounds] = RunAgain(run) if stream is None else CudaGraph(run, pool, stream)
         self._smallest_first = sorted(self._captured, key=_padding)
-        log.info(
-            "captured %d of %d step sizes in %.1f s (budget %.0f s)",
+        log.log(
+            logging.INFO if len(self._captured) == len(buckets) else logging.WARNING,
+            "captured %d of %d step sizes in %.1f s (graph_seconds %.0f): the others run launch by launch",
             len(self._captured),
             len(buckets),
             time.perf_counter() - start,
@@ -193,6 +198,12 @@ class StepGraphs:
             return None
         KernelStep.upload(plan_step(batch, bounds, self.state), bounds, self._device, self._buffer)
         return self._captured[bounds].replay()
+
+
+def _one_of_each_kind(buckets: Sequence[StepBounds]) -> list[StepBounds]:
+    """Buckets that between them launch every kernel that any of these launches."""
+    kinds = {(bucket.rows > 0, bucket.query_len > 1, bucket.groups > 0): bucket for bucket in reversed(buckets)}
+    return list(kinds.values())
 
 
 _EMPTY = Batch(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64), ())
