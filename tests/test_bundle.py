@@ -53,6 +53,17 @@ def test_what_was_written_is_read(manifest: ShopManifest, tmp_path: Path) -> Non
     assert read_manifest(tmp_path) == manifest
 
 
+def test_a_bundle_of_format_4_lists_no_values_of_attributes(manifest: ShopManifest, tmp_path: Path) -> None:
+    path = tmp_path / "shop.toml"
+    listed = '[prompt.attribute_values]\nage = [\n    "45-54",\n]\n'
+    text = path.read_text("utf-8")
+    assert "[prompt.attribute_values]\n" in text
+    path.write_text(text.replace("[prompt.attribute_values]\n", listed), "utf-8")
+    assert read_manifest(tmp_path).prompt.attribute_values == {"age": ("45-54",)}
+    path.write_text(text.replace("[prompt.attribute_values]\n", "").replace("format = 5", "format = 4"), "utf-8")
+    assert read_manifest(tmp_path).prompt == manifest.prompt
+
+
 def test_a_changed_file_is_refused_unless_not_verified(manifest: ShopManifest, tmp_path: Path) -> None:
     (tmp_path / "items.parquet").write_bytes(b"other")
     with pytest.raises(BundleError, match=r"items\.parquet: differs from its SHA-256"):
@@ -112,7 +123,7 @@ def test_numbers_that_cannot_be_meant_are_refused_by_field(
 
 def test_a_later_format_is_named_before_fields_that_nobody_here_knows(tmp_path: Path) -> None:
     (tmp_path / "shop.toml").write_text(f"format = {FORMAT + 1}\nfield_of_the_future = 1\n")
-    with pytest.raises(BundleError, match=f"bundle format {FORMAT + 1}, this server reads 1, 2, 3, {FORMAT}"):
+    with pytest.raises(BundleError, match=f"bundle format {FORMAT + 1}, this server reads 1, 2, 3, 4, {FORMAT}"):
         read_manifest(tmp_path)
 
 

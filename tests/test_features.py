@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from shoplm.features import FEATURE_NAMES, dense_features, event_amounts
+from shoplm.features import FEATURE_NAMES, dense_features, event_amounts, kinds_in
 from shoplm.history import SECONDS_PER_DAY, EventKind, History, build_history
 
 DAY = SECONDS_PER_DAY
@@ -67,6 +67,13 @@ def test_a_customer_who_goes_on_as_ever_looks_the_same_however_long_the_log_is()
     assert all(np.isclose(young[name], old[name], atol=0.03) for name in FEATURE_NAMES), {
         name: (young[name], old[name]) for name in FEATURE_NAMES if not np.isclose(young[name], old[name], atol=0.03)
     }
+
+
+def test_average_features_tell_which_kinds_there_were() -> None:
+    usual = dict.fromkeys(FEATURE_NAMES, 0.0) | {"log_visits_30d": 1.0}
+    assert kinds_in(list(usual.values())) == ()
+    assert kinds_in(list((usual | {"log_carts_30d": 0.1}).values())) == (EventKind.CART,)
+    assert kinds_in([1.0] * len(FEATURE_NAMES)) == (EventKind.VIEW, EventKind.CART, EventKind.RETURN)
 
 
 def test_the_price_paid_comes_before_the_listed_one_and_unknown_ones_count_nothing() -> None:

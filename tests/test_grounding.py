@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from shoplm.catalog.items import Catalog
+from shoplm.followup import question_of
 from shoplm.grounding import MAX_HABITS, Grounding
 from shoplm.history import EventKind, History, build_history
 from shoplm.retrieval import Knowledge, Passage
@@ -81,3 +82,64 @@ def test_habits_are_offered_to_whoever_asks_for_theirs(grounding: Grounding) -> 
     assert grounding.search("What do I usually buy?", _history([]), 2) == []
     assert "customer" not in {each.source for each in grounding.search("Where is most of the bread?", bought, 3)}
     assert len(grounding.habits(_history([0, 2, 3, 6] * 3))[0].text.split(";")) <= MAX_HABITS
+
+
+_MILK = "Do you sell chocolate milk?"
+
+
+@pytest.mark.parametrize(
+    "follow_up",
+    [
+        "And what does it cost?",
+        "How much is it?",
+        "And the price?",
+        "How much?",
+        "What's the price of that?",
+        "Can I return it?",
+        "Are they gluten-free?",
+        "Which one is cheaper?",
+        "Do you still have it in stock?",
+        "Yes, please.",
+        "Why?",
+        "?",
+    ],
+)
+def test_a_follow_up_is_asked_with_what_it_follows(follow_up: str) -> None:
+    assert question_of([_MILK, follow_up]) == f"{_MILK}\n{follow_up}"
+    # Back to the message that names the topic, and no further.
+    assert question_of(["Where are you?", _MILK, "How much?", follow_up]) == f"{_MILK}\nHow much?\n{follow_up}"
+
+
+@pytest.mark.parametrize(
+    "new_topic",
+    [
+        "And what are your opening hours?",
+        "How much is delivery?",
+        "What about returns?",
+        "And white bread?",
+        "Do you deliver?",
+        "When do you open?",
+        "What do I usually buy?",
+        "Is it possible to pay with a gift card?",
+        "Where do I find the loyalty card and what does it cost me?",
+        "Was kostet das?",
+        "Thanks!",
+    ],
+)
+def test_a_new_topic_is_asked_alone(new_topic: str) -> None:
+    assert question_of([_MILK, new_topic]) == new_topic
+    assert question_of([_MILK, "How much?", new_topic]) == new_topic
+
+
+@pytest.mark.parametrize("only", [_MILK, "And what does it cost?", "How much?", "", "\u0000"])
+def test_a_first_message_is_asked_as_it_is(only: str) -> None:
+    assert question_of([only]) == only
+
+
+def test_what_it_costs_is_the_price_of_the_item_asked_for(grounding: Grounding) -> None:
+    conversation = ["Do you sell olive oil?", "And what does it cost?"]
+    assert _titles(grounding.search(question_of(conversation), _history([]), 3))[:2] == _TITLES[:2]
+    assert _titles(grounding.search(question_of([*conversation, "Can bread be returned?"]), _history([]), 2)) == [
+        "Bread",
+        "Returns",
+    ]

@@ -27,15 +27,35 @@ def history(events: list[tuple[int, float, str]], as_of: float = 100 * DAY, kind
 
 
 def test_baskets_are_kept_together_in_order_of_their_first_event() -> None:
-    built = history([(5, 3.0, "b"), (1, 1.0, "a"), (4, 2.0, "b"), (2, 2.5, "a")])
+    built = history([(5, 2.25, "b"), (1, 1.0, "a"), (4, 1.5, "b"), (2, 1.75, "a")])
     assert built.basket.tolist() == [0, 0, 1, 1]
     assert built.item.tolist() == [1, 2, 4, 5]
-    assert built.time.tolist() == [1.0 * DAY, 1.0 * DAY, 2.0 * DAY, 2.0 * DAY]
+    assert built.time.tolist() == [1.0 * DAY, 1.0 * DAY, 1.5 * DAY, 1.5 * DAY]
 
 
 def test_events_without_a_basket_id_are_grouped_by_utc_day() -> None:
     built = history([(1, 1.1, ""), (2, 1.9, ""), (3, 2.0, "")])
     assert built.basket.tolist() == [0, 0, 1]
+
+
+def test_a_visit_lasts_a_day_at_most() -> None:
+    weekly = history([(week, 7.0 * week, "cart") for week in range(43)], as_of=400 * DAY)
+    assert weekly.basket.tolist() == list(range(43))
+    assert weekly.time.tolist() == [7.0 * week * DAY for week in range(43)]
+    # A day after its first event, not after the last: 1.0 and 2.0 are one visit, 2.5 and 3.25 the next.
+    built = history([(1, 1.0, "a"), (2, 2.0, "a"), (3, 2.5, "a"), (4, 3.25, "a"), (5, 2.25, "b"), (6, 2.0, "b")])
+    assert built.item.tolist() == [1, 2, 5, 6, 3, 4]
+    assert built.basket.tolist() == [0, 0, 1, 1, 2, 2]
+    assert built.time.tolist() == [1.0 * DAY] * 2 + [2.0 * DAY] * 2 + [2.5 * DAY] * 2
+
+
+def test_a_key_that_is_used_again_is_grouped_as_it_was_at_every_moment_before() -> None:
+    events = [(day, day / 3, "cart") for day in range(30)]
+    whole = history(events)
+    for count in range(1, 30):
+        part = history(events[:count])
+        assert whole.time.tolist()[:count] == part.time.tolist()
+        assert whole.basket.tolist()[:count] == part.basket.tolist()
 
 
 def test_product_types_come_after_items_and_kinds_in_canonical_order() -> None:

@@ -21,6 +21,7 @@ def root() -> Iterator[logging.Logger]:
     yield root
     root.handlers[:] = handlers
     root.setLevel(level)
+    logging.captureWarnings(False)
 
 
 def logged(form: str, root: logging.Logger, log: logging.Logger | None = None, error: bool = False) -> str:

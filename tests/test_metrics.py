@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import shutil
 import subprocess
+import sys
 
 import grpc
 import pytest
 from prometheus_client import generate_latest
 from shoplm.metrics import Metrics, ModelInfo
-from shoplm.request import StepStats
+from shoplm.request import FailureKind, StepStats
 
 STATS = StepStats(
     step_seconds=(0.02, 0.07),
@@ -89,6 +90,42 @@ def test_what_a_lost_engine_held_is_not_shown_any_more(metrics: Metrics) -> None
     assert value(metrics, "shoplm_step_tokens_total", service="chat") == 5
 
 
+def test_requests_that_are_lost_with_the_engine_end(metrics: Metrics) -> None:
+    metrics.engine_state(True)
+    metrics.observe_step_stats(
+        StepStats(submitted={"chat": 5, "prediction": 2}, total_seconds={"chat": (0.3,), "prediction": (0.1, 0.1)})
+    )
+    metrics.observe_step_stats(StepStats(submitted={"chat": 1}, failures={"chat:expired": 2}))
+    metrics.engine_state(False)
+    assert value(metrics, "shoplm_engine_failures_total", service="chat", kind="unavailable") == 3
+    for service, submitted in (("chat", 6), ("prediction", 2), ("recommendation", 0)):
+        served = value(metrics, "shoplm_engine_time_seconds_count", service=service)
+        failed = [value(metrics, "shoplm_engine_failures_total", service=service, kind=kind) for kind in FailureKind]
+        assert value(metrics, "shoplm_engine_submitted_total", service=service) == submitted
+        assert sum(each or 0.0 for each in (served, *failed)) == submitted
+    metrics.engine_state(True)
+    metrics.engine_state(False)  # with nothing in it
+    assert value(metrics, "shoplm_engine_failures_total", service="chat", kind="unavailable") == 3
+
+
+def test_the_process_of_the_engine_is_followed_from_one_to_the_next(metrics: Metrics) -> None:
+    engine: subprocess.Popen[bytes] | None = None
+    metrics.watch_engine(lambda: engine.pid if engine is not None else None)
+    memory = "shoplm_engine_process_resident_memory_bytes"
+    assert value(metrics, memory) is None
+    for _ in range(2):
+        engine = subprocess.Popen(
+            [sys.executable, "-c", "print(flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert engine.stdout is not None
+        engine.stdout.readline()
+        assert (value(metrics, memory) or 0.0) > 1e6
+        assert (value(metrics, "shoplm_engine_process_open_fds") or 0.0) >= 3
+        assert value(metrics, "shoplm_engine_process_cpu_seconds_total") is not None
+        engine.communicate()
+        assert value(metrics, memory) is None
+
+
 def test_losing_the_engine_is_counted_once_per_loss(metrics: Metrics) -> None:
     for serving in (False, True, False, False, True):
         metrics.engine_state(serving)
@@ -141,6 +178,13 @@ def test_latency_buckets_are_fine_where_latencies_are_promised(metrics: Metrics)
 
 def test_errors_have_a_series_before_the_first_error(metrics: Metrics) -> None:
     assert value(metrics, "shoplm_engine_failures_total", service="chat", kind="expired") == 0
+    for service in ("recommendation", "chat", "prediction", "model", "engine"):
+        for reason in ("INTERNAL", "ENGINE_FAILURE", "ENGINE_UNAVAILABLE", "DRAINING"):
+            assert value(metrics, "shoplm_refusals_total", service=service, reason=reason) == 0
+    names = ("server_stream", "shoplm.v1.ChatService", "Chat")
+    metrics.calls.method("chat", *names)
+    for code in ("OK", "INTERNAL", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"):
+        assert value(metrics, "shoplm_requests_total", service="chat", method="Chat", code=code) == 0
 
 
 def test_promtool_finds_nothing_to_complain_about() -> None:

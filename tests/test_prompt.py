@@ -148,7 +148,11 @@ def test_new_baskets_only_append_until_a_whole_block_is_dropped(sizes: list[int]
 def test_a_basket_beyond_the_budget_is_cut() -> None:
     prefix = builder(budget=10, block=5).prefix(purchases([(1.0, list(range(30)))]))
     assert len(shop_tokens(prefix.tokens)) == 10
-    assert prefix.dropped_baskets == 0
+    assert (prefix.dropped_baskets, prefix.truncated_baskets) == (0, 1)
+    whole = builder(budget=31).prefix(purchases([(1.0, list(range(30)))]))
+    assert whole.truncated_baskets == 0
+    after_another = builder(budget=10, block=5).prefix(purchases([(1.0, [3]), (2.0, list(range(30)))]))
+    assert (after_another.dropped_baskets, after_another.truncated_baskets) == (1, 2)
 
 
 def test_a_system_message_and_passages_come_behind_the_history() -> None:

@@ -25,10 +25,10 @@ import msgspec
 from shoplm.errors import BundleError
 
 # Written. 2 has habits beside the count: `loyalty_weight`, `goes_with_weight` and their tables; 3 has `rebuy_weight`,
-# 4 `adopt_weight`.
-FORMAT = 4
+# 4 `adopt_weight`, 5 `attribute_values`.
+FORMAT = 5
 Recommends = Literal["purchase", "cart", "view"]
-_READ = (1, 2, 3, 4)
+_READ = (1, 2, 3, 4, 5)
 REQUIRED_FILES = ("items.parquet", "types.parquet", "weights.safetensors")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -83,6 +83,7 @@ class PromptSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     preamble: str
     attributes: tuple[str, ...] = ()
+    attribute_values: dict[str, tuple[str, ...]] = {}  # that training saw, of the attributes that have few
     history_budget_tokens: Count = 1024
     chat_reads_item_tokens: bool = True  # False: the base was never trained on them, so chat gets the history in words
     history_block_tokens: Count = 256  # the oldest baskets are dropped in blocks of this, so that the prefix stays put
@@ -160,8 +161,6 @@ def read_manifest(folder: Path, *, verify: bool = True) -> ShopManifest:
     `verify` compares each file's SHA-256 with the manifest, so that a half-copied bundle is never served.
     """
     path = folder / "shop.toml"
-    if not path.is_file():
-        raise BundleError(f"{folder}: no bundle there (shop.toml is missing); make one with `shoplm train`")
     try:
         data = tomllib.loads(path.read_text("utf-8"))
         # First of all: a later format may have fields that this code does not know.
@@ -169,6 +168,10 @@ def read_manifest(folder: Path, *, verify: bool = True) -> ShopManifest:
             known = ", ".join(map(str, _READ))
             raise BundleError(f"{path}: bundle format {data['format']}, this server reads {known}; train it again")
         manifest = msgspec.convert(data, ShopManifest)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BundleError(f"{folder}: no bundle there (shop.toml is missing); make one with `shoplm train`") from error
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise BundleError(f"{path}: {error}") from error
     if len(manifest.level_sizes) != manifest.depth:

@@ -13,6 +13,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from shoplm.histograms import Buckets
 
+# Series that exist from the start: a rate over a series that appears with its first error misses that error.
+_FROM_THE_START = (
+    grpc.StatusCode.OK,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+)
 _GRPC_LABELS = ("grpc_type", "grpc_service", "grpc_method")
 
 
@@ -25,7 +33,7 @@ class MethodCounts:
         self.service = service
         self.grpc_names = grpc_names
         self.started = self.received = self.sent = 0
-        self.ended: dict[grpc.StatusCode, int] = {}
+        self.ended: dict[grpc.StatusCode, int] = dict.fromkeys(_FROM_THE_START, 0)
         self.seconds = Buckets(bounds)
 
     def start(self) -> None:

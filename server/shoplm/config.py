@@ -153,11 +153,13 @@ class ServerConfig(BaseSettings):
     )
     engine_api: bool = Field(False, description="offer EngineService: raw token ids, for benchmarks and debugging")
 
-    # Limits of a request; over one: INVALID_ARGUMENT
+    # Limits of a request; over one: INVALID_ARGUMENT, unless it says otherwise
     max_message_bytes: int = Field(8 * 2**20, description="largest request message", ge=1024, le=2**28)
     max_text_bytes: int = Field(128 * 1024, description="text of a conversation, all messages together", ge=1)
     max_messages: int = Field(256, description="messages of a conversation", ge=1)
-    max_events: int = Field(10_000, description="events read of a customer; the newest are kept", ge=1)
+    max_events: int = Field(
+        10_000, description="events read of a customer; the oldest others are left out in blocks", ge=1
+    )
     max_count: int = Field(200, description="items of a recommendation", ge=1, le=1024)
     max_candidates: int = Field(1000, description="items of one Rank call", ge=1)
     max_filter_values: int = Field(10_000, description="entries of a list in a filter", ge=1)
@@ -184,7 +186,13 @@ class ServerConfig(BaseSettings):
         le=2_000_000,
     )
     keepalive_seconds: float = Field(60, description="ping of idle connections; 0: none", ge=0, le=2_000_000)
-    drain_seconds: float = Field(30, description="how long running calls may take after SIGTERM", ge=0)
+    drain_seconds: float = Field(30, description="how long running calls may take after SIGTERM or SIGHUP", ge=0)
+    lame_duck_seconds: float = Field(
+        5,
+        description="of them, how long new calls are still taken, until balancers and clients have seen NOT_SERVING; "
+        "at most half of drain_seconds, none after Ctrl-C or SIGHUP",
+        ge=0,
+    )
 
     # Security
     auth_tokens: Secrets = Field((), description="bearer tokens that are let in; none: no authentication")
@@ -303,6 +311,8 @@ class ServerConfig(BaseSettings):
             max_queued_requests=self.max_queued_requests,
             max_queued_tokens=self.max_queued_tokens,
             policy=self._policy(),
+            log_format=self.log_format,
+            log_level=self.log_level,
             synthetic_tries=tuple(
                 SyntheticTrie(match["name"], int(match["items"]), tuple(map(int, match["sizes"].split("x"))))
                 for match in tries

@@ -7,11 +7,14 @@
     ├── OverloadedError          load, or a deadline out of reach   -> RESOURCE_EXHAUSTED + RetryInfo
     ├── ExpiredError             the deadline passed in the queue   -> DEADLINE_EXCEEDED
     ├── CancelledByCallerError   the caller has gone                -> CANCELLED
-    ├── EngineUnavailableError   the engine died or is draining     -> UNAVAILABLE + RetryInfo
+    ├── EngineUnavailableError   the engine died or is starting     -> UNAVAILABLE + RetryInfo
+    ├── DrainingError            the server is shutting down        -> UNAVAILABLE + RetryInfo
     ├── EngineFailureError       a step failed                      -> INTERNAL
     └── ConfigurationError       a setting, a bundle or a base model cannot be used; raised at start, never in a call
         ├── BundleError
-        └── BaseModelError
+        ├── BaseModelError
+        └── TransientError       it failed, and the same start may succeed later
+            └── BundleChangedError
 
 The one table from these to gRPC status codes is in `shoplm.api.status`.
 """
@@ -73,9 +76,19 @@ class CancelledByCallerError(ShopLMError):
 
 
 class EngineUnavailableError(ShopLMError):
-    """The engine process died, is starting or is draining; worth trying again after `retry_seconds`."""
+    """The engine process died or is starting; worth trying again after `retry_seconds`."""
 
     reason = "ENGINE_UNAVAILABLE"
+
+    def __init__(self, message: str, *, retry_seconds: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
+
+
+class DrainingError(ShopLMError):
+    """The server takes no new calls before it stops; worth trying elsewhere, or again after `retry_seconds`."""
+
+    reason = "DRAINING"
 
     def __init__(self, message: str, *, retry_seconds: float = 1.0) -> None:
         super().__init__(message)
@@ -104,3 +117,15 @@ class BaseModelError(ConfigurationError):
     """A base model is missing, damaged or of an unsupported architecture."""
 
     reason = "BASE_MODEL"
+
+
+class TransientError(ConfigurationError):
+    """What a start needs is not there, and may be for the next one: a port, the network, memory for the engine."""
+
+    reason = "TRANSIENT"
+
+
+class BundleChangedError(TransientError):
+    """The bundle on disk is another one than the server has read: a new start reads it."""
+
+    reason = "BUNDLE_CHANGED"

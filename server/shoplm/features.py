@@ -11,6 +11,8 @@ year at most, and rates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from shoplm.history import SECONDS_PER_DAY, EventKind, History
@@ -28,6 +30,7 @@ _KNOWN_DAYS = 90  # tells newcomers from others; what is longer is the log's age
 _LONGEST_DAYS = 365.0  # that ages count; stands for "never", too
 _PRIOR_GAPS = 2.0  # how many imagined gaps the estimates from a customer's own gaps begin with
 _PRIOR_GAP_DAYS = 14.0
+_OTHER_KINDS = (EventKind.VIEW, EventKind.CART, EventKind.RETURN)
 
 FEATURE_NAMES: tuple[str, ...] = (
     "log_recency_days",
@@ -56,7 +59,7 @@ FEATURE_NAMES: tuple[str, ...] = (
     "log_last_spend",
     f"share_of_repeated_items_{_REPEAT_DAYS}d",
     "share_of_weekend_visits",
-    *(f"log_{kind}s_30d" for kind in ("view", "cart", "return")),
+    *(f"log_{kind.name.lower()}s_30d" for kind in _OTHER_KINDS),
 )
 
 # What the features speak of, for explanations: the beginnings of their names. Each belongs to the first that fits.
@@ -83,6 +86,11 @@ def feature_groups() -> dict[str, tuple[int, ...]]:
     for index, name in enumerate(FEATURE_NAMES):
         groups[next(group for group, starts in FEATURE_GROUPS.items() if name.startswith(starts))].append(index)
     return {group: tuple(members) for group, members in groups.items()}
+
+
+def kinds_in(usual: Sequence[float]) -> tuple[EventKind, ...]:
+    """Kinds of events beside purchases that customers had of whom these [F] are the average features."""
+    return tuple(kind for kind, mean in zip(_OTHER_KINDS, usual[-len(_OTHER_KINDS) :], strict=True) if mean > 0)
 
 
 def dense_features(history: History, item_prices: NDArray[np.floating]) -> NDArray[np.float32]:
@@ -117,10 +125,7 @@ def dense_features(history: History, item_prices: NDArray[np.floating]) -> NDArr
         np.log1p(visits.spend[-1]) if len(visits.age) else 0.0,
         1.0 - len(np.unique(lines)) / len(lines) if len(lines) else 0.0,
         float((_weekday(visits.time) >= 5).mean()) if len(visits.age) else 0.0,
-        *(
-            np.log1p(((history.kind == kind) & (age <= 30)).sum())
-            for kind in (EventKind.VIEW, EventKind.CART, EventKind.RETURN)
-        ),
+        *(np.log1p(((history.kind == kind) & (age <= 30)).sum()) for kind in _OTHER_KINDS),
     ]
     return np.asarray(values, np.float32)
 

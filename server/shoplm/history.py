@@ -30,6 +30,7 @@ class EventKind(IntEnum):
 
 EVENT_KINDS: Mapping[str, EventKind] = {kind.name.lower(): kind for kind in EventKind}  # as files name them
 MAX_ATTRIBUTES, MAX_ATTRIBUTE_BYTES = 64, 256  # of a customer's profile
+MAX_VISIT_SECONDS = SECONDS_PER_DAY  # from a visit's first event to its last
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +107,18 @@ def build_history(
 ) -> History:
     """Sort raw events of one customer into a History; the one way that training and serving both make one.
 
-    `basket_key` groups events into visits; an empty string means: the visit of that UTC day. A basket happens at the
-    time of its earliest event: its events are kept together, and the order does not depend on the order given.
+    `basket_key` groups events into visits; an empty string means: the visit of that UTC day. Events of one key that
+    come more than MAX_VISIT_SECONDS after a visit's first are another visit. A basket happens at the time of its
+    earliest event: its events are kept together, and the order does not depend on the order given.
     """
     count = len(item)
     days = np.floor(time / SECONDS_PER_DAY).astype(np.int64)
     keys = np.asarray([f"k{key}" if str(key) else f"d{day}" for key, day in zip(basket_key, days, strict=True)])
     _, group = np.unique(keys, return_inverse=True) if count else (None, np.zeros(0, np.int64))
-    first = np.full(int(group.max()) + 1 if count else 0, np.inf)
-    np.minimum.at(first, group, time)
+    first = _first_times(group, time)
+    if (time - first[group] > MAX_VISIT_SECONDS).any():
+        group = _split_visits(group, time, first)
+        first = _first_times(group, time)
     # Item rows before product types, then ascending: canonical, so the same basket gives the same tokens.
     order = (
         np.lexsort((price, quantity, item, ~has_item, kind, group, first[group])) if count else np.zeros(0, np.int64)
@@ -133,3 +137,27 @@ def build_history(
         attributes=tuple(sorted(attributes)),
         counted=counted,
     )
+
+
+def _first_times(group: NDArray[np.int64], time: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The time of the earliest event of each group."""
+    first = np.full(int(group.max()) + 1 if len(group) else 0, np.inf)
+    np.minimum.at(first, group, time)
+    return first
+
+
+def _split_visits(group: NDArray[np.int64], time: NDArray[np.float64], first: NDArray[np.float64]) -> NDArray[np.int64]:
+    """`group` [E], with groups of their own for what comes too late for the visit before it."""
+    late = np.zeros(len(first), np.bool_)
+    late[group[time - first[group] > MAX_VISIT_SECONDS]] = True
+    rows = np.flatnonzero(late[group])
+    rows = rows[np.lexsort((time[rows], group[rows]))]
+    visits, count = group.copy(), len(first)
+    current, begun, visit = -1, 0.0, 0
+    for row, key, moment in zip(rows.tolist(), group[rows].tolist(), time[rows].tolist(), strict=True):
+        if key != current:
+            current, begun, visit = key, moment, key
+        elif moment - begun > MAX_VISIT_SECONDS:
+            begun, visit, count = moment, count, count + 1
+        visits[row] = visit
+    return visits

@@ -28,7 +28,8 @@ def printable(text: str) -> str:
 
 
 def configure_logs(level: str, form: str, stream: TextIO | None = None) -> None:
-    """Send all records of the process to `stream` (standard error if None), in the form "text" or "json"."""
+    """Send all records of the process, and what Python warns of, to `stream` (standard error if None), in the form
+    "text" or "json"."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     handler.addFilter(_add_request_id)
@@ -37,6 +38,7 @@ def configure_logs(level: str, form: str, stream: TextIO | None = None) -> None:
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(level.upper())
+    logging.captureWarnings(True)
     # These say at INFO or below what only their developers want to know, and some of it holds request data.
     for name in ("asyncio", "grpc", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -6,6 +6,7 @@ run on the event loop; a scrape reads from another thread, which prometheus-clie
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics
@@ -13,8 +14,9 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from shoplm.call_metrics import CallMetrics
+from shoplm.errors import DrainingError, EngineFailureError, EngineUnavailableError, ShopLMError
 from shoplm.histograms import Histogram
-from shoplm.request import Service, StepStats
+from shoplm.request import FailureKind, Service, StepStats
 
 # Fine where the latencies of the three services are promised: between 50 and 200 ms.
 LATENCY_BUCKETS = (
@@ -26,6 +28,8 @@ STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 
 # The services of `shoplm.request.Service` and those that the engine knows nothing of.
 MODEL_SERVICE = "model"
 ENGINE_SERVICE = "engine"
+# Of INTERNAL and UNAVAILABLE, which alerts read.
+_REASONS = tuple(kind.reason for kind in (ShopLMError, EngineFailureError, EngineUnavailableError, DrainingError))
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Metrics:
         self._define_engine()
         self._define_model()
         self._engine_was_up = False
+        self._in_engine = dict.fromkeys(map(str, Service), 0)  # requests that its reports have not told the end of
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
@@ -80,7 +85,9 @@ class Metrics:
 
     def _define_engine(self) -> None:
         self.queue_seconds = self._histogram(
-            "shoplm_queue_time_seconds", "From arrival to the first step that computed something of it.", "service"
+            "shoplm_queue_time_seconds",
+            "From arrival to the planning of the first step that computed something of it.",
+            "service",
         )
         self.first_seconds = self._histogram(
             "shoplm_time_to_first_token_seconds", "From arrival to the first token or the result.", "service"
@@ -100,7 +107,7 @@ class Metrics:
         self.evicted_pages = self._counter("shoplm_kv_evicted_pages", "Cached pages given to other requests.")
         self.engine_failures = self._counter(
             "shoplm_engine_failures",
-            "Requests that the engine ended without an answer: cancelled, expired, overloaded, ….",
+            "Requests that ended without an answer: cancelled, expired, overloaded, unavailable (engine lost), ….",
             *("service", "kind"),
         )
         self.engine_submitted = self._counter(
@@ -151,23 +158,38 @@ class Metrics:
             self.running.labels(service.value)
             for histogram in (self.queue_seconds, self.first_seconds, self.engine_seconds):
                 histogram.of(service.value)
-            for kind in ("cancelled", "expired", "overloaded"):
-                self.engine_failures.labels(service.value, kind)
+            for kind in FailureKind:
+                self.engine_failures.labels(service.value, kind.value)
+        for name in (*map(str, Service), MODEL_SERVICE, ENGINE_SERVICE):
+            for reason in _REASONS:
+                self.refusals.labels(name, reason)
 
     def describe(self, info: ModelInfo) -> None:
         """Set `shoplm_model_info` to what is served now."""
         self.model_info.clear()
         self.model_info.labels(info.bundle, info.version, info.base_model, info.backend, info.server_version).set(1)
 
+    def watch_engine(self, process_id: Callable[[], int | None]) -> None:
+        """Add memory, CPU and open files of the process that is the engine at the time of a scrape."""
+        # None is the name of no process, and what cannot be read has no series.
+        ProcessCollector("shoplm_engine", lambda: str(process_id()), registry=self.registry)
+
     def engine_state(self, serving: bool) -> None:
         """The engine came up or was lost."""
         self.engine_up.set(serving)
         if self._engine_was_up and not serving:
             self.engine_losses.inc()
-            # What it held is gone with it, and the next one has nothing to report until a request comes.
-            self._set_gauges(StepStats())
-            self.kv_pages.clear()
+            self._forget_engine()
         self._engine_was_up = serving
+
+    def _forget_engine(self) -> None:
+        """What it held is gone with it."""
+        for service, count in self._in_engine.items():
+            if count > 0:
+                self.engine_failures.labels(service, FailureKind.UNAVAILABLE.value).inc(count)
+            self._in_engine[service] = 0
+        self._set_gauges(StepStats())
+        self.kv_pages.clear()
 
     def observe_step_stats(self, stats: StepStats) -> None:
         """Fold in what the engine counted since its last message, and set its gauges."""
@@ -197,6 +219,7 @@ class Metrics:
             for key, count in counts.items():
                 service, _, what = key.partition(":")
                 counter.labels(service, what).inc(count)
+        self._follow_requests(stats)
         self.preemptions.inc(stats.preemptions)
         self.draft_tokens.inc(stats.drafted_tokens)
         self.draft_tokens_accepted.inc(stats.accepted_tokens)
@@ -205,6 +228,15 @@ class Metrics:
         self.prefix_hits.inc(stats.prefix_hit_tokens)
         self.evicted_pages.inc(stats.evicted_pages)
         self._set_gauges(stats)
+
+    def _follow_requests(self, stats: StepStats) -> None:
+        """Into the engine and out of it."""
+        for service, count in stats.submitted.items():
+            self._in_engine[service] += count
+        for service, values in stats.total_seconds.items():
+            self._in_engine[service] -= len(values)
+        for key, count in stats.failures.items():
+            self._in_engine[key.partition(":")[0]] -= count
 
     def _set_gauges(self, stats: StepStats) -> None:
         for service in Service:

@@ -74,6 +74,12 @@ class Prefix:
 
     tokens: tuple[int, ...]
     dropped_baskets: int  # oldest baskets left out to keep the history budget
+    cut_baskets: int = 0  # 1: a basket is too large for the budget alone, and its end is left out
+
+    @property
+    def truncated_baskets(self) -> int:
+        """Baskets that are not in the prompt as a whole."""
+        return self.dropped_baskets + self.cut_baskets
 
     @cached_property
     def packed(self) -> Tokens:
@@ -128,13 +134,15 @@ class PromptBuilder:
         if self._schema is None:
             return Prefix((), 0)
         tokens = list(self._opening_of(history))
-        dropped = 0
+        dropped = cut = 0
         if history is not None and len(history):
             baskets = self._baskets(history)
             dropped = self._dropped(list(map(len, baskets))) if dropped_baskets is None else dropped_baskets
             budget = self._schema.history_budget_tokens
-            tokens += [token for basket in baskets[dropped:] for token in basket][:budget]
-        return Prefix(tuple(tokens), dropped)
+            read = [token for basket in baskets[dropped:] for token in basket]
+            tokens += read[:budget]
+            cut = int(len(read) > budget)
+        return Prefix(tuple(tokens), dropped, cut)
 
     def visits(self, history: History, prefix: Prefix) -> tuple[Visit, ...]:
         """What the tokens of the history's prefix stand for, oldest first."""

@@ -18,30 +18,34 @@ from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
+from shoplm.address import address
+from shoplm.api.calls import Calls
 from shoplm.api.core import Core, Engine
 from shoplm.api.customers import CustomerReader
 from shoplm.api.grpc_server import GrpcServer
 from shoplm.api.health import Health
 from shoplm.api.probes import ProbeServer
 from shoplm.api.shop import Served, load_served, server_version
-from shoplm.bundle import manifest_hash
+from shoplm.bundle import manifest_hash, read_manifest
 from shoplm.collector import keep_loaded
 from shoplm.config import ServerConfig
 from shoplm.config_sources import load_config
 from shoplm.engine.launch import EngineProcess
 from shoplm.engine.shop_texts import ShopTexts
 from shoplm.engine.supervisor import ProcessEngineClient
-from shoplm.errors import ConfigurationError
+from shoplm.errors import BundleChangedError, ConfigurationError, TransientError
 from shoplm.logs import configure_logs
 from shoplm.metrics import Metrics, ModelInfo
 from shoplm.model.base import Base, bundle_base
 from shoplm.model.origin import Origin
+from shoplm.open_files import raise_limit
 from shoplm.prompt import SUFFIX_TOKENS
 from shoplm.request import StepStats
 
 EXIT_CALLS_CUT, EXIT_CONFIGURATION, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_TRANSIENT = 75  # EX_TEMPFAIL of sysexits.h: start me again
 _FLUSH_SECONDS = 1.0  # for the last bytes of calls that have just ended
-_QUIET_SECONDS, _LONGEST_QUIET_SECONDS = 0.1, 2.0  # without a new call, before the port closes
+_QUIET_SECONDS, _LONGEST_QUIET_SECONDS = 0.005, 2.0  # without a new call, before the port closes
 _DEFAULT_ADDRESS = ("127.0.0.1", 50051)  # the command-line client's own
 
 log = logging.getLogger("shoplm.server")
@@ -58,6 +62,13 @@ class ManagedEngine(Engine, Protocol):
     def on_stats(self, callback: Callable[[StepStats], None]) -> None: ...
 
     def on_state(self, callback: Callable[[bool], None]) -> None: ...
+
+    @property
+    def process_id(self) -> int | None:
+        """None: it has no process of its own, or none yet."""
+        ...
+
+    def on_end(self, callback: Callable[[BundleChangedError], None]) -> None: ...
 
     async def close(self) -> None: ...
 
@@ -92,20 +103,26 @@ class Server:
         self._engine: ManagedEngine | None = None
         self._health: Health | None = None
         self.draining = False
+        self.engine_ended = asyncio.Event()  # it was lost, and none can take its place
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Until calls are served. Raises ConfigurationError; `close` cleans up then, too."""
+        """Until calls are served. Raises ConfigurationError, TransientError where another start may succeed; `close`
+        cleans up then, too."""
         config = self.config
         self.metrics_port = await self._probes.start(config.metrics_host, config.metrics_port)
         self._grpc = GrpcServer(config, self.metrics)
         self.port = self._grpc.port
+        if config.bundle is not None:
+            read_manifest(config.bundle, verify=False)  # what is none must not wait for a base
         base = await _in_daemon(partial(bundle_base, config.bundle, config.base))
         # The engine loads weights while this process reads metadata; bad metadata need not wait for the weights.
         reading = asyncio.create_task(asyncio.to_thread(load_served, base, config.bundle, verify=config.verify_bundle))
         texts = asyncio.create_task(self._shop_texts(reading))
         engine = self._engine = self._make_engine(config, base, texts)
         engine.on_stats(self.metrics.observe_step_stats)
+        self.metrics.watch_engine(lambda: engine.process_id)
+        engine.on_end(self._engine_end)
         loading = asyncio.create_task(engine.start())
         try:
             self.served = await reading
@@ -154,27 +171,35 @@ class Server:
                 f"max_context_tokens ({self.config.max_context_tokens}) or kv_cache_mib ({self.config.kv_cache_mib})"
             )
 
-    async def drain(self, seconds: float) -> bool:
-        """Refuse new calls and let running ones finish. Whether all did within `seconds`."""
+    async def drain(self, seconds: float, lame_duck_seconds: float = 0.0) -> bool:
+        """Send callers elsewhere and let running calls finish. Whether all did within `seconds`; those that did not are
+        ended. New calls are taken for `lame_duck_seconds` more, half of `seconds` at most."""
         self.draining = True
         if self._health is not None:
             await self._health.set_serving(False)
         if self._grpc is None:
             return True
-        self._grpc.calls.draining = True
-        log.info("draining", extra={"calls": self._grpc.calls.in_flight})
-        try:
+        calls = self._grpc.calls
+        log.info("draining", extra={"calls": calls.in_flight})
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._grpc.calls.idle()
-        except TimeoutError:
-            log.warning("drain_seconds are over", extra={"calls": self._grpc.calls.in_flight})
+                await asyncio.sleep(min(lame_duck_seconds, seconds / 2))
+                await self._last_calls(calls)
+                self._run(self._grpc.stop(seconds + _FLUSH_SECONDS))
+                await calls.idle()
+        if calls.in_flight:
+            log.warning("drain_seconds are over", extra={"calls": calls.in_flight})
+            calls.cut(seconds)
             return False
-        # gRPC breaks off calls that it has received and not yet handed over when the port closes, and their callers
-        # would not know that they may try again. Those that were under way get their refusal first.
+        return True
+
+    @staticmethod
+    async def _last_calls(calls: Calls) -> None:
+        """gRPC breaks off calls that it has received and not yet handed over when the port closes, and their callers
+        would not know that they may try again: wait for a moment without any."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LONGEST_QUIET_SECONDS):
-                await self._grpc.calls.quiet(_QUIET_SECONDS)
-        return True
+                await calls.quiet(_QUIET_SECONDS)
 
     async def close(self, grace_seconds: float = _FLUSH_SECONDS) -> None:
         """Stop everything that was started, cancelling what runs after the grace period."""
@@ -197,9 +222,16 @@ class Server:
         else:
             log.error("the engine was lost; it is started again")
         if self._health is not None and not self.draining:
-            task = asyncio.create_task(self._health.set_serving(serving))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._run(self._health.set_serving(serving))
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _engine_end(self, why: BundleChangedError) -> None:
+        log.error("the engine is not started again: %s; the server ends with status %d", why, EXIT_TRANSIENT)
+        self.engine_ended.set()
 
     def _describe(self, engine: ManagedEngine) -> None:
         assert self.served is not None
@@ -210,13 +242,24 @@ class Server:
 
 
 async def serve(config: ServerConfig, make_engine: EngineFactory = engine_process) -> int:
-    """Serve until SIGTERM or SIGINT. Returns the exit code: 0, or 1 if calls were cut after `drain_seconds`; a second
-    signal stops at once (130). Raises ConfigurationError if the server cannot start."""
+    """Serve until a signal. Returns the exit code: 0, or 1 if calls were cut after `drain_seconds`; 75 if the engine
+    cannot come back, but a new server may; a second signal stops at once (130). Raises as `Server.start`."""
     started = time.monotonic()
     first, second = asyncio.Event(), asyncio.Event()
+    lame_duck_seconds = config.lame_duck_seconds
+
+    def take(number: signal.Signals) -> None:
+        nonlocal lame_duck_seconds
+        if number is not signal.SIGTERM:  # of a terminal, where somebody waits and no balancer
+            lame_duck_seconds = 0.0
+        # A terminal that goes may send its signal twice.
+        (second if first.is_set() and number is not signal.SIGHUP else first).set()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: (second if first.is_set() else first).set())
+        loop.add_signal_handler(number, take, number)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as `nohup` leaves it
+        loop.add_signal_handler(signal.SIGHUP, take, signal.SIGHUP)
     server = Server(config, make_engine)
     grace_seconds = 0.0
     try:
@@ -225,11 +268,15 @@ async def serve(config: ServerConfig, make_engine: EngineFactory = engine_proces
             return 0
         sys.stdout.write(ready_text(server, time.monotonic() - started))
         sys.stdout.flush()
-        await first.wait()
-        drained = await _unless(second, server.drain(config.drain_seconds))
+        await _unless(first, server.engine_ended.wait())
+        if server.engine_ended.is_set():
+            lame_duck_seconds = 0.0  # no call could be answered
+        drained = await _unless(second, server.drain(config.drain_seconds, lame_duck_seconds))
         if second.is_set():
             return EXIT_INTERRUPTED
         grace_seconds = _FLUSH_SECONDS
+        if server.engine_ended.is_set():
+            return EXIT_TRANSIENT
         return 0 if drained else EXIT_CALLS_CUT
     finally:
         await server.close(grace_seconds)
@@ -286,19 +333,19 @@ def ready_text(server: Server, seconds: float) -> str:
     what = served.base.name
     if shop is not None:
         what = f"{shop.manifest.title} ({shop.manifest.name} {shop.manifest.version}) on {what}"
-    host = f"[{config.host}]" if ":" in config.host else config.host
+    grpc = address(config.host, server.port)
     lines = [
         f"ShopLM {server_version()} is ready after {seconds:.1f} s: {what}",
-        f"  gRPC {host}:{server.port}   metrics http://{config.metrics_host}:{server.metrics_port}/metrics",
+        f"  gRPC {grpc}   metrics http://{address(config.metrics_host, server.metrics_port)}/metrics",
         "Try, in another terminal:",
     ]
-    address = "" if (config.host, server.port) == _DEFAULT_ADDRESS else f" --address {host}:{server.port}"
+    where = "" if (config.host, server.port) == _DEFAULT_ADDRESS else f" --address {grpc}"
     customer = f" --customer {shlex.quote(next(iter(shop.demo)))}" if shop is not None and shop.demo else ""
     if shop is not None:
-        lines.append(f"  shoplm recommend{customer}{address}")
-        lines.append(f"  shoplm predict{customer}{address}")
+        lines.append(f"  shoplm recommend{customer}{where}")
+        lines.append(f"  shoplm predict{customer}{where}")
     question = "How can I return something?" if shop is not None and len(shop.knowledge) else "What can you do?"
-    lines.append(f"  shoplm chat{customer}{address} {shlex.quote(question)}")
+    lines.append(f"  shoplm chat{customer}{where} {shlex.quote(question)}")
     return "\n".join(lines) + "\n"
 
 
@@ -312,11 +359,12 @@ def serve_command(arguments: Sequence[str], engine: EngineProcess | None = None)
             sys.stdout.write(config.to_toml())
             return 0
         configure_logs(config.log_level, config.log_format)
+        raise_limit()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(serve(config, partial(engine_process, started=engine)))
     except ConfigurationError as error:
         sys.stderr.write(f"shoplm serve: {error}\n")
-        return EXIT_CONFIGURATION
+        return EXIT_TRANSIENT if isinstance(error, TransientError) else EXIT_CONFIGURATION
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

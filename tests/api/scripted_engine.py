@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 
+from shoplm.errors import BundleChangedError
 from shoplm.request import (
     Degradation,
     Explain,
@@ -31,6 +32,7 @@ class ScriptedEngine:
 
     def __init__(self) -> None:
         self.ready: ReadyOutput | None = None
+        self.process_id: int | None = None
         self.requests: list[Request] = []
         self.cancelled: list[str] = []
         self.answer: Sequence[Sequence[int]] = ((7,), (8,), (9,))  # tokens of each output
@@ -44,6 +46,7 @@ class ScriptedEngine:
         self.started = asyncio.Event()
         self.released = asyncio.Event()
         self._states: list[Callable[[bool], None]] = []
+        self._ends: list[Callable[[BundleChangedError], None]] = []
         self._stats: list[Callable[[StepStats], None]] = []
 
     async def start(self) -> None:
@@ -54,6 +57,13 @@ class ScriptedEngine:
 
     def on_state(self, callback: Callable[[bool], None]) -> None:
         self._states.append(callback)
+
+    def on_end(self, callback: Callable[[BundleChangedError], None]) -> None:
+        self._ends.append(callback)
+
+    def end(self, why: BundleChangedError) -> None:
+        for callback in self._ends:
+            callback(why)
 
     def set_state(self, serving: bool) -> None:
         for callback in self._states:

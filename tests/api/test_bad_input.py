@@ -57,6 +57,7 @@ FAR_FUTURE = Timestamp(seconds=int(time.time()) + 400 * 86_400)
         ({"price": math.inf}, "price", "is inf"),
         ({"quantity": math.nan}, "quantity", "is nan"),
         ({"quantity": -2.0}, "quantity", "is -2"),
+        ({"quantity": 0.0}, "quantity", "is 0, expected a number above 0"),
         ({"quantity": 3e38}, "quantity", "is 3e+38"),
         ({"time": FAR_FUTURE}, "time", "days ahead"),
         ({"time": Timestamp(seconds=1_500_000_000_000)}, "time", "milliseconds"),

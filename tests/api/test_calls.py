@@ -20,6 +20,7 @@ from shoplm.api.status import CODES
 from shoplm.errors import (
     CancelledByCallerError,
     ConfigurationError,
+    DrainingError,
     EngineFailureError,
     EngineUnavailableError,
     ExpiredError,
@@ -56,6 +57,7 @@ def sample(scripted: Scripted, name: str, **labels: str) -> float:
             2.5,
         ),
         (EngineUnavailableError("died", retry_seconds=0.5), grpc.StatusCode.UNAVAILABLE, "ENGINE_UNAVAILABLE", 0.5),
+        (DrainingError("closing", retry_seconds=0.5), grpc.StatusCode.UNAVAILABLE, "DRAINING", 0.5),
         (ExpiredError("late"), grpc.StatusCode.DEADLINE_EXCEEDED, "EXPIRED", None),
         (CancelledByCallerError("gone"), grpc.StatusCode.CANCELLED, "CANCELLED", None),
         (EngineFailureError("step"), grpc.StatusCode.INTERNAL, "ENGINE_FAILURE", None),
@@ -221,11 +223,12 @@ def test_without_a_token_only_health_answers(serve_scripted: Serve) -> None:
         assert scripted.server.recommendation.Recommend(RECOMMEND, metadata=metadata).items
 
 
-def test_a_tenant_that_is_named_twice_is_refused(scripted_shop: Scripted) -> None:
+@pytest.mark.parametrize(("key", "first", "second"), [("x-tenant-id", "mine", "another's"), ("x-priority", "0", "9")])
+def test_what_a_caller_says_twice_is_refused(scripted_shop: Scripted, key: str, first: str, second: str) -> None:
     """A gateway's own and one that a caller has sent before it: nobody can tell which is whose."""
-    metadata = (("x-tenant-id", "mine"), ("x-tenant-id", "another's"))
+    metadata = ((key, first), (key, second))
     failed = failure(lambda: scripted_shop.server.recommendation.Recommend(RECOMMEND, metadata=metadata))
-    assert bad_fields(failed) == {"metadata[x-tenant-id]": "is there twice"}
+    assert bad_fields(failed) == {f"metadata[{key}]": "is there twice"}
 
 
 def test_nothing_is_read_of_a_stranger(serve_scripted: Serve) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 from scripted_engine import CONTEXT_TOKENS
 from served_shop import Scripted, Serve
 from shoplm.grounding import Grounding
@@ -16,7 +17,7 @@ from shoplm.request import Generate
 from shoplm.retrieval import Passage
 from shoplm.v1 import chat_pb2 as pb
 from shoplm.v1 import shop_pb2
-from tiny_shop import DEMO_CUSTOMER
+from tiny_shop import DEMO_CUSTOMER, item_id
 
 
 def ask(text: str = "hello", **fields: object) -> pb.ChatRequest:
@@ -133,6 +134,19 @@ def test_the_shops_texts_are_put_before_the_question_and_cited(serve_scripted: S
     assert "free over 50" not in prompt_text(scripted)
 
 
+def test_a_follow_up_finds_what_the_question_before_it_was_about(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+
+    def cited(*texts: str) -> list[str]:
+        roles = ("user", "assistant") * len(texts)
+        messages = [pb.Message(role=role, content=text) for role, text in zip(roles, texts, strict=False)]
+        return [citation.title for citation in answer(scripted, pb.ChatRequest(messages=messages))[1].citations]
+
+    assert cited("Can I return something?", "Yes, the delivery too.", "How long?") == ["Returns"]
+    assert cited("Can I return something?", "Yes.", "And how much is delivery?") == ["Delivery"]
+    assert cited("How long?") == []
+
+
 def test_without_grounding_only_the_conversation_counts(serve_scripted: Serve) -> None:
     scripted = serve_scripted()
     _, summary = answer(scripted, ask("Can I return something?", grounding=pb.GROUNDING_OFF))
@@ -162,6 +176,9 @@ def test_the_history_stands_before_the_conversation(serve_scripted: Serve) -> No
 
 def test_a_customer_whom_the_shop_does_not_know_is_said(serve_scripted: Serve) -> None:
     _, summary = answer(serve_scripted(), ask(customer=shop_pb2.Customer(customer_id="nobody")))
+    assert [warning.code for warning in summary.warnings] == ["EMPTY_HISTORY"]
+    looked = shop_pb2.Event(item_id=item_id(3), type=shop_pb2.EVENT_TYPE_VIEW, time=Timestamp(seconds=1_500_000_000))
+    _, summary = answer(serve_scripted(), ask(customer=shop_pb2.Customer(customer_id="looked", events=[looked])))
     assert [warning.code for warning in summary.warnings] == ["EMPTY_HISTORY"]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import grpc
+import msgspec
 import pytest
+from served_shop import Serve
 from server_thread import ServerThread, bad_fields
 from shoplm.v1 import engine_pb2 as pb
 from tiny_shop import CONTEXT, ITEMS, VOCABULARY
@@ -58,7 +60,9 @@ def test_search_finds_the_best_of_a_named_trie(real_shop: ServerThread) -> None:
         ({"token_ids": [5, 10_000_000]}, "token_ids[1]"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 2**32 - 1}, "max_tokens"),
-        ({"max_tokens": CONTEXT - 10}, "token_ids"),
+        ({"max_tokens": CONTEXT - 10}, "max_tokens"),
+        ({"max_tokens": CONTEXT - len(PROMPT) + 1}, "max_tokens"),
+        ({"token_ids": [5] * CONTEXT}, "token_ids"),
         ({"temperature": -1.0}, "temperature"),
     ],
 )
@@ -66,6 +70,31 @@ def test_what_cannot_be_generated_is_refused(real_shop: ServerThread, fields: di
     with pytest.raises(grpc.RpcError) as raised:
         generate(real_shop, **fields)
     assert list(bad_fields(raised.value)) == [field]
+
+
+def test_too_many_tokens_are_told_what_the_prompt_leaves(real_shop: ServerThread) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        generate(real_shop, max_tokens=CONTEXT)
+    assert bad_fields(raised.value)["max_tokens"] == (
+        f"is {CONTEXT}, at most {CONTEXT - len(PROMPT)} is allowed "
+        f"(max_context_tokens or kv_cache_mib, less {len(PROMPT)} token_ids)"
+    )
+
+
+def test_a_server_without_named_tries_says_so(serve_scripted: Serve) -> None:
+    scripted = serve_scripted("--engine-api")
+    ready = scripted.engine.ready
+    assert ready is not None
+    for tries, known in (({"": 24}, "has no named trie"), ({"": 24, "toy": 8}, "known are: 'toy'")):
+        scripted.engine.ready = msgspec.structs.replace(ready, tries=tries)
+        with pytest.raises(grpc.RpcError) as raised:
+            scripted.server.engine_api.Search(pb.SearchRequest(token_ids=PROMPT, trie="zz", count=3))
+        assert known in bad_fields(raised.value)["trie"]
+
+
+def test_an_unset_seed_is_a_seed(real_shop: ServerThread) -> None:
+    answers = [tokens(generate(real_shop, temperature=1.5, ignore_eos=True, **seed)) for seed in ({}, {}, {"seed": 0})]
+    assert answers[0] == answers[1] == answers[2]
 
 
 @pytest.mark.parametrize(

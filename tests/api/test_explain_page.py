@@ -78,7 +78,7 @@ def test_a_history_of_the_callers_own_and_one_that_is_not_there(shop_folders: Sh
     mine = collected(shop_folders, long)
     assert not mine.baskets[0].is_read and mine.baskets[-1].is_read
     assert 'class="unread"' in render(mine)
-    with pytest.raises(ConfigurationError, match="no history here; demo customers: 1001"):
+    with pytest.raises(ConfigurationError, match="no history that counts here; demo customers: 1001"):
         collected(shop_folders, shop_pb2.Customer(customer_id="nobody"))
 
 

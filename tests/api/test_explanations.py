@@ -95,8 +95,9 @@ def test_nothing_is_asked_without_explain_or_without_a_history(serve_scripted: S
     scripted = serve_scripted()
     recommend(scripted.server, explain=False)
     predict(scripted.server, explain=False)
-    recommend(scripted.server, customer=shop_pb2.Customer())
-    predict(scripted.server, customer=shop_pb2.Customer())
+    for answer in (recommend, predict):
+        response = answer(scripted.server, customer=shop_pb2.Customer())
+        assert [warning.code for warning in response.warnings] == ["EMPTY_HISTORY", "NOT_EXPLAINED"]
     assert not any(isinstance(request.task, Explain) for request in scripted.engine.requests)
 
 

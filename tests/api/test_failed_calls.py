@@ -1,4 +1,4 @@
-"""Calls without an engine, or without a token, are warned of by their number."""
+"""Calls without an engine, without a token or with a mistake are told of by their number."""
 
 from __future__ import annotations
 
@@ -46,20 +46,34 @@ def test_many_strangers_are_one_line(serve_scripted: Serve, caplog: pytest.LogCa
     assert len(said) < CALLS / 2
 
 
+def test_many_wrong_calls_are_one_line_with_the_first_ones_field(
+    serve_scripted: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    scripted = serve_scripted()
+    wrong = chat_pb2.ChatRequest(messages=[chat_pb2.Message(role="nobody", content="secret")])
+    with caplog.at_level(logging.INFO, "shoplm.api"):
+        for _ in range(CALLS):
+            with pytest.raises(grpc.RpcError) as raised:
+                list(scripted.server.chat.Chat(wrong, metadata=(("x-request-id", "page-17"),)))
+            assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    said = [each for each in caplog.records if "INVALID_ARGUMENT" in each.getMessage()]
+    assert said[0].getMessage() == "calls end with INVALID_ARGUMENT: refused because of messages[0].role"
+    assert (said[0].levelname, vars(said[0])["service"], vars(said[0])["method"]) == ("INFO", "chat", "Chat")
+    assert len(said) < CALLS / 2
+    assert f'service="chat"}} {CALLS}.0' in scripted.server.get("/metrics")[2]
+
+
 async def test_the_number_of_the_others_is_told_once_and_then_it_begins_anew(caplog: pytest.LogCaptureFixture) -> None:
     async def until_told(lines: int) -> None:
         async with asyncio.timeout(30.0):
             while len(warnings(caplog)) < lines:  # noqa: ASYNC110 - nothing tells of it
                 await asyncio.sleep(0.01)
 
-    lost = FailedCalls("UNAVAILABLE", 0.05)
+    lost = FailedCalls("UNAVAILABLE", seconds=0.05)
     with caplog.at_level(logging.WARNING, "shoplm.api"):
         for _ in range(3):
-            lost.add(EngineUnavailableError("gone"))
+            lost.add("gone")
         await until_told(2)
         assert warnings(caplog) == ["calls end with UNAVAILABLE: gone", "2 more calls ended with UNAVAILABLE"]
-        async with asyncio.timeout(30.0):
-            while lost._is_counting:  # noqa: ASYNC110 - nothing tells of it
-                await asyncio.sleep(0.01)
-        lost.add(EngineUnavailableError("gone again"))
+        lost.add("gone again")
         assert warnings(caplog)[2:] == ["calls end with UNAVAILABLE: gone again"]

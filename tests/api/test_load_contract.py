@@ -62,6 +62,9 @@ def test_the_tenants_key_is_a_setting(serve_scripted: Serve) -> None:
         (("x-tenant-id", "t" * 129), "metadata[x-tenant-id]"),
         (("x-priority", "high"), "metadata[x-priority]"),
         (("x-priority", "101"), "metadata[x-priority]"),
+        (("x-priority", "1_0"), "metadata[x-priority]"),
+        (("x-priority", "+5"), "metadata[x-priority]"),
+        (("x-priority", ""), "metadata[x-priority]"),
         (("x-priority", "1" * 5000), "metadata[x-priority]"),
     ],
 )
@@ -134,7 +137,10 @@ def test_a_refusal_tells_grpcs_own_retries_when(serve_scripted: Serve, error: Ex
 
 
 def retrying(scripted: Scripted) -> RecommendationServiceStub:
-    options = [("grpc.service_config", service_config(retries=True, round_robin=False)), ("grpc.enable_retries", 1)]
+    options = [
+        ("grpc.service_config", service_config(retries=True, round_robin=False, health_checks=False)),
+        ("grpc.enable_retries", 1),
+    ]
     return RecommendationServiceStub(grpc.insecure_channel(scripted.server.address, options))
 
 

@@ -1,15 +1,18 @@
-"""`shoplm serve` as a process, under load: SIGTERM, a lost engine, wrong settings."""
+"""`shoplm serve` as a process, under load: SIGTERM, a lost engine, what cannot start, many connections."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,9 @@ from tiny_shop import DEMO_CUSTOMER
 
 SERVE = [sys.executable, "-m", "shoplm.cli", "serve"]
 SMALL = ["--dtype", "float32", "--threads", "1", "--kv-cache-mib", "16", "--port", "0", "--metrics-port", "0"]
+SMALL += ["--lame-duck-seconds", "0"]
+SOFT_LIMIT = 256  # of open files, as some systems set it
+LIMITED = ["sh", "-c", f'ulimit -S -n {SOFT_LIMIT}; exec "$@"', "sh"]
 RESTART_SECONDS = 90.0  # a process that imports torch on a machine that is busy with other tests
 SERVING = health_pb2.HealthCheckResponse.SERVING
 RECOMMEND = recommendation_pb2.RecommendRequest(customer=shop_pb2.Customer(customer_id=DEMO_CUSTOMER))
@@ -41,13 +47,14 @@ class ServeProcess:
         flags = ["--base", str(folders.base), "--bundle", str(folders.bundle), "--log-format", "json", *SMALL]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [*SERVE, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            [*LIMITED, *SERVE, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
         assert self.process.stdout is not None
         self.ready_lines = [self.process.stdout.readline() for _ in range(6)]
         found = re.search(r"gRPC (127\.0\.0\.1:\d+)", self.ready_lines[1])
         assert found, (self.ready_lines, self.process.stderr.read() if self.process.stderr else "")
-        self.channel = grpc.insecure_channel(found.group(1))
+        self.address = found.group(1)
+        self.channel = grpc.insecure_channel(self.address)
         self.recommendation = RecommendationServiceStub(self.channel)
         self.chat = ChatServiceStub(self.channel)
 
@@ -56,9 +63,7 @@ class ServeProcess:
         return status
 
     def engine_pid(self) -> int:
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        (engine,) = (int(child) for child in children)
+        (engine,) = children(self.process.pid)
         return engine
 
     def close(self) -> tuple[int, str]:
@@ -68,6 +73,10 @@ class ServeProcess:
             self.process.terminate()
         _, errors = self.process.communicate(timeout=TIMEOUT_SECONDS)
         return self.process.returncode, errors
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.fixture
@@ -132,13 +141,11 @@ def test_sigterm_under_load_fails_nothing_that_runs(served: ServeProcess) -> Non
     assert list(streaming)[-1].HasField("summary")
     assert served.process.wait(TIMEOUT_SECONDS) == 0
     load.stop()
-    assert set(load.codes) == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
-    # Refused by the draining server with advice, or by the port that is closed; never broken off.
-    for error in load.errors:
-        if not error.trailing_metadata():
-            continue
-        assert detail(error, error_details_pb2.RetryInfo).retry_delay.seconds == 1
-        assert "shutting down" in str(error.details())
+    # The server answers what it has taken. A new call finds the port closed; one that is under way while it closes is
+    # broken off by gRPC, which a client with other servers tries again.
+    assert grpc.StatusCode.OK in load.codes
+    assert {error.code() for error in load.errors} <= {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+    assert not any(error.trailing_metadata() for error in load.errors)
 
 
 def test_a_lost_engine_fails_its_calls_at_once_and_comes_back(served: ServeProcess) -> None:
@@ -168,9 +175,62 @@ def test_a_lost_engine_fails_its_calls_at_once_and_comes_back(served: ServeProce
     assert "the engine serves again" in messages
 
 
+def test_a_server_whose_bundle_was_changed_before_its_engine_was_lost_ends_to_be_started_again(
+    shop_folders: ShopFolders, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(shop_folders.bundle, tmp_path / "bundle"))
+    served = ServeProcess(ShopFolders(shop_folders.base, bundle))
+    with (bundle / "shop.toml").open("a") as manifest:
+        manifest.write("# edited\n")
+    os.kill(served.engine_pid(), signal.SIGKILL)
+    assert served.process.wait(RESTART_SECONDS) == 75
+    _, errors = served.close()
+    said = [json.loads(line) for line in errors.splitlines()]  # every line, of both processes
+    assert f"{bundle} is another bundle than when the server started" in next(
+        line["message"] for line in said if line["message"].startswith("the engine is not started again")
+    )
+    assert said[-1]["message"] == "draining"
+
+
+def test_connections_beyond_the_soft_limit_of_open_files_leave_the_probes_alone(served: ServeProcess) -> None:
+    host, port = served.address.split(":")
+    idle = [socket.create_connection((host, int(port))) for _ in range(SOFT_LIMIT + 50)]
+    try:
+        assert served.health() == SERVING  # the server has taken the connections before this one
+        metrics = served.ready_lines[1].split()[-1]
+        with urllib.request.urlopen(metrics.replace("/metrics", "/healthz"), timeout=TIMEOUT_SECONDS) as answer:
+            assert answer.status == 200
+    finally:
+        for connection in idle:
+            connection.close()
+
+
+@pytest.mark.parametrize("what", ["port", "metrics port", "download", "engine"])
+def test_what_may_succeed_at_another_time_ends_with_a_status_of_its_own(
+    shop_folders: ShopFolders, tmp_path: Path, what: str
+) -> None:
+    flags = ["--base", "someone/some-model" if what == "download" else str(shop_folders.base), *SMALL]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        if what.endswith("port"):
+            flags += [f"--{what.replace(' ', '-')}", str(taken.getsockname()[1])]
+        process = subprocess.Popen([*SERVE, *flags], stderr=subprocess.PIPE, text=True, env={**os.environ, **offline})
+        if what == "engine":
+            while not (started := children(process.pid)):
+                assert process.poll() is None
+            os.kill(started[0], signal.SIGKILL)
+        _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 75, errors
+    assert errors.startswith("shoplm serve: ")
+    assert len(errors.splitlines()) == 1
+    words = {"download": "could not be fetched", "engine": "the engine ended with code -9 while it was loading"}
+    assert words.get(what, "cannot listen on 127.0.0.1:") in errors
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--bundle", "/no/such/shop", *SMALL], "/no/such/shop: no bundle there (shop.toml is missing)"),
         (["--prot", "1"], "--prot: no such flag; did you mean --port?"),
         (["--base", "/no/such/folder", "--port", "0", "--metrics-port", "0"], "/no/such/folder"),
         (["--kv-cache-mib", "0"], "--kv-cache-mib is '0'"),

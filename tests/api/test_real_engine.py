@@ -70,6 +70,14 @@ def test_a_filter_leaves_scores_as_they_are(real_shop: ServerThread) -> None:
     assert all(item.score == pytest.approx(everything[item.item_id].score, abs=1e-5) for item in some)
 
 
+def test_a_price_that_an_answer_names_passes_as_a_bound(real_shop: ServerThread) -> None:
+    priced = [item for item in recommend(real_shop, count=ITEMS).items if item.HasField("price")]
+    assert len(priced) == ITEMS - 1
+    for item in priced:
+        only = recommendation_pb2.ItemFilter(min_price=item.price, max_price=item.price)
+        assert [found.item_id for found in recommend(real_shop, filter=only).items] == [item.item_id]
+
+
 def test_what_is_bought_again_and_again_comes_first(real_shop: ServerThread) -> None:
     best = recommend(real_shop, count=1, explain=True).items[0]
     assert best.item_id == item_id(2)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
-from served_shop import Scripted, Serve
+from served_shop import Scripted, Serve, ShopFolders
+from shoplm.bundle import read_manifest, write_manifest
 from shoplm.request import ItemFilter, Select, Service
 from shoplm.v1 import recommendation_pb2 as pb
 from shoplm.v1 import shop_pb2
@@ -14,6 +19,7 @@ from tiny_shop import DEMO_AS_OF, DEMO_CUSTOMER, ITEMS, item_id
 
 DEMO = shop_pb2.Customer(customer_id=DEMO_CUSTOMER)
 DAY = 86_400
+OTHER_KINDS = (shop_pb2.EVENT_TYPE_VIEW, shop_pb2.EVENT_TYPE_CART, shop_pb2.EVENT_TYPE_RETURN)
 AS_OF = int(DEMO_AS_OF.timestamp())
 
 
@@ -56,6 +62,43 @@ def test_the_repeat_term_gets_decayed_counts_of_all_purchases(serve_scripted: Se
     assert task.own_terms == pytest.approx([1.5 * (math.log1p(visits) / 2 - 0.25) for visits in (2, 1)], rel=1e-5)
 
 
+def test_an_event_that_is_sent_again_counts_once(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    recommend = scripted.server.recommendation.Recommend
+    line = bought(4, 2, price=1.5, basket_id="a")
+    plain = recommend(pb.RecommendRequest(customer=customer(line, bought(6, 60))))
+    once = scripted.engine.requests[-1]
+    # Unset, the quantity is 1 and the type a purchase: the same event in other words.
+    purchase = shop_pb2.EVENT_TYPE_PURCHASE
+    other_words = shop_pb2.Event(item_id=line.item_id, time=line.time, price=1.5, basket_id="a", type=purchase)
+    again = recommend(pb.RecommendRequest(customer=customer(line, bought(6, 60), *[line] * 9, other_words)))
+    assert (selection(scripted), scripted.engine.requests[-1].tokens) == (once.task, once.tokens)
+    assert [(warning.code, warning.count) for warning in again.warnings] == [("DUPLICATE_EVENT", 10)]
+    assert not plain.warnings
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"item_id": "rare-1"},  # for which type 0 stands, beside row 0
+        {"time": Timestamp(seconds=AS_OF - 2 * DAY, nanos=1000)},
+        {"type": shop_pb2.EVENT_TYPE_CART},
+        {"quantity": 2.0},
+        {"price": 1.75},
+        {"price": 0.0},
+        {"basket_id": "b"},
+    ],
+)
+def test_events_that_differ_in_one_field_all_count(serve_scripted: Serve, change: dict[str, Any]) -> None:
+    scripted = serve_scripted()
+    for line in (bought(0, 2, price=1.5, basket_id="a"), bought(0, 2)):
+        other = shop_pb2.Event()
+        other.CopyFrom(line)
+        other.MergeFrom(shop_pb2.Event(**change))
+        request = pb.RecommendRequest(customer=customer(line, other))
+        assert not scripted.server.recommendation.Recommend(request).warnings
+
+
 def test_filters_reach_the_engine(serve_scripted: Serve) -> None:
     scripted = serve_scripted()
     item_filter = pb.ItemFilter(
@@ -80,12 +123,27 @@ def test_no_history_gives_popularity_and_says_so(serve_scripted: Serve) -> None:
         None,
         shop_pb2.Customer(customer_id="new"),
         customer(shop_pb2.Event(item_id="gone", time=Timestamp())),
+        customer(*(bought(4, 1, type=kind) for kind in OTHER_KINDS)),
     ):
         response = scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=nobody))
         assert selection(scripted).popularity_only
         assert "EMPTY_HISTORY" in [warning.code for warning in response.warnings]
-    scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=DEMO))
-    assert not selection(scripted).popularity_only
+        ranked = scripted.server.recommendation.Rank(pb.RankRequest(customer=nobody, item_ids=[item_id(3)]))
+        assert selection(scripted).popularity_only
+        assert ranked.warnings == response.warnings
+    for somebody in (DEMO, customer(shop_pb2.Event(item_id="rare-1", time=Timestamp(seconds=AS_OF - DAY)))):
+        scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=somebody))
+        assert not selection(scripted).popularity_only
+
+
+def test_of_events_that_do_not_count_nothing_is_said(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    looked = customer(bought(4, 1, type=shop_pb2.EVENT_TYPE_VIEW))
+    response = scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=looked, explain=True))
+    assert [warning.code for warning in response.warnings] == ["EMPTY_HISTORY", "NOT_EXPLAINED"]
+    assert response.items[0].reasons[0].text == "the model has no history to read"
+    assert not response.items[0].influences
+    assert len(scripted.engine.requests) == 1
 
 
 def test_the_reasons_of_an_item_add_up_to_its_score(serve_scripted: Serve) -> None:
@@ -104,7 +162,12 @@ def test_the_reasons_of_an_item_add_up_to_its_score(serve_scripted: Serve) -> No
 def test_an_item_carries_what_a_page_shows_of_it(scripted_shop: Scripted) -> None:
     response = scripted_shop.server.recommendation.Recommend(pb.RecommendRequest(customer=DEMO, count=6))
     first, unknown_price = response.items[0], response.items[5]
-    assert (first.item_id, first.title, first.category, first.price) == (item_id(0), "Item 0", "DAIRY", 1.0)
+    assert (first.item_id, first.title, first.category, first.price) == (
+        item_id(0),
+        "Item 0",
+        "DAIRY",
+        pytest.approx(0.94),
+    )
     assert not unknown_price.HasField("price")
 
 
@@ -140,6 +203,22 @@ def test_an_as_of_in_the_past_hides_what_came_later(serve_scripted: Serve) -> No
     response = scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=past))
     assert [(warning.code, warning.count) for warning in response.warnings] == [("FUTURE_EVENT", 8)]
     assert selection(scripted).own_items == (2, 8, 9, 10, 11)
+
+
+def test_values_that_training_never_saw_are_read_and_counted(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+
+    def warned(**attributes: str) -> list[tuple[str, int]]:
+        message = customer(bought(1, 1))
+        message.attributes.update(attributes)
+        response = scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=message))
+        return [(warning.code, warning.count) for warning in response.warnings]
+
+    assert warned(age="35-44", household="any") == []  # nothing lists the values of a household
+    read = scripted.engine.requests[-1].tokens
+    assert warned(age="banana", household="any") == [("UNKNOWN_ATTRIBUTE_VALUE", 1)]
+    assert scripted.engine.requests[-1].tokens != read
+    assert warned(age="") == []
 
 
 def test_attributes_that_the_model_does_not_know_are_ignored_and_counted(serve_scripted: Serve) -> None:
@@ -189,6 +268,20 @@ def test_a_history_over_the_prompt_budget_says_so_and_still_counts_all(serve_scr
     assert [warning.code for warning in response.warnings] == ["HISTORY_TRUNCATED"]
     assert len(selection(scripted).own_items) == ITEMS
     assert response.usage.history_tokens < 400
+
+
+def test_a_basket_over_the_prompt_budget_says_so(
+    shop_folders: ShopFolders, serve_scripted: Serve, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(shop_folders.bundle, tmp_path / "bundle"))
+    manifest = read_manifest(bundle, verify=False)
+    prompt = msgspec.structs.replace(manifest.prompt, history_budget_tokens=16)
+    write_manifest(bundle, msgspec.structs.replace(manifest, prompt=prompt))
+    scripted = serve_scripted("--bundle", str(bundle))
+    for size, warned in ((15, []), (16, [("HISTORY_TRUNCATED", 1)])):  # behind the mark of a basket
+        large = customer(*(bought(row, 1, basket_id="large") for row in range(size)))
+        response = scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=large))
+        assert [(warning.code, warning.count) for warning in response.warnings] == warned
 
 
 def test_a_history_does_not_depend_on_the_order_in_which_it_is_sent(serve_scripted: Serve) -> None:

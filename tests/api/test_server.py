@@ -13,8 +13,11 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import grpc
 import msgspec
@@ -25,9 +28,10 @@ from scripted_engine import ScriptedEngine
 from served_shop import Scripted, Serve, ShopFolders
 from server_thread import TIMEOUT_SECONDS, ServerThread, detail
 from shoplm.api.grpc_server import GrpcServer
+from shoplm.client import Client
 from shoplm.config import ServerConfig
 from shoplm.config_sources import load_config
-from shoplm.errors import BundleError, ConfigurationError
+from shoplm.errors import BundleChangedError, BundleError, ConfigurationError, TransientError
 from shoplm.metrics import Metrics
 from shoplm.request import StepStats
 from shoplm.server import Server, _in_daemon, ready_text, serve
@@ -78,6 +82,10 @@ def test_a_base_without_a_bundle_serves_chat_only(chat_only: Scripted) -> None:
         assert raised.value.code() is grpc.StatusCode.FAILED_PRECONDITION
         assert detail(raised.value, error_details_pb2.ErrorInfo).reason == "NOT_SERVING"
         assert "--bundle" in str(raised.value.details())
+    grounded = chat_pb2.ChatRequest(messages=ASK.messages, grounding=chat_pb2.GROUNDING_ON)
+    with pytest.raises(grpc.RpcError, match="GROUNDING_ON") as raised:
+        list(server.chat.Chat(grounded))
+    assert raised.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     *_, last = server.chat.Chat(ASK)
     assert (last.summary.model.bundle, last.summary.model.base_model) == ("", "base")
     assert not last.summary.citations
@@ -111,8 +119,18 @@ def test_health_and_readiness_follow_the_engine(serve_scripted: Serve) -> None:
     assert "shoplm_engine_losses_total 1.0" in server.get("/metrics")[2]
 
 
+def test_a_scrape_shows_the_process_of_the_engine(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    assert "shoplm_engine_process" not in scripted.server.get("/metrics")[2]  # it has none of its own
+    scripted.engine.process_id = os.getpid()
+    text = scripted.server.get("/metrics")[2]
+    assert "shoplm_engine_process_resident_memory_bytes " in text
+    assert "shoplm_engine_process_cpu_seconds_total " in text
+
+
 def test_a_scrape_passes_promtool_and_negotiates_openmetrics(serve_scripted: Serve) -> None:
     scripted = serve_scripted()
+    scripted.engine.process_id = os.getpid()
     scripted.server.recommendation.Recommend(RECOMMEND)
     list(scripted.server.chat.Chat(ASK))
 
@@ -155,8 +173,8 @@ def test_other_paths_and_noise_do_not_hurt_the_probes(scripted_shop: Scripted) -
     assert scripted_shop.server.get("/healthz")[0] == 200
 
 
-def test_draining_refuses_new_calls_and_finishes_running_ones(serve_scripted: Serve) -> None:
-    scripted = serve_scripted()
+def _drain_with_a_running_call(scripted: Scripted, lame_duck_seconds: float = 0.0) -> tuple[Any, Future[bool]]:
+    """A call that runs until the engine is released, and the drain that waits for it."""
     server = scripted.server
     scripted.engine.holds = True
     running = server.recommendation.Recommend.future(RECOMMEND, timeout=TIMEOUT_SECONDS)
@@ -165,54 +183,139 @@ def test_draining_refuses_new_calls_and_finishes_running_ones(serve_scripted: Se
         await scripted.engine.started.wait()
 
     server.run(started())
-    draining = asyncio.run_coroutine_threadsafe(server.server.drain(TIMEOUT_SECONDS), server.loop)
-
+    drain = server.server.drain(2 * TIMEOUT_SECONDS, lame_duck_seconds)
+    draining = asyncio.run_coroutine_threadsafe(drain, server.loop)
     server.wait_until(lambda: server.server.draining)
-    with pytest.raises(grpc.RpcError) as raised:
-        server.model.GetModel(model_pb2.GetModelRequest())
-    assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert detail(raised.value, error_details_pb2.RetryInfo).retry_delay.seconds == 1
+    return running, draining
+
+
+async def _release(scripted: Scripted) -> None:
+    scripted.engine.released.set()
+
+
+def test_a_draining_server_takes_calls_until_callers_have_seen_that_it_does_not_serve(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    server = scripted.server
+    running, draining = _drain_with_a_running_call(scripted, lame_duck_seconds=TIMEOUT_SECONDS)
     assert (health(server), server.get("/readyz")[0], server.get("/healthz")[0]) == (NOT_SERVING, 503, 200)
-    assert not draining.done()
-
-    async def release() -> None:
-        scripted.engine.released.set()
-
-    server.run(release())
+    assert server.model.GetModel(model_pb2.GetModelRequest()).item_count
+    server.run(_release(scripted))
     assert running.result().items
-    assert draining.result(TIMEOUT_SECONDS) is True
+    assert not draining.done()
+    draining.cancel()
 
 
-def test_a_drain_that_takes_too_long_says_so(serve_scripted: Serve) -> None:
+@pytest.mark.parametrize("health_checks", [False, True])
+def test_no_call_of_a_client_with_another_server_fails_while_one_drains(
+    serve_scripted: Serve, *, health_checks: bool
+) -> None:
+    drained, other = serve_scripted(), serve_scripted()
+    addresses = f"ipv4:{drained.server.address},{other.server.address}"
+    with Client(addresses, round_robin=True, health_checks=health_checks) as client:
+        for server in (drained.server, other.server):
+            client.get_model()
+            server.model.GetModel(model_pb2.GetModelRequest())
+        closed = threading.Event()
+        drained.server.channel.subscribe(lambda state: state is not grpc.ChannelConnectivity.READY and closed.set())
+        running, draining = _drain_with_a_running_call(drained)
+        while not closed.is_set():  # the port is open yet
+            client.get_model()
+        for _ in range(20):
+            client.get_model()
+        assert drained.server.get("/readyz")[0] == 503
+        assert not draining.done()
+        drained.server.run(_release(drained))
+        assert running.result().items
+        assert draining.result(TIMEOUT_SECONDS) is True
+    assert 'shoplm_refusals_total{reason="DRAINING",service="model"} 0.0' in drained.server.get("/metrics")[2]
+
+
+def test_a_drain_that_takes_too_long_ends_calls_and_says_why(serve_scripted: Serve) -> None:
     scripted = serve_scripted()
     scripted.engine.holds = True
     running = scripted.server.recommendation.Recommend.future(RECOMMEND, timeout=TIMEOUT_SECONDS)
+    talking = scripted.server.chat.Chat(ASK, timeout=TIMEOUT_SECONDS)
+    assert next(talking).delta
 
     async def drain() -> bool:
-        await scripted.engine.started.wait()
+        while len(scripted.engine.requests) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0)
         return await scripted.server.server.drain(0.01)
 
     assert scripted.server.run(drain()) is False
-    running.cancel()  # type: ignore[no-untyped-call]
+    with pytest.raises(grpc.RpcError) as cut:
+        list(talking)
+    for error in (running.exception(), cut.value):
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert detail(error, error_details_pb2.ErrorInfo).reason == "DRAINING"
+        assert detail(error, error_details_pb2.RetryInfo).retry_delay.seconds == 1
+        assert "drain_seconds (0.01)" in str(error.details())
+    assert len(scripted.engine.cancelled) == 2
 
 
-def _signalled(folders: ShopFolders, engine: ScriptedEngine, signals: int) -> int:
-    """Exit code of a server that gets SIGTERM this many times."""
+def test_a_drain_without_any_time_is_done_when_no_call_runs(serve_scripted: Serve) -> None:
+    server = serve_scripted().server
+    assert server.run(server.server.drain(0.0)) is True
+
+
+def _signalled(capsys: pytest.CaptureFixture[str], config: ServerConfig, *signals: signal.Signals) -> int:
+    """Exit code of a server that gets these once it is ready."""
 
     async def run() -> int:
-        serving = asyncio.create_task(serve(folders.config("--drain-seconds", "30"), lambda *_: engine))
-        while engine.ready is None:  # noqa: ASYNC110 - the server says that it is ready on standard output only
+        serving = asyncio.create_task(serve(config, lambda *_: ScriptedEngine()))
+        while "is ready" not in capsys.readouterr().out:  # noqa: ASYNC110 - it says so on standard output only
             await asyncio.sleep(0)
-        for _ in range(signals):
-            os.kill(os.getpid(), signal.SIGTERM)
-            await asyncio.sleep(0)
+        for number in signals:
+            os.kill(os.getpid(), number)
         return await asyncio.wait_for(serving, TIMEOUT_SECONDS)
 
     return asyncio.run(run())
 
 
-def test_sigterm_ends_the_server_with_exit_code_zero(shop_folders: ShopFolders) -> None:
-    assert _signalled(shop_folders, ScriptedEngine(), 1) == 0
+@pytest.fixture
+def hangups_count() -> Iterator[None]:
+    """Also where the tests run under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups_count")
+@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGHUP, signal.SIGHUP)], ids=["term", "hangup"])
+def test_a_signal_ends_the_server_with_exit_code_zero(
+    shop_folders: ShopFolders, capsys: pytest.CaptureFixture[str], signals: tuple[signal.Signals, ...]
+) -> None:
+    assert _signalled(capsys, shop_folders.config("--lame-duck-seconds", "0"), *signals) == 0
+
+
+@pytest.mark.usefixtures("hangups_count")
+def test_a_hangup_that_nohup_ignores_is_ignored(shop_folders: ShopFolders, capsys: pytest.CaptureFixture[str]) -> None:
+    config = shop_folders.config("--lame-duck-seconds", "0")
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert _signalled(capsys, config, signal.SIGHUP, signal.SIGTERM) == 0  # a second one's is 130
+
+
+@pytest.mark.usefixtures("hangups_count")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_terminal_waits_for_no_balancer(
+    shop_folders: ShopFolders, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    patient = shop_folders.config("--drain-seconds", "600", "--lame-duck-seconds", "300")
+    assert _signalled(capsys, patient, number) == 0
+
+
+def test_a_server_without_hope_of_an_engine_drains_and_ends_to_be_started_again(shop_folders: ShopFolders) -> None:
+    engine = ScriptedEngine()
+    patient = shop_folders.config("--drain-seconds", "600", "--lame-duck-seconds", "300")
+
+    async def run() -> int:
+        serving = asyncio.create_task(serve(patient, lambda *_: engine))
+        while engine.ready is None:  # noqa: ASYNC110 - the server says that it is ready on standard output only
+            await asyncio.sleep(0)
+        engine.end(BundleChangedError("another bundle"))
+        return await asyncio.wait_for(serving, TIMEOUT_SECONDS)
+
+    assert asyncio.run(run()) == 75
 
 
 def test_a_start_that_is_given_up_waits_for_no_download() -> None:
@@ -280,9 +383,9 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(
         finally:
             await server.close(0)
 
-    with pytest.raises(ConfigurationError, match=rf"127\.0\.0\.1:{taken.port}.*--port"):
+    with pytest.raises(TransientError, match=rf"127\.0\.0\.1:{taken.port}.*--port"):
         asyncio.run(start("--port", str(taken.port)))
-    with pytest.raises(ConfigurationError, match=rf"127\.0\.0\.1:{taken.metrics_port}.*--metrics-port"):
+    with pytest.raises(TransientError, match=rf"127\.0\.0\.1:{taken.metrics_port}.*--metrics-port"):
         asyncio.run(start("--metrics-port", str(taken.metrics_port)))
     assert engine.ready is None
 
@@ -302,7 +405,7 @@ def test_a_port_that_is_taken_on_one_address_of_a_name_is_taken(
         taken = (socket.AF_INET, socket.SOCK_STREAM, 6, "", other.getsockname())
         monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [free, taken])
         port = other.getsockname()[1]
-        with pytest.raises(ConfigurationError, match=rf"cannot listen on 127\.0\.0\.1:{port}.*--port or --host"):
+        with pytest.raises(TransientError, match=rf"cannot listen on 127\.0\.0\.1:{port}.*--port or --host"):
             asyncio.run(bind(shop_folders.config("--host", "a-name", "--port", str(port))))
 
 
@@ -350,6 +453,17 @@ def test_the_ready_text_is_three_calls_to_copy(serve_scripted: Serve) -> None:
     verbs = [line.split()[:2] for line in lines[3:]]
     assert verbs == [["shoplm", "recommend"], ["shoplm", "predict"], ["shoplm", "chat"]]
     assert all(f"--customer {DEMO_CUSTOMER} --address 127.0.0.1:{server.port}" in line for line in lines[3:])
+
+
+def test_all_addresses_of_ipv6_are_those_of_ipv4_too(serve_scripted: Serve) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    server = serve_scripted("--metrics-host", "::", "--host", "::").server.server
+    for host in ("[::1]", "127.0.0.1"):
+        with urllib.request.urlopen(f"http://{host}:{server.metrics_port}/readyz", timeout=TIMEOUT_SECONDS) as answer:
+            assert answer.status == 200
+    _, line, *_ = ready_text(server, 1.0).splitlines()
+    assert line == f"  gRPC [::]:{server.port}   metrics http://[::]:{server.metrics_port}/metrics"
 
 
 def test_of_a_request_the_log_names_the_refused_fields_and_nothing_else(

@@ -104,6 +104,40 @@ def test_mutual_tls_lets_in_only_clients_of_our_authority(
                 refused.recommend(DEMO_CUSTOMER)
 
 
+def test_a_renewed_certificate_is_used_without_a_new_start(
+    shop_folders: ShopFolders,
+    authorities: tuple[Authority, Authority],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ours, other = authorities
+    mine = Authority(ours.root, tmp_path / "own.pem", tmp_path / "own.key")
+
+    def put(name: str, source: Path) -> None:
+        shutil.copy(source, tmp_path / "new")
+        (tmp_path / "new").replace(tmp_path / name)  # another file, also within one tick of the clock
+
+    def answers(root: Authority) -> bool:
+        with client(server, root) as caller:
+            try:
+                return bool(caller.recommend(DEMO_CUSTOMER).items)
+            except UnavailableError:
+                return False
+
+    put("own.pem", ours.certificate)
+    put("own.key", ours.key)
+    with serve(shop_folders, mine) as server:
+        assert (answers(ours), answers(other)) == (True, False)
+        put("own.pem", other.certificate)  # its key is not there yet
+        assert (answers(ours), answers(other)) == (True, False)
+        put("own.key", other.key)
+        assert (answers(ours), answers(other)) == (False, True)
+        (tmp_path / "own.key").unlink()
+        assert answers(other)
+    said = [each.getMessage() for each in caplog.records if each.levelname == "ERROR" and each.name == "shoplm.api"]
+    assert [line.startswith("the certificate before stays in force: tls_") for line in said] == [True, True]
+
+
 def test_a_token_and_tls_together(shop_folders: ShopFolders, authorities: tuple[Authority, Authority]) -> None:
     ours, _ = authorities
     with serve(shop_folders, ours, "--auth-tokens", "secret") as server:

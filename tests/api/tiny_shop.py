@@ -129,6 +129,7 @@ def write_bundle(folder: Path, base: Base, *, budget_tokens: int = 256) -> ShopM
         prompt=PromptSchema(
             preamble="You help customers of a shop.",
             attributes=("age", "household"),
+            attribute_values={"age": ("19-24", "35-44")},
             history_budget_tokens=budget_tokens,
             history_block_tokens=32,
         ),
@@ -183,7 +184,7 @@ def _write_catalog(folder: Path) -> None:
             "title": [*(f"Item {row}" for row in range(ITEMS)), "Rare item"],
             "category": [*(CATEGORIES[row % 3] for row in range(ITEMS)), "DAIRY"],
             "product_type": ["thing"] * (ITEMS + 1),
-            "price": [*(None if row == 5 else 1.0 + row for row in range(ITEMS)), 2.0],
+            "price": [*(None if row == 5 else round(0.94 + 1.01 * row, 2) for row in range(ITEMS)), 2.0],
             "in_stock": [*(row % 4 != 3 for row in range(ITEMS)), True],
             "row": rows,
             "type_index": [row % TYPES for row in range(ITEMS + 1)],

@@ -13,7 +13,7 @@ from shoplm.request import ItemFilter
 
 CATEGORIES = ("dairy", "fruit", "bakery")
 names = st.lists(st.sampled_from((*CATEGORIES, "unknown")), max_size=3).map(tuple)
-prices = st.one_of(st.none(), st.floats(0, 10))
+prices = st.one_of(st.none(), st.floats(0, 10, width=32))
 
 
 def columns(items: int = 60) -> ItemColumns:
@@ -25,7 +25,7 @@ def columns(items: int = 60) -> ItemColumns:
 
 
 def passes(item: int, table: ItemColumns, wanted: ItemFilter) -> bool:
-    category, price = table.categories[item], float(table.prices[item])
+    category, price = table.categories[item], float(np.float32(table.prices[item]))
     if wanted.include_categories and category not in wanted.include_categories:
         return False
     if category in wanted.exclude_categories or (wanted.in_stock and not table.in_stock[item]):
@@ -57,6 +57,17 @@ def test_masks_are_what_each_item_says(
     starts, ends = np.arange(0, 50, 3, dtype=np.int32), np.arange(10, 60, 3, dtype=np.int32)
     spans = [any(expected[start:end]) for start, end in zip(starts, ends, strict=True)]
     assert allowed.any_between(starts, ends).tolist() == spans
+
+
+@pytest.mark.parametrize("price", [0.94, 0.99, 1.99])
+def test_a_price_passes_bounds_of_its_own(price: float) -> None:
+    """Bounds come as fp32, some of which are below and some above the catalogue's fp64."""
+    table = ItemColumns(("dairy",) * 4, np.array([price, price - 0.01, price + 0.01, np.nan]), np.ones(4, np.bool_))
+    bound = float(np.float32(price))
+    filters = ItemFilters(4, table)
+    assert filters.allowed(ItemFilter(max_price=bound)).mask.tolist() == [True, True, False, False]
+    assert filters.allowed(ItemFilter(min_price=bound)).mask.tolist() == [True, False, True, False]
+    assert filters.allowed(ItemFilter(min_price=bound, max_price=bound)).mask.tolist() == [True, False, False, False]
 
 
 def test_masks_are_kept_by_last_use_and_cannot_be_changed() -> None:

@@ -2,7 +2,8 @@
 
 It lets the clients and the load generator be tested over the wire without a model. Customers' ids choose what happens:
 `refused` RESOURCE_EXHAUSTED with RetryInfo, `unavailable` UNAVAILABLE, `broken` INTERNAL, `slow` no answer until the
-caller gives up, `flaky-N` UNAVAILABLE for the first N attempts of a call; anything else is answered.
+caller gives up, `flaky-N` UNAVAILABLE for the first N attempts of a call, `broken-off` CANCELLED for the first one;
+anything else is answered.
 """
 
 from __future__ import annotations
@@ -130,6 +131,8 @@ class Services(
             await refuse(context, code_pb2.INTERNAL, "a step failed")
         if customer.startswith("flaky-") and self.record.attempts[call_id] <= int(customer.removeprefix("flaky-")):
             await refuse(context, code_pb2.UNAVAILABLE, "restarting", pushback_ms=1)
+        if customer == "broken-off" and self.record.attempts[call_id] == 1:
+            await refuse(context, code_pb2.CANCELLED, "the port closes")
         if customer == "slow":
             await self._wait_for_cancellation()
 
@@ -219,7 +222,7 @@ def model_response() -> model_pb2.GetModelResponse:
     """What GetModel answers."""
     return model_pb2.GetModelResponse(
         model=VERSION,
-        limits=model_pb2.Limits(max_count=MAX_COUNT, max_events=1000, max_completion_tokens=64),
+        limits=model_pb2.Limits(max_count=MAX_COUNT, max_events=1000, max_completion_tokens=64, max_candidates=500),
         targets=[
             prediction_pb2.Target(kind=prediction_pb2.TARGET_KIND_PURCHASE, horizon_days=7),
             prediction_pb2.Target(kind=prediction_pb2.TARGET_KIND_SPEND, horizon_days=30),
@@ -227,7 +230,8 @@ def model_response() -> model_pb2.GetModelResponse:
         ],
         item_count=len(ITEMS),
         categories=["grocery"],
-        attributes=["age"],
+        attributes=["age", "town"],
+        attribute_values=[model_pb2.AttributeValues(attribute="age", values=["19-24", "25-34"])],
         demo_customer_ids=["demo-1", "demo-2"],
         notice="Canned answers.",
         server_version="0.0.0",
@@ -269,10 +273,11 @@ def _value(target: prediction_pb2.Target) -> prediction_pb2.Prediction:
 class CannedServer:
     """Runs the services on a free loopback port, in a thread with an event loop of its own."""
 
-    def __init__(self, token: str | None = None) -> None:
+    def __init__(self, token: str | None = None, *, health: bool = True) -> None:
         self.record = Record()
         self.address = ""
         self._token = token
+        self._has_health = health
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="canned-server")
 
@@ -286,6 +291,12 @@ class CannedServer:
         self._thread.join(30)
         assert not self._thread.is_alive(), "the canned server did not stop within 30 s"
 
+    def set_serving(self, serving: bool) -> None:
+        """What health says."""
+        status = health_pb2.HealthCheckResponse
+        work = self._health.set("", status.SERVING if serving else status.NOT_SERVING)
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         server = grpc.aio.server()
@@ -295,9 +306,10 @@ class CannedServer:
         prediction_pb2_grpc.add_PredictionServiceServicer_to_server(services, server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(services, server)
         engine_pb2_grpc.add_EngineServiceServicer_to_server(services, server)
-        healthy = health_aio.HealthServicer()
-        await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
-        health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+        self._health = health_aio.HealthServicer()
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        if self._has_health:
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         self.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
         self._started.set()

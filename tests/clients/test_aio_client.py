@@ -77,6 +77,15 @@ async def test_leaving_a_chat_cancels_it_on_the_server(server: CannedServer) -> 
         assert await asyncio.to_thread(server.record.cancelled.wait, 10)
 
 
+async def test_round_robin_leaves_out_a_server_that_does_not_serve() -> None:
+    with CannedServer() as one, CannedServer() as other:
+        one.set_serving(False)
+        async with AsyncClient(f"ipv4:{one.address},{other.address}", round_robin=True, retries=False) as client:
+            for _ in range(20):
+                await client.get_model()
+        assert not one.record.attempts
+
+
 def test_a_client_may_be_made_before_its_event_loop(server: CannedServer) -> None:
     client = AsyncClient(server.address)
 

@@ -56,6 +56,12 @@ def test_history_file_is_sent(server: CannedServer, tmp_path: Path) -> None:
     assert run(server, "predict", "--history", str(path)).exit_code == 0
     sent = server.record.last_request.customer
     assert (sent.customer_id, sent.events[0].item_id, sent.events[0].price) == ("filed", "milk", 1.5)
+    assert sent.events[0].quantity == 1.0
+
+    path.write_text(json.dumps({"events": [{**event, "quantity": 0}]}))
+    run(server, "predict", "--history", str(path))
+    sent = server.record.last_request.customer
+    assert (sent.events[0].HasField("quantity"), sent.events[0].quantity) == (True, 0.0)  # the server's to refuse
 
     path.write_text(json.dumps({"events": [{"item_id": "milk"}]}))
     result = run(server, "predict", "--history", str(path))
@@ -101,7 +107,7 @@ def test_chat_json_is_one_object_a_line(server: CannedServer) -> None:
 
 def test_model_shows_what_is_served(server: CannedServer) -> None:
     result = run(server, "model")
-    for shown in ("canned 1", "demo-1, demo-2", "spends within 30 days", "Canned answers."):
+    for shown in ("canned 1", "demo-1, demo-2", "spends within 30 days", "Canned answers.", "age (19-24, 25-34); town"):
         assert shown in result.stdout
     assert json.loads(run(server, "model", "--json").stdout)["item_count"] == 5
 

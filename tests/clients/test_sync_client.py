@@ -105,7 +105,8 @@ def test_rank_predict_and_model(server: CannedServer) -> None:
     assert churn.target == Target(TargetKind.CHURN)
     assert model.demo_customer_ids == ("demo-1", "demo-2")
     assert model.targets[0] == Target(TargetKind.PURCHASE, 7)
-    assert model.limits.max_count == 100
+    assert (model.limits.max_count, model.limits.max_candidates) == (100, 500)
+    assert model.limits.max_targets == 0  # not told
 
 
 def test_chat_streams_text_then_summary(server: CannedServer) -> None:
@@ -157,6 +158,12 @@ def test_unavailable_is_retried_with_the_same_request_id(server: CannedServer) -
         assert server.record.attempts["too often"] == 4
         assert client.chat("hi", customer="flaky-1", request_id="chat").text() == "".join(ANSWER)
         assert server.record.attempts["chat"] == 2
+
+
+def test_a_call_that_a_closing_port_breaks_off_is_tried_again(server: CannedServer) -> None:
+    with Client(server.address) as client:
+        assert client.recommend("broken-off", request_id="again").items
+    assert server.record.attempts["again"] == 2
 
 
 def test_retries_can_be_switched_off(server: CannedServer) -> None:
@@ -213,6 +220,45 @@ def test_round_robin_reaches_every_address() -> None:
         assert one.record.attempts and other.record.attempts
 
 
+def test_round_robin_leaves_out_a_server_that_does_not_serve() -> None:
+    with CannedServer() as one, CannedServer() as other:
+        one.set_serving(False)
+        with Client(f"ipv4:{one.address},{other.address}", round_robin=True, retries=False) as client:
+            for _ in range(20):
+                client.get_model()
+        assert not one.record.attempts
+
+
+@pytest.mark.parametrize("round_robin", [False, True])
+def test_health_checks_need_no_health_service(*, round_robin: bool) -> None:
+    with (
+        CannedServer(health=False) as server,
+        Client(server.address, round_robin=round_robin, retries=False) as client,
+    ):
+        assert client.get_model().item_count == 5
+
+
+@pytest.mark.parametrize("options", [{"round_robin": False}, {"round_robin": True, "health_checks": False}])
+def test_without_health_checks_a_server_that_does_not_serve_is_called(options: dict[str, bool]) -> None:
+    with CannedServer() as server:
+        server.set_serving(False)
+        with Client(server.address, retries=False, **options) as client:  # type: ignore[arg-type]
+            assert client.get_model().item_count == 5
+
+
+def test_no_proxy_is_asked_for_the_own_machine(server: CannedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    port = server.address.split(":")[1]
+    for address in (server.address, f"ipv4:{server.address}", f"localhost:{port}", f"dns:///localhost:{port}"):
+        with Client(address, retries=False) as client:
+            assert client.get_model().item_count == 5
+    away = ("shop.example:50051", "dns:///shop.example", "127.0.0.1.example:1", "ipv4:127.0.0.1:1,10.0.0.1:1")
+    for address in away:
+        assert "grpc.enable_http_proxy" not in dict(Connection(address).options)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -257,10 +303,14 @@ def test_every_kind_of_the_contract_has_a_name() -> None:
 
 
 def test_service_config_follows_the_options() -> None:
-    full = json.loads(service_config(retries=True, round_robin=True))
+    full = json.loads(service_config(retries=True, round_robin=True, health_checks=True))
     assert full["loadBalancingConfig"] == [{"round_robin": {}}]
-    assert full["methodConfig"][0]["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE", "RESOURCE_EXHAUSTED"]
-    assert json.loads(service_config(retries=False, round_robin=False)) == {}
+    assert full["methodConfig"][0]["retryPolicy"]["retryableStatusCodes"] == [
+        *("UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED")
+    ]
+    assert full["healthCheckConfig"] == {"serviceName": ""}
+    assert "healthCheckConfig" not in service_config(retries=True, round_robin=True, health_checks=False)
+    assert json.loads(service_config(retries=False, round_robin=False, health_checks=True)) == {}
 
 
 def test_public_names_are_exactly_the_listed_ones() -> None:

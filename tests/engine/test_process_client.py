@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 from shoplm.bundle import manifest_hash
@@ -22,8 +24,8 @@ from shoplm.engine.launch import EngineProcess
 from shoplm.engine.load import check_bundle
 from shoplm.engine.spec import EngineSpec
 from shoplm.engine.supervisor import ProcessEngineClient
-from shoplm.errors import BundleError, ConfigurationError, EngineUnavailableError
-from shoplm.request import FinishedOutput, Generate, Request, Service, TokensOutput, token_ids
+from shoplm.errors import BundleChangedError, ConfigurationError, EngineUnavailableError, TransientError
+from shoplm.request import FinishedOutput, Generate, Request, Service, StepStats, TokensOutput, token_ids
 
 TinyModel = Callable[[str], Path]
 START_SECONDS = 90.0  # imports torch, on a machine that may be busy
@@ -53,6 +55,7 @@ async def running(
 
 async def test_a_killed_engine_fails_its_calls_at_once_and_comes_back(tiny_model: TinyModel) -> None:
     states: list[bool] = []
+    reports: asyncio.Queue[StepStats] = asyncio.Queue()
     back = asyncio.Event()
 
     def on_state(serving: bool) -> None:
@@ -79,11 +82,14 @@ async def test_a_killed_engine_fails_its_calls_at_once_and_comes_back(tiny_model
         assert time.monotonic() - killed < 2.0
         assert [type(end) for end in ends] == [EngineUnavailableError] * CALLS
         assert (states, client.in_flight) == ([False], 0)
+        client.on_stats(reports.put_nowait)  # of the next engine: the lost one is heard no more
         with pytest.raises(EngineUnavailableError, match="not running"):
             await client.run(chat("too early", 1))
         await back.wait()
         assert states == [False, True]
         assert client.process_id not in (first, None)
+        told = await reports.get()  # before it has work
+        assert (told.submitted, told.pages_used, told.pages_free > 0) == ({}, 0, True)
         ended = await client.run(chat("next", 5))
         assert isinstance(ended, FinishedOutput) and ended.completion_tokens == 5
 
@@ -103,7 +109,7 @@ def test_an_engine_that_is_started_again_finds_the_same_bundle(tmp_path: Path) -
         shutil.copy(bundle / name, tmp_path)
     asked = EngineSpec("", str(tmp_path), bundle_hash=manifest_hash(tmp_path))
     (tmp_path / "shop.toml").write_text((tmp_path / "shop.toml").read_text() + "\n# edited\n")
-    with pytest.raises(BundleError, match="is another bundle than when the server started: restart the server"):
+    with pytest.raises(BundleChangedError, match="is another bundle than when the server started"):
         check_bundle(asked)
 
 
@@ -216,8 +222,8 @@ async def test_a_terminal_s_signals_are_left_to_the_parent(tiny_model: TinyModel
         assert client.process_id is not None
         stream = client.generate(chat("long", 100))
         first = await anext(stream)
-        os.kill(client.process_id, signal.SIGINT)
-        os.kill(client.process_id, signal.SIGTERM)
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            os.kill(client.process_id, number)
         *tokens, end = [first, *[output async for output in stream]]
         assert sum(len(output.tokens) for output in tokens if isinstance(output, TokensOutput)) == 100
         assert isinstance(end, FinishedOutput) and end.completion_tokens == 100
@@ -244,6 +250,38 @@ async def test_what_cannot_be_loaded_is_said_in_the_engine_s_words(
         with pytest.raises(ConfigurationError, match=words):
             await client.start()
         await client.close()
+
+
+LOGS_AND_FAILS = """
+import logging, sys, warnings
+from shoplm.engine import load, process
+
+def load_backend(spec, **options):
+    logging.getLogger("shoplm.engine").debug("loads")
+    warnings.warn("of a library")
+    raise RuntimeError("no memory")
+
+load.load_backend = load_backend
+sys.exit(process.main())
+"""
+
+
+class LogsAndFails(ProcessEngineClient):
+    program = (sys.executable, "-c", LOGS_AND_FAILS)
+
+
+async def test_an_engine_logs_as_its_server_does(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    client = LogsAndFails(msgspec.structs.replace(spec(tmp_path), log_format="json", log_level="debug"))
+    async with asyncio.timeout(START_SECONDS):
+        with pytest.raises(TransientError, match="the engine ended with code 1 while it was loading"):
+            await client.start()
+        await client.close()
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    said = {line["logger"]: line for line in lines if line["level"] != "debug"}
+    assert [line["message"] for line in lines if line["level"] == "debug"] == ["loads"]
+    assert "of a library" in said["py.warnings"]["message"]
+    assert "RuntimeError: no memory" in said["shoplm.engine"]["exception"]
+    assert all(line["time"].endswith("Z") for line in lines)
 
 
 async def test_the_working_directory_brings_no_modules(

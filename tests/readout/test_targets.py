@@ -12,7 +12,7 @@ from shoplm.bundle import HeadSpec
 from shoplm.errors import BundleError
 from shoplm.history import SECONDS_PER_DAY, History, build_history
 from shoplm.readout import targets
-from shoplm.readout.answers import answer, applies, count_cdf, count_quantile, seconds_since_purchase
+from shoplm.readout.answers import answer, applies, count_cdf, count_quantile, seconds_since_purchase, usual
 
 PLAIN = {"slope": 1.0, "intercept": 0.0}
 COUNT = HeadSpec(
@@ -112,6 +112,14 @@ def test_the_scale_multiplies_the_amount() -> None:
     values = (1.0, 2.0, 0.0)
     one, two = answer(SPEND, values).amount, answer(doubled, values).amount
     assert one is not None and two == pytest.approx(2 * one)
+
+
+def test_what_is_usual_is_the_base_rate_as_the_target_is_answered() -> None:
+    for transform, outputs in (("hazard", (0,)), ("survival", (0,)), ("sigmoid", (0,))):
+        found = usual(HeadSpec("purchase", transform, outputs, base_rate=0.7))
+        assert found == (0.7, None, None, None)
+    for transform, outputs in (("count", (0,)), ("zero_inflated_lognormal", (0, 1, 2))):
+        assert usual(HeadSpec("spend", transform, outputs, base_rate=42.5)) == (None, 42.5, None, None)
 
 
 def test_a_target_applies_to_its_population_only() -> None:

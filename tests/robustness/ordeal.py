@@ -121,12 +121,11 @@ class Ordeal:
             assert now.memory_bytes <= self.calm.memory_bytes * 1.05 + 32 * 2**20, (now, self.calm)
         started, handled = self.value("grpc_server_started_total"), self.value("grpc_server_handled_total")
         assert started == handled
-        if not engine_was_lost:  # one that died took its last counts with it
-            for service in map(str, Service):
-                submitted = self.value("shoplm_engine_submitted_total", service=service)
-                finished = self.value("shoplm_engine_time_seconds_count", service=service)
-                failed = self.value("shoplm_engine_failures_total", service=service)
-                assert submitted == finished + failed, service
+        for service in map(str, Service):
+            submitted = self.value("shoplm_engine_submitted_total", service=service)
+            finished = self.value("shoplm_engine_time_seconds_count", service=service)
+            failed = self.value("shoplm_engine_failures_total", service=service)
+            assert submitted == finished + failed, service
 
     def _settled(self) -> Holdings:
         """What is held once nothing runs any more. Fails if that takes too long."""

@@ -216,6 +216,24 @@ def test_whoever_is_due_first_is_served_first() -> None:
     assert sorted(ends, key=ends.__getitem__) == ["important", "hurried", "prediction", "recommendation", "chat"]
 
 
+@pytest.mark.parametrize("pipeline_depth", [1, 2])
+def test_the_time_in_the_queue_ends_before_the_first_step(pipeline_depth: int) -> None:
+    curve = CostCurve(step_seconds=1.0, token_seconds=0.0)
+    simulation = simulate(SchedulerConfig(max_step_tokens=16), cost=curve, pipeline_depth=pipeline_depth)
+    simulation.submit(request("alone", range(64), Predict(())))
+    simulation.run()
+    alone = finished(simulation, "alone").timings
+    assert (alone.queue_seconds, alone.first_seconds) == (0.0, 4.0)
+    # Whoever comes while the step is full waits, and the metric says the same as the answer.
+    simulation.submit(*(request(f"r{i}", range(100 * i, 100 * i + 16), Generate(1)) for i in range(2, 4)))
+    arrived = simulation.clock.now
+    simulation.run()
+    waits = [finished(simulation, f"r{i}").timings.queue_seconds - arrived for i in range(2, 4)]
+    assert waits == ([0.0, 1.0] if pipeline_depth == 1 else [0.0, 0.0])
+    queued = simulation.engine.scheduler.stats.queue_seconds
+    assert (queued[Service.PREDICTION], sum(queued[Service.CHAT])) == ([0.0], sum(waits) + 2 * arrived)
+
+
 def test_a_step_is_no_larger_than_its_budget() -> None:
     simulation = simulate(SchedulerConfig(max_step_tokens=12, max_mixed_prompt_tokens=12), pages=300)
     simulation.submit(*(request(f"r{i}", range(100 * i, 100 * i + 30), DEEP) for i in range(8)))

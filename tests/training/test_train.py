@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -23,6 +24,7 @@ from shoplm.model.shop_weights import load_shop_weights
 from shoplm.readout.targets import check_spec
 from shoplm.training.cli import evaluate, train
 from shoplm.training.exclusive import exclusive
+from shoplm.training.pipeline import prompt_schema
 from shoplm.training.report import Report
 from shoplm.vocabulary import ShopVocabulary
 from tiny_log import START, events, items
@@ -113,6 +115,7 @@ def test_the_bundle_has_everything_the_server_reads(trained: Path, tiny_base: Ba
     }
     assert [spec.campaign_type for spec in manifest.targets if spec.campaign_type] == ["A", "B"]
     assert manifest.prompt.attributes == ("age",)
+    assert manifest.prompt.attribute_values == {"age": ("25-34", "45-54")}
     assert (trained / "knowledge" / "returns.md").is_file()
     demo = pl.read_parquet(trained / "customers.parquet")
     assert sorted(demo["customer_id"].unique().to_list()) == sorted(c.customer_id for c in manifest.customers)
@@ -351,3 +354,16 @@ def test_two_runs_do_not_share_a_folder(shell: Invoke, tmp_path: Path) -> None:
         said = shell("train", "--events", sample / "events.csv", "--out", tmp_path / "shop", "--no-resume", code=2)
     assert "another run is at work" in said
     assert (work / "hidden-0").is_dir(), "what the other run keeps is left alone"
+
+
+def test_a_bundle_lists_the_values_that_training_saw_where_they_are_few() -> None:
+    ids = [f"c{number}" for number in range(51)]
+    profiles = {name: (("age", "40" if n % 2 else "30"), ("town", str(n))) for n, name in enumerate(ids)}
+    profiles["without events"] = (("age", "50"), ("hat", "yes"))
+    log = SimpleNamespace(customer_ids=ids, attributes=profiles)
+    schema = prompt_schema(SimpleNamespace(log=log), "Hi.", 64, 16, adapted=False)  # type: ignore[arg-type]
+    assert schema.attributes == ("age", "hat", "town")
+    assert schema.attribute_values == {"age": ("30", "40")}
+    log.customer_ids = ids[:50]
+    schema = prompt_schema(SimpleNamespace(log=log), "Hi.", 64, 16, adapted=False)  # type: ignore[arg-type]
+    assert len(schema.attribute_values["town"]) == 50

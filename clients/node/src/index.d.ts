@@ -8,7 +8,7 @@ export interface ShopEvent {
   time: Date;
   /** Default: purchase. */
   type?: EventType;
-  /** Default: 1. */
+  /** Above 0. Default: 1. */
   quantity?: number;
   /** Of one unit, in the shop's currency. */
   price?: number;
@@ -168,7 +168,7 @@ export interface Prediction {
   target: Omit<Target, 'kind'> & { kind: TargetKind | 'unspecified' };
   probability?: number;
   amount?: number;
-  /** The amount's 90 % prediction interval. */
+  /** The amount's 90 % prediction interval; none where the answer is the base rate, for want of a history. */
   interval?: [number, number];
   baseRate: number;
   applicable: boolean;
@@ -202,11 +202,19 @@ export interface ModelInfo {
     maxBeamWidth: number;
     maxCompletionTokens: number;
     maxMessageBytes: number;
+    maxCandidates: number;
+    maxTargets: number;
+    maxMessages: number;
+    maxTextBytes: number;
+    maxStopStrings: number;
+    maxFilterValues: number;
   };
   targets: Prediction['target'][];
   itemCount: number;
   categories: string[];
   attributes: string[];
+  /** That training saw, of the attributes that have few. */
+  attributeValues: { attribute: string; values: string[] }[];
   demoCustomerIds: string[];
   notice: string;
   serverVersion: string;
@@ -226,7 +234,7 @@ export interface ClientOptions {
   privateKey?: Buffer;
   /** Default: true. */
   retries?: boolean;
-  /** Spread calls over every address that the name resolves to. */
+  /** Spread calls over every address that the name resolves to; there are no health checks in grpc-js. */
   roundRobin?: boolean;
 }
 

@@ -28,7 +28,10 @@ const { v1 } = /** @type {any} */ (
   )
 ).shoplm;
 
-/** Retried within the deadline, before the first message: UNAVAILABLE and RESOURCE_EXHAUSTED, with the server's pushback. */
+/**
+ * Retried within the deadline, before the first message and with the server's pushback: UNAVAILABLE, RESOURCE_EXHAUSTED,
+ * and CANCELLED, with which gRPC breaks off calls that are under way to a port that closes.
+ */
 function serviceConfig(retries, roundRobin) {
   return JSON.stringify({
     ...(roundRobin && { loadBalancingConfig: [{ round_robin: {} }] }),
@@ -41,7 +44,7 @@ function serviceConfig(retries, roundRobin) {
             initialBackoff: '0.1s',
             maxBackoff: '2s',
             backoffMultiplier: 2,
-            retryableStatusCodes: ['UNAVAILABLE', 'RESOURCE_EXHAUSTED'],
+            retryableStatusCodes: ['UNAVAILABLE', 'RESOURCE_EXHAUSTED', 'CANCELLED'],
           },
         },
       ],

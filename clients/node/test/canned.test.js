@@ -28,6 +28,10 @@ test('unavailable is retried up to three times', options, async () => {
   assert.ok(await client.chat('hi', { customer: 'flaky-1' }).text());
 });
 
+test('a call that a closing port breaks off is tried again', options, async () => {
+  assert.ok((await client.recommend({ customer: 'broken-off' })).items.length);
+});
+
 test('a fault of the server is not retried', options, async () => {
   await assert.rejects(client.predict({ customer: 'broken' }), (error) => {
     assert.ok(error instanceof ServerError);

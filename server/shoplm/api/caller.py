@@ -15,6 +15,7 @@ from shoplm.errors import InvalidRequestError
 
 PRIORITY_KEY = "x-priority"
 MAX_PRIORITY = 100
+_PRIORITY = re.compile(r"-?[0-9]{1,9}")
 _TENANT = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
@@ -33,12 +34,13 @@ caller: ContextVar[Caller] = ContextVar("caller", default=_NOBODY)  # of the cal
 def read_caller(metadata: Iterable[tuple[str, str | bytes]], tenant_key: str) -> Caller:
     """The caller of a call with this metadata; `tenant_key` "" reads no tenant.
 
-    Raises InvalidRequestError naming the key: a misspelt tenant must not become one with a share of its own.
+    Raises InvalidRequestError naming the key: a misspelt tenant must not become one with a share of its own, and of two
+    values it is anybody's guess which is a gateway's and which the caller's before it.
     """
-    tenant, priority = "", 0
+    tenant, priority = "", None
     for key, value in metadata:
         if key == tenant_key:
-            if tenant:  # whose of two it is nobody can tell: a gateway's, or a caller's own before it
+            if tenant:
                 raise InvalidRequestError((f"metadata[{key}]", "is there twice"))
             if not isinstance(value, str) or not _TENANT.fullmatch(value):
                 raise InvalidRequestError(
@@ -46,20 +48,18 @@ def read_caller(metadata: Iterable[tuple[str, str | bytes]], tenant_key: str) ->
                 )
             tenant = value
         elif key == PRIORITY_KEY:
+            if priority is not None:
+                raise InvalidRequestError((f"metadata[{key}]", "is there twice"))
             priority = _priority(value)
-    return Caller(tenant, priority) if tenant or priority else _NOBODY
+    return Caller(tenant, priority or 0) if tenant or priority else _NOBODY
 
 
 def _priority(value: str | bytes) -> int:
-    try:
-        priority = int(value)
-    except ValueError:
-        priority = MAX_PRIORITY + 1
-    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
-        raise InvalidRequestError(
-            (
-                f"metadata[{PRIORITY_KEY}]",
-                f"is {quote(value)}, expected a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}",
-            )
+    if isinstance(value, str) and _PRIORITY.fullmatch(value) and abs(int(value)) <= MAX_PRIORITY:
+        return int(value)
+    raise InvalidRequestError(
+        (
+            f"metadata[{PRIORITY_KEY}]",
+            f"is {quote(value)}, expected a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}",
         )
-    return priority
+    )

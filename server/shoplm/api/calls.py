@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
 import grpc.aio
@@ -28,7 +28,7 @@ from shoplm.api.methods import METHODS, Method
 from shoplm.api.status import CallStatus, status_of
 from shoplm.api.wire import parse
 from shoplm.call_metrics import MethodCounts
-from shoplm.errors import EngineUnavailableError, InvalidRequestError, OverloadedError, UnauthenticatedError
+from shoplm.errors import DrainingError, InvalidRequestError, OverloadedError, UnauthenticatedError
 from shoplm.logs import request_id
 from shoplm.metrics import Metrics
 
@@ -69,21 +69,38 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             method: metrics.calls.method(method.label, method.grpc_type, method.grpc_service, method.name)
             for method in METHODS.values()
         }
-        self._lost, self._strange = FailedCalls("UNAVAILABLE"), FailedCalls("UNAUTHENTICATED")
+        self._strange = FailedCalls("UNAUTHENTICATED")
+        self._failed = {code: FailedCalls(code.name, level) for code, level in _TOLD.items()}
         self._idle = asyncio.Event()
         self._idle.set()
         self._last_arrival = 0.0  # monotonic seconds
-        self.draining = False  # True: new calls are refused
-        self.in_flight = 0
+        self._tasks: set[asyncio.Task[Any]] = set()  # of calls in flight
+        self._cut: DrainingError | None = None  # what calls end with, once none may go on
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._tasks)
 
     async def idle(self) -> None:
         """Returns when no call is being served."""
         await self._idle.wait()
 
     async def quiet(self, seconds: float) -> None:
-        """Returns when no call has arrived for this long."""
-        while (rest := self._last_arrival + seconds - time.monotonic()) > 0:  # noqa: ASYNC110 - the end moves
-            await asyncio.sleep(rest)
+        """Returns when no call has arrived for this long although the event loop was free to take one."""
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(seconds)
+            if self._last_arrival < before and time.monotonic() < before + 2 * seconds:
+                return
+
+    def cut(self, drain_seconds: float) -> None:
+        """End the calls that are being served, and those to come, with an error that says why."""
+        self._cut = DrainingError(
+            f"the server is shutting down: calls that run after drain_seconds ({drain_seconds:g}) are ended",
+            retry_seconds=_RETRY_SECONDS,
+        )
+        for task in self._tasks:
+            task.cancel()
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
         """Generated code says what a service handles."""
@@ -140,7 +157,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             async def body(_: _Call) -> None:
                 raise error
 
-            self._strange.add(error)
+            self._strange.add(_loggable(error))
             if method is None:
                 await _abort(context, status_of(error), _request_id(context.invocation_metadata() or ()))
             else:
@@ -156,7 +173,9 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         call = _Call(self._metrics, method, counts, _request_id(metadata), self._max_message_bytes)
         request_id.set(call.request_id)  # this task's own: gRPC gives every call a task
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
-        self.in_flight += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
         self._last_arrival = time.monotonic()
         self._idle.clear()
         try:
@@ -164,27 +183,33 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             caller.set(read_caller(metadata, self._tenant_key))
             result = await body(call)
         except asyncio.CancelledError:
+            if self._cut is not None:
+                task.uncancel()
+                await self._fail(call, context, self._cut)
             # gRPC cancels the task when the caller has gone and when the deadline passes.
             expired = has_expired(context.time_remaining(), call.seconds())
             call.end(grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED)
             raise
         except Exception as error:
-            status = status_of(error)
-            call.end(status.code, status.reason, error)
-            if status.code is grpc.StatusCode.UNAVAILABLE:
-                self._lost.add(error)
-            await _abort(context, status, call.request_id)
+            await self._fail(call, context, error)
         else:
             call.end(grpc.StatusCode.OK)
             return result
         finally:
-            self.in_flight -= 1
-            if not self.in_flight:
+            self._tasks.discard(task)
+            if not self._tasks:
                 self._idle.set()
 
+    async def _fail(self, call: _Call, context: Context, error: Exception) -> NoReturn:
+        status = status_of(error)
+        call.end(status.code, status.reason, error)
+        if (failed := self._failed.get(status.code)) is not None:
+            failed.add(_loggable(error), service=call.method.label, method=call.method.name)
+        await _abort(context, status, call.request_id)
+
     def _admit(self, metadata: Metadata) -> None:
-        if self.draining:
-            raise EngineUnavailableError("the server is shutting down", retry_seconds=_RETRY_SECONDS)
+        if self._cut is not None:
+            raise self._cut
         if self.in_flight > self._max_calls:
             raise OverloadedError(
                 f"{self._max_calls} calls are in flight, more are not taken (max_concurrent_calls)",
@@ -212,7 +237,7 @@ class _Call:
         max_message_bytes: int,
     ) -> None:
         self._metrics = metrics
-        self._method = method
+        self.method = method
         self._counts = counts
         self._max_message_bytes = max_message_bytes
         self._started = time.perf_counter()
@@ -221,7 +246,7 @@ class _Call:
 
     def parse(self, data: bytes) -> Message:
         self._counts.received += 1
-        return parse(data, self._method.request, self._max_message_bytes)
+        return parse(data, self.method.request, self._max_message_bytes)
 
     def sent(self) -> None:
         self._counts.sent += 1
@@ -235,15 +260,15 @@ class _Call:
         self._counts.end(code, seconds)
         if code is not grpc.StatusCode.OK:
             self._metrics.refusals.labels(
-                self._method.label, reason or ("EXPIRED" if _is_expired(code) else "CANCELLED")
+                self.method.label, reason or ("EXPIRED" if _is_expired(code) else "CANCELLED")
             ).inc()
         self._log(code, seconds, error)
 
     def _log(self, code: grpc.StatusCode, seconds: float, error: Exception | None) -> None:
-        level = logging.DEBUG if code is grpc.StatusCode.OK else _LEVELS.get(code, logging.DEBUG)
+        level = logging.ERROR if code is grpc.StatusCode.INTERNAL else logging.DEBUG
         if not log.isEnabledFor(level):
             return
-        fields = {"service": self._method.label, "method": self._method.name, "code": code.name}
+        fields = {"service": self.method.label, "method": self.method.name, "code": code.name}
         log.log(
             level,
             "call ended" if error is None else _loggable(error),
@@ -262,11 +287,10 @@ def has_expired(remaining: float | None, elapsed: float) -> bool:
     return remaining is not None and remaining <= 0.02 + 0.01 * (remaining + elapsed)
 
 
-# A caller's mistake is the caller's to log; every call at INFO would cost more than serving some of them, and a line
-# for each refusal under load would add to the load. The metrics count them; `FailedCalls` warns where there
-# is no engine, and of calls without a token.
-_LEVELS = {
-    grpc.StatusCode.INTERNAL: logging.ERROR,
+# Every call at INFO would cost more than serving some of them, and a line for each refusal under load would add to the
+# load. The metrics count them; `FailedCalls` tells of these, and of calls without a token.
+_TOLD = {
+    grpc.StatusCode.UNAVAILABLE: logging.WARNING,
     grpc.StatusCode.INVALID_ARGUMENT: logging.INFO,
     grpc.StatusCode.FAILED_PRECONDITION: logging.INFO,
 }
@@ -291,5 +315,5 @@ def _request_id(metadata: Metadata) -> str:
     return f"{random.getrandbits(64):016x}"
 
 
-async def _abort(context: Context, status: CallStatus, identifier: str) -> None:
+async def _abort(context: Context, status: CallStatus, identifier: str) -> NoReturn:
     await context.abort(status.code, status.message, status.trailers((REQUEST_ID_KEY, identifier)))

@@ -13,6 +13,8 @@ from typing import TypeVar
 from shoplm.api.core import Context, Core
 from shoplm.api.validation import Violations, quote, told_from
 from shoplm.api.warnings import Warnings
+from shoplm.errors import NotServingError
+from shoplm.followup import question_of
 from shoplm.grounding import Grounding
 from shoplm.history import History
 from shoplm.model.tokenizer import StopStrings, StreamDecoder
@@ -60,7 +62,7 @@ class ChatService(ChatServiceServicer):
         # Without a customer, an empty history: the prompt has the shop's preamble alone, and that is no warning.
         reads_items = core.served.shop is None or core.served.shop.manifest.prompt.chat_reads_item_tokens
         prefix = core.prefix(turn.history) if reads_items else core.served.prompts.prefix(None)
-        warnings.add("HISTORY_TRUNCATED", prefix.dropped_baskets)
+        warnings.add("HISTORY_TRUNCATED", prefix.truncated_baskets)
         tokens, passages = await self._prompt(turn, prefix)
         room = core.ready().max_context_tokens - len(tokens)
         task = Generate(min(turn.max_tokens, room), turn.sampling, core.served.tokenizer.end_token_ids)
@@ -116,7 +118,7 @@ class ChatService(ChatServiceServicer):
     def _passages(self, turn: _Turn) -> list[Passage]:
         if turn.grounding is None:
             return []
-        question = turn.messages[-1][1]
+        question = question_of([content for role, content in turn.messages if role == "user"])
         passages = turn.grounding.search(question, turn.history, self._core.config.max_passages)
         assert self._core.served.shop is not None
         # A base that cannot read the history gets it in words; not beside others, for a small one mixes them up.
@@ -132,7 +134,9 @@ class ChatService(ChatServiceServicer):
         config, violations = self._core.config, Violations()
         history = self._core.customers.read(request.customer, violations, warnings)
         # A visitor has none to go by; whoever is named was expected to.
-        warnings.add("EMPTY_HISTORY", int(bool(request.customer.customer_id) and not len(history)))
+        shop = self._core.served.shop
+        is_known = shop is not None and shop.knows(history)
+        warnings.add("EMPTY_HISTORY", int(bool(request.customer.customer_id) and not is_known))
         text_bytes = self._check_messages(request, violations)
         violations.at_most("max_tokens", request.max_tokens, config.max_completion_tokens, "max_completion_tokens")
         if request.HasField("temperature"):
@@ -191,8 +195,11 @@ class ChatService(ChatServiceServicer):
         if request.grounding == pb.GROUNDING_OFF:
             return None
         if request.grounding == pb.GROUNDING_ON and grounding is None:
-            violations.add("grounding", "is GROUNDING_ON, but no bundle is served, whose texts and items could be used")
-        elif request.grounding not in pb.Grounding.values():
+            raise NotServingError(
+                "grounding is GROUNDING_ON, but this server has no bundle, whose texts and items could be used; "
+                "start it with --bundle"
+            )
+        if request.grounding not in pb.Grounding.values():
             violations.add("grounding", f"is {request.grounding}, which is no grounding")
         return grounding
 

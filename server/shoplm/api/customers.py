@@ -39,6 +39,8 @@ class CustomerReader:
         """`clock` gives Unix seconds."""
         self._catalog = shop.catalog if shop is not None else _no_catalog()
         self._attributes = frozenset(shop.manifest.prompt.attributes) if shop is not None else frozenset()
+        values = shop.manifest.prompt.attribute_values if shop is not None else {}
+        self._values = {name: frozenset(seen) for name, seen in values.items()}
         self._demo = shop.demo if shop is not None else {}
         self._counted = EVENT_KINDS[shop.manifest.recommends] if shop is not None else EventKind.PURCHASE
         self._recent = RecentCustomers()
@@ -106,6 +108,7 @@ class CustomerReader:
                 warnings.add("UNKNOWN_ATTRIBUTE")
             elif value:
                 known[name] = value
+                warnings.add("UNKNOWN_ATTRIBUTE_VALUE", int(value not in self._values.get(name, (value,))))
         return known
 
     def _read_events(
@@ -131,7 +134,8 @@ class CustomerReader:
                 _check_event(f"{field}.events[{row}]", event, now, violations)
         if violations:
             return _NO_EVENTS
-        item, has_item, known = resolve_items([event.item_id for _, event in read], self._catalog)
+        item_ids = [event.item_id for _, event in read]
+        item, has_item, known = resolve_items(item_ids, self._catalog)
         warnings.add("UNKNOWN_ITEM", int((~known).sum()))
         raw = RawEvents(
             item=item,
@@ -144,7 +148,10 @@ class CustomerReader:
             ),
             basket=[event.basket_id for _, event in read],
         )
-        return raw if known.all() else raw.select(np.flatnonzero(known))
+        repeated = _repeated(raw, item_ids) & known
+        warnings.add("DUPLICATE_EVENT", int(repeated.sum()))
+        kept = known & ~repeated
+        return raw if kept.all() else raw.select(np.flatnonzero(kept))
 
     def _newest(self, times: NDArray[np.float64], as_of: float) -> NDArray[np.int64]:
         """Rows of the newest events, in the order given. The oldest go in blocks, counted from the very first event, so
@@ -154,6 +161,24 @@ class CustomerReader:
         order = np.argsort(np.where(times > as_of, -np.inf, times), kind="stable")
         excess = len(times) - self._max_events
         return np.sort(order[min(-(-excess // block) * block, len(times) - 1) :])
+
+
+def _repeated(raw: RawEvents, item_ids: list[str]) -> NDArray[np.bool_]:
+    """[E]: events that an earlier one equals in every field, the item's id included."""
+    repeated = np.zeros(len(raw), np.bool_)
+    # Equal events have equal marks, and hardly any others do: few are compared field by field, which takes longer.
+    marks = raw.time.view(np.int64) ^ raw.item
+    ordered = np.sort(marks)
+    shared = ordered[1:][ordered[1:] == ordered[:-1]]
+    rows = np.flatnonzero(np.isin(marks, shared)) if len(shared) else shared
+    prices = np.nan_to_num(raw.price[rows], nan=-1.0)
+    columns = (column.tolist() for column in (raw.kind[rows], raw.time[rows], raw.quantity[rows], prices))
+    seen = set()
+    for row, *values in zip(rows.tolist(), *columns, strict=True):
+        event = (item_ids[row], raw.basket[row], *values)
+        repeated[row] = event in seen
+        seen.add(event)
+    return repeated
 
 
 def _is_sound(event: shop_pb2.Event, latest: float) -> bool:
@@ -166,7 +191,7 @@ def _is_sound(event: shop_pb2.Event, latest: float) -> bool:
         and event.HasField("time")
         and 0 <= moment.seconds <= latest
         and 0 <= moment.nanos < 1_000_000_000
-        and 0.0 <= event.quantity <= MAX_AMOUNT
+        and (0.0 < event.quantity <= MAX_AMOUNT or not event.HasField("quantity"))
         and 0.0 <= event.price <= MAX_AMOUNT  # 0 where there is none
     )
 
@@ -180,7 +205,8 @@ def _check_event(path: str, event: shop_pb2.Event, now: float, violations: Viola
         _moment(f"{path}.time", event.time, now, violations)
     else:
         violations.add(f"{path}.time", "is missing; every event needs the time at which it happened")
-    violations.number(f"{path}.quantity", event.quantity, 0.0, MAX_AMOUNT)
+    if event.HasField("quantity"):
+        violations.number(f"{path}.quantity", event.quantity, 0.0, MAX_AMOUNT, above=True)
     if event.HasField("price"):
         violations.number(f"{path}.price", event.price, 0.0, MAX_AMOUNT)
 

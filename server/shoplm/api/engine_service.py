@@ -26,11 +26,13 @@ class EngineService(EngineServiceServicer):
         self._check_tokens(request.token_ids, violations)
         if request.max_tokens < 1:
             violations.add("max_tokens", "is 0, expected at least 1")
-        room = self._core.ready().max_context_tokens
-        violations.at_most("max_tokens", request.max_tokens, room, "max_context_tokens")
         violations.number("temperature", request.temperature, 0.0, MAX_TEMPERATURE)
         violations.raise_if_any()
-        self._core.check_prompt("token_ids", len(request.token_ids), request.max_tokens)
+        self._core.check_prompt("token_ids", len(request.token_ids), produced=1)
+        room = self._core.ready().max_context_tokens - len(request.token_ids)
+        setting = f"max_context_tokens or kv_cache_mib, less {len(request.token_ids)} token_ids"
+        violations.at_most("max_tokens", request.max_tokens, room, setting)
+        violations.raise_if_any()
         stops = () if request.ignore_eos else self._core.served.tokenizer.end_token_ids
         task = Generate(request.max_tokens, Sampling(temperature=request.temperature, seed=request.seed), stops)
         work = self._core.request(Service.CHAT, tuple(request.token_ids), task, context, cache_root=_CACHE_ROOT)
@@ -49,8 +51,7 @@ class EngineService(EngineServiceServicer):
         tries = self._core.ready().tries
         if request.trie:
             if request.trie not in tries:
-                known = ", ".join(map(quote, sorted(tries))) or "none"
-                violations.add("trie", f"is {quote(request.trie)}, known are: {known}{nearest(request.trie, tries)}")
+                violations.add("trie", f"is {quote(request.trie)}, {_known(sorted(filter(None, tries)), request.trie)}")
         else:
             self._core.shop()
         if request.count < 1:
@@ -83,6 +84,13 @@ class EngineService(EngineServiceServicer):
         if (largest := max(tokens)) >= size:
             index = list(tokens).index(largest)
             violations.add(f"token_ids[{index}]", f"is {largest}, expected a token id below {size}")
+
+
+def _known(names: Sequence[str], asked: str) -> str:
+    """Which names there are, for the error about another one."""
+    if not names:
+        return "but this server has no named trie (synthetic_tries)"
+    return f"known are: {', '.join(map(quote, names))}{nearest(asked, names)}"
 
 
 def _timings(timings: Timings) -> pb.Timings:

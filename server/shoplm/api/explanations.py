@@ -60,9 +60,8 @@ class Explainer:
     def can_explain(self, history: History, prefix: Prefix, warnings: Warnings, *, items: bool) -> bool:
         """Whether there is something to read; a warning says where it cannot be."""
         core = self._core
-        if not len(history):
-            return False
-        if self._room(prefix) < 1 or (items and core.shop().manifest.depth > 1):
+        shop = core.shop()
+        if not shop.knows(history) or self._room(prefix) < 1 or (items and shop.manifest.depth > 1):
             warnings.add("NOT_EXPLAINED")
             return False
         return True

@@ -1,5 +1,5 @@
-"""Warns of calls that end with one status, where a line for each would say no more: while there is no engine that is
-every call, and a stranger without a token may call as often as he likes."""
+"""Tells of calls that end with one status, where a line for each would say no more: while there is no engine that is
+every call, and a stranger without a token, or a client that is wrong, may call as often as it likes."""
 
 from __future__ import annotations
 
@@ -13,23 +13,21 @@ log = logging.getLogger("shoplm.api")
 
 
 class FailedCalls:
-    """A line for the first one, and one with the number of the others every few seconds until there are none."""
+    """A line for the first one in some seconds, and at their end one with the number of the others."""
 
-    def __init__(self, status: str, seconds: float = _SECONDS) -> None:
+    def __init__(self, status: str, level: int = logging.WARNING, seconds: float = _SECONDS) -> None:
         self._status = status
+        self._level = level
         self._seconds = seconds
         self._untold = 0
         self._is_counting = False
 
-    def add(self, error: Exception) -> None:
-        """One more, in the task that serves it."""
+    def add(self, why: str, **fields: str) -> None:
+        """One more, in the task that serves it. The fields go with its line."""
         if self._is_counting:
             self._untold += 1
             return
-        log.warning("calls end with %s: %s", self._status, error)
-        self._count()
-
-    def _count(self) -> None:
+        log.log(self._level, "calls end with %s: %s", self._status, why, extra=fields)
         self._is_counting = True
         # In a context of its own: the number has no request id.
         asyncio.get_running_loop().call_later(self._seconds, self._tell, context=Context())
@@ -37,6 +35,5 @@ class FailedCalls:
     def _tell(self) -> None:
         self._is_counting = False
         if self._untold:
-            log.warning("%d more calls ended with %s", self._untold, self._status)
+            log.log(self._level, "%d more calls ended with %s", self._untold, self._status)
             self._untold = 0
-            self._count()

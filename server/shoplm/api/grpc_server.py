@@ -6,14 +6,13 @@ import contextlib
 import errno
 import logging
 import socket
-import ssl
-from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from shoplm.address import address
 from shoplm.api.calls import Calls
 from shoplm.api.chat import ChatService
 from shoplm.api.core import Core
@@ -23,8 +22,9 @@ from shoplm.api.methods import CHAT, ENGINE, MODEL, PREDICTION, RECOMMENDATION
 from shoplm.api.model import ModelService
 from shoplm.api.prediction import PredictionService
 from shoplm.api.recommendation import RecommendationService
-from shoplm.config import ServerConfig, read_file
-from shoplm.errors import ConfigurationError
+from shoplm.api.tls import server_credentials
+from shoplm.config import ServerConfig
+from shoplm.errors import TransientError
 from shoplm.metrics import Metrics
 from shoplm.v1 import (
     chat_pb2_grpc,
@@ -45,7 +45,8 @@ class GrpcServer:
     """A bound port first, so that one that is taken is known before minutes of loading; services later."""
 
     def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
-        """Binds the port. Raises ConfigurationError if it cannot be had, or TLS or token files cannot be read."""
+        """Binds the port. Raises TransientError if it cannot be had, ConfigurationError if TLS or token files cannot be
+        read."""
         self._config = config
         self.calls = Calls(
             metrics,
@@ -62,14 +63,14 @@ class GrpcServer:
     def _bind(self) -> int:
         config = self._config
         _check_free(config.host, config.port)
-        address = f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}"
-        credentials = _credentials(config)
+        where = address(config.host, config.port)
+        credentials = server_credentials(config)
         try:
             if credentials is None:
-                return self._server.add_insecure_port(address)
-            return self._server.add_secure_port(address, credentials)
+                return self._server.add_insecure_port(where)
+            return self._server.add_secure_port(where, credentials)
         except RuntimeError as error:
-            raise _taken(address) from error
+            raise _taken(where) from error
 
     def add_services(self, core: Core, health: Health) -> None:
         """Call once, before `start`."""
@@ -92,30 +93,29 @@ class GrpcServer:
         await self._server.start()
 
     async def stop(self, grace_seconds: float) -> None:
-        """Close the port; calls that still run after the grace period are cancelled."""
+        """Close the port and send clients elsewhere (GOAWAY); calls that still run after the grace period are
+        cancelled. May be called again while it waits: the earlier end counts."""
         await self._server.stop(grace_seconds)
 
 
-def _taken(address: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"gRPC cannot listen on {address}: is another server running there? Choose another --port or --host"
+def _taken(where: str) -> TransientError:
+    return TransientError(
+        f"gRPC cannot listen on {where}: is another server running there? Choose another --port or --host"
     )
 
 
 def _check_free(host: str, port: int) -> None:
-    """Raises ConfigurationError where another process listens on one of the addresses of a name: gRPC listens on the
+    """Raises TransientError where another process listens on one of the addresses of a name: gRPC listens on the
     others then, and callers may meet either."""
     with contextlib.suppress(socket.gaierror):  # gRPC says what it cannot resolve
-        for family, kind, protocol, _, address in (
-            socket.getaddrinfo(host, port, type=socket.SOCK_STREAM) if port else ()
-        ):
+        for family, kind, protocol, _, found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM) if port else ():
             with socket.socket(family, kind, protocol) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
-                    probe.bind(address)
+                    probe.bind(found)
                 except OSError as error:
                     if error.errno == errno.EADDRINUSE:
-                        raise _taken(f"{address[0]}:{port}") from error
+                        raise _taken(address(str(found[0]), port)) from error
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:
@@ -133,34 +133,3 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         options.append(("grpc.max_connection_age_ms", round(config.max_connection_age_seconds * 1000)))
         options.append(("grpc.max_connection_age_grace_ms", _AGE_GRACE_SECONDS * 1000))
     return options
-
-
-def _credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
-    if config.tls_certificate is None or config.tls_key is None:
-        if config.is_public:
-            log.warning("gRPC listens on %s without TLS; set tls_certificate and tls_key", config.host)
-        return None
-    chain = read_file("tls_certificate", config.tls_certificate)
-    key = read_file("tls_key", config.tls_key)
-    client_ca = read_file("tls_client_ca", config.tls_client_ca) if config.tls_client_ca else None
-    _check_tls(config.tls_certificate, config.tls_key, config.tls_client_ca)
-    return grpc.ssl_server_credentials([(key, chain)], client_ca, require_client_auth=client_ca is not None)
-
-
-def _check_tls(certificate: Path, key: Path, client_ca: Path | None) -> None:
-    """gRPC says only that it cannot listen; Python's own TLS says what is wrong with which file."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        # A key with a passphrase would make OpenSSL ask the terminal for it.
-        context.load_cert_chain(certificate.expanduser(), key.expanduser(), password=lambda: "")
-    except (ssl.SSLError, ValueError) as error:
-        raise ConfigurationError(
-            f"tls_certificate {certificate} and tls_key {key} are no PEM certificate chain and its own key without a "
-            f"passphrase: {error}"
-        ) from error
-    if client_ca is None:
-        return
-    try:
-        context.load_verify_locations(client_ca.expanduser())
-    except ssl.SSLError as error:
-        raise ConfigurationError(f"tls_client_ca: {client_ca} is no PEM certificate: {error}") from error

@@ -28,6 +28,12 @@ class ModelService(ModelServiceServicer):
                 max_beam_width=config.max_beam_width,
                 max_completion_tokens=config.max_completion_tokens,
                 max_message_bytes=config.max_message_bytes,
+                max_candidates=config.max_candidates,
+                max_targets=config.max_targets,
+                max_messages=config.max_messages,
+                max_text_bytes=config.max_text_bytes,
+                max_stop_strings=config.max_stop_strings,
+                max_filter_values=config.max_filter_values,
             ),
             server_version=server_version(),
         )
@@ -36,6 +42,10 @@ class ModelService(ModelServiceServicer):
             response.item_count = len(shop.catalog)
             response.categories.extend(shop.catalog.category_names)
             response.attributes.extend(shop.manifest.prompt.attributes)
+            response.attribute_values.extend(
+                pb.AttributeValues(attribute=name, values=values)
+                for name, values in shop.manifest.prompt.attribute_values.items()
+            )
             response.demo_customer_ids.extend(shop.demo)
             response.notice = shop.manifest.notice
         return response

@@ -10,7 +10,7 @@ from shoplm.api.validation import Violations, quote
 from shoplm.api.warnings import Warnings
 from shoplm.bundle import HeadSpec
 from shoplm.errors import NotServingError
-from shoplm.readout.answers import population_seconds, reader
+from shoplm.readout.answers import Answer, population_seconds, reader, usual
 from shoplm.request import Predict, Service
 from shoplm.v1 import prediction_pb2 as pb
 from shoplm.v1.prediction_pb2_grpc import PredictionServiceServicer
@@ -33,13 +33,14 @@ class _Target:
 
     def __init__(self, spec: HeadSpec) -> None:
         self.spec = spec
-        self._read = reader(spec)
+        self.read = reader(spec)
+        self.usual = usual(spec)
         self._population_seconds = population_seconds(spec)
         self.constant = pb.Prediction(target=target_message(spec), base_rate=spec.base_rate)
 
-    def fill(self, message: pb.Prediction, values: Sequence[float], since_purchase: float) -> None:
-        """Add the answer from the heads' raw values [P], for a customer who last bought this many seconds ago."""
-        probability, amount, low, high = self._read(values)
+    def fill(self, message: pb.Prediction, answer: Answer, since_purchase: float) -> None:
+        """Add the answer for a customer who last bought this many seconds ago."""
+        probability, amount, low, high = answer
         if probability is not None:
             message.probability = probability
         elif amount is not None:
@@ -68,17 +69,24 @@ class PredictionService(PredictionServiceServicer):
         history = core.customers.read(request.customer, violations, warnings)
         targets = self._asked(request.targets, violations) if request.targets else self._targets
         violations.raise_if_any()
+        response = pb.PredictResponse.FromString(self._all if targets is self._targets else self._template(targets))
+        since_purchase = history.as_of - core.last_purchase(history)
+        if not core.shop().knows(history):  # nothing for the model to read: the engine is not asked
+            for target, message in zip(targets, response.predictions, strict=True):
+                target.fill(message, target.usual, since_purchase)
+            warnings.add("EMPTY_HISTORY")
+            warnings.add("NOT_EXPLAINED", int(request.explain))
+            response.usage.SetInParent()
+            response.warnings.extend(core.warned(_SERVICE, warnings))
+            return response
         prefix = core.prefix(history)
-        warnings.add("HISTORY_TRUNCATED", prefix.dropped_baskets)
-        warnings.add("EMPTY_HISTORY", int(len(history) == 0))
+        warnings.add("HISTORY_TRUNCATED", prefix.truncated_baskets)
         suffix = core.served.prompts.predict_suffix(history)
         core.check_prompt("customer", len(prefix.tokens) + len(suffix))
         work = core.request(_SERVICE, suffix, Predict(core.features(history)), context, prefix=prefix)
         finished = await core.engine.run(work)
-        response = pb.PredictResponse.FromString(self._all if targets is self._targets else self._template(targets))
-        since_purchase = history.as_of - core.last_purchase(history)
         for target, message in zip(targets, response.predictions, strict=True):
-            target.fill(message, finished.values, since_purchase)
+            target.fill(message, target.read(finished.values), since_purchase)
         why = _NOTHING_SAID
         if request.explain and targets and self._explainer.can_explain(history, prefix, warnings, items=False):
             asked = Asked(_SERVICE, history, prefix, context, request.allow_degraded)

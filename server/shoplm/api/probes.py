@@ -6,15 +6,19 @@ On the event loop of the server, so that /healthz fails where it should: when th
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 from collections.abc import Callable
 from http import HTTPStatus
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
-from shoplm.errors import ConfigurationError
+from shoplm.address import address
+from shoplm.errors import ConfigurationError, TransientError
 
 _READ_SECONDS = 5.0  # to send the head of a request
 _MAX_HEAD_BYTES = 16 * 1024
+_LATER = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)  # what may be had at another time
 _TEXT = "text/plain; charset=utf-8"
 
 
@@ -27,12 +31,17 @@ class ProbeServer:
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str, port: int) -> int:
-        """Returns the port. Raises ConfigurationError if it cannot be had."""
+        """Returns the port. `::` is all addresses, those of IPv4 too. Raises ConfigurationError if it cannot be had,
+        TransientError if it may be at another time."""
         try:
-            self._server = await asyncio.start_server(self._serve, host, port, limit=_MAX_HEAD_BYTES)
+            if host == "::":
+                both = socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True)
+                self._server = await asyncio.start_server(self._serve, sock=both, limit=_MAX_HEAD_BYTES)
+            else:
+                self._server = await asyncio.start_server(self._serve, host, port, limit=_MAX_HEAD_BYTES)
         except OSError as error:
-            raise ConfigurationError(
-                f"metrics cannot listen on {host}:{port} ({error.strerror or error}); "
+            raise (TransientError if error.errno in _LATER else ConfigurationError)(
+                f"metrics cannot listen on {address(host, port)} ({error.strerror or error}); "
                 "choose another --metrics-port or --metrics-host"
             ) from error
         bound: int = self._server.sockets[0].getsockname()[1]

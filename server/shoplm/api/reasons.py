@@ -14,24 +14,25 @@ Reason = recommendation_pb2.Reason
 
 
 def reasons(
-    selected: SelectOutput, index: int, history: History, sources: Sequence[str]
+    selected: SelectOutput, index: int, history: History, sources: Sequence[str], *, is_read: bool
 ) -> list[recommendation_pb2.Reason]:
     """The terms of the item at `index` of the selection; they add up to its score. `sources` are the titles of the own
-    items that it goes with, the strongest first; a term that is 0 for want of any is not listed."""
+    items that it goes with, the strongest first; a term that is 0 for want of any is not listed. `is_read`: the model
+    has read the history."""
     model, repeat, popularity = selected.model[index], selected.repeat[index], selected.popularity[index]
     popularity += 0.0  # a weight of 0 gives -0.0, which would be read as a loss
     near = selected.goes_with[index]
     listed = [Reason(kind=Reason.KIND_GOES_WITH, contribution=near, text=_near_text(near, sources))] if near else []
     return [
-        Reason(kind=Reason.KIND_MODEL, contribution=model, text=_model_text(model, history)),
+        Reason(kind=Reason.KIND_MODEL, contribution=model, text=_model_text(model, is_read)),
         Reason(kind=Reason.KIND_REPEAT, contribution=repeat, text=repeat_text(selected.items[index], history)),
         Reason(kind=Reason.KIND_POPULARITY, contribution=popularity, text=_popularity_text(popularity)),
         *listed,
     ]
 
 
-def _model_text(log_probability: float, history: History) -> str:
-    if not len(history):
+def _model_text(log_probability: float, is_read: bool) -> str:
+    if not is_read:
         return "the model has no history to read"
     return f"the model expects it next with a probability of {100 * math.exp(min(log_probability, 0.0)):.2g} %"
 

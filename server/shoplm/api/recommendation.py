@@ -48,7 +48,7 @@ class RecommendationService(RecommendationServiceServicer):
             own_items=own.items,
             own_counts=own.counts,
             own_terms=own.terms,
-            popularity_only=len(history) == 0,
+            popularity_only=not shop.knows(history),
         )
         work, finished, selected = await self._select(
             select, history, context, warnings, allow_degraded=request.allow_degraded
@@ -89,7 +89,7 @@ class RecommendationService(RecommendationServiceServicer):
             own_items=own.items,
             own_counts=own.counts,
             own_terms=own.terms,
-            popularity_only=len(history) == 0,
+            popularity_only=not shop.knows(history),
         )
         work, finished, selected = await self._select(select, history, context, warnings)
         why = await self._explain(request.explain, work, finished, selected, history, context, warnings)
@@ -133,7 +133,7 @@ class RecommendationService(RecommendationServiceServicer):
     ) -> tuple[Request, FinishedOutput, SelectOutput]:
         core = self._core
         prefix = core.prefix(history)
-        warnings.add("HISTORY_TRUNCATED", prefix.dropped_baskets)
+        warnings.add("HISTORY_TRUNCATED", prefix.truncated_baskets)
         warnings.add("EMPTY_HISTORY", int(select.popularity_only))
         suffix = core.served.prompts.recommend_suffix(history)
         core.check_prompt("customer", len(prefix.tokens) + len(suffix), core.shop().manifest.depth - 1)
@@ -162,7 +162,8 @@ def _items(
             item.price = price
         if explain:
             near = shop.habits.sources(row, select.own_items, select.own_counts, NAMED_SOURCES)
-            item.reasons.extend(reasons(selected, index, history, [catalog.titles[each] for each in near]))
+            titles = [catalog.titles[each] for each in near]
+            item.reasons.extend(reasons(selected, index, history, titles, is_read=not select.popularity_only))
             item.influences.extend(why.influences[index])
         items.append(item)
     return items

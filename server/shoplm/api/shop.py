@@ -15,9 +15,9 @@ from shoplm.api.demo import DemoHistory, read_demo_customers
 from shoplm.bundle import HeadSpec, ShopManifest, read_manifest
 from shoplm.catalog.items import Catalog, read_catalog
 from shoplm.errors import BundleError
-from shoplm.features import FEATURE_VERSION
+from shoplm.features import FEATURE_VERSION, kinds_in
 from shoplm.grounding import Grounding
-from shoplm.history import History
+from shoplm.history import EVENT_KINDS, EventKind, History
 from shoplm.model.base import Base
 from shoplm.model.chat_template import ChatTemplate
 from shoplm.model.tokenizer import Tokenizer
@@ -48,6 +48,20 @@ class Shop:
         """What scores read of the customer's purchases."""
         score = self.manifest.score
         return own_items(history, score.decay_days, self.rebuy, score.rebuy_weight)
+
+    def knows(self, history: History) -> bool:
+        """Whether an event of the history counts: one of the kind that is recommended, or of another that the heads
+        were fitted on. Without one, answers are what is usual in the shop."""
+        return bool(self._counting[history.kind].any())
+
+    @cached_property
+    def _counting(self) -> NDArray[np.bool_]:
+        """Whether events count, by kind."""
+        counting = np.zeros(len(EventKind), np.bool_)
+        counting[EVENT_KINDS[self.manifest.recommends]] = True
+        if len(self.feature_means):
+            counting[list(kinds_in(self.feature_means.tolist()))] = True
+        return counting
 
     @property
     def targets(self) -> tuple[HeadSpec, ...]:

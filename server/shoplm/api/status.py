@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from shoplm.errors import (
     CancelledByCallerError,
+    DrainingError,
     EngineFailureError,
     EngineUnavailableError,
     ExpiredError,
@@ -41,6 +42,7 @@ CODES: dict[type[ShopLMError], grpc.StatusCode] = {
     ExpiredError: grpc.StatusCode.DEADLINE_EXCEEDED,
     CancelledByCallerError: grpc.StatusCode.CANCELLED,
     EngineUnavailableError: grpc.StatusCode.UNAVAILABLE,
+    DrainingError: grpc.StatusCode.UNAVAILABLE,
     EngineFailureError: grpc.StatusCode.INTERNAL,
 }
 
@@ -73,7 +75,7 @@ def status_of(error: BaseException) -> CallStatus:
     if isinstance(error, InvalidRequestError):
         details.append(_bad_request(error))
     retry_seconds = None
-    if isinstance(error, OverloadedError | EngineUnavailableError):
+    if isinstance(error, OverloadedError | EngineUnavailableError | DrainingError):
         retry_seconds = max(error.retry_seconds, 0.0)
         if retry_seconds:
             delay = Duration()

@@ -82,11 +82,12 @@ class Violations:
             return False
         return True
 
-    def number(self, field: str, value: float, low: float, high: float) -> bool:
-        """A finite number in [low, high]. Whether it can be used."""
-        if math.isfinite(value) and low <= value <= high:
+    def number(self, field: str, value: float, low: float, high: float, *, above: bool = False) -> bool:
+        """A finite number in [low, high], or above `low` where that is asked. Whether it can be used."""
+        if math.isfinite(value) and low <= value <= high and not (above and value == low):
             return True
-        self.add(field, f"is {told_from(value, low, high)}, expected a number from {low:g} to {high:g}")
+        span = f"above {low:g} and up to {high:g}" if above else f"from {low:g} to {high:g}"
+        self.add(field, f"is {told_from(value, low, high)}, expected a number {span}")
         return False
 
     def at_most(self, field: str, count: int, limit: int, setting: str) -> bool:

@@ -6,12 +6,14 @@ from shoplm.v1 import shop_pb2
 
 TEXTS = {
     "UNKNOWN_ITEM": "items that the catalogue does not have were ignored",
+    "DUPLICATE_EVENT": "events that equal another one in every field were left out: each counts once",
     "UNKNOWN_ATTRIBUTE": "attributes that the model does not know were ignored",
+    "UNKNOWN_ATTRIBUTE_VALUE": "values of attributes that training never saw were read as they are; see GetModel",
     "FUTURE_EVENT": "events after as_of were ignored",
-    "EVENTS_TRUNCATED": "the oldest events were left out: there are more than max_events",
-    "HISTORY_TRUNCATED": "the oldest baskets are not in the prompt: they do not fit max_history_tokens",
-    "NOT_EXPLAINED": "this server says no more than the terms of the score: items have codes of several tokens, "
-    "the context is full, or explanation_forks is 0",
+    "EVENTS_TRUNCATED": "the oldest events were left out, in whole blocks: there are more than max_events",
+    "HISTORY_TRUNCATED": "baskets are not in the prompt, or not as a whole: they do not fit max_history_tokens",
+    "NOT_EXPLAINED": "no more is said than the terms of the score: the customer has no history that counts, items have "
+    "codes of several tokens, the context is full, or explanation_forks is 0",
     "EMPTY_HISTORY": "the customer has no history that counts: the answer is what is usual in this shop",
 }
 

@@ -52,7 +52,7 @@ def own_server(arguments: Sequence[str], log: Path, start_seconds: float = START
     before = signal.signal(signal.SIGTERM, terminate)
     command = [
         *(sys.executable, "-m", "shoplm.cli", "serve", "--engine-api"),
-        *("--port", str(port), "--metrics-port", str(metrics_port), *arguments),
+        *("--port", str(port), "--metrics-port", str(metrics_port), "--lame-duck-seconds", "0", *arguments),
     ]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)

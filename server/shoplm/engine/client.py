@@ -18,6 +18,7 @@ from shoplm.engine.process import run
 from shoplm.engine.silence import Silence
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import (
+    BundleChangedError,
     ConfigurationError,
     EngineUnavailableError,
     InvalidRequestError,
@@ -73,6 +74,7 @@ class EngineClient(ABC):
         self._calls: dict[str, Call] = {}
         self._stats_callbacks: list[Callable[[StepStats], None]] = []
         self._state_callbacks: list[Callable[[bool], None]] = []
+        self._end_callbacks: list[Callable[[BundleChangedError], None]] = []
         self._loaded: asyncio.Future[None] | None = None
         self._silence = Silence()
         self._serving = False
@@ -117,6 +119,11 @@ class EngineClient(ABC):
             self._send(Cancel(request_id))
 
     @property
+    def process_id(self) -> int | None:
+        """The engine's process id. None: it has no process of its own."""
+        return None
+
+    @property
     def in_flight(self) -> int:
         """Calls that wait for something."""
         return len(self._calls)
@@ -129,10 +136,15 @@ class EngineClient(ABC):
         """Call back with False when the engine is lost and with True when it serves again."""
         self._state_callbacks.append(callback)
 
+    def on_end(self, callback: Callable[[BundleChangedError], None]) -> None:
+        """Call back when the engine is lost and none can take its place."""
+        self._end_callbacks.append(callback)
+
     # ---- life --------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the engine and wait until it is loaded. Raises ConfigurationError if it cannot load."""
+        """Start the engine and wait until it is loaded. Raises ConfigurationError if it cannot load, TransientError
+        if it ended without a word."""
         await self._launch()
 
     async def close(self) -> None:
@@ -211,11 +223,12 @@ class EngineClient(ABC):
         elif (call := self._calls.get(output.request_id)) is not None:
             call.put(output)
         elif isinstance(output, FailedOutput) and not output.request_id:
-            self._load_failed(output.message)
+            self._load_failed(output)
 
-    def _load_failed(self, message: str) -> None:
+    def _load_failed(self, output: FailedOutput) -> None:
         if self._loaded is not None and not self._loaded.done():
-            self._loaded.set_exception(ConfigurationError(message))
+            kind = BundleChangedError if output.reason == BundleChangedError.reason else ConfigurationError
+            self._loaded.set_exception(kind(output.message))
 
     def _fail_calls(self, message: str) -> None:
         for request_id, call in self._calls.items():

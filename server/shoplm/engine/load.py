@@ -13,7 +13,7 @@ from shoplm.bundle import manifest_hash, read_manifest
 from shoplm.engine.cpu import cpu_backend
 from shoplm.engine.shop_texts import ShopTexts, read_shop_texts
 from shoplm.engine.spec import EngineSpec
-from shoplm.errors import BundleError, ConfigurationError
+from shoplm.errors import BundleChangedError, BundleError, ConfigurationError
 from shoplm.model.adapter import Adapter, keeps_apart, read_adapter
 from shoplm.model.backend import Backend
 from shoplm.model.config import ModelConfig
@@ -112,11 +112,11 @@ def load_tensors(
 
 
 def check_bundle(spec: EngineSpec) -> None:
-    """Raises BundleError where the spec's bundle is another one than when the spec was made."""
+    """Raises BundleChangedError where the spec's bundle is another one than when the spec was made."""
     if spec.bundle_folder is None or spec.bundle_hash is None:
         return
     if manifest_hash(Path(spec.bundle_folder)) != spec.bundle_hash:
-        raise BundleError(f"{spec.bundle_folder} is another bundle than when the server started: restart the server")
+        raise BundleChangedError(f"{spec.bundle_folder} is another bundle than when the server started")
 
 
 def _pages(spec: EngineSpec, config: ModelConfig, dtype: torch.dtype) -> int:

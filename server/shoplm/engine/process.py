@@ -26,7 +26,8 @@ from shoplm.engine.channel import EngineEnd
 from shoplm.engine.engine import Engine, scheduler_config
 from shoplm.engine.shop_texts import ShopTexts
 from shoplm.engine.spec import EngineSpec
-from shoplm.errors import ShopLMError
+from shoplm.errors import ConfigurationError, ShopLMError
+from shoplm.logs import configure_logs
 from shoplm.model.backend import Backend
 from shoplm.request import Cancel, Drain, FailedOutput, FailureKind, ReadyOutput, StatsOutput, Submit
 
@@ -42,8 +43,9 @@ def run(connection: socket.socket, spec: EngineSpec, load: Callable[[EngineSpec]
         try:
             backend = load(spec)
         except (ShopLMError, OSError, ValueError, MemoryError) as error:
+            reason = error.reason if isinstance(error, ShopLMError) else ConfigurationError.reason
             with contextlib.suppress(OSError):
-                channel.send([FailedOutput("", FailureKind.UNAVAILABLE, str(error), "CONFIGURATION")])
+                channel.send([FailedOutput("", FailureKind.UNAVAILABLE, str(error), reason)])
             return 2
         info = backend.info
         ready = ReadyOutput(
@@ -77,7 +79,7 @@ class _Loop:
         self._channel = channel
         self._draining = False
         self._reported = 0.0
-        self._has_news = False  # of what no report has told yet
+        self._has_news = True  # of what no report has told yet: the pages of an engine without work, too
 
     def run(self) -> None:
         """Until drained and idle, or the other side has gone."""
@@ -122,17 +124,23 @@ class _Loop:
 
 
 def main() -> int:
-    """Entry of the process. A terminal's Ctrl-C and a group's SIGTERM are for the parent, which drains this process."""
+    """Entry of the process. A terminal's signals and a group's SIGTERM are for the parent, which drains this one."""
     pause_collector()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))
     told = listen()
     from shoplm.engine.load import load_backend  # seconds, in which the API process finds out what to load
 
     spec = told.spec.result()
-    return 0 if spec is None else run(connection, spec, partial(load_backend, shop_texts=told.shop_texts.result))
+    if spec is None:
+        return 0
+    configure_logs(spec.log_level, spec.log_format)
+    try:
+        return run(connection, spec, partial(load_backend, shop_texts=told.shop_texts.result))
+    except Exception:
+        log.exception("the engine failed")
+        return 1
 
 
 class Told(NamedTuple):

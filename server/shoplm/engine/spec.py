@@ -39,4 +39,6 @@ class EngineSpec(msgspec.Struct, frozen=True):
     max_queued_tokens: int = 1_000_000
     policy: SchedulingPolicy = msgspec.field(default_factory=SchedulingPolicy)
     synthetic_tries: tuple[SyntheticTrie, ...] = ()
+    log_format: str = "text"  # or json
+    log_level: str = "info"
     bundle_hash: str | None = None  # SHA-256 of the bundle's shop.toml, which holds those of its other files; None: any

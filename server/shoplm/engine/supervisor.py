@@ -10,7 +10,7 @@ import msgspec
 from shoplm.engine.client import EngineClient
 from shoplm.engine.launch import PROGRAM, EngineProcess
 from shoplm.engine.spec import EngineSpec
-from shoplm.errors import ConfigurationError, EngineUnavailableError, ShopLMError
+from shoplm.errors import BundleChangedError, EngineUnavailableError, ShopLMError, TransientError
 
 _STOP_SECONDS = 10.0  # for an engine that was told to drain
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 10.0
@@ -21,7 +21,8 @@ log = logging.getLogger("shoplm.engine")
 
 
 class ProcessEngineClient(EngineClient):
-    """The engine in a process of its own, started again with a growing pause when it dies or is killed for hanging."""
+    """The engine in a process of its own, started again with a growing pause when it dies or is killed for hanging,
+    and no more once the bundle on disk is another one than the server has read."""
 
     program: tuple[str, ...] = PROGRAM
 
@@ -70,7 +71,7 @@ class ProcessEngineClient(EngineClient):
             code = await process.wait()
             await link.lost  # what the engine said before it ended comes before that
             if not loaded.done():
-                loaded.set_exception(ConfigurationError(f"the engine ended with code {code} while it was loading"))
+                loaded.set_exception(TransientError(f"the engine ended with code {code} while it was loading"))
 
         self._early_death = asyncio.create_task(died())
 
@@ -100,7 +101,9 @@ class ProcessEngineClient(EngineClient):
                 self._kill()
             if self._closing:
                 return
-            # Not only once it has ended: what waits in a device's driver may take its time to die.
+            # Not only once it has ended: what waits in a device's driver may take its time to die. What else it says
+            # is not heard: what it held counts as lost.
+            self._disconnect()
             self._fail_calls("the engine was lost")
             self._changed(False)
             log.error("the engine process ended with code %s", await ended)
@@ -109,6 +112,10 @@ class ProcessEngineClient(EngineClient):
                 pause = min(pause * 2, _LAST_BACKOFF_SECONDS)
                 try:
                     await self._launch_again()
+                except BundleChangedError as error:
+                    for callback in self._end_callbacks:
+                        callback(error)
+                    return
                 except (ShopLMError, OSError) as error:
                     log.error("the engine does not start: %s", error)
                     continue

@@ -95,9 +95,11 @@ def _history(shop: Shop, customer: shop_pb2.Customer, config: ServerConfig) -> H
     violations = Violations()
     history = CustomerReader(shop, config.max_events).read(customer, violations, Warnings())
     violations.raise_if_any()
-    if not len(history):
+    if not shop.knows(history):
         known = ", ".join(shop.demo) or "none"
-        raise ConfigurationError(f"customer {customer.customer_id!r} has no history here; demo customers: {known}")
+        raise ConfigurationError(
+            f"customer {customer.customer_id!r} has no history that counts here; demo customers: {known}"
+        )
     return history
 
 

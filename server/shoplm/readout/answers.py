@@ -26,7 +26,7 @@ _PURCHASE = int(EventKind.PURCHASE)
 
 
 class Answer(NamedTuple):
-    """One prediction. Either `probability`, or `amount` with its 90 % interval."""
+    """One prediction. Either `probability`, or `amount` with its 90 % interval where it has one."""
 
     probability: float | None = None
     amount: float | None = None
@@ -49,6 +49,13 @@ def reader(spec: HeadSpec) -> Reader:
 def answer(spec: HeadSpec, values: Sequence[float]) -> Answer:
     """The prediction of one customer from the head's raw values [P]."""
     return reader(spec)(values)
+
+
+def usual(spec: HeadSpec) -> Answer:
+    """The prediction of a customer of whom nothing is known: the base rate, and no interval."""
+    if spec.transform in ("count", "zero_inflated_lognormal"):
+        return Answer(amount=spec.base_rate)
+    return Answer(probability=spec.base_rate)
 
 
 def score_of(spec: HeadSpec, values: Sequence[float]) -> float:

@@ -83,7 +83,8 @@ class Outcomes:
         """A request was served."""
         request = sequence.request
         arrival = request.arrival_seconds
-        started = sequence.started_seconds if sequence.started_seconds is not None else now
+        started = sequence.started_seconds
+        assert started is not None, "what was not computed is not finished"
         if sequence.first_seconds is None:
             sequence.first_seconds = now
             self._stats.first(request.service, now - arrival)

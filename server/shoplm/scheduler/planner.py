@@ -23,6 +23,7 @@ from shoplm.scheduler.queue import Queue
 from shoplm.scheduler.residents import Residents
 from shoplm.scheduler.rows import next_level, next_tokens
 from shoplm.scheduler.sequence import Sequence
+from shoplm.scheduler.stats import SchedulerStats
 from shoplm.scheduler.survey import Answers, survey
 
 PATIENCE_SECONDS = 5.0  # for room: after it nobody else is started
@@ -41,6 +42,7 @@ class Planner:
         queue: Queue,
         budgeter: Budgeter,
         prospects: Prospects,
+        stats: SchedulerStats,
     ) -> None:
         self.answers = Answers()  # as of the last plan
         self._token_target = config.policy.token_target_seconds
@@ -51,6 +53,7 @@ class Planner:
         self._order = queue.order
         self._budgeter = budgeter
         self._prospects = prospects
+        self._stats = stats
         self._drafter = Drafter(config.max_draft_tokens, cost)
         self._starved: Sequence | None = None  # smaller requests have taken every page that came free, for too long
 
@@ -177,7 +180,7 @@ class Planner:
             elif now - sequence.lacks_since > PATIENCE_SECONDS:
                 self._starved = sequence
             return False
-        self._queue.pop(sequence, now)
+        self._queue.pop(sequence)
         return True
 
     def _first_waiting(self, now: float) -> Sequence | None:
@@ -199,6 +202,9 @@ class Planner:
             sequence, count, read, drafted = row.sequence, row.count, row.keys, len(row.draft)
             sequence.unread += not row.draws
             sequence.last_planned_seconds = now
+            if sequence.started_seconds is None:
+                sequence.started_seconds = now
+                self._stats.queued(sequence.request.service, now - sequence.request.arrival_seconds)
             if not drafted and begins_to_answer(sequence):
                 self._residents.begin_answer(sequence)
             seconds = each.token * count + each.kv * read + each.row * (1 + drafted)

@@ -6,21 +6,17 @@ from shoplm.scheduler.fairness import Shares
 from shoplm.scheduler.ordering import Order
 from shoplm.scheduler.prospects import Prospects
 from shoplm.scheduler.sequence import Sequence
-from shoplm.scheduler.stats import SchedulerStats
 from shoplm.scheduler.waiting import WaitingRoom
 
 
 class Queue:
     """Keeps order, waiting room, shares and prospects of one mind about who waits."""
 
-    def __init__(
-        self, order: Order, waiting: WaitingRoom, shares: Shares, prospects: Prospects, stats: SchedulerStats
-    ) -> None:
+    def __init__(self, order: Order, waiting: WaitingRoom, shares: Shares, prospects: Prospects) -> None:
         self.order = order
         self._waiting = waiting
         self._shares = shares
         self._prospects = prospects
-        self._stats = stats
 
     def push(self, sequence: Sequence) -> None:
         """It begins to wait, or waits again."""
@@ -35,10 +31,8 @@ class Queue:
         self._waiting.leave(sequence)
         self._shares.services[sequence.request.service].waiting -= 1
 
-    def pop(self, sequence: Sequence, now: float) -> None:
+    def pop(self, sequence: Sequence) -> None:
         """It runs."""
         self.drop(sequence)
-        request = sequence.request
         if sequence.epoch == 0:
-            self._shares.demand.begun(request.service)
-            self._stats.queued(request.service, now - request.arrival_seconds)
+            self._shares.demand.begun(sequence.request.service)

@@ -91,7 +91,7 @@ class Scheduler:
             if config.policy.order == "fcfs"
             else SlackOrder(self.shares, self._forecast, self._prospects.count)
         )
-        self._queue = Queue(order, self._waiting, self.shares, self._prospects, self.stats)
+        self._queue = Queue(order, self._waiting, self.shares, self._prospects)
         self._planner = Planner(
             config,
             cost=self.cost,
@@ -100,6 +100,7 @@ class Scheduler:
             queue=self._queue,
             budgeter=self._budgeter,
             prospects=self._prospects,
+            stats=self.stats,
         )
         self._sequences: dict[str, Sequence] = {}
         self._in_flight: deque[float] = deque()  # predicted seconds of the steps in flight
@@ -217,12 +218,10 @@ class Scheduler:
             sequence.unread -= not row.draws
             if sequence.ended:
                 continue
-            if sequence.epoch == row.epoch:
-                # Behind the shared pages there is nothing that others could read.
-                if not row.is_beam and row.start < len(sequence.nodes) * self.memory.page_size:
-                    self.memory.fill(sequence, row.start + row.count)
-                if sequence.started_seconds is None:
-                    sequence.started_seconds = now
+            # Behind the shared pages there is nothing that others could read.
+            in_shared = not row.is_beam and row.start < len(sequence.nodes) * self.memory.page_size
+            if in_shared and sequence.epoch == row.epoch:
+                self.memory.fill(sequence, row.start + row.count)
             if not row.reads:
                 continue
             if row.draft:

@@ -47,7 +47,7 @@ class Sequence:
     work_bucket: int | None = None  # where it counts; None: nowhere
     degraded: tuple[Degradation, ...] = ()
     last_planned_seconds: float = 0.0  # when a part of it was last planned
-    started_seconds: float | None = None
+    started_seconds: float | None = None  # when a step that computes something of it was first planned
     first_seconds: float | None = None
     last_token_seconds: float | None = None
     lookup: Lookup | None = None  # what its next tokens are guessed from

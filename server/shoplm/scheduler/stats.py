@@ -44,7 +44,7 @@ class SchedulerStats:
         self.mixed_steps += len(rows) > 1
 
     def queued(self, service: Service, seconds: float) -> None:
-        """A request left the queue for the first time."""
+        """The first step that computes something of a request was planned."""
         self.queue_seconds[service].append(seconds)
 
     def first(self, service: Service, seconds: float) -> None:

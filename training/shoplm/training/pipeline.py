@@ -48,6 +48,7 @@ from shoplm.training.watch import LOSS, NDCG, Watch
 # The likeliest weight of counting spreads chances over all that customers may buy; ranking ten items well takes more.
 _REPEAT_FACTORS = (1.0, 2.0, 3.0, 4.0)
 # A value of the net is below 0 for most own items, yet they lead most lists, which are of ten.
+_LISTED_VALUES = 50  # of an attribute, at most: of more than these, no list
 _START = Weights(model=0.2, repeat=0.0, popularity=0.0, decay_days=120.0, rebuy=1.0, own=8.0)
 ROWS_STAGE = "output rows"
 HIDDEN_SHARE = 0.7  # of the minutes, for hidden states; the rest fits and measures
@@ -79,11 +80,17 @@ def write_items(items: ShopItems, folder: Path) -> Catalog:
 
 def prompt_schema(shop: Shop, preamble: str, budget_tokens: int, block_tokens: int, *, adapted: bool) -> PromptSchema:
     """Profile attributes are those that the customers' file has."""
-    names = sorted({name for profile in shop.log.attributes.values() for name, _ in profile})
+    profiles = shop.log.attributes
+    names = sorted({name for profile in profiles.values() for name, _ in profile})
+    values: dict[str, set[str]] = {name: set() for name in names}
+    for customer in shop.log.customer_ids:
+        for name, value in profiles.get(customer, ()):
+            values[name].add(value)
     # Behind hundreds of item tokens, which it has never seen, a base that was not adapted cannot go on in words.
     return PromptSchema(
         preamble,
         tuple(names),
+        {name: tuple(sorted(seen)) for name, seen in values.items() if 0 < len(seen) <= _LISTED_VALUES},
         history_budget_tokens=budget_tokens,
         history_block_tokens=block_tokens,
         chat_reads_item_tokens=adapted,

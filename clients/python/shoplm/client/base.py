@@ -54,6 +54,7 @@ class ClientBase:
         private_key: bytes | None = None,
         retries: bool = True,
         round_robin: bool = False,
+        health_checks: bool = True,
     ) -> None:
         self._connection = Connection(
             address,
@@ -65,6 +66,7 @@ class ClientBase:
             private_key=private_key,
             retries=retries,
             round_robin=round_robin,
+            health_checks=health_checks,
         )
         self.timeouts = Timeouts.of(timeout)
         self._open()

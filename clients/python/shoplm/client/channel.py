@@ -13,6 +13,8 @@ import grpc
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 TENANT_KEY = "x-tenant-id"  # the server's default for its tenant_metadata_key
 _TENANT = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_LOCAL = r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?"
+_LOOPBACK = re.compile(rf"(ipv[46]:|dns:(///)?)?{_LOCAL}(,{_LOCAL})*")
 _SERVICES = ("RecommendationService", "ChatService", "PredictionService", "ModelService")
 
 # A streaming call sends data all the time, so pings only find dead peers; more often than this and a server with
@@ -53,17 +55,20 @@ def check_timeout(name: str, seconds: float) -> None:
         raise ValueError(f"{name}={seconds} must be a finite number of seconds above 0")
 
 
-def service_config(*, retries: bool, round_robin: bool) -> str:
+def service_config(*, retries: bool, round_robin: bool, health_checks: bool) -> str:
     """gRPC service config (JSON) of the clients.
 
-    Retried, up to three times within the deadline and only before the first message has arrived: UNAVAILABLE and
-    RESOURCE_EXHAUSTED. gRPC waits as long as the server's `grpc-retry-pushback-ms` says, else with exponential
-    back-off, and stops retrying altogether while more than half of the tokens of the throttle are spent, so that
-    retries cannot pile onto a server that is down. (Source: gRFC A6.)
+    Retried, up to three times within the deadline and only before the first message has arrived: UNAVAILABLE,
+    RESOURCE_EXHAUSTED, and CANCELLED, with which gRPC breaks off calls that are under way to a port that closes. gRPC
+    waits as long as the server's `grpc-retry-pushback-ms` says, else with exponential back-off, and stops retrying
+    altogether while more than half of the tokens of the throttle are spent, so that retries cannot pile onto a server
+    that is down. (Source: gRFC A6.)
     """
     config: dict[str, object] = {}
     if round_robin:
         config["loadBalancingConfig"] = [{"round_robin": {}}]
+        if health_checks:  # gRPC makes none under pick_first
+            config["healthCheckConfig"] = {"serviceName": ""}
     if retries:
         config["methodConfig"] = [
             {
@@ -73,7 +78,7 @@ def service_config(*, retries: bool, round_robin: bool) -> str:
                     "initialBackoff": "0.1s",
                     "maxBackoff": "2s",
                     "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+                    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
                 },
             }
         ]
@@ -87,7 +92,9 @@ class Connection:
 
     `root_certificates` (PEM) implies TLS, and so do `certificate_chain` and `private_key` (PEM), for servers that ask
     their clients for a certificate. `round_robin` spreads calls over all addresses that the name resolves to (a
-    Kubernetes headless service, for example). `tenant` shares the server with other tenants fairly.
+    Kubernetes headless service, for example) and leaves out servers that say they are NOT_SERVING, as draining ones
+    do; `health_checks` off for a proxy between them that refuses such questions. `tenant` shares the server with other
+    tenants fairly.
     """
 
     address: str = DEFAULT_ADDRESS
@@ -99,6 +106,7 @@ class Connection:
     private_key: bytes | None = field(default=None, repr=False)
     retries: bool = True
     round_robin: bool = False
+    health_checks: bool = True
 
     def __post_init__(self) -> None:
         if not self.address:
@@ -113,13 +121,17 @@ class Connection:
     @property
     def options(self) -> list[tuple[str, str | int]]:
         """gRPC channel arguments."""
-        return [
-            ("grpc.service_config", service_config(retries=self.retries, round_robin=self.round_robin)),
+        config = service_config(retries=self.retries, round_robin=self.round_robin, health_checks=self.health_checks)
+        options: list[tuple[str, str | int]] = [
+            ("grpc.service_config", config),
             ("grpc.enable_retries", int(self.retries)),
             ("grpc.keepalive_time_ms", _KEEPALIVE_MILLISECONDS),
             ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.primary_user_agent", "shoplm-python"),
         ]
+        if _LOOPBACK.fullmatch(self.address):
+            options.append(("grpc.enable_http_proxy", 0))  # which would look for the server on its own machine
+        return options
 
     @property
     def credentials(self) -> grpc.ChannelCredentials | None:

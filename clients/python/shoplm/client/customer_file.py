@@ -38,7 +38,7 @@ def read_customer(path: Path, customer_id: str | None = None) -> Customer:
                 item_id=event.item_id,
                 time=event.time.ToDatetime(UTC),
                 type=_TYPES[event.type],
-                quantity=event.quantity or 1.0,
+                quantity=event.quantity if event.HasField("quantity") else 1.0,
                 price=event.price if event.HasField("price") else None,
                 basket_id=event.basket_id,
             )

@@ -74,6 +74,11 @@ def chat_summary(console: Console, summary: ChatSummary) -> None:
     _notes(console, summary.model, summary.usage, summary.warnings)
 
 
+def _attribute(answer: ModelInfo, name: str) -> str:
+    values = answer.attribute_values.get(name)
+    return f"{name} ({', '.join(values)})" if values else name
+
+
 def model_info(console: Console, answer: ModelInfo) -> None:
     """What a server serves."""
     table = Table(show_header=False, box=None)
@@ -84,7 +89,7 @@ def model_info(console: Console, answer: ModelInfo) -> None:
         "bundle": bundle,
         "items": f"{answer.item_count:,} in {len(answer.categories)} categories",
         "predicts": "; ".join(_phrase(target) for target in answer.targets) or "nothing",
-        "attributes": ", ".join(answer.attributes) or "none",
+        "attributes": "; ".join(_attribute(answer, name) for name in answer.attributes) or "none",
         "demo customers": ", ".join(answer.demo_customer_ids) or "none",
         "limits": (
             f"{limits.max_context_tokens:,} tokens of context, {limits.max_history_tokens:,} of history, "

@@ -81,7 +81,8 @@ def _check_moment(name: str, value: datetime) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One entry of a customer's history. `time` must carry a time zone; `price` is of one unit, None if unknown."""
+    """One entry of a customer's history. `time` must carry a time zone; `quantity` is above 0; `price` is of one unit,
+    None if unknown."""
 
     item_id: str
     time: datetime
@@ -243,8 +244,8 @@ class Ranking:
 class Prediction:
     """The answer for one target: `probability` in [0, 1], or `amount` with its 90 % `interval`; the other is None.
 
-    `base_rate` is the same quantity over all customers of the training data. `applicable` is False for a customer
-    outside the target's population.
+    `base_rate` is the same quantity over all customers of the training data; it is the answer for a customer without
+    a history, and has no interval. `applicable` is False for a customer outside the target's population.
     """
 
     target: Target
@@ -293,7 +294,8 @@ class ChatSummary:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The server's limits; a request over one is refused with InvalidArgumentError."""
+    """The server's limits. A request over one is refused with InvalidArgumentError, but for histories and chat answers,
+    which are cut. From a server that does not tell one it is 0."""
 
     max_context_tokens: int
     max_history_tokens: int
@@ -302,11 +304,17 @@ class Limits:
     max_beam_width: int
     max_completion_tokens: int
     max_message_bytes: int
+    max_candidates: int = 0
+    max_targets: int = 0
+    max_messages: int = 0
+    max_text_bytes: int = 0
+    max_stop_strings: int = 0
+    max_filter_values: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a server serves."""
+    """What a server serves. `attribute_values` has the attributes of few values only."""
 
     model: ModelVersion
     limits: Limits
@@ -314,6 +322,7 @@ class ModelInfo:
     item_count: int
     categories: tuple[str, ...]
     attributes: tuple[str, ...]
+    attribute_values: Mapping[str, tuple[str, ...]]
     demo_customer_ids: tuple[str, ...]
     notice: str
     server_version: str

@@ -13,7 +13,7 @@ from shoplm.api.shop import Served, Shop
 from shoplm.bundle import HeadSpec
 from shoplm.features import dense_features
 from shoplm.history import History
-from shoplm.readout.answers import answer, applies, seconds_since_purchase
+from shoplm.readout.answers import Answer, answer, applies, seconds_since_purchase, usual
 from shoplm.readout.targets import PROBABILITIES
 from shoplm.request import FinishedOutput, Predict, Request, Select, Service, Task, token_ids
 from shoplm.training.score.questions import Question, Questions
@@ -76,18 +76,19 @@ class Scorer:
         prompts = self.served.prompts
         prefix = prompts.prefix(history)
         own = self.shop.own_items(history)
+        knows = self.shop.knows(history)
         select = Select(
             count=min(self.count, len(self.shop.catalog)),
             beam_width=max(self.beam_width, min(self.count, len(self.shop.catalog))),
             own_items=own.items,
             own_counts=own.counts,
             own_terms=own.terms,
-            popularity_only=len(history) == 0,
+            popularity_only=not knows,
         )
         asked: list[tuple[Service, tuple[int, ...], Task]] = [
             (Service.RECOMMENDATION, prompts.recommend(prefix, history), select)
         ]
-        if self.shop.targets:
+        if self.shop.targets and knows:
             predict = Predict(tuple(dense_features(history, self.shop.catalog.prices).tolist()))
             asked.append((Service.PREDICTION, prompts.predict(prefix, history), predict))
         found = await asyncio.gather(
@@ -116,22 +117,21 @@ class Scorer:
             "scores": list(selected.scores),
         }
         for spec in self.shop.targets:
-            row |= _predicted(spec, found[1].values, history)
+            row |= _predicted(spec, answer(spec, found[1].values) if knows else usual(spec), history)
         return row
 
 
 def target_columns(spec: HeadSpec) -> tuple[str, ...]:
-    """The columns of one target: a probability, or an amount with the ends of its 90 % interval."""
+    """The columns of one target: a probability, or an amount with the ends of its 90 % interval where it has one."""
     name = f"{spec.kind}_{spec.campaign_type}" if spec.campaign_type else f"{spec.kind}_{spec.horizon_days}d"
     return (name,) if spec.transform in PROBABILITIES else (name, f"{name}_low", f"{name}_high")
 
 
-def _predicted(spec: HeadSpec, values: Sequence[float], history: History) -> dict[str, float | None]:
+def _predicted(spec: HeadSpec, found: Answer, history: History) -> dict[str, float | None]:
     """Null where the target does not apply, such as churn of someone who has not bought for long."""
     columns = target_columns(spec)
     if not applies(spec, seconds_since_purchase(history)):
         return dict.fromkeys(columns)
-    found = answer(spec, tuple(values))
     if found.probability is not None:
         return {columns[0]: found.probability}
     return dict(zip(columns, (found.amount, found.interval_low, found.interval_high), strict=True))
