@@ -30,7 +30,7 @@ def show(folder: Folder) -> None:
         raise _failed(str(error)) from error
     console.print(table(manifest.title, ("what", "value"), _facts(folder, manifest)))
     if manifest.targets:
-        header = ("target", "base rate", "parameters")
+        header = ("target", "population mean", "parameters")
         console.print(table("targets", header, (_target(spec) for spec in manifest.targets)))
     if (folder / "card.md").is_file():
         console.print(f"its numbers: {folder / 'card.md'}", highlight=False, soft_wrap=True)

@@ -99,7 +99,7 @@ def build_history(
     kind: NDArray[np.int8],
     time: NDArray[np.float64],
     quantity: NDArray[np.float32],
-    price: NDArray[np.float32],
+    price: NDArray[np.floating],
     basket_key: list[str] | NDArray[np.str_] | NDArray[np.int64],
     as_of: float,
     attributes: tuple[tuple[str, str], ...] = (),

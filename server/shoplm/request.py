@@ -64,7 +64,7 @@ class ItemFilter(msgspec.Struct, frozen=True):
     exclude_categories: tuple[str, ...] = ()
     min_price: float | None = None
     max_price: float | None = None
-    in_stock: bool = False
+    in_stock_only: bool = False
 
 
 class Select(msgspec.Struct, frozen=True, tag=True):

@@ -110,7 +110,9 @@ def test_recommend_limits(scripted_shop: Scripted, request_fields: dict[str, Any
     [
         ({"include_categories": ["DAIRY", "DIARY"]}, "filter.include_categories[1]", "did you mean 'DAIRY'"),
         ({"exclude_categories": ["no\nsuch"]}, "filter.exclude_categories[0]", r"no category 'no\nsuch'"),
-        ({"min_price": 5.0, "max_price": 2.0}, "filter.min_price", "above max_price 2"),
+        ({"min_price": 5.0, "max_price": 2.0}, "filter.min_price", "is 5, above max_price 2:"),
+        ({"min_price": 2e7 + 1, "max_price": 2e7}, "filter.min_price", "is 20000001, above max_price 2e+07:"),
+        ({"max_price": 1e9 + 0.25}, "filter.max_price", "is 1000000000.25, expected a number from 0 to 1e+09"),
         ({"min_price": math.nan}, "filter.min_price", "is nan"),
         ({"max_price": -1.0}, "filter.max_price", "is -1"),
         (
@@ -145,6 +147,11 @@ def test_rank_needs_candidates_and_not_too_many(scripted_shop: Scripted) -> None
         ({"kind": prediction_pb2.TARGET_KIND_PURCHASE, "horizon_days": 8}, "horizon_days", "for 7, 30 days"),
         ({"kind": prediction_pb2.TARGET_KIND_PURCHASE, "campaign_type": "A"}, "campaign_type", "no campaign type"),
         ({"kind": prediction_pb2.TARGET_KIND_COUPON_REDEMPTION}, "campaign_type", "expected one of 'Type A'"),
+        (
+            {"kind": prediction_pb2.TARGET_KIND_COUPON_REDEMPTION, "campaign_type": "Type A", "horizon_days": 7},
+            "horizon_days",
+            "is 7, but coupon_redemption has no horizon",
+        ),
     ],
 )
 def test_an_unknown_target_is_refused(scripted_shop: Scripted, target: dict[str, int], field: str, text: str) -> None:
@@ -153,6 +160,20 @@ def test_an_unknown_target_is_refused(scripted_shop: Scripted, target: dict[str,
     fields = refused(scripted_shop, request)
     assert list(fields) == [f"targets[1].{field}"]
     assert text in fields[f"targets[1].{field}"]
+
+
+def test_a_target_that_is_wrong_twice_is_told_both(scripted_shop: Scripted) -> None:
+    coupons, purchase = prediction_pb2.TARGET_KIND_COUPON_REDEMPTION, prediction_pb2.TARGET_KIND_PURCHASE
+    targets = [
+        prediction_pb2.Target(kind=coupons, campaign_type="Type Z", horizon_days=7),
+        prediction_pb2.Target(kind=purchase, campaign_type="Type A", horizon_days=8),
+    ]
+    assert refused(scripted_shop, prediction_pb2.PredictRequest(customer=DEMO, targets=targets)) == {
+        "targets[0].campaign_type": "is 'Type Z', expected one of 'Type A'",
+        "targets[0].horizon_days": "is 7, but coupon_redemption has no horizon",
+        "targets[1].campaign_type": "is 'Type A', but purchase has no campaign type",
+        "targets[1].horizon_days": "is 8, purchase is predicted for 7, 30 days",
+    }
 
 
 @pytest.mark.parametrize(

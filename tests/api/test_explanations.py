@@ -10,7 +10,7 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from served_shop import Scripted, Serve
 from server_thread import ServerThread
-from shoplm.errors import ExpiredError, OverloadedError
+from shoplm.errors import EngineUnavailableError, ExpiredError, OverloadedError
 from shoplm.features import feature_groups
 from shoplm.request import Degradation, Explain, HeadValues, ItemScores
 from shoplm.v1 import prediction_pb2, recommendation_pb2, shop_pb2
@@ -24,6 +24,11 @@ Influence = shop_pb2.Influence
 def recommend(server: ServerThread, **fields: object) -> recommendation_pb2.RecommendResponse:
     request = recommendation_pb2.RecommendRequest(**{"customer": DEMO, "explain": True, **fields})  # type: ignore[arg-type]
     return server.recommendation.Recommend(request)
+
+
+def rank(server: ServerThread, **fields: object) -> recommendation_pb2.RankResponse:
+    known = {"customer": DEMO, "explain": True, "item_ids": [item_id(2), item_id(8)]}
+    return server.recommendation.Rank(recommendation_pb2.RankRequest(**{**known, **fields}))  # type: ignore[arg-type]
 
 
 def predict(server: ServerThread, **fields: object) -> prediction_pb2.PredictResponse:
@@ -130,16 +135,33 @@ def test_an_explanation_is_dropped_first_with_the_callers_leave(serve_scripted: 
     response = recommend(scripted.server, allow_degraded=True)
     assert response.degraded and list(response.degradations) == [shop_pb2.DEGRADATION_NO_EXPLANATION]
     assert len(response.items) == 10 and response.items[0].reasons and not response.items[0].influences
+    ranked = rank(scripted.server, allow_degraded=True)
+    assert list(ranked.degradations) == [shop_pb2.DEGRADATION_NO_EXPLANATION]
+    assert len(ranked.items) == 2 and ranked.items[0].reasons and not ranked.items[0].influences
     predicted = predict(scripted.server, allow_degraded=True)
     assert list(predicted.degradations) == [shop_pb2.DEGRADATION_NO_EXPLANATION]
     assert predicted.predictions and not predicted.predictions[0].influences
     registry = scripted.server.server.metrics.registry
-    for service in ("recommendation", "prediction"):
+    for service, count in (("recommendation", 2), ("prediction", 1)):
         labels = {"service": service, "degradation": "no_explanation"}
-        assert registry.get_sample_value("shoplm_degraded_total", labels) == 1.0
-    with pytest.raises(grpc.RpcError) as refused:
-        recommend(scripted.server)
-    assert refused.value.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED)
+        assert registry.get_sample_value("shoplm_degraded_total", labels) == count
+    for ask in (recommend, rank, predict):
+        with pytest.raises(grpc.RpcError) as refused:
+            ask(scripted.server)
+        assert refused.value.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+def test_an_answer_whose_explanation_fails_is_counted(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    scripted.engine.explaining = EngineUnavailableError("the engine was lost")
+    registry = scripted.server.server.metrics.registry
+    for ask, service in ((recommend, "recommendation"), (rank, "recommendation"), (predict, "prediction")):
+        before = registry.get_sample_value("shoplm_prompt_tokens_total", {"service": service})
+        with pytest.raises(grpc.RpcError, match="lost"):
+            ask(scripted.server)
+        answered = next(each for each in reversed(scripted.engine.requests) if not isinstance(each.task, Explain))
+        after = registry.get_sample_value("shoplm_prompt_tokens_total", {"service": service})
+        assert before is not None and after == before + len(answered.tokens)
 
 
 def test_a_search_that_was_narrowed_is_not_explained(serve_scripted: Serve) -> None:

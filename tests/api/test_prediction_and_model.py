@@ -51,7 +51,7 @@ def test_no_target_means_every_target_of_the_bundle(serve_scripted: Serve) -> No
         ("TARGET_KIND_PURCHASE_COUNT", 30),
         ("TARGET_KIND_COUPON_REDEMPTION", 0),
     ]
-    assert [each.base_rate for each in response.predictions] == [0.7, 0.9, 0.1, 2.5, 0.05]
+    assert [each.population_mean for each in response.predictions] == [0.7, 0.9, 0.1, 2.5, 0.05]
     for each in response.predictions:
         if each.target.kind == pb.TARGET_KIND_PURCHASE_COUNT:
             assert each.WhichOneof("value") == "amount"
@@ -97,7 +97,7 @@ def event(row: int, kind: shop_pb2.EventType.ValueType) -> shop_pb2.Event:
     "kinds", [(), (shop_pb2.EVENT_TYPE_VIEW, shop_pb2.EVENT_TYPE_CART, shop_pb2.EVENT_TYPE_RETURN)]
 )
 @pytest.mark.parametrize("explain", [False, True])
-def test_without_events_that_count_the_answer_is_the_base_rate(
+def test_without_events_that_count_the_answer_is_the_population_mean(
     serve_scripted: Serve, kinds: tuple[shop_pb2.EventType.ValueType, ...], explain: bool
 ) -> None:
     scripted = serve_scripted()
@@ -105,7 +105,7 @@ def test_without_events_that_count_the_answer_is_the_base_rate(
     response = scripted.server.prediction.Predict(pb.PredictRequest(customer=new, explain=explain))
     assert [warning.code for warning in response.warnings] == ["EMPTY_HISTORY", *(["NOT_EXPLAINED"] if explain else [])]
     for each in response.predictions:
-        assert getattr(each, each.WhichOneof("value") or "") == each.base_rate
+        assert getattr(each, each.WhichOneof("value") or "") == each.population_mean
         assert not each.HasField("interval_low") and not each.HasField("interval_high")
         assert each.applicable == (each.target.kind != pb.TARGET_KIND_CHURN)
     assert not scripted.engine.requests and response.HasField("usage") and not response.usage.prompt_tokens

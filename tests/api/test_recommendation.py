@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import polars as pl
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from served_shop import Scripted, Serve, ShopFolders
-from shoplm.bundle import read_manifest, write_manifest
+from shoplm.bundle import file_hash, read_manifest, write_manifest
 from shoplm.request import ItemFilter, Select, Service
 from shoplm.v1 import recommendation_pb2 as pb
 from shoplm.v1 import shop_pb2
@@ -19,13 +20,15 @@ from tiny_shop import DEMO_AS_OF, DEMO_CUSTOMER, ITEMS, item_id
 
 DEMO = shop_pb2.Customer(customer_id=DEMO_CUSTOMER)
 DAY = 86_400
+PURCHASE = shop_pb2.EVENT_TYPE_PURCHASE
 OTHER_KINDS = (shop_pb2.EVENT_TYPE_VIEW, shop_pb2.EVENT_TYPE_CART, shop_pb2.EVENT_TYPE_RETURN)
 AS_OF = int(DEMO_AS_OF.timestamp())
 
 
 def bought(row: int, days_ago: float, **fields: object) -> shop_pb2.Event:
     time = Timestamp(seconds=AS_OF - round(days_ago * DAY))
-    return shop_pb2.Event(item_id=item_id(row), time=time, quantity=1.0, **fields)  # type: ignore[arg-type]
+    known: dict[str, Any] = {"item_id": item_id(row), "time": time, "quantity": 1.0, "type": PURCHASE}
+    return shop_pb2.Event(**{**known, **fields})
 
 
 def customer(*events: shop_pb2.Event) -> shop_pb2.Customer:
@@ -69,8 +72,7 @@ def test_an_event_that_is_sent_again_counts_once(serve_scripted: Serve) -> None:
     plain = recommend(pb.RecommendRequest(customer=customer(line, bought(6, 60))))
     once = scripted.engine.requests[-1]
     # Unset, the quantity is 1 and the type a purchase: the same event in other words.
-    purchase = shop_pb2.EVENT_TYPE_PURCHASE
-    other_words = shop_pb2.Event(item_id=line.item_id, time=line.time, price=1.5, basket_id="a", type=purchase)
+    other_words = shop_pb2.Event(item_id=line.item_id, time=line.time, price=1.5, basket_id="a")
     again = recommend(pb.RecommendRequest(customer=customer(line, bought(6, 60), *[line] * 9, other_words)))
     assert (selection(scripted), scripted.engine.requests[-1].tokens) == (once.task, once.tokens)
     assert [(warning.code, warning.count) for warning in again.warnings] == [("DUPLICATE_EVENT", 10)]
@@ -85,6 +87,7 @@ def test_an_event_that_is_sent_again_counts_once(serve_scripted: Serve) -> None:
         {"type": shop_pb2.EVENT_TYPE_CART},
         {"quantity": 2.0},
         {"price": 1.75},
+        {"price": 1.5 + 1e-9},  # in fp32 1.5
         {"price": 0.0},
         {"basket_id": "b"},
     ],
@@ -99,6 +102,35 @@ def test_events_that_differ_in_one_field_all_count(serve_scripted: Serve, change
         assert not scripted.server.recommendation.Recommend(request).warnings
 
 
+def test_events_without_a_type_are_purchases_and_counted(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    untyped = {"type": shop_pb2.EVENT_TYPE_UNSPECIFIED}
+    gone = shop_pb2.Event(item_id="gone", time=Timestamp(seconds=AS_OF))  # not read as anything
+    for _ in range(2):  # the second time from those that came lately
+        response = scripted.server.recommendation.Recommend(
+            pb.RecommendRequest(customer=customer(bought(4, 0, **untyped), bought(4, 3), bought(6, 1, **untyped), gone))
+        )
+        assert selection(scripted).own_items == (4, 6)
+        warned = {warning.code: warning.count for warning in response.warnings}
+        assert warned == {"UNKNOWN_ITEM": 1, "UNTYPED_EVENT": 2}
+
+
+def test_prices_keep_every_unit(serve_scripted: Serve, shop_folders: ShopFolders, tmp_path: Path) -> None:
+    """fp32 has no 16,777,217."""
+    bundle = Path(shutil.copytree(shop_folders.bundle, tmp_path / "bundle"))
+    path, manifest = bundle / "items.parquet", read_manifest(bundle)
+    dear = pl.when(pl.col("row") == 0).then(16_777_217.0).otherwise(pl.col("price"))
+    pl.read_parquet(path).with_columns(price=dear).write_parquet(path)
+    hashes = {**manifest.hashes, path.name: file_hash(path)}
+    write_manifest(bundle, msgspec.structs.replace(manifest, hashes=hashes))
+    scripted = serve_scripted("--bundle", str(bundle))
+    price = scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=DEMO, count=1)).items[0].price
+    assert price == 16_777_217.0
+    wanted = pb.ItemFilter(min_price=price, max_price=price)
+    scripted.server.recommendation.Recommend(pb.RecommendRequest(customer=DEMO, filter=wanted))
+    assert selection(scripted).item_filter == ItemFilter(min_price=price, max_price=price)
+
+
 def test_filters_reach_the_engine(serve_scripted: Serve) -> None:
     scripted = serve_scripted()
     item_filter = pb.ItemFilter(
@@ -106,7 +138,7 @@ def test_filters_reach_the_engine(serve_scripted: Serve) -> None:
         exclude_item_ids=[item_id(9), "rare-1", "no-such"],
         exclude_purchased=True,
         max_price=9.5,
-        in_stock=True,
+        in_stock_only=True,
     )
     request = pb.RecommendRequest(customer=customer(bought(4, 1)), filter=item_filter, count=3)
     response = scripted.server.recommendation.Recommend(request)
@@ -166,7 +198,7 @@ def test_an_item_carries_what_a_page_shows_of_it(scripted_shop: Scripted) -> Non
         item_id(0),
         "Item 0",
         "DAIRY",
-        pytest.approx(0.94),
+        0.94,
     )
     assert not unknown_price.HasField("price")
 

@@ -26,7 +26,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from scripted_engine import ScriptedEngine
 from served_shop import Scripted, Serve, ShopFolders
-from server_thread import TIMEOUT_SECONDS, ServerThread, detail
+from server_thread import TIMEOUT_SECONDS, ServerThread, bad_fields, detail
 from shoplm.api.grpc_server import GrpcServer
 from shoplm.client import Client
 from shoplm.config import ServerConfig
@@ -86,6 +86,10 @@ def test_a_base_without_a_bundle_serves_chat_only(chat_only: Scripted) -> None:
     with pytest.raises(grpc.RpcError, match="GROUNDING_ON") as raised:
         list(server.chat.Chat(grounded))
     assert raised.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    grounded.temperature = -1.0
+    with pytest.raises(grpc.RpcError) as raised:  # what is wrong with the request itself is told first
+        list(server.chat.Chat(grounded))
+    assert list(bad_fields(raised.value)) == ["temperature"]
     *_, last = server.chat.Chat(ASK)
     assert (last.summary.model.bundle, last.summary.model.base_model) == ("", "base")
     assert not last.summary.citations

@@ -1,7 +1,8 @@
 """A real gRPC server on loopback whose answers are fixed but true to the contract, error details included.
 
 It lets the clients and the load generator be tested over the wire without a model. Customers' ids choose what happens:
-`refused` RESOURCE_EXHAUSTED with RetryInfo, `unavailable` UNAVAILABLE, `broken` INTERNAL, `slow` no answer until the
+`refused` RESOURCE_EXHAUSTED with RetryInfo, `denied` PERMISSION_DENIED as from a gateway, `unavailable` UNAVAILABLE,
+`broken` INTERNAL, `slow` no answer until the
 caller gives up, `flaky-N` UNAVAILABLE for the first N attempts of a call, `broken-off` CANCELLED for the first one;
 anything else is answered.
 """
@@ -68,6 +69,7 @@ class Record:
     attempts: Counter[str] = field(default_factory=Counter)  # by request id
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)  # by request id, of the last attempt
     remaining_seconds: dict[str, float | None] = field(default_factory=dict)  # by request id
+    requests: dict[str, Any] = field(default_factory=dict)  # by request id, of the last attempt
     last_request: Any = None
     cancelled: threading.Event = field(default_factory=threading.Event)  # set when a `slow` call is cancelled
     slow_running: threading.Event = field(default_factory=threading.Event)
@@ -117,7 +119,7 @@ class Services(
         self.record.attempts[call_id] += 1
         self.record.metadata[call_id] = metadata
         self.record.remaining_seconds[call_id] = context.time_remaining()
-        self.record.last_request = request
+        self.record.requests[call_id] = self.record.last_request = request
         if self.token is not None and metadata.get("authorization") != f"Bearer {self.token}":
             await refuse(context, code_pb2.UNAUTHENTICATED, "no valid token")
         customer = request.customer.customer_id if "customer" in request.DESCRIPTOR.fields_by_name else ""
@@ -125,6 +127,8 @@ class Services(
             retry = error_details_pb2.RetryInfo(retry_delay=Duration(nanos=int(RETRY_SECONDS * 1e9)))
             reason = error_details_pb2.ErrorInfo(reason="QUEUE_FULL", domain="shoplm")
             await refuse(context, code_pb2.RESOURCE_EXHAUSTED, "the queue is full", retry, reason, pushback_ms=-1)
+        if customer == "denied":
+            await refuse(context, code_pb2.PERMISSION_DENIED, "not for this token")
         if customer == "unavailable":
             await refuse(context, code_pb2.UNAVAILABLE, "the server is draining")
         if customer == "broken":
@@ -166,6 +170,7 @@ class Services(
             model=VERSION,
             usage=USAGE,
             warnings=[shop_pb2.Warning(code="UNKNOWN_ITEM", message="not in the catalogue", count=unknown)],
+            degradations=[shop_pb2.DEGRADATION_NO_EXPLANATION] if request.allow_degraded else [],
         )
 
     async def Predict(self, request: prediction_pb2.PredictRequest, context: Context) -> Any:
@@ -264,10 +269,10 @@ def _prediction(target: prediction_pb2.Target, explain: bool) -> prediction_pb2.
 def _value(target: prediction_pb2.Target) -> prediction_pb2.Prediction:
     if target.kind == prediction_pb2.TARGET_KIND_SPEND:
         return prediction_pb2.Prediction(
-            target=target, amount=42.5, interval_low=10.0, interval_high=90.0, base_rate=30.0, applicable=True
+            target=target, amount=42.5, interval_low=10.0, interval_high=90.0, population_mean=30.0, applicable=True
         )
     applicable = target.kind != prediction_pb2.TARGET_KIND_CHURN
-    return prediction_pb2.Prediction(target=target, probability=0.75, base_rate=0.5, applicable=applicable)
+    return prediction_pb2.Prediction(target=target, probability=0.75, population_mean=0.5, applicable=applicable)
 
 
 class CannedServer:

@@ -9,6 +9,7 @@ import pytest
 from canned_server import ANSWER, CannedServer
 from shoplm.client import (
     AsyncClient,
+    CancelledError,
     Client,
     DeadlineExceededError,
     InvalidArgumentError,
@@ -66,6 +67,53 @@ async def test_cancelling_the_task_cancels_the_call(server: CannedServer) -> Non
         with pytest.raises(asyncio.CancelledError):
             await task
         assert await asyncio.to_thread(server.record.cancelled.wait, 10)
+
+
+async def test_cancelling_a_chat_is_an_error_of_the_client(server: CannedServer) -> None:
+    async with AsyncClient(server.address) as client:
+        chat = client.chat("hang", request_id="left")
+        assert await anext(chat) == ANSWER[0]
+        chat.cancel()
+        with pytest.raises(CancelledError) as cancelled:
+            await chat.text()
+        assert cancelled.value.request_id == "left"
+        async with client.chat("hang") as left:
+            pass
+        with pytest.raises(CancelledError):
+            await anext(left)
+
+
+async def test_closing_the_client_cancels_its_calls(server: CannedServer) -> None:
+    client = AsyncClient(server.address)
+    call = asyncio.create_task(client.recommend("slow"))
+    assert await asyncio.to_thread(server.record.slow_running.wait, 10)
+    await client.close()
+    with pytest.raises(CancelledError):
+        await call
+
+
+async def test_a_cancelled_task_stays_cancelled_while_it_reads_a_chat(server: CannedServer) -> None:
+    async with AsyncClient(server.address) as client:
+        chat = client.chat("hang")
+        assert await anext(chat) == ANSWER[0]
+        with pytest.raises(TimeoutError):  # asyncio's own, by cancelling the task
+            async with asyncio.timeout(0):
+                await chat.text()
+        task = asyncio.create_task(client.chat("hang").text())
+        asyncio.get_running_loop().call_soon(task.cancel)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+async def test_the_priority_of_a_call_is_sent(server: CannedServer) -> None:
+    async with AsyncClient(server.address) as client:
+        await client.recommend("7", priority=-100, request_id="recommend")
+        await client.rank("7", ["milk"], priority=0, allow_degraded=True, request_id="rank")
+        assert server.record.last_request.allow_degraded
+        await client.predict("7", priority=7, request_id="predict")
+        await client.chat("hi", priority=100, request_id="chat").text()
+    sent = {name: metadata.get("x-priority") for name, metadata in server.record.metadata.items()}
+    assert sent == {"recommend": "-100", "rank": "0", "predict": "7", "chat": "100"}
 
 
 async def test_leaving_a_chat_cancels_it_on_the_server(server: CannedServer) -> None:

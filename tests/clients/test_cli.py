@@ -116,6 +116,7 @@ def test_model_shows_what_is_served(server: CannedServer) -> None:
     ("arguments", "code", "says"),
     [
         (["recommend", "--customer", "7", "--count", "101"], 2, "count: 101 is over the limit"),
+        (["recommend", "--customer", "denied"], 6, "the token does not allow this"),
         (["recommend", "--customer", "refused"], 4, "try again in 0.25 s"),
         (["recommend", "--customer", "slow", "--timeout", "0.2"], 5, "--timeout"),
         (["recommend", "--customer", "broken"], 1, "its log has request"),

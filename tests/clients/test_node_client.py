@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from canned_server import CannedServer
 from node_client import FOLDER, needs_node, run_node_tests
+from shoplm.v1 import shop_pb2
 
 
 @needs_node
@@ -12,7 +13,15 @@ def test_node_client_against_the_canned_server(server: CannedServer) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "# fail 0" in done.stdout
     assert "# skipped 0" in done.stdout
-    assert server.record.metadata["of-blue"]["x-tenant-id"] == "blue"
+    metadata = server.record.metadata
+    assert metadata["of-blue"]["x-tenant-id"] == "blue"
+    assert "x-priority" not in metadata["of-blue"]
+    sent = {name: metadata[f"node-{name}"]["x-priority"] for name in ("recommend", "rank", "predict", "chat")}
+    assert sent == {"recommend": "-100", "rank": "0", "predict": "7", "chat": "100"}
+    filtered = server.record.requests["node-filter"]
+    assert filtered.customer.events[0].price == 16_777_217.0  # which fp32 does not have
+    assert filtered.customer.events[0].type == shop_pb2.EVENT_TYPE_PURCHASE
+    assert (filtered.filter.max_price, filtered.filter.in_stock_only) == (3.49, True)
 
 
 def test_lock_file_names_no_registry() -> None:

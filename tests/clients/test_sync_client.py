@@ -25,6 +25,7 @@ from shoplm.client import (
     ItemFilter,
     Message,
     OverloadedError,
+    PermissionDeniedError,
     ReasonKind,
     ServerError,
     Target,
@@ -73,33 +74,36 @@ def test_events_and_filter_reach_the_wire(server: CannedServer) -> None:
     moment = datetime(2026, 1, 31, 18, 5, tzinfo=timezone(timedelta(hours=2)))
     customer = Customer(
         "new",
-        events=[Event("milk", moment, quantity=2, price=1.5), Event("rice", moment, EventType.VIEW)],
+        events=[Event("milk", moment, quantity=2, price=16_777_217.0), Event("rice", moment, EventType.VIEW)],
         attributes={"age": "35-44"},
         as_of=moment,
     )
     with Client(server.address) as client:
-        client.recommend(customer, filter=ItemFilter(exclude_categories=["pets"], max_price=3.5, in_stock=True))
+        client.recommend(customer, filter=ItemFilter(exclude_categories=["pets"], max_price=3.49, in_stock_only=True))
     sent = server.record.last_request
     assert sent.count == 0
     assert [event.type for event in sent.customer.events] == [shop_pb2.EVENT_TYPE_PURCHASE, shop_pb2.EVENT_TYPE_VIEW]
     assert sent.customer.events[0].time.ToDatetime(UTC) == moment
-    assert sent.customer.events[0].price == 1.5
+    assert sent.customer.events[0].price == 16_777_217.0  # which fp32 does not have
     assert not sent.customer.events[1].HasField("price")
     assert sent.customer.as_of.ToDatetime(UTC) == moment
     assert sent.customer.attributes["age"] == "35-44"
     assert list(sent.filter.exclude_categories) == ["pets"]
     assert not sent.filter.HasField("min_price")
-    assert sent.filter.max_price == 3.5
-    assert sent.filter.in_stock
+    assert sent.filter.max_price == 3.49
+    assert sent.filter.in_stock_only
 
 
 def test_rank_predict_and_model(server: CannedServer) -> None:
     with Client(server.address) as client:
         ranking = client.rank("7", ["rice", "milk", "no such item"])
+        smaller = client.rank("7", ["milk"], explain=True, allow_degraded=True)
         spend, churn = client.predict("7", [Target(TargetKind.SPEND, 30), Target(TargetKind.CHURN)]).predictions
         model = client.get_model()
     assert [item.item_id for item in ranking.items] == ["milk", "rice"]
     assert ranking.warnings[0].count == 1
+    assert (ranking.degradations, smaller.degradations) == ((), (Degradation.NO_EXPLANATION,))
+    assert (spend.population_mean, churn.population_mean) == (30.0, 0.5)
     assert (spend.amount, spend.interval, spend.probability) == (42.5, (10.0, 90.0), None)
     assert (churn.probability, churn.amount, churn.interval, churn.applicable) == (0.75, None, None, False)
     assert churn.target == Target(TargetKind.CHURN)
@@ -196,6 +200,26 @@ def test_token_is_sent_as_bearer() -> None:
             assert client.get_model().item_count == 5
         with Client(server.address) as client, pytest.raises(UnauthenticatedError):
             client.get_model()
+
+
+def test_a_right_that_the_token_does_not_have_is_told_from_a_wrong_token(server: CannedServer) -> None:
+    with Client(server.address) as client, pytest.raises(PermissionDeniedError, match="not for this token") as denied:
+        client.recommend("denied")
+    assert not isinstance(denied.value, UnauthenticatedError)
+
+
+def test_the_priority_of_a_call_is_sent(server: CannedServer) -> None:
+    with Client(server.address) as client:
+        client.recommend("7", priority=-100, request_id="recommend")
+        client.rank("7", ["milk"], priority=0, request_id="rank")
+        client.predict("7", priority=7, request_id="predict")
+        client.chat("hi", priority=100, request_id="chat").text()
+        client.recommend("7", request_id="none")
+        for wrong in (101, -101, 1.5, "7"):
+            with pytest.raises(ValueError, match=f"priority={wrong!r} must be a whole number from -100 to 100"):
+                client.recommend("7", priority=wrong, request_id="wrong")  # type: ignore[arg-type]
+    sent = {name: metadata.get("x-priority") for name, metadata in server.record.metadata.items()}
+    assert sent == {"recommend": "-100", "rank": "0", "predict": "7", "chat": "100", "none": None}
 
 
 def test_no_server_is_unavailable() -> None:

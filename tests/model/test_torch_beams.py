@@ -182,7 +182,9 @@ SELECTS = [
     Select(count=12, beam_width=8),
     Select(count=12, beam_width=3, **OWN),  # type: ignore[arg-type]
     Select(
-        count=12, beam_width=8, item_filter=ItemFilter(include_categories=("fruit",), max_price=0.05, in_stock=True)
+        count=12,
+        beam_width=8,
+        item_filter=ItemFilter(include_categories=("fruit",), max_price=0.05, in_stock_only=True),
     ),
     Select(count=30, beam_width=2, exclude_items=tuple(range(0, ITEMS, 2)), **OWN),  # type: ignore[arg-type]
     Select(count=4, beam_width=1, candidates=(5, 44_444, 5, 17, 30_000), **OWN),  # type: ignore[arg-type]

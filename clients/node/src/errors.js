@@ -3,7 +3,8 @@
  *
  *     ShopLMError
  *     ├── InvalidArgumentError   a field of the request is wrong; `violations` names it  INVALID_ARGUMENT
- *     ├── UnauthenticatedError   no token, or a wrong one                                UNAUTHENTICATED, PERMISSION_DENIED
+ *     ├── UnauthenticatedError   no token, or a wrong one                                UNAUTHENTICATED
+ *     ├── PermissionDeniedError  the token does not allow this                           PERMISSION_DENIED
  *     ├── NotServingError        this server does not offer the service                  UNIMPLEMENTED, FAILED_PRECONDITION
  *     ├── OverloadedError        refused for now; try again after `retrySeconds`         RESOURCE_EXHAUSTED
  *     ├── UnavailableError       no server there, or it is starting or draining          UNAVAILABLE
@@ -35,6 +36,7 @@ export class ShopLMError extends Error {
 
 export class InvalidArgumentError extends ShopLMError {}
 export class UnauthenticatedError extends ShopLMError {}
+export class PermissionDeniedError extends ShopLMError {}
 export class NotServingError extends ShopLMError {}
 export class OverloadedError extends ShopLMError {}
 export class UnavailableError extends ShopLMError {}
@@ -46,7 +48,7 @@ const BY_CODE = new Map([
   [status.INVALID_ARGUMENT, InvalidArgumentError],
   [status.OUT_OF_RANGE, InvalidArgumentError],
   [status.UNAUTHENTICATED, UnauthenticatedError],
-  [status.PERMISSION_DENIED, UnauthenticatedError],
+  [status.PERMISSION_DENIED, PermissionDeniedError],
   [status.UNIMPLEMENTED, NotServingError],
   [status.FAILED_PRECONDITION, NotServingError],
   [status.RESOURCE_EXHAUSTED, OverloadedError],

@@ -30,7 +30,7 @@ export interface ItemFilter {
   excludePurchased?: boolean;
   minPrice?: number;
   maxPrice?: number;
-  inStock?: boolean;
+  inStockOnly?: boolean;
 }
 
 /** How one call is made. */
@@ -43,7 +43,13 @@ export interface CallOptions {
   signal?: AbortSignal;
 }
 
-export interface RecommendRequest extends CallOptions {
+/** How a call that the model answers is made. */
+export interface WorkOptions extends CallOptions {
+  /** A whole number from -100 to 100: larger is sooner, among the calls of one tenant. */
+  priority?: number;
+}
+
+export interface RecommendRequest extends WorkOptions {
   customer: string | Customer;
   count?: number;
   filter?: ItemFilter;
@@ -52,19 +58,21 @@ export interface RecommendRequest extends CallOptions {
   allowDegraded?: boolean;
 }
 
-export interface RankRequest extends CallOptions {
+export interface RankRequest extends WorkOptions {
   customer: string | Customer;
   itemIds: string[];
   explain?: boolean;
+  allowDegraded?: boolean;
 }
 
 export interface Target {
   kind: TargetKind;
   horizonDays?: number;
+  /** Of coupon redemption, which has no horizon. */
   campaignType?: string;
 }
 
-export interface PredictRequest extends CallOptions {
+export interface PredictRequest extends WorkOptions {
   customer: string | Customer;
   targets?: Target[];
   /** Say what moved each prediction. */
@@ -77,7 +85,7 @@ export interface Message {
   content: string;
 }
 
-export interface ChatOptions extends CallOptions {
+export interface ChatOptions extends WorkOptions {
   /** Left out: a visitor. */
   customer?: string | Customer;
   maxTokens?: number;
@@ -152,25 +160,26 @@ export interface RecommendedItem {
   influences: Influence[];
 }
 
-export interface Ranking extends Answer {
-  items: RecommendedItem[];
-}
-
 /** What the server took from an answer, with the caller's leave, so that it came in time. */
 export type Degradation = 'no_explanation' | 'narrower_beams' | 'fewer_tokens' | 'unspecified';
 
+export interface Ranking extends Answer {
+  items: RecommendedItem[];
+  degradations: Degradation[];
+}
+
 export interface Recommendations extends Ranking {
   degraded: boolean;
-  degradations: Degradation[];
 }
 
 export interface Prediction {
   target: Omit<Target, 'kind'> & { kind: TargetKind | 'unspecified' };
   probability?: number;
   amount?: number;
-  /** The amount's 90 % prediction interval; none where the answer is the base rate, for want of a history. */
+  /** The amount's 90 % prediction interval; none where the answer is the population mean, for want of a history. */
   interval?: [number, number];
-  baseRate: number;
+  /** Over the customers of the training data: a share of them, or an amount. */
+  populationMean: number;
   applicable: boolean;
   influences: Influence[];
 }
@@ -288,6 +297,7 @@ export class ShopLMError extends Error implements ErrorFields {
 }
 export class InvalidArgumentError extends ShopLMError {}
 export class UnauthenticatedError extends ShopLMError {}
+export class PermissionDeniedError extends ShopLMError {}
 export class NotServingError extends ShopLMError {}
 export class OverloadedError extends ShopLMError {}
 export class UnavailableError extends ShopLMError {}

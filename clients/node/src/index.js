@@ -12,6 +12,8 @@ import * as wire from './wire.js';
 export * from './errors.js';
 
 const DEFAULT_TIMEOUTS_MS = { recommendation: 10_000, chat: 120_000, prediction: 10_000, model: 5_000 };
+const PRIORITY_KEY = 'x-priority';
+const MOST_PRIORITY = 100;
 const TENANT_KEY = 'x-tenant-id'; // the server's default for its tenant_metadata_key
 const TENANT = /^[A-Za-z0-9._:/+=@-]{1,128}$/;
 const SERVICES = ['recommendation', 'chat', 'prediction', 'model'];
@@ -56,6 +58,13 @@ function serviceConfig(retries, roundRobin) {
 function checkTimeout(name, value) {
   if (!(Number.isFinite(value) && value > 0)) {
     throw new RangeError(`${name} must be a number of milliseconds above 0, not ${String(value)}`);
+  }
+  return value;
+}
+
+function checkPriority(value) {
+  if (!(Number.isInteger(value) && Math.abs(value) <= MOST_PRIORITY)) {
+    throw new RangeError(`priority must be an integer from -${MOST_PRIORITY} to ${MOST_PRIORITY}, not ${String(value)}`);
   }
   return value;
 }
@@ -156,20 +165,20 @@ export class Client {
   }
 
   /** The best items for a customer, best first. */
-  async recommend({ timeoutMs, requestId, signal, ...request }) {
-    const terms = { timeoutMs, requestId, signal };
+  async recommend({ timeoutMs, requestId, signal, priority, ...request }) {
+    const terms = { timeoutMs, requestId, signal, priority };
     return wire.recommendationsFrom(await this.#unary('recommendation', 'recommend', wire.recommendRequest(request), terms));
   }
 
   /** The given items with their scores for a customer, best first. */
-  async rank({ timeoutMs, requestId, signal, ...request }) {
-    const terms = { timeoutMs, requestId, signal };
+  async rank({ timeoutMs, requestId, signal, priority, ...request }) {
+    const terms = { timeoutMs, requestId, signal, priority };
     return wire.rankingFrom(await this.#unary('recommendation', 'rank', wire.rankRequest(request), terms));
   }
 
   /** One prediction for each target; without targets, all that the bundle has. */
-  async predict({ timeoutMs, requestId, signal, ...request }) {
-    const terms = { timeoutMs, requestId, signal };
+  async predict({ timeoutMs, requestId, signal, priority, ...request }) {
+    const terms = { timeoutMs, requestId, signal, priority };
     return wire.predictionsFrom(await this.#unary('prediction', 'predict', wire.predictRequest(request), terms));
   }
 
@@ -179,11 +188,11 @@ export class Client {
   }
 
   /** The assistant's next turn as a stream of text. */
-  chat(messages, { timeoutMs, requestId = randomUUID(), signal, ...request } = {}) {
+  chat(messages, { timeoutMs, requestId = randomUUID(), signal, priority, ...request } = {}) {
     const options = { deadline: this.#deadline('chat', timeoutMs) };
     const message = wire.chatRequest(messages, request);
     signal?.throwIfAborted();
-    const call = this.#stubs.chat.chat(message, this.#metadata(requestId), options);
+    const call = this.#stubs.chat.chat(message, this.#metadata(requestId, priority), options);
     const abort = () => call.cancel();
     signal?.addEventListener('abort', abort, { once: true });
     call.on('status', () => signal?.removeEventListener('abort', abort));
@@ -207,21 +216,23 @@ export class Client {
     return Date.now() + (timeoutMs === undefined ? this.#timeouts[service] : checkTimeout('timeoutMs', timeoutMs));
   }
 
-  #metadata(requestId) {
+  #metadata(requestId, priority) {
     const metadata = new grpc.Metadata();
     metadata.set('x-request-id', requestId);
     if (this.#tenant !== undefined) metadata.set(TENANT_KEY, this.#tenant);
+    if (priority !== undefined) metadata.set(PRIORITY_KEY, String(checkPriority(priority)));
     if (this.#token !== undefined) metadata.set('authorization', `Bearer ${this.#token}`);
     return metadata;
   }
 
-  async #unary(service, method, request, { timeoutMs, requestId = randomUUID(), signal }) {
+  async #unary(service, method, request, { timeoutMs, requestId = randomUUID(), signal, priority }) {
     const options = { deadline: this.#deadline(service, timeoutMs) };
+    const metadata = this.#metadata(requestId, priority);
     signal?.throwIfAborted();
     let abort;
     try {
       return await new Promise((resolve, reject) => {
-        const call = this.#stubs[service][method](request, this.#metadata(requestId), options, (error, response) =>
+        const call = this.#stubs[service][method](request, metadata, options, (error, response) =>
           error ? reject(errorFromRpc(error, requestId)) : resolve(response),
         );
         abort = () => call.cancel();

@@ -62,9 +62,9 @@ export function recommendRequest({ customer, count, filter, beamWidth, explain, 
   };
 }
 
-export function rankRequest({ customer, itemIds, explain }) {
+export function rankRequest({ customer, itemIds, explain, allowDegraded }) {
   if (!Array.isArray(itemIds)) throw new TypeError('itemIds must be an array of item ids');
-  return { customer: customerMessage(customer), itemIds, explain };
+  return { customer: customerMessage(customer), itemIds, explain, allowDegraded };
 }
 
 export function predictRequest({ customer, targets = [], explain, allowDegraded }) {
@@ -131,13 +131,13 @@ const degradations = (message) => message.degradations.map((value) => enumValue(
 /** What every answer ends with. */
 const common = ({ model, usage, warnings }) => ({ model, usage, warnings });
 
-export const rankingFrom = (message) => ({ items: message.items.map(item), ...common(message) });
-
-export const recommendationsFrom = (message) => ({
-  ...rankingFrom(message),
-  degraded: message.degraded,
+export const rankingFrom = (message) => ({
+  items: message.items.map(item),
   degradations: degradations(message),
+  ...common(message),
 });
+
+export const recommendationsFrom = (message) => ({ ...rankingFrom(message), degraded: message.degraded });
 
 export const predictionsFrom = (message) => ({
   predictions: message.predictions.map((prediction) => ({
@@ -148,7 +148,7 @@ export const predictionsFrom = (message) => ({
       prediction.intervalLow === undefined || prediction.intervalHigh === undefined
         ? undefined
         : [prediction.intervalLow, prediction.intervalHigh],
-    baseRate: prediction.baseRate,
+    populationMean: prediction.populationMean,
     applicable: prediction.applicable,
     influences: prediction.influences.map(influence),
   })),

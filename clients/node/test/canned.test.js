@@ -2,7 +2,15 @@
 import assert from 'node:assert/strict';
 import { after, before, test } from 'node:test';
 
-import { Client, DeadlineExceededError, OverloadedError, ServerError, UnavailableError } from '../src/index.js';
+import {
+  Client,
+  DeadlineExceededError,
+  OverloadedError,
+  PermissionDeniedError,
+  ServerError,
+  UnauthenticatedError,
+  UnavailableError,
+} from '../src/index.js';
 
 const address = process.env.SHOPLM_CANNED_ADDRESS;
 const options = { skip: address ? false : 'SHOPLM_CANNED_ADDRESS is not set' };
@@ -49,6 +57,7 @@ test('interval, absent price and inapplicable targets', options, async () => {
   const spend = predictions.find(({ target }) => target.kind === 'spend');
   assert.deepEqual(spend.interval, [10, 90]);
   assert.equal(spend.probability, undefined);
+  assert.equal(spend.populationMean, 30);
   assert.equal(predictions.find(({ target }) => target.kind === 'churn').applicable, false);
   const { items } = await client.recommend({ customer: '7' });
   assert.equal(items[1].price, undefined);
@@ -68,6 +77,9 @@ test('influences come with items and predictions', options, async () => {
 test('what was taken from an answer has a name', options, async () => {
   const answer = await client.recommend({ customer: '7', allowDegraded: true });
   assert.deepEqual([answer.degraded, answer.degradations], [true, ['narrower_beams']]);
+  const ranked = await client.rank({ customer: '7', itemIds: ['milk'], explain: true, allowDegraded: true });
+  assert.deepEqual(ranked.degradations, ['no_explanation']);
+  assert.deepEqual((await client.rank({ customer: '7', itemIds: ['milk'] })).degradations, []);
   const chat = client.chat('hi', { customer: '7', allowDegraded: true });
   await chat.text();
   assert.deepEqual(chat.summary.degradations, ['fewer_tokens']);
@@ -78,6 +90,30 @@ test('the tenant is sent, and one that cannot be is refused', options, async () 
   await blue.recommend({ customer: '7', requestId: 'of-blue' });
   blue.close();
   assert.throws(() => new Client(address, { tenant: 'not blue' }), /tenant must be .* not blue/);
+});
+
+test('the priority of a call is sent, and one that cannot be is refused', options, async () => {
+  const itemIds = ['milk'];
+  await client.recommend({ customer: '7', priority: -100, requestId: 'node-recommend' });
+  await client.rank({ customer: '7', itemIds, priority: 0, requestId: 'node-rank' });
+  await client.predict({ customer: '7', priority: 7, requestId: 'node-predict' });
+  await client.chat('hi', { priority: 100, requestId: 'node-chat' }).text();
+  await assert.rejects(client.recommend({ customer: '7', priority: 101 }), /priority must be .* not 101/);
+  assert.throws(() => client.chat('hi', { priority: 1.5 }), RangeError);
+});
+
+test('prices and the stock condition reach the wire', options, async () => {
+  const events = [{ itemId: 'milk', time: new Date(0), price: 16_777_217 }];
+  const filter = { maxPrice: 3.49, inStockOnly: true };
+  await client.recommend({ customer: { id: '7', events }, filter, requestId: 'node-filter' });
+});
+
+test('a right that the token does not have is told from a wrong token', options, async () => {
+  await assert.rejects(client.recommend({ customer: 'denied' }), (error) => {
+    assert.ok(error instanceof PermissionDeniedError);
+    assert.ok(!(error instanceof UnauthenticatedError));
+    return true;
+  });
 });
 
 test('half of a client certificate is refused', options, () => {

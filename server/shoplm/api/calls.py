@@ -259,9 +259,8 @@ class _Call:
         seconds = self.seconds()
         self._counts.end(code, seconds)
         if code is not grpc.StatusCode.OK:
-            self._metrics.refusals.labels(
-                self.method.label, reason or ("EXPIRED" if _is_expired(code) else "CANCELLED")
-            ).inc()
+            ended = "EXPIRED" if code is grpc.StatusCode.DEADLINE_EXCEEDED else "CANCELLED"
+            self._metrics.refusals.labels(self.method.label, reason or ended).inc()
         self._log(code, seconds, error)
 
     def _log(self, code: grpc.StatusCode, seconds: float, error: Exception | None) -> None:
@@ -301,10 +300,6 @@ def _loggable(error: Exception) -> str:
     if isinstance(error, InvalidRequestError):
         return f"refused because of {', '.join(field for field, _ in error.violations)}"
     return str(error) or type(error).__name__
-
-
-def _is_expired(code: grpc.StatusCode) -> bool:
-    return code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def _request_id(metadata: Metadata) -> str:

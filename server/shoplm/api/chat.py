@@ -146,7 +146,8 @@ class ChatService(ChatServiceServicer):
         if violations.length("stop", request.stop, config.max_stop_strings, "max_stop_strings"):
             for index, stop in enumerate(request.stop):
                 violations.text(f"stop[{index}]", stop, MAX_STOP_BYTES, required=True)
-        grounding = self._grounding(request, violations)
+        if request.grounding not in pb.Grounding.values():
+            violations.add("grounding", f"is {request.grounding}, which is no grounding")
         violations.raise_if_any()
         return _Turn(
             history=history,
@@ -160,7 +161,7 @@ class ChatService(ChatServiceServicer):
             ),
             max_tokens=request.max_tokens or config.default_completion_tokens,
             stops=tuple(request.stop),
-            grounding=grounding,
+            grounding=self._grounding(request),
         )
 
     def _check_messages(self, request: pb.ChatRequest, violations: Violations) -> int:
@@ -189,19 +190,18 @@ class ChatService(ChatServiceServicer):
             )
         return sum(sizes)
 
-    def _grounding(self, request: pb.ChatRequest, violations: Violations) -> Grounding | None:
+    def _grounding(self, request: pb.ChatRequest) -> Grounding | None:
         shop = self._core.served.shop
-        grounding = shop.grounding if shop is not None else None
         if request.grounding == pb.GROUNDING_OFF:
             return None
-        if request.grounding == pb.GROUNDING_ON and grounding is None:
+        if shop is not None:
+            return shop.grounding
+        if request.grounding == pb.GROUNDING_ON:
             raise NotServingError(
                 "grounding is GROUNDING_ON, but this server has no bundle, whose texts and items could be used; "
                 "start it with --bundle"
             )
-        if request.grounding not in pb.Grounding.values():
-            violations.add("grounding", f"is {request.grounding}, which is no grounding")
-        return grounding
+        return None
 
 
 async def _aside(turn: _Turn, work: Callable[[], Result]) -> Result:

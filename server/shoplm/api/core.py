@@ -159,19 +159,17 @@ class Core:
                 )
             )
 
-    def usage(self, request: Request, cached: int, completion: int, explanation: int = 0) -> shop_pb2.Usage:
-        """What an answered request cost; also counted in the metrics, the explanation's tokens by the explainer."""
-        self.fill_usage(usage := shop_pb2.Usage(), request, cached, completion, explanation)
+    def usage(self, request: Request, cached: int, completion: int) -> shop_pb2.Usage:
+        """What an answered request cost, without an explanation's tokens; also counted in the metrics."""
+        self.fill_usage(usage := shop_pb2.Usage(), request, cached, completion)
         return usage
 
-    def fill_usage(
-        self, usage: shop_pb2.Usage, request: Request, cached: int, completion: int, explanation: int
-    ) -> None:
+    def fill_usage(self, usage: shop_pb2.Usage, request: Request, cached: int, completion: int) -> None:
         """`usage`, in place."""
         prompt = len(request.tokens)
         self.metrics.calls.used(request.service, prompt, cached, completion)
         usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens = prompt, cached, completion
-        usage.history_tokens, usage.explanation_tokens = request.history_tokens, explanation
+        usage.history_tokens = request.history_tokens
 
     def warned(self, service: Service, warnings: Warnings) -> list[shop_pb2.Warning]:
         """The warnings for the response; also counted in the metrics."""

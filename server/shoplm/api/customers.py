@@ -22,6 +22,7 @@ _MOST_TIMES_EVENTS = 20  # max_events: more are not even looked at, to find the 
 MAX_FUTURE_DAYS = 366.0  # further ahead than any plan: milliseconds taken for seconds, most likely
 MAX_ID_BYTES = 256
 MAX_AMOUNT = 1e9  # of a quantity or a price: far above any shop's, and sums of it stay finite in fp32
+_FIELD = "customer"  # of the requests: begins the path of what is wrong
 
 _KINDS = {
     shop_pb2.EVENT_TYPE_UNSPECIFIED: EventKind.PURCHASE,
@@ -30,6 +31,7 @@ _KINDS = {
     shop_pb2.EVENT_TYPE_VIEW: EventKind.VIEW,
     shop_pb2.EVENT_TYPE_RETURN: EventKind.RETURN,
 }
+_KIND_OF = np.array([_KINDS[each] for each in sorted(_KINDS)], np.int8)  # by the number of the event type
 
 
 class CustomerReader:
@@ -47,9 +49,7 @@ class CustomerReader:
         self._max_events = max_events
         self._clock = clock
 
-    def read(
-        self, customer: shop_pb2.Customer, violations: Violations, warnings: Warnings, field: str = "customer"
-    ) -> History:
+    def read(self, customer: shop_pb2.Customer, violations: Violations, warnings: Warnings) -> History:
         """The customer's history up to their `as_of`; without events that count, an empty one of that moment.
 
         What is wrong goes to `violations`; the result counts only if none was added."""
@@ -58,7 +58,7 @@ class CustomerReader:
         known = self._recent.get(key, now)
         if known is None:
             found, noted = Violations(), Warnings()
-            history = self._read(customer, now, found, noted, field)
+            history = self._read(customer, now, found, noted)
             is_fixed = customer.HasField("as_of") or self._is_demo(customer)
             known = Read(history, noted.counts(), is_fixed)
             violations.extend(found)
@@ -73,19 +73,17 @@ class CustomerReader:
     def _is_demo(self, customer: shop_pb2.Customer) -> bool:
         return not customer.events and customer.customer_id in self._demo
 
-    def _read(
-        self, customer: shop_pb2.Customer, now: float, violations: Violations, warnings: Warnings, field: str
-    ) -> History:
-        violations.text(f"{field}.customer_id", customer.customer_id, MAX_ID_BYTES)
+    def _read(self, customer: shop_pb2.Customer, now: float, violations: Violations, warnings: Warnings) -> History:
+        violations.text(f"{_FIELD}.customer_id", customer.customer_id, MAX_ID_BYTES)
         demo = self._demo[customer.customer_id] if self._is_demo(customer) else None
-        attributes = self._read_attributes(customer, violations, warnings, field)
+        attributes = self._read_attributes(customer, violations, warnings)
         as_of = demo.as_of if demo is not None else now
         if customer.HasField("as_of"):
-            as_of = _moment(f"{field}.as_of", customer.as_of, now, violations)
+            as_of = _moment(f"{_FIELD}.as_of", customer.as_of, now, violations)
         if demo is not None:
             events, attributes = demo.events, attributes or demo.attributes
         else:
-            events = self._read_events(customer.events, as_of, now, violations, warnings, field)
+            events = self._read_events(customer.events, as_of, now, violations, warnings)
         past = np.flatnonzero(events.time <= as_of)
         warnings.add("FUTURE_EVENT", len(events) - len(past))
         if len(past) < len(events):
@@ -93,13 +91,13 @@ class CustomerReader:
         return events.history(as_of, attributes, self._counted)
 
     def _read_attributes(
-        self, customer: shop_pb2.Customer, violations: Violations, warnings: Warnings, field: str
+        self, customer: shop_pb2.Customer, violations: Violations, warnings: Warnings
     ) -> dict[str, str]:
-        if not violations.length(f"{field}.attributes", customer.attributes, MAX_ATTRIBUTES, "fixed"):  # type: ignore[arg-type]
+        if not violations.length(f"{_FIELD}.attributes", customer.attributes, MAX_ATTRIBUTES, "fixed"):  # type: ignore[arg-type]
             return {}
         known = {}
         for name, value in customer.attributes.items():
-            path = f"{field}.attributes[{quote(name)}]"
+            path = f"{_FIELD}.attributes[{quote(name)}]"
             if not violations.text(path, name, MAX_ATTRIBUTE_BYTES) or not violations.text(
                 path, value, MAX_ATTRIBUTE_BYTES
             ):
@@ -118,11 +116,10 @@ class CustomerReader:
         now: float,
         violations: Violations,
         warnings: Warnings,
-        field: str,
     ) -> RawEvents:
         """The newest events whose items are known. Every event that is read is checked; dropped ones are not."""
         most = _MOST_TIMES_EVENTS * self._max_events
-        if not violations.length(f"{field}.events", events, most, f"{_MOST_TIMES_EVENTS} x max_events"):
+        if not violations.length(f"{_FIELD}.events", events, most, f"{_MOST_TIMES_EVENTS} x max_events"):
             return _NO_EVENTS
         times = np.asarray([event.time.seconds for event in events], np.float64)
         rows = np.arange(len(events)) if len(events) <= self._max_events else self._newest(times, as_of)
@@ -131,26 +128,26 @@ class CustomerReader:
         latest = now + MAX_FUTURE_DAYS * SECONDS_PER_DAY
         for row, event in read:
             if not _is_sound(event, latest):
-                _check_event(f"{field}.events[{row}]", event, now, violations)
+                _check_event(f"{_FIELD}.events[{row}]", event, now, violations)
         if violations:
             return _NO_EVENTS
         item_ids = [event.item_id for _, event in read]
         item, has_item, known = resolve_items(item_ids, self._catalog)
         warnings.add("UNKNOWN_ITEM", int((~known).sum()))
+        types = np.asarray([event.type for _, event in read], np.int8)
         raw = RawEvents(
             item=item,
             has_item=has_item,
-            kind=np.asarray([_KINDS[event.type] for _, event in read], np.int8),
+            kind=_KIND_OF[types],
             time=times[rows] + np.asarray([event.time.nanos for _, event in read], np.float64) / 1e9,
             quantity=np.asarray([event.quantity or 1.0 for _, event in read], np.float32),
-            price=np.asarray(
-                [event.price if event.HasField("price") else float("nan") for _, event in read], np.float32
-            ),
+            price=np.asarray([event.price if event.HasField("price") else float("nan") for _, event in read]),
             basket=[event.basket_id for _, event in read],
         )
         repeated = _repeated(raw, item_ids) & known
         warnings.add("DUPLICATE_EVENT", int(repeated.sum()))
         kept = known & ~repeated
+        warnings.add("UNTYPED_EVENT", int((kept & (types == shop_pb2.EVENT_TYPE_UNSPECIFIED)).sum()))
         return raw if kept.all() else raw.select(np.flatnonzero(kept))
 
     def _newest(self, times: NDArray[np.float64], as_of: float) -> NDArray[np.int64]:
@@ -246,6 +243,6 @@ _NO_EVENTS = RawEvents(
     kind=np.zeros(0, np.int8),
     time=np.zeros(0),
     quantity=np.zeros(0, np.float32),
-    price=np.zeros(0, np.float32),
+    price=np.zeros(0),
     basket=[],
 )

@@ -27,7 +27,7 @@ class RawEvents:
     kind: NDArray[np.int8]
     time: NDArray[np.float64]  # Unix seconds
     quantity: NDArray[np.float32]
-    price: NDArray[np.float32]  # NaN where unknown
+    price: NDArray[np.float64]  # NaN where unknown
     basket: list[str]
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ def _events(path: Path, table: pl.DataFrame, catalog: Catalog) -> RawEvents:
         kind=np.asarray([EVENT_KINDS[name] for name in table["type"].to_list()], np.int8),
         time=_unix_seconds(path, table["time"]),
         quantity=table["quantity"].fill_null(1).cast(pl.Float32).to_numpy(),
-        price=table["price"].cast(pl.Float32).fill_null(float("nan")).to_numpy(),
+        price=table["price"].cast(pl.Float64).fill_null(float("nan")).to_numpy(),
         basket=table["basket_id"].cast(pl.String).fill_null("").to_list(),
     )
     return events.select(np.flatnonzero(known))

@@ -36,10 +36,11 @@ def read_filter(
         for name, value in zip(_PRICES, (low, high), strict=True)
     ]
     if all(in_range) and low is not None and high is not None and low > high:
+        limit = told_from(high, low, MAX_AMOUNT)
         violations.add(
-            "filter.min_price", f"is {told_from(low, 0.0, high)}, above max_price {high:g}: no item can pass the filter"
+            "filter.min_price", f"is {told_from(low, 0.0, high)}, above max_price {limit}: no item can pass the filter"
         )
-    return ItemFilter(include, exclude, low, high, message.in_stock)
+    return ItemFilter(include, exclude, low, high, message.in_stock_only)
 
 
 def excluded_rows(

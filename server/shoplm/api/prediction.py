@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shoplm.api.core import Context, Core
-from shoplm.api.explanations import Asked, Explainer, Explanation
+from shoplm.api.explanations import Asked, Explainer
 from shoplm.api.validation import Violations, quote
 from shoplm.api.warnings import Warnings
 from shoplm.bundle import HeadSpec
@@ -24,7 +24,6 @@ _NAMES: dict[int, str] = {
     pb.TARGET_KIND_CHURN: "churn",
     pb.TARGET_KIND_COUPON_REDEMPTION: "coupon_redemption",
 }
-_NOTHING_SAID = Explanation(())
 _KINDS = {name: pb.TargetKind.ValueType(kind) for kind, name in _NAMES.items()}
 
 
@@ -36,7 +35,7 @@ class _Target:
         self.read = reader(spec)
         self.usual = usual(spec)
         self._population_seconds = population_seconds(spec)
-        self.constant = pb.Prediction(target=target_message(spec), base_rate=spec.base_rate)
+        self.constant = pb.Prediction(target=target_message(spec), population_mean=spec.base_rate)
 
     def fill(self, message: pb.Prediction, answer: Answer, since_purchase: float) -> None:
         """Add the answer for a customer who last bought this many seconds ago."""
@@ -87,17 +86,16 @@ class PredictionService(PredictionServiceServicer):
         finished = await core.engine.run(work)
         for target, message in zip(targets, response.predictions, strict=True):
             target.fill(message, target.read(finished.values), since_purchase)
-        why = _NOTHING_SAID
+        core.fill_usage(response.usage, work, finished.cached_tokens, finished.completion_tokens)
         if request.explain and targets and self._explainer.can_explain(history, prefix, warnings, items=False):
             asked = Asked(_SERVICE, history, prefix, context, request.allow_degraded)
             why = await self._explainer.targets(asked, [target.spec for target in targets])
             for message, influences in zip(response.predictions, why.influences, strict=True):
                 message.influences.extend(influences)
-        core.fill_usage(response.usage, work, finished.cached_tokens, finished.completion_tokens, why.tokens)
+            response.usage.explanation_tokens = why.tokens
+            response.degradations.extend(core.degraded(why.degraded))
         if warnings:
             response.warnings.extend(core.warned(_SERVICE, warnings))
-        if why.degraded:
-            response.degradations.extend(core.degraded(why.degraded))
         return response
 
     def _template(self, targets: Sequence[_Target]) -> bytes:
@@ -128,23 +126,18 @@ def _find(path: str, asked: pb.Target, targets: Sequence[_Target], violations: V
         offered = ", ".join(sorted({target.spec.kind for target in targets})) or "none"
         violations.add(f"{path}.kind", f"is {kind}, which this bundle does not predict; it has: {offered}")
         return None
-    if any(target.spec.campaign_type for target in same):
-        for target in same:
-            if target.spec.campaign_type == asked.campaign_type:
-                return target
-        offered = ", ".join(quote(target.spec.campaign_type) for target in same)
-        violations.add(f"{path}.campaign_type", f"is {quote(asked.campaign_type)}, expected one of {offered}")
-        return None
-    if asked.campaign_type:
-        violations.add(f"{path}.campaign_type", f"is {quote(asked.campaign_type)}, but {kind} has no campaign type")
-        return None
-    horizon = asked.horizon_days or DEFAULT_HORIZON_DAYS
-    for target in same:
-        if target.spec.horizon_days in (0, horizon):
-            return target
-    offered = ", ".join(str(target.spec.horizon_days) for target in same)
-    violations.add(f"{path}.horizon_days", f"is {horizon}, {kind} is predicted for {offered} days")
-    return None
+    of_type = [target for target in same if target.spec.campaign_type == asked.campaign_type]
+    if not of_type:
+        offered = ", ".join(quote(target.spec.campaign_type) for target in same if target.spec.campaign_type)
+        known = f"expected one of {offered}" if offered else f"but {kind} has no campaign type"
+        violations.add(f"{path}.campaign_type", f"is {quote(asked.campaign_type)}, {known}")
+    horizons = [target.spec.horizon_days for target in of_type or same]
+    horizon = asked.horizon_days or (DEFAULT_HORIZON_DAYS if any(horizons) else 0)
+    if horizon not in horizons:
+        offered = ", ".join(str(days) for days in horizons if days)
+        known = f"{kind} is predicted for {offered} days" if offered else f"but {kind} has no horizon"
+        violations.add(f"{path}.horizon_days", f"is {horizon}, {known}")
+    return next((target for target in of_type if target.spec.horizon_days == horizon), None)
 
 
 def _kind_name(kind: int) -> str:

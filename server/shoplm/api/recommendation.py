@@ -53,12 +53,14 @@ class RecommendationService(RecommendationServiceServicer):
         work, finished, selected = await self._select(
             select, history, context, warnings, allow_degraded=request.allow_degraded
         )
+        usage = self._core.usage(work, finished.cached_tokens, finished.completion_tokens)
         why = await self._explain(request.explain, work, finished, selected, history, context, warnings)
+        usage.explanation_tokens = why.tokens
         degradations = (*why.degraded, *finished.degraded)
         return pb.RecommendResponse(
             items=_items(shop, select, selected, history, request.explain, why),
             model=self._core.served.model_version,
-            usage=self._core.usage(work, finished.cached_tokens, finished.completion_tokens, why.tokens),
+            usage=usage,
             degraded=bool(degradations),
             warnings=self._core.warned(_SERVICE, warnings),
             degradations=self._core.degraded(degradations),
@@ -91,13 +93,18 @@ class RecommendationService(RecommendationServiceServicer):
             own_terms=own.terms,
             popularity_only=not shop.knows(history),
         )
-        work, finished, selected = await self._select(select, history, context, warnings)
+        work, finished, selected = await self._select(
+            select, history, context, warnings, allow_degraded=request.allow_degraded
+        )
+        usage = self._core.usage(work, finished.cached_tokens, finished.completion_tokens)
         why = await self._explain(request.explain, work, finished, selected, history, context, warnings)
+        usage.explanation_tokens = why.tokens
         return pb.RankResponse(
             items=_items(shop, select, selected, history, request.explain, why),
             model=self._core.served.model_version,
-            usage=self._core.usage(work, finished.cached_tokens, finished.completion_tokens, why.tokens),
+            usage=usage,
             warnings=self._core.warned(_SERVICE, warnings),
+            degradations=self._core.degraded((*why.degraded, *finished.degraded)),
         )
 
     async def _explain(
@@ -129,7 +136,7 @@ class RecommendationService(RecommendationServiceServicer):
         context: Context,
         warnings: Warnings,
         *,
-        allow_degraded: bool = False,
+        allow_degraded: bool,
     ) -> tuple[Request, FinishedOutput, SelectOutput]:
         core = self._core
         prefix = core.prefix(history)

@@ -30,8 +30,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def told_from(value: float, low: float, high: float) -> str:
     """A number outside of [low, high], short, but with as many digits as it takes to see that it is outside."""
-    shown = f"{value:g}"
-    return f"{value:.9g}" if low <= float(shown) <= high else shown
+    shown = [f"{value:g}", f"{value:.9g}", f"{value:.17g}"]
+    return next((each for each in shown if not low <= float(each) <= high), shown[-1])
 
 
 class Violations:

@@ -6,6 +6,7 @@ from shoplm.v1 import shop_pb2
 
 TEXTS = {
     "UNKNOWN_ITEM": "items that the catalogue does not have were ignored",
+    "UNTYPED_EVENT": "events without a type were read as purchases, the strongest signal: set their type",
     "DUPLICATE_EVENT": "events that equal another one in every field were left out: each counts once",
     "UNKNOWN_ATTRIBUTE": "attributes that the model does not know were ignored",
     "UNKNOWN_ATTRIBUTE_VALUE": "values of attributes that training never saw were read as they are; see GetModel",

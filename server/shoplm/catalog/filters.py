@@ -59,7 +59,6 @@ class ItemFilters:
             names, index = np.unique(np.asarray(columns.categories, dtype=np.str_), return_inverse=True)
             self._category_index = {str(name): position for position, name in enumerate(names)}
             self._categories = index.astype(np.int32)
-            self._prices = columns.prices.astype(np.float32)  # as answers name them and bounds come: inclusive holds
 
     def allowed(self, item_filter: ItemFilter, exclude_items: Sequence[int] = ()) -> AllowedItems:
         """Items that pass the filter and are not in `exclude_items` (item rows; they are the request's own, not kept).
@@ -92,10 +91,10 @@ class ItemFilters:
         if item_filter.exclude_categories:
             mask &= ~self._in_categories(item_filter.exclude_categories)
         if item_filter.min_price is not None:
-            mask &= self._prices >= np.float32(item_filter.min_price)
+            mask &= columns.prices >= item_filter.min_price
         if item_filter.max_price is not None:
-            mask &= self._prices <= np.float32(item_filter.max_price)
-        if item_filter.in_stock:
+            mask &= columns.prices <= item_filter.max_price
+        if item_filter.in_stock_only:
             mask &= columns.in_stock
         return mask
 

@@ -52,7 +52,7 @@ def answer(spec: HeadSpec, values: Sequence[float]) -> Answer:
 
 
 def usual(spec: HeadSpec) -> Answer:
-    """The prediction of a customer of whom nothing is known: the base rate, and no interval."""
+    """The prediction of a customer of whom nothing is known: the mean over all customers, and no interval."""
     if spec.transform in ("count", "zero_inflated_lognormal"):
         return Answer(amount=spec.base_rate)
     return Answer(probability=spec.base_rate)

@@ -12,7 +12,7 @@ import grpc
 from shoplm.client import requests, responses
 from shoplm.client.base import ChatStreamBase, ClientBase, Stubs
 from shoplm.client.channel import check_timeout
-from shoplm.client.errors import error_from_rpc
+from shoplm.client.errors import CancelledError, error_from_rpc
 from shoplm.client.types import (
     Customer,
     ItemFilter,
@@ -44,6 +44,10 @@ class AsyncChatStream(ChatStreamBase, AsyncIterator[str]):
                 event = await anext(self._events)
             except grpc.aio.AioRpcError as error:
                 raise error_from_rpc(error, request_id=self.request_id) from error
+            except asyncio.CancelledError as error:
+                if _task_is_cancelled():
+                    raise
+                raise _cancelled(self.request_id) from error
             if delta := self._take(event):
                 return delta
 
@@ -64,6 +68,7 @@ class AsyncClient(ClientBase):
     """Asyncio calls to a ShopLM server; belongs to one event loop. Close it, or use it in an `async with` block.
 
     `timeout` is a deadline in seconds for every call, or `Timeouts` per service; each method takes its own too.
+    A call's `priority` is from -100 to 100: larger is sooner, among the calls of one tenant.
     Methods raise `ShopLMClientError` (see `shoplm.client.errors`); cancelling the task cancels the call.
 
         async with AsyncClient("127.0.0.1:50051") as client:
@@ -90,11 +95,14 @@ class AsyncClient(ClientBase):
         allow_degraded: bool = False,
         timeout: float | None = None,  # noqa: ASYNC109 (a gRPC deadline, which the server sees)
         request_id: str | None = None,
+        priority: int | None = None,
     ) -> Recommendations:
         """The best items for a customer that pass the filter, best first. None leaves the server's default."""
         request = requests.recommend_request(customer, count, filter, beam_width, explain, allow_degraded)
         seconds = self.timeouts.recommendation_seconds
-        return responses.recommendations(await self._call(self._stubs.recommend, request, timeout, seconds, request_id))
+        return responses.recommendations(
+            await self._call(self._stubs.recommend, request, timeout, seconds, request_id, priority)
+        )
 
     async def rank(
         self,
@@ -102,13 +110,17 @@ class AsyncClient(ClientBase):
         item_ids: Sequence[str],
         *,
         explain: bool = False,
+        allow_degraded: bool = False,
         timeout: float | None = None,  # noqa: ASYNC109
         request_id: str | None = None,
+        priority: int | None = None,
     ) -> Ranking:
-        """The given items with their scores for a customer, best first."""
-        request = requests.rank_request(customer, item_ids, explain)
+        """The given items with their scores for a customer, best first.
+
+        `explain` says what moved each; `allow_degraded` lets the server leave that out rather than refuse."""
+        request = requests.rank_request(customer, item_ids, explain, allow_degraded)
         seconds = self.timeouts.recommendation_seconds
-        return responses.ranking(await self._call(self._stubs.rank, request, timeout, seconds, request_id))
+        return responses.ranking(await self._call(self._stubs.rank, request, timeout, seconds, request_id, priority))
 
     async def predict(
         self,
@@ -119,13 +131,16 @@ class AsyncClient(ClientBase):
         allow_degraded: bool = False,
         timeout: float | None = None,  # noqa: ASYNC109
         request_id: str | None = None,
+        priority: int | None = None,
     ) -> Predictions:
         """One prediction for each target, in their order; no targets means all that the bundle has.
 
         `explain` says what moved each; `allow_degraded` lets the server leave that out rather than refuse."""
         request = requests.predict_request(customer, targets, explain, allow_degraded)
         seconds = self.timeouts.prediction_seconds
-        return responses.predictions(await self._call(self._stubs.predict, request, timeout, seconds, request_id))
+        return responses.predictions(
+            await self._call(self._stubs.predict, request, timeout, seconds, request_id, priority)
+        )
 
     async def get_model(
         self,
@@ -154,6 +169,7 @@ class AsyncClient(ClientBase):
         allow_degraded: bool = False,
         timeout: float | None = None,
         request_id: str | None = None,
+        priority: int | None = None,
     ) -> AsyncChatStream:
         """The assistant's next turn as a stream of text; a string is one user message, no customer is a visitor.
 
@@ -165,7 +181,7 @@ class AsyncClient(ClientBase):
         request = requests.chat_request(
             messages, customer, max_tokens, temperature, top_k, top_p, seed, stop, grounding, allow_degraded
         )
-        terms = self._terms(timeout, self.timeouts.chat_seconds, request_id)
+        terms = self._terms(timeout, self.timeouts.chat_seconds, request_id, priority)
         call = self._stubs.chat(request, **terms.keywords)
         return AsyncChatStream(call, terms.request_id)
 
@@ -197,9 +213,25 @@ class AsyncClient(ClientBase):
         timeout: float | None,  # noqa: ASYNC109
         default_seconds: float,
         request_id: str | None,
+        priority: int | None = None,
     ) -> Answer:
-        terms = self._terms(timeout, default_seconds, request_id)
+        terms = self._terms(timeout, default_seconds, request_id, priority)
         try:
             return await method(request, **terms.keywords)
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, request_id=terms.request_id) from error
+        except asyncio.CancelledError as error:
+            if _task_is_cancelled():
+                raise
+            raise _cancelled(terms.request_id) from error
+
+
+def _task_is_cancelled() -> bool:
+    """Whether it is the task that is being cancelled. grpc raises the same error for a call that `cancel()`, or closing
+    the client, has ended."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _cancelled(request_id: str) -> CancelledError:
+    return CancelledError("the call was cancelled", code=grpc.StatusCode.CANCELLED, request_id=request_id)

@@ -7,7 +7,14 @@ from typing import Any
 
 import grpc
 from shoplm.client import responses
-from shoplm.client.channel import DEFAULT_ADDRESS, Connection, Timeouts, check_timeout, new_request_id
+from shoplm.client.channel import (
+    DEFAULT_ADDRESS,
+    Connection,
+    Timeouts,
+    check_priority,
+    check_timeout,
+    new_request_id,
+)
 from shoplm.client.errors import UnavailableError
 from shoplm.client.types import ChatSummary
 from shoplm.v1 import chat_pb2, chat_pb2_grpc, model_pb2_grpc, prediction_pb2_grpc, recommendation_pb2_grpc
@@ -74,12 +81,16 @@ class ClientBase:
     def _open(self) -> None:
         """Open what can be opened now."""
 
-    def _terms(self, timeout: float | None, default_seconds: float, request_id: str | None) -> Terms:
+    def _terms(
+        self, timeout: float | None, default_seconds: float, request_id: str | None, priority: int | None
+    ) -> Terms:
         if timeout is not None:
             check_timeout("timeout", timeout)
+        if priority is not None:
+            check_priority(priority)
         call_id = request_id or new_request_id()
         seconds = default_seconds if timeout is None else timeout
-        return Terms(seconds, call_id, self._connection.metadata(call_id))
+        return Terms(seconds, call_id, self._connection.metadata(call_id, priority))
 
     def _nobody_there(self, seconds: float) -> UnavailableError:
         return UnavailableError(

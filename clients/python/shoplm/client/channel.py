@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields, replace
 import grpc
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+PRIORITY_KEY = "x-priority"
+MOST_PRIORITY = 100
 TENANT_KEY = "x-tenant-id"  # the server's default for its tenant_metadata_key
 _TENANT = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _LOCAL = r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?"
@@ -53,6 +55,12 @@ def check_timeout(name: str, seconds: float) -> None:
     """Raise ValueError unless `seconds` is a finite number above zero."""
     if not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"{name}={seconds} must be a finite number of seconds above 0")
+
+
+def check_priority(priority: int) -> None:
+    """Raise ValueError unless it is a whole number that servers take."""
+    if not isinstance(priority, int) or abs(priority) > MOST_PRIORITY:
+        raise ValueError(f"priority={priority!r} must be a whole number from -{MOST_PRIORITY} to {MOST_PRIORITY}")
 
 
 def service_config(*, retries: bool, round_robin: bool, health_checks: bool) -> str:
@@ -152,13 +160,15 @@ class Connection:
             return grpc.aio.insecure_channel(self.address, self.options)
         return grpc.aio.secure_channel(self.address, self.credentials, self.options)
 
-    def metadata(self, request_id: str) -> tuple[tuple[str, str], ...]:
-        """Metadata of one call: its id, the token and the tenant."""
+    def metadata(self, request_id: str, priority: int | None = None) -> tuple[tuple[str, str], ...]:
+        """Metadata of one call: its id, the token, the tenant and the priority."""
         pairs = [("x-request-id", request_id)]
         if self.token is not None:
             pairs.append(("authorization", f"Bearer {self.token}"))
         if self.tenant is not None:
             pairs.append((TENANT_KEY, self.tenant))
+        if priority is not None:
+            pairs.append((PRIORITY_KEY, f"{priority:d}"))
         return tuple(pairs)
 
 

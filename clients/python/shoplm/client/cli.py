@@ -8,7 +8,7 @@ Answers go to stdout (readable, or JSON with `--json`), everything else to stder
     3    no server could be reached, or it is draining
     4    refused because of load
     5    no answer within the timeout
-    6    no valid token
+    6    no valid token, or one that does not allow this
     130  interrupted
 """
 

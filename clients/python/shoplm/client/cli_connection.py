@@ -15,6 +15,7 @@ from shoplm.client.errors import (
     InvalidArgumentError,
     NotServingError,
     OverloadedError,
+    PermissionDeniedError,
     ShopLMClientError,
     UnauthenticatedError,
     UnavailableError,
@@ -27,6 +28,7 @@ EXIT_CODES: dict[type[ShopLMClientError], int] = {
     OverloadedError: 4,
     DeadlineExceededError: 5,
     UnauthenticatedError: 6,
+    PermissionDeniedError: 6,
 }
 
 Arguments = ParamSpec("Arguments")
@@ -114,6 +116,8 @@ def _advice(error: ShopLMClientError, address: str) -> str:
         return f"no answer in time from {address}; allow more with --timeout SECONDS"
     if isinstance(error, UnauthenticatedError):
         return f"the server refused the token: {text}; set --token or SHOPLM_TOKEN"
+    if isinstance(error, PermissionDeniedError):
+        return f"the token does not allow this: {text}; set another with --token or SHOPLM_TOKEN"
     if isinstance(error, NotServingError):
         return f"the server does not offer this: {text}; `shoplm model` shows what it serves"
     if isinstance(error, InvalidArgumentError):

@@ -2,7 +2,8 @@
 
     ShopLMClientError          base of all of them: `except ShopLMClientError` is enough
     ├── InvalidArgumentError   a field of the request is wrong; `violations` names it INVALID_ARGUMENT
-    ├── UnauthenticatedError   no token, a wrong one, or one without the right        UNAUTHENTICATED, PERMISSION_DENIED
+    ├── UnauthenticatedError   no token, or a wrong one                               UNAUTHENTICATED
+    ├── PermissionDeniedError  the token does not allow this                          PERMISSION_DENIED
     ├── NotServingError        this server does not offer the service                 UNIMPLEMENTED, FAILED_PRECONDITION
     ├── OverloadedError        refused for now; try again after `retry_seconds`       RESOURCE_EXHAUSTED
     ├── UnavailableError       no server there, or it is starting or draining         UNAVAILABLE
@@ -66,7 +67,11 @@ class InvalidArgumentError(ShopLMClientError):
 
 
 class UnauthenticatedError(ShopLMClientError):
-    """The token is missing, wrong, or does not allow this."""
+    """The token is missing or wrong."""
+
+
+class PermissionDeniedError(ShopLMClientError):
+    """Whoever this token stands for may not do this; a gateway said so."""
 
 
 class NotServingError(ShopLMClientError):
@@ -97,7 +102,7 @@ _BY_CODE: dict[grpc.StatusCode, type[ShopLMClientError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
     grpc.StatusCode.OUT_OF_RANGE: InvalidArgumentError,
     grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
-    grpc.StatusCode.PERMISSION_DENIED: UnauthenticatedError,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
     grpc.StatusCode.UNIMPLEMENTED: NotServingError,
     grpc.StatusCode.FAILED_PRECONDITION: NotServingError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,

@@ -50,7 +50,7 @@ def recommendations(console: Console, answer: Recommendations) -> None:
 
 
 def predictions(console: Console, answer: Predictions) -> None:
-    """A table of the predictions beside their base rates."""
+    """A table of the predictions beside what all customers do."""
     explained = any(prediction.influences for prediction in answer.predictions)
     why = ["moved by"] if explained else []
     table = Table("the customer …", "prediction", "90 % interval", "all customers", *why, box=None)
@@ -120,9 +120,9 @@ def _values(prediction: Prediction) -> tuple[str, str, str]:
     if not prediction.applicable:
         return "does not apply", "", ""
     if prediction.probability is not None:
-        return f"{prediction.probability:.1%}", "", f"{prediction.base_rate:.1%}"
+        return f"{prediction.probability:.1%}", "", f"{prediction.population_mean:.1%}"
     interval = "" if prediction.interval is None else f"{prediction.interval[0]:.2f} to {prediction.interval[1]:.2f}"
-    return f"{prediction.amount or 0.0:.2f}", interval, f"{prediction.base_rate:.2f}"
+    return f"{prediction.amount or 0.0:.2f}", interval, f"{prediction.population_mean:.2f}"
 
 
 def _degradations(console: Console, taken: Sequence[Degradation]) -> None:

@@ -64,11 +64,15 @@ def recommend_request(
     )
 
 
-def rank_request(customer: str | Customer, item_ids: Sequence[str], explain: bool) -> recommendation_pb2.RankRequest:
+def rank_request(
+    customer: str | Customer, item_ids: Sequence[str], explain: bool, allow_degraded: bool
+) -> recommendation_pb2.RankRequest:
     """A RankRequest."""
     if isinstance(item_ids, str):
         raise TypeError(f"item_ids must be a sequence of ids, not one string: {item_ids!r}")
-    return recommendation_pb2.RankRequest(customer=customer_message(customer), item_ids=item_ids, explain=explain)
+    return recommendation_pb2.RankRequest(
+        customer=customer_message(customer), item_ids=item_ids, explain=explain, allow_degraded=allow_degraded
+    )
 
 
 def predict_request(
@@ -136,7 +140,7 @@ def _filter_message(item_filter: ItemFilter) -> recommendation_pb2.ItemFilter:
         exclude_purchased=item_filter.exclude_purchased,
         min_price=item_filter.min_price,
         max_price=item_filter.max_price,
-        in_stock=item_filter.in_stock,
+        in_stock_only=item_filter.in_stock_only,
     )
 
 

@@ -66,6 +66,7 @@ def ranking(message: recommendation_pb2.RankResponse) -> Ranking:
         items=tuple(_item(item) for item in message.items),
         model=_version(message.model),
         usage=_usage(message.usage),
+        degradations=_degradations(message.degradations),
         warnings=_warnings(message.warnings),
         raw=message,
     )
@@ -197,7 +198,7 @@ def _prediction(message: prediction_pb2.Prediction) -> Prediction:
         probability=message.probability if value == "probability" else None,
         amount=message.amount if value == "amount" else None,
         interval=(message.interval_low, message.interval_high) if has_interval else None,
-        base_rate=message.base_rate,
+        population_mean=message.population_mean,
         applicable=message.applicable,
         influences=_influences(message.influences),
     )

@@ -59,6 +59,7 @@ class Client(ClientBase):
     """Blocking calls to a ShopLM server; safe to share between threads. Close it, or use it in a `with` block.
 
     `timeout` is a deadline in seconds for every call, or `Timeouts` per service; each method takes its own too.
+    A call's `priority` is from -100 to 100: larger is sooner, among the calls of one tenant.
     Methods raise `ShopLMClientError` (see `shoplm.client.errors`).
 
         with Client("127.0.0.1:50051") as client:
@@ -81,11 +82,14 @@ class Client(ClientBase):
         allow_degraded: bool = False,
         timeout: float | None = None,
         request_id: str | None = None,
+        priority: int | None = None,
     ) -> Recommendations:
         """The best items for a customer that pass the filter, best first. None leaves the server's default."""
         request = requests.recommend_request(customer, count, filter, beam_width, explain, allow_degraded)
         seconds = self.timeouts.recommendation_seconds
-        return responses.recommendations(self._call(self._stubs.recommend, request, timeout, seconds, request_id))
+        return responses.recommendations(
+            self._call(self._stubs.recommend, request, timeout, seconds, request_id, priority)
+        )
 
     def rank(
         self,
@@ -93,13 +97,17 @@ class Client(ClientBase):
         item_ids: Sequence[str],
         *,
         explain: bool = False,
+        allow_degraded: bool = False,
         timeout: float | None = None,
         request_id: str | None = None,
+        priority: int | None = None,
     ) -> Ranking:
-        """The given items with their scores for a customer, best first."""
-        request = requests.rank_request(customer, item_ids, explain)
+        """The given items with their scores for a customer, best first.
+
+        `explain` says what moved each; `allow_degraded` lets the server leave that out rather than refuse."""
+        request = requests.rank_request(customer, item_ids, explain, allow_degraded)
         seconds = self.timeouts.recommendation_seconds
-        return responses.ranking(self._call(self._stubs.rank, request, timeout, seconds, request_id))
+        return responses.ranking(self._call(self._stubs.rank, request, timeout, seconds, request_id, priority))
 
     def predict(
         self,
@@ -110,13 +118,14 @@ class Client(ClientBase):
         allow_degraded: bool = False,
         timeout: float | None = None,
         request_id: str | None = None,
+        priority: int | None = None,
     ) -> Predictions:
         """One prediction for each target, in their order; no targets means all that the bundle has.
 
         `explain` says what moved each; `allow_degraded` lets the server leave that out rather than refuse."""
         request = requests.predict_request(customer, targets, explain, allow_degraded)
         seconds = self.timeouts.prediction_seconds
-        return responses.predictions(self._call(self._stubs.predict, request, timeout, seconds, request_id))
+        return responses.predictions(self._call(self._stubs.predict, request, timeout, seconds, request_id, priority))
 
     def get_model(self, *, timeout: float | None = None, request_id: str | None = None) -> ModelInfo:
         """Bundle, base model, limits, targets and demo customers of the server."""
@@ -139,6 +148,7 @@ class Client(ClientBase):
         allow_degraded: bool = False,
         timeout: float | None = None,
         request_id: str | None = None,
+        priority: int | None = None,
     ) -> ChatStream:
         """The assistant's next turn as a stream of text; a string is one user message, no customer is a visitor.
 
@@ -149,7 +159,7 @@ class Client(ClientBase):
         request = requests.chat_request(
             messages, customer, max_tokens, temperature, top_k, top_p, seed, stop, grounding, allow_degraded
         )
-        terms = self._terms(timeout, self.timeouts.chat_seconds, request_id)
+        terms = self._terms(timeout, self.timeouts.chat_seconds, request_id, priority)
         call = self._stubs.chat(request, **terms.keywords)
         return ChatStream(call, terms.request_id)
 
@@ -180,8 +190,9 @@ class Client(ClientBase):
         timeout: float | None,
         default_seconds: float,
         request_id: str | None,
+        priority: int | None = None,
     ) -> Answer:
-        terms = self._terms(timeout, default_seconds, request_id)
+        terms = self._terms(timeout, default_seconds, request_id, priority)
         try:
             return method(request, **terms.keywords)
         except grpc.RpcError as error:

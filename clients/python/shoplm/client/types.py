@@ -123,7 +123,7 @@ class ItemFilter:
     exclude_purchased: bool = False
     min_price: float | None = None
     max_price: float | None = None
-    in_stock: bool = False
+    in_stock_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One thing to predict. `horizon_days` None means the server's 30; `campaign_type` is for coupon redemption."""
+    """One thing to predict. `horizon_days` None means the server's 30; coupons have a `campaign_type` instead."""
 
     kind: TargetKind
     horizon_days: int | None = None
@@ -231,11 +231,15 @@ class Recommendations:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The given items with their scores, best first; unknown ids are left out and counted in the warnings."""
+    """The given items with their scores, best first; unknown ids are left out and counted in the warnings.
+
+    `degradations`: what the server took from the answer to give it in time.
+    """
 
     items: tuple[RecommendedItem, ...]
     model: ModelVersion
     usage: Usage
+    degradations: tuple[Degradation, ...]
     warnings: tuple[ResponseWarning, ...]
     raw: recommendation_pb2.RankResponse = field(repr=False, compare=False)
 
@@ -244,15 +248,15 @@ class Ranking:
 class Prediction:
     """The answer for one target: `probability` in [0, 1], or `amount` with its 90 % `interval`; the other is None.
 
-    `base_rate` is the same quantity over all customers of the training data; it is the answer for a customer without
-    a history, and has no interval. `applicable` is False for a customer outside the target's population.
+    `population_mean` is the same quantity over all customers of the training data; it is the answer for a customer
+    without a history, and has no interval. `applicable` is False for a customer outside the target's population.
     """
 
     target: Target
     probability: float | None
     amount: float | None
     interval: tuple[float, float] | None
-    base_rate: float
+    population_mean: float
     applicable: bool
     influences: tuple[Influence, ...] = ()  # only where they were asked for, the strongest first
 
