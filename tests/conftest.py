@@ -331,9 +331,9 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def default_base() -> Path:
     """Folder of the converted default base model. Mark users with `real_base`."""
-    from shoplm.model.base import cached_default_base
+    from shoplm.model.base_cache import DEFAULT_MODEL, cache_folder, converted
 
-    folder = cached_default_base()
-    if folder is None:
+    folder = cache_folder() / "bases" / DEFAULT_MODEL.folder_name
+    if not converted(folder):
         pytest.skip("the default base model is not in the local cache: start `make serve` once to fetch and convert it")
     return folder

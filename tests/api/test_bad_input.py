@@ -16,6 +16,7 @@ from server_thread import TIMEOUT_SECONDS, bad_fields, detail
 from shoplm.api import filters, wire
 from shoplm.api.validation import MAX_VIOLATIONS
 from shoplm.errors import InvalidRequestError
+from shoplm.model.chat_template import Piece
 from shoplm.v1 import chat_pb2, prediction_pb2, recommendation_pb2, shop_pb2
 from tiny_shop import DEMO_CUSTOMER, item_id
 
@@ -328,7 +329,9 @@ def test_control_tokens_of_a_user_are_text(serve_scripted: Serve) -> None:
     server = scripted.server.server
     assert server.served is not None and server.served.shop is not None
     tokenizer, vocabulary = server.served.tokenizer, server.served.shop.vocabulary
-    control = {tokenizer.encode_template(name)[0] for name in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")}
+    control = {
+        tokenizer.encode_pieces([Piece(name, None)])[0] for name in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    }
     counts = [sum(token in control for token in request.tokens) for request in scripted.engine.requests]
     assert len(set(counts)) == 1  # as many as the template writes, whatever the user wrote
     assert all(token < vocabulary.text_size for request in scripted.engine.requests for token in request.tokens)
@@ -343,6 +346,6 @@ def test_attributes_cannot_leave_their_line(serve_scripted: Serve) -> None:
     customer.attributes["age"] = "plain"
     scripted.server.recommendation.Recommend(recommendation_pb2.RecommendRequest(customer=customer))
     assert scripted.server.server.served is not None
-    end = scripted.server.server.served.tokenizer.encode_template("<|im_end|>")[0]
+    end = scripted.server.server.served.tokenizer.encode_pieces([Piece("<|im_end|>", None)])[0]
     first, second = (request.tokens.count(end) for request in scripted.engine.requests)
     assert first == second

@@ -23,7 +23,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from shoplm.errors import BaseModelError, TransientError
 from shoplm.model import base_cache
-from shoplm.model.base import cached_default_base, resolve_base
+from shoplm.model.base import resolve_base
 from shoplm.model.base_cache import DEFAULT_MODEL, PackagedModel, cache_folder, ensure_packaged, file_fingerprint
 from shoplm.model.config import ModelConfig
 
@@ -310,10 +310,6 @@ def test_hub_id_in_the_hub_s_own_cache(tiny_model: TinyModel, tmp_path: Path) ->
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "someone/some-model\n", done.stderr
-
-
-def test_looking_for_the_default_fetches_nothing(cache: Path) -> None:
-    assert cached_default_base() is None and not cache.exists()
 
 
 @pytest.mark.real_base

@@ -112,6 +112,10 @@ def test_end_tokens_come_from_generation_config(tmp_path: Path) -> None:
     assert ModelConfig.from_folder(tmp_path).eos_token_ids == (7, 5)
 
 
+def test_no_base_is_refused_for_its_first_token() -> None:
+    assert parse_config({**MINIMAL, "bos_token_id": [1, 2]}).bos_token_id is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -41,7 +41,7 @@ from shoplm.request import (
 )
 
 _MANY_CALLS, _PAUSE_SECONDS = 16, 1e-3
-_STOP_SECONDS = 10.0  # for an engine that was told to drain
+STOP_SECONDS = 10.0  # for an engine that was told to drain
 
 
 class _Link(asyncio.Protocol):
@@ -267,4 +267,4 @@ class ThreadEngineClient(EngineClient):
 
     async def _stop_engine(self) -> None:
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join, _STOP_SECONDS)
+            await asyncio.to_thread(self._thread.join, STOP_SECONDS)

@@ -7,12 +7,11 @@ import logging
 import socket
 
 import msgspec
-from shoplm.engine.client import EngineClient
+from shoplm.engine.client import STOP_SECONDS, EngineClient
 from shoplm.engine.launch import PROGRAM, EngineProcess
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import BundleChangedError, EngineUnavailableError, ShopLMError, TransientError
 
-_STOP_SECONDS = 10.0  # for an engine that was told to drain
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 10.0
 _LOOKS = 10  # for a sign of life, in the time that an engine may be silent
 _TIMES_FIRST_LOAD = 10.0  # that a later one may take
@@ -161,10 +160,10 @@ class ProcessEngineClient(EngineClient):
         if self._is_loading:  # it has nothing to finish, and reads no message before it has loaded
             self._kill()
         try:
-            async with asyncio.timeout(_STOP_SECONDS):
+            async with asyncio.timeout(STOP_SECONDS):
                 await self._process.wait()
         except TimeoutError:
-            log.warning("the engine did not stop in %s s and is killed", _STOP_SECONDS)
+            log.warning("the engine did not stop in %s s and is killed", STOP_SECONDS)
             self._kill()
             await self._process.wait()
         await self._early_death

@@ -17,8 +17,6 @@ from shoplm.bundle import BASE_FOLDER
 from shoplm.errors import BaseModelError, TransientError
 from shoplm.model.base_cache import (
     DEFAULT_MODEL,
-    cache_folder,
-    converted,
     ensure_converted,
     ensure_packaged,
     file_fingerprint,
@@ -73,12 +71,6 @@ def bundle_base(bundle: Path | None, reference: str | None, console: Console | N
         found = _from_folder(own, console or Console(stderr=True))
         return replace(found, name=found.origin.value)  # its folder's name says nothing
     return resolve_base(reference, console)
-
-
-def cached_default_base() -> Path | None:
-    """The folder of the default base model if it is in the cache; fetches nothing."""
-    folder = cache_folder() / "bases" / DEFAULT_MODEL.folder_name
-    return folder if converted(folder) else None
 
 
 def _from_folder(path: Path, console: Console) -> Base:

@@ -65,6 +65,7 @@ class ModelConfig:
     qkv_bias: bool
     output_bias: bool  # bias of the attention's output projection
     qk_norm: bool  # RMSNorm of each head's query and key, before RoPE
+    # Of these a base's fingerprint is made, too; prompts and answers use the tokenizer's.
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]  # of generation_config.json, else of config.json
 
@@ -266,9 +267,7 @@ def _sliding_windows(raw: Mapping[str, Any], architecture: str, num_layers: int)
 
 def _bos(raw: Mapping[str, Any]) -> int | None:
     value = raw.get("bos_token_id")
-    if value is not None and not isinstance(value, int):
-        raise BaseModelError(f"bos_token_id is {value!r}, but must be an integer or null")
-    return value
+    return value if isinstance(value, int) else None
 
 
 def _eos(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:

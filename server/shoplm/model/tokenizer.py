@@ -58,8 +58,8 @@ class Tokenizer:
         self._special_ids = frozenset(index for index, token in self._added.items() if token.special)
         self._bytes = _TokenBytes(self._control)
         self.special_tokens = dict(special_tokens or {})
-        self.bos_token_id = self._named_id("bos_token")
-        self.eos_token_id = self._named_id("eos_token")
+        eos = self.special_tokens.get("eos_token")
+        self.eos_token_id = None if eos is None else self._control.token_to_id(eos)
         ends = dict.fromkeys(end_token_ids)
         if self.eos_token_id is not None:
             ends.setdefault(self.eos_token_id)
@@ -100,10 +100,6 @@ class Tokenizer:
         """`encode` of many texts, on all cores."""
         return [list(each.ids) for each in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def encode_template(self, text: str) -> list[int]:
-        """Token ids of text in which control tokens count. Nothing is added before or after."""
-        return list(self._control.encode(text, add_special_tokens=False).ids)
-
     def encode_pieces(self, pieces: Sequence[TextPiece]) -> list[int]:
         """Token ids of template text and contents together.
 
@@ -131,10 +127,6 @@ class Tokenizer:
     def strips_first_space(self) -> bool:
         """Whether a text's first space is an artefact of the encoding (sentencepiece-style vocabularies)."""
         return self._bytes.strips_first_space
-
-    def _named_id(self, name: str) -> int | None:
-        token = self.special_tokens.get(name)
-        return None if token is None else self._control.token_to_id(token)
 
     def _parts(self, pieces: Sequence[TextPiece]) -> Iterator[str | int]:
         """Alternating plain text (possibly empty) and control token ids, beginning with text."""
