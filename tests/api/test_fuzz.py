@@ -49,6 +49,7 @@ SCALARS: dict[int, st.SearchStrategy[Any]] = {
     FieldDescriptor.TYPE_INT64: st.sampled_from([-(2**63), -1, 0, 1_514_000_000, 2_000_000_000, 2**63 - 1]),
     FieldDescriptor.TYPE_ENUM: st.integers(-1, 7),
     FieldDescriptor.TYPE_FLOAT: st.one_of(st.floats(width=32), st.sampled_from([0.0, 0.5, 1.0, 3.0])),
+    FieldDescriptor.TYPE_DOUBLE: st.one_of(st.floats(), st.sampled_from([0.0, 0.5, 1.0, 3.0])),
 }
 
 
