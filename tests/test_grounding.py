@@ -66,6 +66,24 @@ def test_an_item_whose_whole_title_is_named_stands_alone(grounding: Grounding) -
     assert _titles(grounding.search("Bread returned?", _history([]), 4)) == ["Bread", "Returns"]  # one word is a name
 
 
+def test_an_item_whose_name_holds_what_is_asked_for_is_found(grounding: Grounding) -> None:
+    assert _titles(grounding.search("Do you sell OLIVES?", _history([]), 4)) == ["Olive oil, 34 oz", "Olive oil, 8 oz"]
+    found = grounding.search("What is the price of oils?", _history([]), 4)
+    assert _titles(found) == ["Oil, motor", "Olive oil, 34 oz", "Returns"]  # the closest name first
+    # What the name lacks is asked for, too; and words that ask are no item's.
+    assert _titles(grounding.search("Do you sell olive trees?", _history([]), 4)) == []
+    assert _titles(grounding.search("What do you have in stock?", None, 4)) == []
+
+
+@pytest.mark.parametrize("titles", [["?"], ["牛奶"], ["a", "b"], []])
+def test_titles_of_few_words_or_none_are_no_hindrance(titles: list[str]) -> None:
+    count = len(titles)
+    catalog = Catalog(titles, titles, [""] * count, np.ones(count), np.ones(count, bool), [], {})
+    grounding = Grounding(Knowledge([Passage("x.md", "?", "!")]), catalog, "EUR", decay_days=30.0)
+    found = grounding.search("Do you have 牛奶 ?", None, 3)
+    assert _titles(found) == [title for title in titles if title == "牛奶"]
+
+
 def test_an_item_without_a_price_or_a_title_is_none(grounding: Grounding) -> None:
     assert grounding.search("Do you have tea?", _history([]), 3) == []
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import TypeVar
 
 import numpy as np
 from shoplm.catalog.items import Catalog
 from shoplm.history import History
-from shoplm.retrieval import Knowledge, Passage, habits_passage, item_passage
+from shoplm.retrieval import Knowledge, Passage, WordIndex, habits_passage, item_passage
 
 MAX_HABITS = 5
 _MAX_ITEMS = 2  # of one name
 _MAX_NAME_WORDS = 16
+_MAX_TRIED = 16  # of names that share a word with the question
 _LEAST_TITLE_WORDS = 2  # a title of one word may be any word of a question
 _WORD = re.compile(r"\w+")
 _HABIT_WORDS = frozenset(("bought", "favorite", "favourite", "most", "often", "purchases", "usual", "usually"))
 _OWN_WORDS = frozenset(("i", "my", "me"))
+_ASKING = """aisle buy carry category cheap cost costs department expensive find get got keep like look looking much
+need offer please price prices sell shelf shop stock store want"""  # words that ask for an item, and name none
 
 Words = tuple[str, ...]
 Found = TypeVar("Found")
@@ -40,17 +44,34 @@ class Grounding:
                 rows = self._names.setdefault(_words(title.split(",")[0]), [])
                 if len(rows) < _MAX_ITEMS:
                     rows.append(row)
+        self._rows_of_names = list(self._names.values())
+        self._index = WordIndex([" ".join(name) for name in self._names]) if self._names else None
 
-    def search(self, question: str, history: History, count: int) -> list[Passage]:
+    def search(self, question: str, history: History | None, count: int) -> list[Passage]:
         """At most `count` passages, the surest first: an item whose whole title is in the question stands alone; else
-        the customer's purchases, items by their names, and the shop's texts."""
+        the customer's purchases, items by their names, and the shop's texts. Where no name is in the question, an item
+        counts whose name holds all that the question asks for (`gasoline` finds `Gasoline-reg unleaded`)."""
         words = _words(question)
         titled = _find(words, self._titles, _LEAST_TITLE_WORDS)
         if titled:
-            return [self._item(row) for row in titled][:count]
-        named = [self._item(row) for rows in _find(words, self._names, 1) for row in rows]
-        found = [*self._habits(words, history), *named[:_MAX_ITEMS][: max(count - 1, 0)]]
+            return [self.item(row) for row in titled][:count]
+        rows = _find(words, self._names, 1) or self._worded(question)
+        named = [self.item(row) for row in itertools.chain.from_iterable(rows)]
+        habits = [] if history is None else self._habits(words, history)
+        found = [*habits, *named[:_MAX_ITEMS][: max(count - 1, 0)]]
         return (found + self._knowledge.search(question, count))[:count]
+
+    def _worded(self, question: str) -> list[list[int]]:
+        """Rows of the names that hold every word of the question but those that ask, the closest first."""
+        index = self._index
+        if index is None:
+            return []
+        asking = frozenset(index.words(_ASKING))
+        wanted = [word for word in index.asked(question) if word not in asking]
+        if not wanted or index.known(wanted) != wanted:
+            return []
+        best = np.argsort(-index.scores(wanted), kind="stable")[:_MAX_TRIED].tolist()
+        return [self._rows_of_names[at] for at in best if index.holds(at, wanted)]
 
     def habits(self, history: History) -> list[Passage]:
         """What the customer buys most; nothing where nothing is known."""
@@ -63,7 +84,17 @@ class Grounding:
         asked = set(words)
         return self.habits(history) if asked & _HABIT_WORDS and asked & _OWN_WORDS else []
 
-    def _item(self, row: int) -> Passage:
+    @property
+    def told_rows(self) -> list[int]:
+        """Rows of the items that have a title of their own and a price."""
+        return list(self._titles.values())
+
+    def rows_of_name(self, name: str) -> list[int]:
+        """Items whose title begins with this name, up to its first comma; the first few in the catalogue's order."""
+        return self._names[_words(name)]
+
+    def item(self, row: int) -> Passage:
+        """What the catalogue says of the item."""
         catalog = self._catalog
         return item_passage(catalog.titles[row], catalog.categories[row], float(catalog.prices[row]), self._currency)
 

@@ -7,6 +7,7 @@ written, where their endings are not those of English ones.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Sequence
@@ -14,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from shoplm.errors import BundleError
 
 _HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*\s*$", re.MULTILINE)
 DECLINED = "I don't know. The shop's information does not say."  # what an adapted base says where no passage answers
+ITEMS_SOURCE = "items.parquet"  # of passages about items
 _WORTH = 0.6  # of the best passage's score
 MAX_PASSAGE_CHARACTERS = 1200  # longer passages are split at blank lines
 
@@ -38,7 +41,7 @@ class Passage:
 
 def item_passage(title: str, category: str, price: float, currency: str) -> Passage:
     """What the catalogue says of an item, as a passage."""
-    return Passage("items.parquet", title, f"category {category}, price {price:.2f} {currency}")
+    return Passage(ITEMS_SOURCE, title, f"category {category}, price {price:.2f} {currency}")
 
 
 def habits_passage(titles: Sequence[str]) -> Passage:
@@ -46,22 +49,58 @@ def habits_passage(titles: Sequence[str]) -> Passage:
     return Passage("customer", "What this customer often buys", "; ".join(titles))
 
 
+class WordIndex:
+    """BM25 over stems of English words. Safe to share: it is not changed after construction."""
+
+    def __init__(self, documents: Sequence[str]) -> None:
+        import bm25s  # only here: a shop without texts starts without both
+        import Stemmer
+
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for DEBUG when it is imported
+        self._bm25s = bm25s
+        self._stemmer = Stemmer.Stemmer("english")
+        self._documents = tuple(documents)
+        self._index = bm25s.BM25()
+        stems = self._stems(documents)
+        self._known = frozenset(itertools.chain.from_iterable(stems))
+        if self._known:
+            self._index.index(stems, show_progress=False)
+
+    def words(self, text: str) -> list[str]:
+        """Its stems, in the order of the text."""
+        return self._stems([text])[0]
+
+    def asked(self, query: str) -> list[str]:
+        """The stems of a question without words that any question has."""
+        return self._stems([query], stopwords="english_plus")[0]
+
+    def known(self, words: list[str]) -> list[str]:
+        """Those that stand in some document."""
+        return [word for word in words if word in self._known]
+
+    def scores(self, words: list[str]) -> NDArray[np.float32]:
+        """[documents] of words that are known."""
+        scores: NDArray[np.float32] = self._index.get_scores(words)
+        return scores
+
+    def holds(self, document: int, words: list[str]) -> bool:
+        """Whether all of them stand in one document."""
+        return set(words) <= set(self.words(self._documents[document]))
+
+    def _stems(self, texts: Sequence[str], stopwords: str | None = None) -> list[list[str]]:
+        stems: list[list[str]] = self._bm25s.tokenize(
+            list(texts), stopwords=stopwords, stemmer=self._stemmer, return_ids=False, show_progress=False
+        )
+        return stems
+
+
 class Knowledge:
     """All passages of a bundle, and the search over them. Safe to share: it is not changed after construction."""
 
     def __init__(self, passages: Sequence[Passage]) -> None:
         self.passages = tuple(passages)
-        self._index = None
-        if self.passages:
-            import bm25s  # only here: a shop without texts starts without both
-            import Stemmer
-
-            logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for DEBUG when it is imported
-            self._bm25s = bm25s
-            self._stemmer = Stemmer.Stemmer("english")
-            self._index = bm25s.BM25()
-            documents = [f"{passage.title}\n{passage.text}" for passage in self.passages]
-            self._index.index([self._words(document) for document in documents], show_progress=False)
+        documents = [f"{passage.title}\n{passage.text}" for passage in self.passages]
+        self._index = WordIndex(documents) if documents else None
 
     def __len__(self) -> int:
         return len(self.passages)
@@ -73,26 +112,17 @@ class Knowledge:
         Words such as `how` and `you` count only where the query asks for something that no text speaks of: a model that
         is shown what does not answer says so, and one that is shown nothing makes something up.
         """
-        if self._index is None or count <= 0:
+        index = self._index
+        if index is None or count <= 0:
             return []
-        asked = self._words(query, stopwords="english_plus")
-        known = self._known(asked) or (self._known(self._words(query)) if asked else [])
+        asked = index.asked(query)
+        known = index.known(asked) or (index.known(index.words(query)) if asked else [])
         if not known:
             return []
-        scores = self._index.get_scores(known)
+        scores = index.scores(known)
         best = np.argsort(-scores, kind="stable")[:count]
         least = max(_WORTH * float(scores[best[0]]), np.finfo(np.float32).tiny)
         return [self.passages[row] for row in best.tolist() if scores[row] >= least]
-
-    def _known(self, words: list[str]) -> list[str]:
-        assert self._index is not None
-        return [word for word in words if word in self._index.vocab_dict]
-
-    def _words(self, text: str, stopwords: str | None = None) -> list[str]:
-        words: list[list[str]] = self._bm25s.tokenize(
-            [text], stopwords=stopwords, stemmer=self._stemmer, return_ids=False, show_progress=False
-        )
-        return words[0]
 
 
 def read_knowledge(folder: Path) -> Knowledge:

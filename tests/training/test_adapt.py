@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,11 @@ from shoplm.catalog.items import Catalog
 from shoplm.model.adapter import read_adapter
 from shoplm.model.base import Base, resolve_base
 from shoplm.model.origin import Origin
-from shoplm.retrieval import DECLINED, Passage
+from shoplm.retrieval import DECLINED, Knowledge, Passage
 from shoplm.training.adapt import kept, trainer
 from shoplm.training.adapt.conversations import FactWriter, talk_prompts
 from shoplm.training.adapt.model import AdaptedModel
+from shoplm.training.adapt.questions import about_sentence
 from shoplm.training.adapt.replay import Replay
 from shoplm.training.adapt.tensors import Branch, pass_inputs
 from shoplm.training.cli import adapt, evaluate, train
@@ -33,7 +35,7 @@ from typer.testing import CliRunner
 
 pytestmark = pytest.mark.usefixtures("quick_heads")
 Shell = Callable[..., str]
-_KNOWLEDGE = (Passage("a.md", "Returns", "You can return goods within 30 days. Bring the receipt."),)
+_KNOWLEDGE = Knowledge([Passage("a.md", "Returns", "You can return goods within 30 days. Bring the receipt.")])
 
 
 @pytest.fixture(scope="module")
@@ -95,32 +97,71 @@ def test_an_untrained_adapter_changes_nothing(tiny_base: Base) -> None:
     assert not torch.equal(model.hidden(inputs), model.base_hidden(inputs))
 
 
+_CATALOG = Catalog(
+    item_ids=["a", "b", "c"],
+    titles=["Red tea, 20 bags", "Black tea, 20 bags", "Soap"],
+    categories=["Drinks", "Drinks", "Bath"],
+    prices=np.array([2.5, 3.25, np.nan]),
+    in_stock=np.ones(3, bool),
+    type_texts=[],
+    rare={},
+)
+
+
 def test_facts_are_answered_by_a_passage_or_declined() -> None:
-    catalog = Catalog(
-        item_ids=["a", "b", "c"],
-        titles=["Red tea, 20 bags", "Black tea, 20 bags", "Soap"],
-        categories=["Drinks", "Drinks", "Bath"],
-        prices=np.array([2.5, 3.25, np.nan]),
-        in_stock=np.ones(3, bool),
-        type_texts=[],
-        rare={},
-    )
     random = np.random.default_rng(0)
-    writer = FactWriter(catalog, _KNOWLEDGE, "EUR")
-    facts = [writer.draw(random) for _ in range(400)]
+    writer = FactWriter(_CATALOG, _KNOWLEDGE, "EUR")
+    facts = [writer.draw(random) for _ in range(600)]
     declined = [fact for fact in facts if fact.answer == DECLINED]
     assert 0.1 < len(declined) / len(facts) < 0.5
     for fact in facts:
         if fact.answer == DECLINED:
-            assert not any(passage.title in fact.question for passage in fact.passages)
+            assert not any(passage.title.split(",")[0].lower() in fact.question.lower() for passage in fact.passages)
         elif "costs" in fact.answer:
-            (price,) = [each for each in ("2.50", "3.25") if each in fact.answer]
-            assert any(price in passage.text and passage.title in fact.question for passage in fact.passages)
+            (title,) = [each for each in _CATALOG.titles if each in fact.answer]
+            assert title.split(",")[0].lower() in fact.question.lower()
+            price = f"{_CATALOG.prices[_CATALOG.titles.index(title)]:.2f}"
+            assert any((passage.title, price) == (title, _price_of(passage)) for passage in fact.passages), fact
         else:
             assert any(_holds(passage, fact.answer) for passage in fact.passages), fact
-    nothing_known = FactWriter(Catalog([], [], [], np.zeros(0), np.zeros(0, bool), [], {}), (), "EUR")
+    assert {fact.answer.split()[0] for fact in facts if "costs" in fact.answer} >= {"Yes.", "Red", "Black"}
+    nothing_known = FactWriter(Catalog([], [], [], np.zeros(0), np.zeros(0, bool), [], {}), Knowledge([]), "EUR")
     assert {nothing_known.draw(random).answer for _ in range(20)} == {DECLINED}
-    assert len(talk_prompts(catalog, 9, random)) == 9
+    assert len(talk_prompts(_CATALOG, 9, random)) == 9
+
+
+def test_what_the_shop_does_sell_is_not_declined_as_foreign() -> None:
+    titles = ["Slim laptops", "Electric guitars"]
+    catalog = Catalog(["a", "b"], titles, ["", ""], np.ones(2), np.ones(2, bool), [], {})
+    writer = FactWriter(catalog, Knowledge([]), "EUR")
+    random = np.random.default_rng(0)
+    asked = [fact.question for fact in (writer.draw(random) for _ in range(600)) if fact.answer == DECLINED]
+    foreign = [question for question in asked if "slim" not in question.lower() and "electric" not in question.lower()]
+    assert any("piano" in question for question in foreign)
+    assert not any(word in question for question in foreign for word in ("laptops", "guitars"))
+
+
+_SENTENCES = (
+    ("Delivery costs 4.95 dollars.", {"How much", "What does it cost", "What do I pay"}),
+    ("We are open from 8 a.m. on Sunday.", {"When", "At what time", "Until when", "On which days"}),
+    ("The parcel arrives after 5 working days.", {"How long", "How soon", "Within what time"}),
+    ("Alcohol cannot be returned.", {"Can I", "Is it possible", "Am I allowed"}),
+)
+
+
+@pytest.mark.parametrize(("sentence", "beginnings"), _SENTENCES)
+def test_a_sentence_is_asked_for_in_forms_of_what_it_says(sentence: str, beginnings: set[str]) -> None:
+    random = np.random.default_rng(0)
+    asked = [about_sentence(sentence, "Terms", random) for _ in range(300)]
+    for beginning in beginnings:
+        assert any(question.startswith(beginning) for question in asked), beginning
+    assert not any(digit in question for question in asked for digit in "0123456789")  # which are the answer
+    words = set(re.findall(r"[a-z'-]+", f"{sentence} Terms".lower()))
+    assert all(words & set(re.findall(r"[a-z'-]+", question.lower())) for question in asked)
+
+
+def _price_of(passage: Passage) -> str:
+    return passage.text.split("price ")[-1].split()[0]
 
 
 def _holds(passage: Passage, answer: str) -> bool:

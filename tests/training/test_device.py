@@ -12,6 +12,7 @@ from shoplm.model.base import Base
 from shoplm.model.chat_template import ChatTemplate
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.prompt import PromptBuilder
+from shoplm.retrieval import Knowledge
 from shoplm.training import pipeline
 from shoplm.training.adapt.causal import CPU, training_device
 from shoplm.training.adapt.conversations import FactWriter
@@ -74,7 +75,7 @@ def test_a_step_meets_nothing_of_the_host(
     monkeypatch.setattr(Losses, "add", add)
     model, talk = make(tiny_base, shop), None
     if make is not scratch:
-        talk = Talk(FactWriter(catalog, (), "USD"), [Replay((5, 6), (7, 8, 9))], tokenizer)
+        talk = Talk(FactWriter(catalog, Knowledge([]), "USD"), [Replay((5, 6), (7, 8, 9))], tokenizer)
     with FakeTensorMode(allow_non_fake_inputs=True):
         trainer = JointTrainer(model, builder, shop, AdaptSettings(2), tmp_path, talk)
         for _ in range(4):

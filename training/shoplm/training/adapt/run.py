@@ -82,7 +82,7 @@ class AdaptRun:
         rows = read_model(request.bundle, manifest).rows
         torch.manual_seed(request.seed)
         self._model = self._make_model(rows, manifest.score.repeat_weight)
-        facts = FactWriter(self._catalog, read_knowledge(request.bundle).passages, manifest.currency)
+        facts = FactWriter(self._catalog, read_knowledge(request.bundle), manifest.currency)
         settings = AdaptSettings(request.steps, decay_days=manifest.score.decay_days, seed=request.seed)
         if request.rank is None:
             settings = replace(settings, learning_rate=FULL_LEARNING_RATE)

@@ -53,7 +53,8 @@ class AdaptSettings:
     learning_rate: float = 4e-4  # of the trunk
     head_learning_rate: float = 1e-4
     trunk_decay: float = 0.0  # pulls the trunk's weights towards zero
-    talk_share: float = 0.5  # of the passes that carry a talk conversation; each carries one fact
+    talk_share: float = 0.5  # of the passes that carry a talk conversation
+    facts: int = 2  # of a pass; half as many where no customer is in it
     bare_share: float = 0.2  # of the passes that have no history: chat without a customer
     chat_weight: float = 1.0
     behaviour_weight: float = 0.3
@@ -205,7 +206,8 @@ class JointTrainer:
         for start, (chat, talk) in zip(inputs.starts[first:], chats, strict=True):
             state = start + len(chat.suffix) - 1  # gives the answer's first token
             states = hidden[state : state + len(chat.answer)]
-            parts.append(self.settings.chat_weight * self._chat_loss(states, chat, losses, talk=talk))
+            weight = self.settings.chat_weight / (1 if talk else self.settings.facts)
+            parts.append(weight * self._chat_loss(states, chat, losses, talk=talk))
         return losses.add(LOSS, torch.stack(parts).sum()) if parts else None
 
     def _samples(self, history: History) -> list[Sample]:
@@ -218,8 +220,9 @@ class JointTrainer:
         if self._talk is None:
             return []
         chats, replays = [], self._talk.replays
-        if not bare or self._random.random() < 0.5:
-            chats.append((self._talk.fact(self._builder, self._random), False))
+        for _ in range(self.settings.facts):
+            if not bare or self._random.random() < 0.5:
+                chats.append((self._talk.fact(self._builder, self._random), False))
         if replays and (bare or self._random.random() < self.settings.talk_share):
             chats.append((replays[int(self._random.integers(len(replays)))], True))
         return chats
