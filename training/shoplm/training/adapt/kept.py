@@ -15,7 +15,6 @@ from shoplm.model.base import Base
 from shoplm.model.chat_template import ChatTemplate
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.prompt import PromptBuilder
-from shoplm.training.adapt.causal import CPU
 from shoplm.training.adapt.conversations import talk_prompts
 from shoplm.training.adapt.model import AdaptedModel, TalkingModel
 from shoplm.training.adapt.replay import Replay, replays_of
@@ -57,7 +56,6 @@ def held_out(
     watch: Watch,
     *,
     part: int = 0,
-    device: torch.device = CPU,
 ) -> list[Replay]:
     """The base's answers to prompts that training with `seed` does not draw; no two parts share a prompt."""
     trained = set(talk_prompts(catalog, TALK_PROMPTS, np.random.default_rng(seed)))
@@ -71,7 +69,6 @@ def held_out(
         tokenizer.end_token_ids,
         seed=seed + 1,
         progress=lambda done, total: watch.advance("the base's held-out answers", done, total),
-        device=device,
     )
 
 

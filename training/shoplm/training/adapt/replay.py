@@ -6,12 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
-import torch
+from shoplm.engine.load import load_backend
+from shoplm.engine.spec import EngineSpec
+from shoplm.model.direct import DirectRunner
 from shoplm.prompt import PromptBuilder
-from shoplm.training.adapt.causal import CPU, load_causal
+from shoplm.request import Generate, Sampling
 
-_BATCH = 24
+_AT_ONCE = 48
 _MAX_ANSWER_TOKENS = 72
+_TEMPERATURE = 0.8
+_KV_BYTES = 1 << 29
 
 
 class Replay(msgspec.Struct, frozen=True):
@@ -21,7 +25,6 @@ class Replay(msgspec.Struct, frozen=True):
     answer: tuple[int, ...]
 
 
-@torch.inference_mode()
 def replays_of(
     path: Path,
     base: Path,
@@ -31,39 +34,29 @@ def replays_of(
     *,
     seed: int,
     progress: Callable[[int, int], None],
-    device: torch.device = CPU,
 ) -> list[Replay]:
-    """The base's answers to `prompts` (temperature 0.8), from `path` where it has them, else written there."""
+    """The base's answers to `prompts`, each with the token that ends it where it ends, from `path` where it has them,
+    else written there."""
     if path.exists():
         return msgspec.json.decode(path.read_bytes(), type=list[Replay])
-    torch.manual_seed(seed)
-    model = load_causal(base, checkpointing=False).to(device).train(False)
     prefix = builder.prefix(None)
-    full = [builder.chat(prefix, [("user", prompt)]) for prompt in prompts]
-    order = sorted(range(len(full)), key=lambda index: len(full[index]))  # little padding
-    replays: list[Replay] = []
-    for start in range(0, len(order), _BATCH):
-        batch = [full[index] for index in order[start : start + _BATCH]]
-        width = max(map(len, batch))
-        ids = torch.zeros(len(batch), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for at, tokens in enumerate(batch):
-            ids[at, width - len(tokens) :] = torch.tensor(tokens)
-            mask[at, width - len(tokens) :] = 1
-        answers = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            do_sample=True,
-            temperature=0.8,
-            max_new_tokens=_MAX_ANSWER_TOKENS,
-            eos_token_id=list(end_tokens),
-            pad_token_id=end_tokens[0],
-        )[:, width:]
-        for tokens, answer in zip(batch, answers.tolist(), strict=True):
-            ends = [at for at, token in enumerate(answer) if token in end_tokens]
-            kept = answer[: ends[0] + 1] if ends else answer
-            replays.append(Replay(tokens[len(prefix.tokens) :], tuple(kept)))
-        progress(len(replays), len(order))
+    work = []
+    for number, prompt in enumerate(prompts):
+        sampling = Sampling(_TEMPERATURE, seed=seed * len(prompts) + number)
+        work.append(
+            (builder.chat(prefix, [("user", prompt)]), Generate(_MAX_ANSWER_TOKENS, sampling, tuple(end_tokens)))
+        )
+    backend = load_backend(EngineSpec(str(base), kv_cache_bytes=_KV_BYTES))
+    runner, replays = DirectRunner(backend), list[Replay]()
+    try:
+        for start in range(0, len(work), _AT_ONCE):
+            some = work[start : start + _AT_ONCE]
+            for (tokens, _), answer in zip(some, runner.run(some), strict=True):
+                end = end_tokens[:1] if len(answer) < _MAX_ANSWER_TOKENS else ()
+                replays.append(Replay(tokens[len(prefix.tokens) :], (*answer, *end)))
+            progress(len(replays), len(work))
+    finally:
+        backend.close()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")
     temporary.write_bytes(msgspec.json.encode(replays))

@@ -131,7 +131,7 @@ class AdaptRun:
     def _held_out(self, name: str, part: int) -> list[Replay]:
         path, seed = self._request.out / name, self._request.seed
         parts = (self._catalog, self._base, self._builder, self._tokenizer, seed, self._watch)
-        return held_out(path, *parts, part=part, device=self._request.device)
+        return held_out(path, *parts, part=part)
 
     def _answers(self, name: str, count: int, seed: int) -> list[Replay]:
         prompts = talk_prompts(self._catalog, count, np.random.default_rng(seed))
@@ -144,7 +144,6 @@ class AdaptRun:
             ends,
             seed=seed,
             progress=lambda done, total: self._watch.advance(f"the base's answers for {name}", done, total),
-            device=self._request.device,
         )
 
 
