@@ -52,8 +52,9 @@ def replays_of(
         for start in range(0, len(work), _AT_ONCE):
             some = work[start : start + _AT_ONCE]
             for (tokens, _), answer in zip(some, runner.run(some), strict=True):
+                assert isinstance(answer, tuple)
                 end = end_tokens[:1] if len(answer) < _MAX_ANSWER_TOKENS else ()
-                replays.append(Replay(tokens[len(prefix.tokens) :], (*answer, *end)))
+                replays.append(Replay(tokens[len(prefix.tokens) :], (*map(int, answer), *end)))
             progress(len(replays), len(work))
     finally:
         backend.close()
