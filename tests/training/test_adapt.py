@@ -196,6 +196,7 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(
     for name, tensor in whole.items():
         assert torch.equal(tensor, parts[name]), name
     assert any(bool(tensor.any()) for name, tensor in whole.items() if "lora_B" in name)
+    assert {tensor.dtype for tensor in whole.values()} == {torch.bfloat16}  # whatever it was trained in
     _trains_and_measures(shell, bundle, tmp_path)
 
 

@@ -14,7 +14,7 @@ from shoplm.model.tokenizer import Tokenizer
 from shoplm.prompt import PromptBuilder
 from shoplm.retrieval import Knowledge
 from shoplm.training import pipeline
-from shoplm.training.adapt.causal import CPU, training_device
+from shoplm.training.adapt.causal import CPU, training_device, trunk_dtype
 from shoplm.training.adapt.conversations import FactWriter
 from shoplm.training.adapt.model import AdaptedModel, JointModel, TunedModel
 from shoplm.training.adapt.replay import Replay
@@ -99,3 +99,18 @@ def test_the_device_is_chosen_or_refused_by_name(monkeypatch: pytest.MonkeyPatch
     assert training_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(ConfigurationError, match=r"cuda:2.* 2 GPUs"):
         training_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bf16", "dtype"),
+    [
+        ("cuda", False, torch.bfloat16),
+        ("cpu", True, torch.bfloat16),
+        ("cpu", False, torch.float32),
+    ],
+)
+def test_a_cpu_without_bf16_trains_in_fp32(
+    device: str, has_bf16: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoplm.training.adapt.causal.packing_supported", lambda: has_bf16)
+    assert trunk_dtype(torch.device(device)) is dtype

@@ -25,10 +25,9 @@ from shoplm.engine.shop_texts import token_texts
 from shoplm.errors import ConfigurationError
 from shoplm.model.base import Base, resolve_base
 from shoplm.model.chat_template import ChatTemplate
-from shoplm.model.linear import packing_supported
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.prompt import PromptBuilder
-from shoplm.training.adapt.causal import CPU
+from shoplm.training.adapt.causal import CPU, trunk_dtype
 from shoplm.training.adapt.saved_base import check_place
 from shoplm.training.adapt.scratch_model import INPUT_ROWS, SIZES, ScratchModel, ScratchSize
 from shoplm.training.adapt.trainer import AdaptSettings, JointTrainer
@@ -118,7 +117,7 @@ class ScratchRun:
             len(shop.items.types),
             self._prior(),
             len(shop.timeline.horizons),
-            torch.bfloat16 if device.type == "cuda" or packing_supported() else torch.float32,
+            trunk_dtype(device),
             device,
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from shoplm.errors import ConfigurationError
+from shoplm.model.linear import packing_supported
 from transformers import AutoModelForCausalLM
 
 CPU = torch.device("cpu")
@@ -29,10 +30,16 @@ def training_device(name: str) -> torch.device:
     return device
 
 
-def load_causal(folder: Path, *, checkpointing: bool) -> Any:
-    """The base in bf16, on the host. With `checkpointing`, activations are computed again in the backward pass: less
-    memory, more time."""
-    causal: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
+def trunk_dtype(device: torch.device) -> torch.dtype:
+    """What a trunk is trained in: bf16, but fp32 on a CPU without instructions for bf16, where a backward product of it
+    takes fourteen times as long."""
+    return torch.bfloat16 if device.type == "cuda" or packing_supported() else torch.float32
+
+
+def load_causal(folder: Path, device: torch.device, *, checkpointing: bool) -> Any:
+    """The base on `device`, in `trunk_dtype`. With `checkpointing`, activations are computed again in the backward
+    pass: less memory, more time."""
+    causal: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=trunk_dtype(device), attn_implementation="sdpa")
     if checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return causal
+    return causal.to(device)

@@ -91,14 +91,13 @@ class TalkingModel(JointModel):
         rows: OutputRows,
         repeat_weight: float,
         horizons: int,
-        device: torch.device,
     ) -> None:
         """`texts` are the words of each shop token, tokenised: their mean embeddings stand behind the text vocabulary,
         and are not trained."""
         embedding = causal.get_input_embeddings().weight.detach()
-        table = torch.cat((embedding, mean_embeddings(embedding, texts))).to(device)
-        super().__init__(causal.to(device).model, table, rows.bias, repeat_weight, horizons)
-        self.rows = nn.Parameter(rows.rows.to(device, copy=True))
+        table = torch.cat((embedding, mean_embeddings(embedding, texts)))
+        super().__init__(causal.model, table, rows.bias, repeat_weight, horizons)
+        self.rows = nn.Parameter(rows.rows.to(table.device, copy=True))
         self._text_head = causal.get_output_embeddings().weight.detach()
 
     def head_parameters(self) -> list[nn.Parameter]:
@@ -140,8 +139,8 @@ class AdaptedModel(TalkingModel):
         device: torch.device = CPU,
     ) -> None:
         """With `adapter`, that one of PEFT's format, whatever its rank, and not to be trained; else a new one."""
-        causal = load_causal(folder, checkpointing=checkpointing)
-        super().__init__(causal, texts, rows, repeat_weight, horizons, device)
+        causal = load_causal(folder, device, checkpointing=checkpointing)
+        super().__init__(causal, texts, rows, repeat_weight, horizons)
         if adapter is not None:
             self.peft: PeftModel = PeftModel.from_pretrained(causal, str(adapter), autocast_adapter_dtype=False)
             return
@@ -167,12 +166,13 @@ class AdaptedModel(TalkingModel):
         return scaled
 
     def save(self, folder: Path, strength: float = 1.0) -> None:
-        """In PEFT's format, times `strength`."""
+        """In PEFT's format, times `strength`, in bf16."""
         config = self.peft.active_peft_config
         trained = config.lora_alpha
         config.lora_alpha = trained * strength
         try:
-            self.peft.save_pretrained(str(folder))
+            in_bf16 = {name: value.to(torch.bfloat16) for name, value in self.peft.state_dict().items()}
+            self.peft.save_pretrained(str(folder), state_dict=in_bf16)
         finally:
             config.lora_alpha = trained
 
@@ -193,11 +193,11 @@ class TunedModel(TalkingModel):
         checkpointing: bool = False,
         device: torch.device = CPU,
     ) -> None:
-        causal = load_causal(folder, checkpointing=checkpointing)
+        causal = load_causal(folder, device, checkpointing=checkpointing)
         causal.requires_grad_(False)
-        super().__init__(causal, texts, rows, repeat_weight, horizons, device)
+        super().__init__(causal, texts, rows, repeat_weight, horizons)
         self._folder, self._causal = folder, [causal]
-        self._teacher = [load_causal(folder, checkpointing=False).to(device).model.requires_grad_(False).train(False)]
+        self._teacher = [load_causal(folder, device, checkpointing=False).model.requires_grad_(False).train(False)]
         self.layers, self.norm = causal.model.layers, causal.model.norm
         for parameter in self.trunk_parameters():
             parameter.requires_grad_(True)
