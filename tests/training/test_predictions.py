@@ -6,11 +6,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from shoplm.readout.targets import probabilities
+from shoplm.readout.targets import point_amounts, probabilities
 from shoplm.training import heads as heads_module
 from shoplm.training import nets, predictions
+from shoplm.training.calibration import calibrated, growing
 from shoplm.training.heads import Standard
-from shoplm.training.predictions import Observed, fit_behaviour
+from shoplm.training.predictions import Observed, draft, fit_behaviour
 
 HORIZONS = (7, 14, 30)
 FEATURES, HIDDEN = 4, 30
@@ -91,3 +92,83 @@ def test_too_few_customers_have_no_targets() -> None:
     assert fit_behaviour(few, few, HORIZONS, Standard.fit(few.features), 0) == ([], [], {})
     nobody = few.where(np.zeros(len(few), bool))
     assert fit_behaviour(nobody, nobody, HORIZONS, Standard.fit(few.features), 0) == ([], [], {})
+
+
+def with_states(train: Observed, seed: int, *, strength: float) -> Observed:
+    """The number of visits depends on a customer's state, `strength` times."""
+    random = np.random.default_rng(seed)
+    means = np.exp(strength * train.hidden[:, 0].astype(np.float64) - 0.5)
+    return dataclasses.replace(train, visits=random.poisson(means).astype(np.float64))
+
+
+def test_a_head_that_reads_states_is_calibrated_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean of exp is above exp of the mean: at the mean state, every number of purchases would look too low."""
+    train = with_states(observed(600, 3, 7, strength=0.5), 8, strength=1.2)
+    monkeypatch.setattr(predictions, "NET_ROWS", len(train))
+    standard = Standard.fit(train.features)
+    heads, specs, scales = fit_behaviour(train, train, HORIZONS, standard, 0)
+    assert scales["purchase_count"] > 0.0
+    count = next(spec for spec in specs if spec.kind == "purchase_count")
+    assert count.parameters["scale"] == pytest.approx(1.0, abs=0.1)
+    values = np.concatenate([head.values(train.hidden, standard(train.features)) for head in heads], axis=1)
+    assert point_amounts(count, values).mean() == pytest.approx(train.visits.mean(), rel=0.1)
+
+
+def test_a_head_that_reads_no_states_is_calibrated_on_all_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the states are: nothing of them is left in heads and calibration."""
+    train, dense = observed(300, 2, 9, strength=0.8), observed(300, 6, 10, strength=0.8)
+    monkeypatch.setattr(predictions, "NET_ROWS", len(dense))
+    monkeypatch.setattr(heads_module, "HIDDEN_SCALES", (0.0,))
+    standard = Standard.fit(dense.features)
+    bare = dataclasses.replace(dense, hidden=np.zeros((len(dense), 0), np.float32))
+    found = fit_behaviour(train, bare, HORIZONS, standard, 0)
+    other = fit_behaviour(dataclasses.replace(train, hidden=3.0 + train.hidden), bare, HORIZONS, standard, 0)
+    assert found[1:] == other[1:] and set(found[2].values()) == {0.0}
+    for mine, theirs in zip(found[0], other[0], strict=True):
+        np.testing.assert_array_equal(mine.weight, theirs.weight)
+        np.testing.assert_array_equal(mine.bias, theirs.bias)
+    rates = {spec.horizon_days: spec.base_rate for spec in found[1] if spec.kind == "purchase"}
+    assert rates == {days: float((dense.delay_days < days).mean()) for days in HORIZONS}
+
+
+def test_chances_of_a_purchase_grow_with_the_horizon() -> None:
+    """Of hazards that are too bold for the first step alone, lines of their own would cross."""
+    random = np.random.default_rng(11)
+    score = random.normal(0.0, 1.5, 4000)
+    true = np.stack([-1.5 + 0.3 * score, np.full(4000, -3.0), np.full(4000, -3.0)], axis=1)
+    hazards = 1.0 / (1.0 + np.exp(-true))
+    came = (random.random((4000, 3)) < hazards).cumsum(axis=1) > 0
+    values = np.stack([-1.5 + score, *(-2.5 - 1.5 * score[None]).repeat(2, 0)], axis=1)
+    drafts = [draft("purchase", "hazard", tuple(range(index + 1)), days) for index, days in enumerate(HORIZONS)]
+    truths = [came[:, index].astype(np.float64) for index in range(3)]
+    own = [calibrated(spec, values, truth) for spec, truth in zip(drafts, truths, strict=True)]
+    chances = [probabilities(spec, values) for spec in own]
+    assert (chances[0] > chances[1]).any()
+    grown = growing(own, values, truths)
+    fresh = np.random.default_rng(12).normal(0.0, 6.0, (4000, 3))
+    chances = [probabilities(spec, fresh) for spec in grown]
+    assert (chances[0] <= chances[1]).all() and (chances[1] <= chances[2]).all()
+    for spec, truth in zip(grown, truths, strict=True):
+        assert probabilities(spec, values).mean() == pytest.approx(truth.mean(), abs=0.01), spec.label
+
+
+def test_lines_that_do_not_cross_stay_as_they_are() -> None:
+    random = np.random.default_rng(13)
+    values = random.normal(-1.0, 0.5, (4000, 3))
+    came = (random.random((4000, 3)) < 1.0 / (1.0 + np.exp(-values))).cumsum(axis=1) > 0
+    drafts = [draft("purchase", "hazard", tuple(range(index + 1)), days) for index, days in enumerate(HORIZONS)]
+    truths = [came[:, index].astype(np.float64) for index in range(3)]
+    own = [calibrated(spec, values, truth) for spec, truth in zip(drafts, truths, strict=True)]
+    assert growing(own, values, truths) == own
+    assert len({spec.parameters["slope"] for spec in own}) == 3
+
+
+def test_scores_that_say_nothing_leave_the_usual_chances() -> None:
+    values = np.random.default_rng(14).normal(-1.0, 1.0, (2000, 2))
+    drafts = [draft("purchase", "hazard", tuple(range(index + 1)), days) for index, days in enumerate((7, 14))]
+    first = (values[:, 0] < -1.5).astype(np.float64)
+    truths = [first, np.maximum(first, (values[:, 1] < -1.5).astype(np.float64))]
+    own = [calibrated(spec, values, truth) for spec, truth in zip(drafts, truths, strict=True)]
+    grown = growing(own, values, truths)
+    chances = [probabilities(spec, values) for spec in grown]
+    assert (chances[0] <= chances[1]).all()

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from shoplm.bundle import HeadSpec
-from shoplm.readout.targets import PROBABILITIES, distribution, logit, quantiles, raw_probabilities, unscaled_amounts
+from shoplm.readout.targets import (
+    PROBABILITIES,
+    distribution,
+    logit,
+    probabilities,
+    quantiles,
+    raw_probabilities,
+    unscaled_amounts,
+)
 
 _LEVEL_BOUNDS = (0.001, 0.999)
 AMOUNT_LEVELS = tuple(round(0.4 + 0.02 * step, 2) for step in range(18))  # 0.4 to 0.74
@@ -39,6 +50,30 @@ def calibrated(spec: HeadSpec, values: NDArray[np.float64], truth: NDArray[np.fl
     levels = float(np.quantile(at, 0.05)), float(np.quantile(below, 0.95))
     low, high = (float(np.clip(level, *_LEVEL_BOUNDS)) for level in levels)
     return msgspec.structs.replace(spec, parameters={**parameters, "level_low": low, "level_high": max(high, low)})
+
+
+def growing(
+    specs: Sequence[HeadSpec], values: NDArray[np.float64], truths: Sequence[NDArray[np.float64]]
+) -> list[HeadSpec]:
+    """Calibrated chances that an event comes within ever longer horizons, from `values` [N, P] and one truth [N] each,
+    with lines that do not cross: as they are where none of the rows sees a chance fall; else with one slope and
+    intercepts that never fall."""
+    chances = [probabilities(spec, values) for spec in specs]
+    if all((later >= sooner).all() for sooner, later in pairwise(chances)):
+        return list(specs)
+    score = np.concatenate([logit(raw_probabilities(spec, values)) for spec in specs])
+    outcome, horizon = np.concatenate(truths), np.repeat(np.arange(len(specs)), len(values))
+    block = np.arange(len(specs))  # horizons that share an intercept
+    while True:
+        slope, intercepts = platt(score, outcome, block[horizon], int(block[-1]) + 1)
+        if slope < 0.0:  # the score says nothing: chances are what is usual
+            score = np.zeros_like(score)
+            continue
+        falls = [index for index, (sooner, later) in enumerate(pairwise(intercepts)) if later < sooner]
+        if not falls:
+            slope = slope if score.any() else 0.0
+            return [with_line(spec, slope, intercepts[at]) for spec, at in zip(specs, block.tolist(), strict=True)]
+        block = np.where(block > falls[0], block - 1, block)
 
 
 def with_line(spec: HeadSpec, slope: float, intercept: float) -> HeadSpec:

@@ -2,7 +2,8 @@
 
 Heads are fitted on everything before the test, and calibrated on values that heads fitted without a customer gave that
 customer: what fits too closely shows there, at all times of the training. A later window alone would show its own
-season as well, which the next one need not share. How strongly the hidden state is read is judged on the newest moment:
+season as well, which the next one need not share. A head that reads the hidden state is calibrated on rows that have
+one, for an amount at the mean state is not the mean of amounts. How strongly it is read is judged on the newest moment:
 an adapter, or a base from nothing, was trained on labels of the earlier ones.
 """
 
@@ -19,7 +20,7 @@ from shoplm.bundle import HeadSpec
 from shoplm.features import dense_features
 from shoplm.history import SECONDS_PER_DAY, EventKind
 from shoplm.readout.targets import PROBABILITIES
-from shoplm.training.calibration import calibrated
+from shoplm.training.calibration import calibrated, growing, with_line
 from shoplm.training.heads import (
     Head,
     HeadData,
@@ -171,9 +172,8 @@ def fit_behaviour(
     if not horizons or len(np.unique(train.customer)) < FEWEST_CUSTOMERS:
         return [], [], {}
     nets = len(dense) >= NET_ROWS
-    rows = _with_mean_state(dense, train) if nets else train  # to calibrate on: the more moments, the better
-    fold_of = np.random.default_rng(seed).permutation(int(max(train.customer.max(), rows.customer.max())) + 1) % FOLDS
-    fold = fold_of[rows.customer]
+    people = np.concatenate([train.customer, dense.customer]) if nets else train.customer
+    fold_of = np.random.default_rng(seed).permutation(int(people.max()) + 1) % FOLDS
     heads: list[Head] = []
     specs: list[HeadSpec] = []
     scales: dict[str, float] = {}
@@ -182,6 +182,9 @@ def fit_behaviour(
         if not usable:
             continue
         head, strength = _fit(group, train, dense if nets else None, standard, seed)
+        # To calibrate on: the more moments, the better, but with the states that the head reads.
+        rows = _with_no_state(dense, train) if nets and not strength.hidden_scale else train
+        fold = fold_of[rows.customer]
         unseen = np.zeros((len(rows), group.outputs))
         for each in np.unique(fold):
             known = train.where(fold_of[train.customer] != each)
@@ -192,7 +195,7 @@ def fit_behaviour(
         first = sum(len(other.bias) for other in heads)
         heads.append(head)
         scales[group.name] = strength.hidden_scale
-        specs += shifted([_calibrated(spec, unseen, rows) for spec in usable], first)
+        specs += shifted(_calibrated(usable, unseen, rows), first)
     return heads, specs, scales
 
 
@@ -218,18 +221,29 @@ def _fit(
     )
 
 
-def _with_mean_state(rows: Observed, train: Observed) -> Observed:
-    """The rows with the mean of the hidden states of `train`."""
-    state = train.hidden.mean(0, keepdims=True)
-    return replace(rows, hidden=np.broadcast_to(state, (len(rows), state.shape[1])))
+def _with_no_state(rows: Observed, train: Observed) -> Observed:
+    """The rows with a state of zeros, for heads that read none."""
+    return replace(rows, hidden=np.zeros((len(rows), train.hidden.shape[1]), np.float32))
 
 
-def _calibrated(spec: HeadSpec, unseen: NDArray[np.float64], rows: Observed) -> HeadSpec:
-    """With parameters from `unseen` [N, P], the values of heads that did not know the rows' customers."""
-    inside = rows.population(spec)
-    truth = rows.outcome(spec)[inside]
-    named = msgspec.structs.replace(spec, base_rate=float(truth.mean()))
-    return calibrated(named, unseen[inside], truth)
+def _calibrated(specs: Sequence[HeadSpec], unseen: NDArray[np.float64], rows: Observed) -> list[HeadSpec]:
+    """With parameters from `unseen` [N, P], the values of heads that did not know the rows' customers. Chances of a
+    purchase grow with the horizon; where that takes lines of their own from them, churn is what the longest leaves."""
+    found = []
+    for spec in specs:
+        inside = rows.population(spec)
+        truth = rows.outcome(spec)[inside]
+        named = msgspec.structs.replace(spec, base_rate=float(truth.mean()))
+        found.append(calibrated(named, unseen[inside], truth))
+    steps = [index for index, spec in enumerate(found) if spec.kind == "purchase"]
+    own = [found[index] for index in steps]
+    grown = growing(own, unseen, [rows.outcome(spec) for spec in own])
+    for index, spec in zip(steps, grown, strict=True):
+        found[index] = spec
+    if grown != own and found[-1].kind == "churn" and found[-1].horizon_days == grown[-1].horizon_days:
+        line = grown[-1].parameters
+        found[-1] = with_line(found[-1], line["slope"], -line["intercept"])
+    return found
 
 
 def _groups(train: Observed, horizons: Sequence[int]) -> list[_Group]:
