@@ -79,7 +79,11 @@ def run_score(files: Path, shop_folders: ShopFolders) -> Score:
         return Flaky(config.engine_spec(base.folder))
 
     def run(
-        *, problems: list[Problem] | None = None, ticks: list[tuple[int, int]] | None = None, **changes: object
+        *,
+        problems: list[Problem] | None = None,
+        ticks: list[tuple[int, int]] | None = None,
+        said: list[str] | None = None,
+        **changes: object,
     ) -> pl.DataFrame:
         fields: dict[str, object] = {
             "customers": files / "C.parquet",
@@ -95,7 +99,8 @@ def run_score(files: Path, shop_folders: ShopFolders) -> Score:
         base = resolve_base(str(shop_folders.base))
         progress = (lambda done, total: None) if ticks is None else (lambda done, total: ticks.append((done, total)))
         report = (lambda found: None) if problems is None else problems.extend
-        rows = asyncio.run(score(request, shop_folders.config(*SMALL), base, make, progress, report))
+        say = (lambda text: None) if said is None else said.append
+        rows = asyncio.run(score(request, shop_folders.config(*SMALL), base, make, progress, report, say))
         answers = pl.read_parquet(request.out)
         assert rows == len(answers)
         return answers
@@ -178,15 +183,52 @@ def test_parts_of_other_questions_are_not_used(run_score: Score, files: Path, mo
 
 def test_a_run_without_as_of_goes_on_with_its_own_now(tmp_path: Path) -> None:
     kept = parts.Parts(tmp_path / "S.parquet")
-    assert kept.as_of() is None
-    kept.open("same", 123.5)
+    assert kept.open("same", None, 123.5) == (123.5, False)
     kept.write(0, pl.DataFrame({"number": [0]}))
     again = parts.Parts(tmp_path / "S.parquet")
-    assert again.as_of() == 123.5
-    again.open("same", 123.5)
+    assert again.open("same", None, 200.0) == (123.5, True)
     assert again.has(0)
-    again.open("other", 123.5)
+    assert again.open("other", None, 200.0) == (200.0, False)
     assert not again.has(0)
+
+
+@pytest.mark.parametrize(("first", "second"), [(None, 123.5), (123.5, None), (123.5, 124.0)])
+def test_a_moment_that_was_asked_for_is_no_now(tmp_path: Path, first: float | None, second: float | None) -> None:
+    kept = parts.Parts(tmp_path / "S.parquet")
+    kept.open("same", first, 123.5)
+    kept.write(0, pl.DataFrame({"number": [0]}))
+    assert kept.open("same", second, 200.0) == (second or 200.0, False)
+    assert not kept.has(0)
+
+
+@pytest.mark.parametrize("changed", ["nothing", "events", "customers", "count", "timezone"])
+def test_now_is_that_of_a_stopped_run_of_the_same_questions_alone(
+    changed: str, run_score: Score, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (files / "D.csv").write_text("customer_id\nc1\nc2\nc3\n")
+    (files / "E.csv").write_text("customer_id\nc1\nc2\nc4\n")
+    events().head(-1).write_parquet(files / "fewer.parquet")
+    monkeypatch.setattr("shoplm.training.score.run.PART_QUESTIONS", 1)
+    monkeypatch.setattr(Flaky, "left", 3)
+    monkeypatch.setattr("time.time", lambda: LATER.timestamp())
+    with pytest.raises(EngineUnavailableError):
+        run_score(customers=files / "D.csv")
+    monkeypatch.setattr(Flaky, "left", None)
+    monkeypatch.setattr("time.time", lambda: DEMO_AS_OF.timestamp())
+    other: dict[str, dict[str, object]] = {
+        "nothing": {},
+        "events": {"events": files / "fewer.parquet"},
+        "customers": {"customers": files / "E.csv"},
+        "count": {"count": 4},
+        "timezone": {"timezone": "Europe/Berlin"},
+    }
+    said: list[str] = []
+    answers = run_score(said=said, **{"customers": files / "D.csv", **other[changed]})
+    if changed == "nothing":
+        assert answers["as_of"].unique().to_list() == [LATER]
+        assert LATER.isoformat() in said[0] and "--no-resume" in said[0]
+    else:
+        assert answers["as_of"].unique().to_list() == [DEMO_AS_OF] and not said
 
 
 def test_events_alone_ask_once_per_customer(run_score: Score, files: Path) -> None:

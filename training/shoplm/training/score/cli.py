@@ -10,6 +10,7 @@ from zoneinfo import ZoneInfo
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from shoplm.training.log_columns import is_timezone
 from shoplm.training.terminal import errors, fail, print_problems, watching
 
@@ -68,9 +69,10 @@ def score(
                     engine_process,
                     lambda done, total: watch.advance("customers", done, total),
                     lambda problems: print_problems(console, problems),
+                    watch.say,
                 )
             )
-    console.print(f"wrote [bold]{out}[/bold]: {rows:,} rows")
+    console.print(f"wrote [bold]{escape(str(out))}[/bold]: {rows:,} rows")
 
 
 def engine_process(config: ServerConfig, base: Base) -> EngineClient:

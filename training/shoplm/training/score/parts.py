@@ -12,8 +12,9 @@ PART_QUESTIONS = 256
 
 
 class _Identity(msgspec.Struct, frozen=True):
-    fingerprint: str  # of the bundle, the questions and their events
-    as_of: float
+    fingerprint: str  # of the bundle, the questions and their events; not of the moment of questions without one
+    as_of: float  # that moment
+    given: bool  # whether it was asked for, or was the time of the run
 
 
 class Parts:
@@ -27,18 +28,18 @@ class Parts:
         """Start anew."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def as_of(self) -> float | None:
-        """What the stopped run took for now."""
+    def open(self, fingerprint: str, as_of: float | None, now: float) -> tuple[float, bool]:
+        """Keeps parts of the same run; those of another are discarded. Returns the moment of questions without one,
+        `as_of` or what the run that goes on took for `now`, and whether a run goes on."""
         found = self._identity()
-        return None if found is None else found.as_of
-
-    def open(self, fingerprint: str, as_of: float) -> None:
-        """Keeps parts of the same run; those of another are discarded."""
-        wanted = _Identity(fingerprint, as_of)
-        if self._identity() != wanted:
-            self.discard()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        same = found is not None and found.fingerprint == fingerprint and found.given == (as_of is not None)
+        if found is not None and same and as_of in (None, found.as_of):
+            return found.as_of, True
+        self.discard()
+        wanted = _Identity(fingerprint, now if as_of is None else as_of, as_of is not None)
+        self._folder.mkdir(parents=True)
         (self._folder / "identity.json").write_bytes(msgspec.json.encode(wanted))
+        return wanted.as_of, False
 
     def has(self, start: int) -> bool:
         """Whether the part that begins with question `start` is there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,6 @@ class Questions:
 
     asked: tuple[Question, ...]
     problems: tuple[Problem, ...]
-    fingerprint: str  # of the questions and of the events
     _events: RawEvents
     _rows: dict[str, tuple[int, int]]  # customer -> where its events are
     _counted: EventKind
@@ -55,13 +55,13 @@ def read_questions(
     attributes: tuple[str, ...],
     *,
     counted: EventKind,
-    as_of: float,
+    moment: Callable[[str], float],
     timezone: str,
     now: float,
 ) -> Questions:
     """`customers` has one row per question: customer_id, perhaps as_of, and profile `attributes`. Without `events` it
-    has one row per event instead, and each customer (and as_of) in it is asked about once. `as_of` holds where a row
-    names none. Raises LogError with everything that is wrong."""
+    has one row per event instead, and each customer (and as_of) in it is asked about once. `moment` gives that of rows
+    that name none, from the fingerprint of all else that is asked. Raises LogError with everything that is wrong."""
     problems: list[Problem] = []
     asked = read_table(customers, "customers", ("customer_id",), problems)
     log = read_table(events, "events", ("customer_id", "item_id", "time"), problems) if events is not None else asked
@@ -73,25 +73,21 @@ def read_questions(
     if any(problem.fatal for problem in problems):
         raise LogError(problems)
     assert asked is not None and log is not None
-    questions = _asked(asked, attributes, as_of, timezone, once=events is None, problems=problems)
+    names = [name for name in attributes if name in asked.columns]
+    rows = _asked(asked, names, timezone, once=events is None, problems=problems)
     clean = cleaned_events(log, timezone, now, problems).sort("customer_id", maintain_order=True)
-    known, rows = _known_events(clean, catalog, problems)
-    digest = hashlib.sha256(repr(questions).encode())
+    known, ranges = _known_events(clean, catalog, problems)
+    digest = hashlib.sha256(repr(rows.rows()).encode())
     for column in clean.columns:
         digest.update(clean[column].hash(seed=0).to_numpy().tobytes())
-    return Questions(questions, tuple(problems), digest.hexdigest(), known, rows, counted)
+    questions = _questions(rows, names, moment(digest.hexdigest()))
+    return Questions(questions, tuple(problems), known, ranges, counted)
 
 
 def _asked(
-    frame: pl.DataFrame,
-    attributes: tuple[str, ...],
-    as_of: float,
-    timezone: str,
-    *,
-    once: bool,
-    problems: list[Problem],
-) -> tuple[Question, ...]:
-    names = [name for name in attributes if name in frame.columns]
+    frame: pl.DataFrame, names: Sequence[str], timezone: str, *, once: bool, problems: list[Problem]
+) -> pl.DataFrame:
+    """number, customer_id, as_of (null where the row names none), attributes; usable rows alone."""
     moment = time_column(frame, "as_of", timezone) if "as_of" in frame.columns else pl.lit(None, pl.Float64)
     given = pl.col("as_of").is_not_null() if "as_of" in frame.columns else pl.lit(False)
     table = frame.select(
@@ -104,7 +100,11 @@ def _asked(
     table = table.filter(pl.col("customer_id").is_not_null() & ~(pl.col("given") & pl.col("as_of").is_null()))
     if once:
         table = table.unique(["customer_id", "as_of"], keep="first", maintain_order=True)
-    table = table.with_columns(pl.col("as_of").fill_null(as_of)).sort("customer_id", "as_of", "number")
+    return table.drop("given")
+
+
+def _questions(rows: pl.DataFrame, names: Sequence[str], as_of: float) -> tuple[Question, ...]:
+    table = rows.with_columns(pl.col("as_of").fill_null(as_of)).sort("customer_id", "as_of", "number")
     return tuple(
         Question(
             number=row["number"],

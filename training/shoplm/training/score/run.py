@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,11 @@ async def score(
     make_engine: EngineFactory,
     progress: Callable[[int, int], None],
     report: Callable[[tuple[Problem, ...]], None],
+    say: Callable[[str], None],
 ) -> int:
     """Writes the output and returns its rows. `progress` gets (questions answered, questions), `report` what is wrong
-    with the files, before the engine starts. Raises ConfigurationError for files or a bundle that cannot be used."""
+    with the files, before the engine starts, `say` a line for people. Raises ConfigurationError for files or a bundle
+    that cannot be used."""
     served = load_served(base, config.bundle, verify=config.verify_bundle)
     if served.shop is None:
         raise ConfigurationError("scoring needs a bundle: give --bundle")
@@ -55,21 +58,27 @@ async def score(
     parts = Parts(request.out)
     if not request.resume:
         parts.discard()
-    now = time.time()
-    # A run that goes on must see customers from the moment that it began with.
-    as_of = request.as_of if request.as_of is not None else parts.as_of() or now
+    now, whole = time.time(), (served, served.shop, request)
+
+    def moment(fingerprint: str) -> float:
+        """A run that goes on must see customers from the moment that it began with."""
+        as_of, goes_on = parts.open(_fingerprint(*whole, fingerprint), request.as_of, now)
+        if goes_on:
+            seen = "" if request.as_of is not None else f", which sees customers from {_text(as_of)}"
+            say(f"going on with the run that was stopped{seen}; --no-resume starts anew")
+        return as_of
+
     questions = read_questions(
         request.customers,
         request.events,
         served.shop.catalog,
         served.shop.manifest.prompt.attributes,
         counted=EVENT_KINDS[served.shop.manifest.recommends],
-        as_of=as_of,
+        moment=moment,
         timezone=request.timezone,
         now=now,
     )
     report(questions.problems)
-    parts.open(_fingerprint(served, served.shop, questions, request), as_of)
     engine = make_engine(config, base)
     try:
         await engine.start()
@@ -97,6 +106,10 @@ async def _answer(scorer: Scorer, questions: Questions, parts: Parts, progress: 
             parts.write(start, await scorer.score(questions, asked, done))
 
 
-def _fingerprint(served: Served, shop: Shop, questions: Questions, request: ScoreRequest) -> str:
-    parts = (served.cache_root, msgspec.to_builtins(shop.manifest), questions.fingerprint, request.count)
+def _fingerprint(served: Served, shop: Shop, request: ScoreRequest, asked: str) -> str:
+    parts = (served.cache_root, msgspec.to_builtins(shop.manifest), asked, request.count, request.timezone)
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+
+
+def _text(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")
