@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import polars as pl
 import pytest
+from shoplm.errors import ConfigurationError
 from shoplm.history import EventKind
 from shoplm.training.catalogue import choose_items
 from shoplm.training.log import ShopLog, read_log
+from shoplm.training.log_columns import time_column
+from shoplm.training.pipeline import prepare
 from shoplm.training.problems import LogError
 from tiny_log import NOW
 
@@ -259,6 +264,77 @@ def test_what_spreadsheets_write_is_read_or_named(tmp_path: Path) -> None:
         read_log(tmp_path / "wide.csv", now=NOW)
 
 
+@pytest.mark.parametrize(
+    ("cells", "numbers", "said"),
+    [
+        (("1,234.56", "12.50"), (1234.56, 12.5), None),
+        (("1,234.56", "1,234"), (1234.56, 1234.0), None),
+        (("3,99", "12.50"), (3.99, 12.5), "such as '3,99' and '12.50'"),
+        (("1.234,56", "1,234.56"), (1234.56, 1234.56), "such as '1.234,56' and '1,234.56'"),
+        (("1.234.567", "0,125"), (1234567.0, 0.125), None),
+        (("1.234", "12"), (1.234, 12.0), None),
+        (("1,234", "12"), (1.234, 12.0), None),
+        (("-1.234,5", " 7,5 "), (-1.0, 7.5), None),
+        (("1.23,4", "2,5"), (-1.0, 2.5), None),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_the_last_mark_of_a_number_is_its_decimal_mark(
+    tmp_path: Path, suffix: str, cells: tuple[str, str], numbers: tuple[float, float], said: str | None
+) -> None:
+    """-1: not a price."""
+    text = f"customer_id;item_id;time;price\na;x;2021-03-01;{cells[0]}\na;y;2021-03-02;{cells[1]}\n"
+    (tmp_path / f"e.{suffix}").write_text(text.replace(";", "\t") if suffix == "tsv" else text)
+    log = read_log(tmp_path / f"e.{suffix}", now=NOW)
+    assert log.events["price"].fill_nan(-1.0).to_list() == pytest.approx(numbers)
+    both = [problem.found for problem in log.problems if problem.found.startswith("decimal commas and")]
+    assert both == ([] if said is None else [f"decimal commas and decimal points, {said}"])
+
+
+def test_categories_are_read_as_their_text(tmp_path: Path) -> None:
+    frame = pl.DataFrame({
+        "customer_id": ["a", "a"],
+        "item_id": ["x", "y"],
+        "time": ["2021-03-01", "2021-03-02"],
+        "type": ["purchase", "view"],
+        "quantity": ["2", "1"],
+        "price": ["1.5", "2"],
+    })  # fmt: skip
+    frame.cast(pl.Categorical).write_parquet(tmp_path / "e.parquet")
+    kinds = pl.Enum(["3.5", "nothing"])
+    items = pl.DataFrame({"item_id": ["x", "y"], "price": pl.Series(["3.5", "nothing"], dtype=kinds)})
+    items.write_parquet(tmp_path / "i.parquet")
+    log = read_log(tmp_path / "e.parquet", tmp_path / "i.parquet", now=NOW)
+    assert log.events["price"].to_list() == [1.5, 2.0] and log.events["quantity"].to_list() == [2.0, 1.0]
+    assert log.items["price"].to_list() == [3.5, 2.0]
+
+
+def test_ids_that_are_whole_floats_are_whole_numbers(tmp_path: Path) -> None:
+    """As nullable numbers of other tools are: 1e15 is no id of the events."""
+    numbers = [10**15, 10**16, 3]
+    frame = pl.DataFrame(
+        {"customer_id": numbers, "item_id": [1.0, 2.5, None], "time": [1614592800, 1614592801, 1614592802]}
+    )
+    frame.write_parquet(tmp_path / "e.parquet")
+    profiles = pl.DataFrame({"customer_id": [float(number) for number in (*numbers[:2], 7)], "age": [1, 2, 3]})
+    profiles.write_parquet(tmp_path / "c.parquet")
+    log = read_log(tmp_path / "e.parquet", customers=tmp_path / "c.parquet", now=NOW)
+    assert log.customer_ids == ["1000000000000000", "10000000000000000"] and log.item_ids == ["1", "2.5"]
+    assert [log.attributes[customer] for customer in log.customer_ids] == [(("age", "1"),), (("age", "2"),)]
+    assert found(log)["customer_id", "no id of the events; 2 others are"] == (1, "not used")
+
+
+def test_a_stray_event_behind_a_gap_is_said(tmp_path: Path) -> None:
+    days = [f"a,x,2020-{month:02d}-{day:02d}" for month in range(1, 11) for day in range(1, 29)]
+    log = read(tmp_path, "\n".join([HEADER, *days]))
+    assert not any("before a gap" in problem.found for problem in log.problems)
+    log = read(tmp_path, "\n".join([HEADER, *days, "a,x,2021-12-20"]))
+    (problem,) = [problem for problem in log.problems if "before a gap" in problem.found]
+    assert problem.rows == 1 and "2021-12-20" in problem.found and "2020-10-28" in problem.found
+    with pytest.raises(ConfigurationError, match=r"no purchase from 2021-10-21 to 2021-11-20.* of 2020-10-28"):
+        prepare(log)
+
+
 def test_profiles_of_nobody_in_the_log_are_said(tmp_path: Path) -> None:
     for ids, said in ((("C1", "C2"), True), (("1", "C2"), False)):
         (tmp_path / "customers.csv").write_text("customer_id,age\n" + "".join(f"{each},30\n" for each in ids))
@@ -302,6 +378,48 @@ def test_an_hour_that_summer_time_skips_is_no_time(tmp_path: Path) -> None:
     log = read(tmp_path, text, timezone="Europe/Berlin")
     assert log.events["time"].to_list() == [1616895000.0, 1635640200.0]
     assert found(log)["time", "empty or not a time"] == (1, "dropped")
+
+
+def test_a_date_without_a_midnight_begins_when_it_does(tmp_path: Path) -> None:
+    """In Cairo, summer time began at midnight."""
+    zone = ZoneInfo("Africa/Cairo")
+    expected = [datetime(2024, 4, day, hour, tzinfo=zone).timestamp() for day, hour in ((25, 0), (26, 1), (27, 0))]
+    dates = pl.Series(["2024-04-25", "2024-04-26", "2024-04-27"])
+    for column in (dates, dates.str.to_date(), dates.str.to_datetime(), dates.str.replace_all("-", "").cast(pl.Int64)):
+        frame = pl.DataFrame({"time": column})
+        assert frame.select(time_column(frame, "time", "Africa/Cairo"))["time"].to_list() == expected
+
+
+def test_a_campaign_lasts_until_the_end_of_its_last_day(tmp_path: Path) -> None:
+    (tmp_path / "campaigns.csv").write_text(
+        "customer_id,campaign_id,campaign_type,start,end,redeemed\n"
+        "a,1,A,2021-03-02,2021-03-02,true\n"
+        "a,2,A,2021-03-01 10:00,2021-03-01 10:00,true\n"
+        "a,3,A,2021-03-27,2021-03-28,no\n"
+    )
+    log = read(
+        tmp_path,
+        f"{HEADER}\na,x,2021-03-01\na,x,2021-03-02\n",
+        campaigns=tmp_path / "campaigns.csv",
+        timezone="Europe/Berlin",
+    )
+    assert log.campaigns["campaign_id"].to_list() == ["1", "3"]
+    # The second one's last day has 23 hours.
+    assert (log.campaigns["end"] - log.campaigns["start"]).to_list() == [86_400.0, 47 * 3600.0]
+
+
+def test_rows_that_disagree_on_a_campaign_are_one(tmp_path: Path) -> None:
+    rows = [f"a,1,A,2021-03-01,2021-03-09,{flag}\n" for flag in ("no", "yes", "no")]
+    (tmp_path / "campaigns.csv").write_text(
+        "customer_id,campaign_id,campaign_type,start,end,redeemed\n"
+        + "".join(rows)
+        + "a,2,A,2021-03-01,2021-03-09,no\n"
+    )
+    log = read(tmp_path, f"{HEADER}\na,x,2021-03-01\na,x,2021-03-02\n", campaigns=tmp_path / "campaigns.csv")
+    assert dict(log.campaigns.select("campaign_id", "redeemed").iter_rows()) == {"1": True, "2": False}
+    assert len(log.campaigns) == 2
+    text = "redeemed by one row of a customer and campaign, not by another"
+    assert found(log)["redeemed", text] == (1, "taken as redeemed")
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import polars as pl
-from shoplm.history import MAX_ATTRIBUTE_BYTES, MAX_ATTRIBUTES, EventKind
+from shoplm.history import MAX_ATTRIBUTE_BYTES, MAX_ATTRIBUTES
+from shoplm.training.log_checks import check_end, check_kinds
 from shoplm.training.log_columns import (
     cleaned_events,
     cleaned_items,
     flag_column,
     is_timezone,
     note_unknown_flags,
+    plain_columns,
     text_column,
     time_column,
 )
+from shoplm.training.log_numbers import with_points
 from shoplm.training.problems import LogError, Notes, Problem
 
 # Columns that are read, by file; of the customers' file and the catalogue, the others are kept as they are.
@@ -33,8 +36,6 @@ COLUMNS: Mapping[str, frozenset[str]] = {
     "campaigns": frozenset({"customer_id", "campaign_id", "campaign_type", "start", "end", "redeemed"}),
 }
 
-
-_FEW_PURCHASES = 0.01  # of the carts and views
 _SEVERAL_CUSTOMERS = 50
 
 
@@ -104,7 +105,8 @@ def read_log(
         problems.append(Problem("events", "time", len(clean), found, done, fatal=True))
     if any(problem.fatal for problem in problems):
         raise LogError(problems)
-    _check_kinds(clean, problems)
+    check_kinds(clean, problems)
+    check_end(clean, problems)
     known = cleaned_items(raw_items, clean, problems)
     item_ids = known["item_id"].to_list()
     customer_ids = clean["customer_id"].unique().sort().to_list()
@@ -121,7 +123,8 @@ def read_log(
 
 
 def read_table(path: Path, table: str, required: tuple[str, ...], problems: list[Problem]) -> pl.DataFrame | None:
-    """A file as it is, column names in lower case; None after adding a fatal problem. CSV columns are text."""
+    """A file as it is, column names in lower case; None after adding a fatal problem. Columns of CSV and ids are
+    text."""
     suffix = path.suffix.lower()
     try:
         if suffix in (".parquet", ".pq"):
@@ -156,12 +159,12 @@ def read_table(path: Path, table: str, required: tuple[str, ...], problems: list
         if column not in frame.columns:
             found = f"the column is missing; there are: {', '.join(frame.columns)}"
             problems.append(Problem(table, column, len(frame), found, "add or rename the column", fatal=True))
-    return frame
+    return frame.with_columns(plain_columns(frame))
 
 
 def _read_csv(path: Path, table: str, separator: str, problems: list[Problem]) -> pl.DataFrame:
     """Everything is text until its column is read: ids such as 007 must stay what they are. Spreadsheets of some
-    countries write semicolons between the columns, and a comma into numbers."""
+    countries write semicolons between the columns, or tabs, and a comma into numbers."""
     with path.open("rb") as file:
         begin = file.read(4096)
     if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -171,38 +174,10 @@ def _read_csv(path: Path, table: str, separator: str, problems: list[Problem]) -
     frame = pl.read_csv(path, infer_schema=False, separator=";" if semicolons else separator)
     if semicolons:
         problems.append(Problem(table, "-", len(frame), "semicolons between the columns", "read so"))
+    if semicolons or separator != ",":
         numbers = [name for name in frame.columns if name.strip().lower() in ("price", "quantity")]
-        frame = frame.with_columns(_with_points(frame, name) for name in numbers)
+        frame = frame.with_columns(with_points(frame, name, table, problems) for name in numbers)
     return frame
-
-
-def _with_points(frame: pl.DataFrame, name: str) -> pl.Expr:
-    """Numbers with decimal commas, and points between thousands, as others write them; a column without commas as it
-    is."""
-    text = pl.col(name)
-    if not frame.select(text.str.contains(r"\d,\d").any()).item():
-        return text
-    return text.str.replace_all(".", "", literal=True).str.replace(",", ".", literal=True)
-
-
-def _check_kinds(clean: pl.DataFrame, problems: list[Problem]) -> None:
-    """What customers buy is recommended, what they put into carts or look at only where nobody buys. Raises LogError
-    where there is none of it."""
-    counts = dict(clean["kind"].value_counts().iter_rows())
-    bought = counts.get(int(EventKind.PURCHASE), 0)
-    looked = counts.get(int(EventKind.CART), 0) + counts.get(int(EventKind.VIEW), 0)
-    if not bought + looked:
-        found, done = "nothing but returns", "give purchases, carts or views"
-        raise LogError([*problems, Problem("events", "type", len(clean), found, done, fatal=True)])
-    if 0 < bought < _FEW_PURCHASES * looked:
-        found = f"so few purchases beside {looked:,} carts and views"
-        problems.append(
-            Problem("events", "type", bought, found, "these few are recommended; without them, carts or views are")
-        )
-    if not bought:
-        found = "no purchases"
-        done = "carts (or views) are recommended instead"
-        problems.append(Problem("events", "type", len(clean), found, done))
 
 
 def _numbered(events: pl.DataFrame, customer_ids: list[str], item_ids: list[str]) -> pl.DataFrame:
@@ -225,7 +200,11 @@ def _attributes(
         problems.append(
             Problem("customers", "customer_id", len(frame) - len(unique), "empty or repeated id", "first row kept")
         )
-    if len(unique) and not unique["customer_id"].is_in(customer_ids).any():
+    matching = int(unique["customer_id"].is_in(customer_ids).sum())
+    if 0 < matching < len(unique):
+        found = f"no id of the events; {matching:,} others are"
+        problems.append(Problem("customers", "customer_id", len(unique) - matching, found, "not used"))
+    if len(unique) and not matching:
         theirs = unique[0, "customer_id"]
         found = f"no id of the events, which are such as {customer_ids[0]!r}; these are such as {theirs!r}"
         problems.append(Problem("customers", "customer_id", len(unique), found, "no customer has a profile"))
@@ -265,7 +244,7 @@ def _campaigns(
         text_column("campaign_id"),
         text_column("campaign_type"),
         time_column(frame, "start", timezone),
-        time_column(frame, "end", timezone),
+        time_column(frame, "end", timezone, last=True),
         flag_column("redeemed").fill_null(False),
     )
     known = parsed.join(ids, on="customer_id").select(list(CAMPAIGN_SCHEMA)).drop_nulls()
@@ -273,4 +252,9 @@ def _campaigns(
     if len(usable) < len(frame):
         found = "unknown customer, empty field, end not after start, or a repeated row"
         problems.append(Problem("campaigns", "-", len(frame) - len(usable), found, "dropped"))
-    return usable.sort("start", "campaign_id", "customer")
+    reached = [name for name in CAMPAIGN_SCHEMA if name != "redeemed"]
+    merged = usable.group_by(reached, maintain_order=True).agg(pl.col("redeemed").any())
+    if len(merged) < len(usable):
+        found = "redeemed by one row of a customer and campaign, not by another"
+        problems.append(Problem("campaigns", "redeemed", len(usable) - len(merged), found, "taken as redeemed"))
+    return merged.sort("start", "campaign_id", "customer")

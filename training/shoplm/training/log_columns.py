@@ -21,6 +21,21 @@ _PAID = "_median_paid"
 _RESERVED = ("row", "type_index", _PAID)  # of items.parquet, or made on the way to it
 
 
+def plain_columns(frame: pl.DataFrame) -> list[pl.Expr]:
+    """Those columns that need it as what others read: categories as their text, ids that are whole floats without an
+    exponent."""
+    found = []
+    for name, dtype in frame.schema.items():
+        column = pl.col(name)
+        if isinstance(dtype, pl.Categorical | pl.Enum):
+            found.append(column.cast(pl.String))
+        elif dtype.is_float() and name.endswith("_id"):
+            whole = column.cast(pl.Int64, strict=False)
+            text = pl.when(whole == column).then(whole.cast(pl.String)).otherwise(column.cast(pl.String))
+            found.append(pl.when(column.is_not_nan()).then(text).alias(name))
+    return found
+
+
 def text_column(name: str) -> pl.Expr:
     """The column as stripped text; empty is null. A whole float loses its `.0`, as ids of nullable numbers get one."""
     text = pl.col(name).cast(pl.String).str.strip_chars()
@@ -40,19 +55,22 @@ def note_unknown_flags(note: Notes, frame: pl.DataFrame, name: str, done: str) -
         note.add(name, len(odd), f"neither true nor false, such as {str(odd[0])!r}", done)
 
 
-def time_column(frame: pl.DataFrame, name: str, timezone: str) -> pl.Expr:
+def time_column(frame: pl.DataFrame, name: str, timezone: str, *, last: bool = False) -> pl.Expr:
     """The column as Unix seconds, null where it cannot be read: datetimes, dates (20240131, too), ISO 8601 text, or
     Unix seconds (or milliseconds). A time without a zone is one of `timezone`; a local time that does not exist is
-    null."""
+    null, midnight the first that does. A date is its first moment; with `last`, its end."""
+    days = pl.duration(days=1 if last else 0)
     dtype = frame.schema[name]
     column = pl.col(name)
     if isinstance(dtype, pl.Datetime) and dtype.time_zone is not None:
         return (column.dt.timestamp("us") / 1e6).alias(name)
     if dtype.is_numeric():
         compact = column.cast(pl.Int64, strict=False).cast(pl.String).str.to_date("%Y%m%d", strict=False)
-        dated = _localized(compact.cast(pl.Datetime("us")), timezone)
+        dated = _localized(compact.cast(pl.Datetime("us")) + days, timezone)
         return pl.coalesce(_unix(column.cast(pl.Float64)), dated).alias(name)
-    if dtype == pl.Date or isinstance(dtype, pl.Datetime):
+    if dtype == pl.Date:
+        return _localized(column.cast(pl.Datetime("us")) + days, timezone).alias(name)
+    if isinstance(dtype, pl.Datetime):
         return _localized(column.cast(pl.Datetime("us")), timezone).alias(name)
     text = _time_text(name)
     zoned = text.str.replace(r"Z$", "+00:00").str.replace(r"([+-]\d{2})$", "${1}:00")
@@ -63,8 +81,8 @@ def time_column(frame: pl.DataFrame, name: str, timezone: str) -> pl.Expr:
     plain = pl.coalesce(
         text.str.to_datetime("%Y-%m-%d %H:%M:%S%.f", strict=False, time_unit="us"),
         text.str.to_datetime("%Y-%m-%d %H:%M", strict=False, time_unit="us"),
-        text.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us")),
-        text.str.to_date("%Y%m%d", strict=False).cast(pl.Datetime("us")),
+        text.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us")) + days,
+        text.str.to_date("%Y%m%d", strict=False).cast(pl.Datetime("us")) + days,
     )
     numeric = _unix(text.cast(pl.Float64, strict=False))
     return (
@@ -106,8 +124,13 @@ def _unix(number: pl.Expr) -> pl.Expr:
 
 
 def _localized(naive: pl.Expr, timezone: str) -> pl.Expr:
-    local = naive.dt.replace_time_zone(timezone, ambiguous="earliest", non_existent="null")
-    return local.dt.timestamp("us") / 1e6
+    def there(moment: pl.Expr) -> pl.Expr:
+        return moment.dt.replace_time_zone(timezone, ambiguous="earliest", non_existent="null")
+
+    # Where summer time begins at midnight, a date has no such moment.
+    midnight = pl.when(naive == naive.dt.truncate("1d")).then(naive)
+    first = (there(midnight + pl.duration(minutes=minutes)) for minutes in (30, 60))
+    return pl.coalesce(there(naive), *first).dt.timestamp("us") / 1e6
 
 
 def cleaned_events(raw: pl.DataFrame, timezone: str, now: float, problems: list[Problem]) -> pl.DataFrame:

@@ -12,7 +12,9 @@ import torch
 from numpy.typing import NDArray
 from shoplm.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PromptSchema, file_hash
 from shoplm.catalog.items import Catalog, read_catalog
+from shoplm.errors import ConfigurationError
 from shoplm.features import FEATURE_NAMES
+from shoplm.history import EventKind
 from shoplm.model.base import Base
 from shoplm.prompt import PROMPT_VERSION
 from shoplm.training.adopting import bundled_adopt, fit_adopt
@@ -26,6 +28,7 @@ from shoplm.training.heads import Standard, joined
 from shoplm.training.hidden import HiddenStates, Progress
 from shoplm.training.histories import Histories
 from shoplm.training.log import ShopLog
+from shoplm.training.log_checks import day
 from shoplm.training.model import Model
 from shoplm.training.predictions import (
     FEWEST_CUSTOMERS,
@@ -42,7 +45,7 @@ from shoplm.training.rebuying import bundled_rebuy, fit_rebuy
 from shoplm.training.samples import HiddenTable, Task, Use
 from shoplm.training.scoring import Weights, tune, tune_new
 from shoplm.training.shop import Shop
-from shoplm.training.timeline import make_timeline
+from shoplm.training.timeline import Timeline, make_timeline
 from shoplm.training.watch import LOSS, NDCG, Watch
 
 # The likeliest weight of counting spreads chances over all that customers may buy; ranking ten items well takes more.
@@ -67,7 +70,21 @@ def prepare(log: ShopLog) -> Shop:
     """Timeline, items and histories. Raises ConfigurationError where the log cannot be cut in time."""
     timeline = make_timeline(log.start, log.end)
     items = choose_items(log, timeline.test_at)
+    _check_tuning(log, timeline, items.label_kind)
     return Shop(log, timeline, items, Histories(log, items, timeline.cutoffs))
+
+
+def _check_tuning(log: ShopLog, timeline: Timeline, kind: EventKind) -> None:
+    """Raises ConfigurationError where there is nothing to tune on: as after a stray event long after all others."""
+    tuned = pl.col("time").is_between(timeline.tuned_at, timeline.test_at, closed="left")
+    if not timeline.horizons or len(log.events.filter(tuned & (pl.col("kind") == int(kind)))):
+        return
+    before = log.events.filter(pl.col("time") < timeline.tuned_at)["time"].to_numpy().max()
+    raise ConfigurationError(
+        f"no {kind.name.lower()} from {day(timeline.tuned_at)} to {day(timeline.test_at)}, where the score's weights "
+        f"are tuned: the log ends on {day(log.end)}, and its last event before these days is of {day(before)}. Leave "
+        "out what comes later if it does not belong there, or give a log that ends before the gap"
+    )
 
 
 def write_items(items: ShopItems, folder: Path) -> Catalog:
