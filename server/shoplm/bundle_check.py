@@ -83,7 +83,8 @@ def _items(folder: Path, manifest: ShopManifest) -> str:
 
 
 def _types(folder: Path, manifest: ShopManifest) -> str:
-    types, indices = pl.read_parquet(folder / "types.parquet"), pl.read_parquet(folder / "items.parquet")["type_index"]
+    types = pl.read_parquet(folder / "types.parquet", glob=False)
+    indices = pl.read_parquet(folder / "items.parquet", glob=False)["type_index"]
     if len(types) != manifest.type_count:
         raise BundleError(f"types.parquet has {len(types)} rows, type_count is {manifest.type_count}")
     low, high = indices.min(), indices.max()

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from shoplm.bundle import BASE_FOLDER, HeadSpec, ShopManifest, read_manifest
 from shoplm.errors import ConfigurationError
@@ -33,7 +34,7 @@ def show(folder: Folder) -> None:
         header = ("target", "population mean", "parameters")
         console.print(table("targets", header, (_target(spec) for spec in manifest.targets)))
     if (folder / "card.md").is_file():
-        console.print(f"its numbers: {folder / 'card.md'}", highlight=False, soft_wrap=True)
+        console.print(f"its numbers: {escape(str(folder / 'card.md'))}", highlight=False, soft_wrap=True)
 
 
 @bundle.command()
@@ -82,13 +83,13 @@ def _target(spec: HeadSpec) -> tuple[str, str, str]:
 
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table of text."""
-    drawn = Table(*header, title=title, title_justify="left")
+    """A table of text: what looks like markup is shown as it is."""
+    drawn = Table(*header, title=escape(title), title_justify="left")
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*map(escape, row))
     return drawn
 
 
 def _failed(message: str) -> typer.Exit:
-    Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
     return typer.Exit(2)

@@ -326,7 +326,7 @@ async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | Non
 
 
 def ready_text(server: Server, seconds: float) -> str:
-    """The ready line, and a call per service to copy."""
+    """The ready line, and a call to copy for each service that answers."""
     config, served = server.config, server.served
     assert served is not None
     shop = served.shop
@@ -344,8 +344,9 @@ def ready_text(server: Server, seconds: float) -> str:
     if shop is not None:
         lines.append(f"  shoplm recommend{customer}{where}")
         lines.append(f"  shoplm predict{customer}{where}")
-    question = "How can I return something?" if shop is not None and len(shop.knowledge) else "What can you do?"
-    lines.append(f"  shoplm chat{customer}{where} {shlex.quote(question)}")
+    if served.base.origin is not Origin.SCRATCH:
+        question = "How can I return something?" if shop is not None and len(shop.knowledge) else "What can you do?"
+        lines.append(f"  shoplm chat{customer}{where} {shlex.quote(question)}")
     return "\n".join(lines) + "\n"
 
 

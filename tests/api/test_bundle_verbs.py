@@ -51,6 +51,18 @@ def test_a_whole_bundle_passes_and_is_shown(shop_folders: ShopFolders) -> None:
     assert verified.exit_code == 0, verified.output
 
 
+def test_brackets_are_shown_as_they_are(folder: Path) -> None:
+    kept = shutil.copytree(folder, folder.parent / "a[" / "x]")
+    rehashed(kept, title="A [bold] shop", notice="see [/x] for the rest")
+    shown = CliRunner().invoke(bundle, ["show", str(kept)])
+    assert "A [bold] shop" in shown.output and "see [/x] for the rest" in shown.output
+    verified = CliRunner().invoke(bundle, ["verify", str(kept)])
+    assert "a[/x]" in "".join(verified.output.split())
+    (kept / "shop.toml").unlink()
+    missing = CliRunner().invoke(bundle, ["show", str(kept)])
+    assert missing.exit_code == 2 and "a[/x]" in "".join(missing.output.split())
+
+
 def test_everything_that_is_wrong_is_said_at_once(folder: Path) -> None:
     weights = folder / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-64])

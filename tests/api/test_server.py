@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from shoplm.config import ServerConfig
 from shoplm.config_sources import load_config
 from shoplm.errors import BundleChangedError, BundleError, ConfigurationError, TransientError
 from shoplm.metrics import Metrics
+from shoplm.model.origin import Origin
 from shoplm.request import StepStats
 from shoplm.server import Server, _in_daemon, ready_text, serve
 from shoplm.v1 import chat_pb2, model_pb2, prediction_pb2, recommendation_pb2, recommendation_pb2_grpc, shop_pb2
@@ -457,6 +459,14 @@ def test_the_ready_text_is_three_calls_to_copy(serve_scripted: Serve) -> None:
     verbs = [line.split()[:2] for line in lines[3:]]
     assert verbs == [["shoplm", "recommend"], ["shoplm", "predict"], ["shoplm", "chat"]]
     assert all(f"--customer {DEMO_CUSTOMER} --address 127.0.0.1:{server.port}" in line for line in lines[3:])
+
+
+def test_the_ready_text_calls_no_service_that_has_no_words(serve_scripted: Serve) -> None:
+    server = serve_scripted().server.server
+    assert server.served is not None
+    server.served = replace(server.served, base=replace(server.served.base, origin=Origin.SCRATCH))
+    verbs = [line.split()[1] for line in ready_text(server, 1.0).splitlines()[3:]]
+    assert verbs == ["recommend", "predict"]
 
 
 def test_all_addresses_of_ipv6_are_those_of_ipv4_too(serve_scripted: Serve) -> None:

@@ -72,6 +72,15 @@ def test_small_numbers_are_no_times(tmp_path: Path, text: str) -> None:
     assert found(log)["time", "empty or not a time"] == (1, "dropped")
 
 
+def test_a_path_is_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "a[" / "x]*"
+    folder.mkdir(parents=True)
+    log = read(folder, f"{HEADER}\na,x,2021-03-01\na,y,2021-03-02\n", "item_id\nx\n")
+    assert log.item_ids == ["x", "y"]
+    pl.read_csv(folder / "events.csv", glob=False).write_parquet(folder / "e.parquet")
+    assert read_log(folder / "e.parquet", now=NOW).customer_ids == ["a"]
+
+
 def test_dates_may_be_numbers(tmp_path: Path) -> None:
     frame = pl.DataFrame({"customer_id": [1, 1], "item_id": [2, 2], "time": [20210301, 20210302]})
     frame.write_parquet(tmp_path / "e.parquet")

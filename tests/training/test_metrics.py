@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from shoplm.training.metrics import Baskets, auc, bootstrap_difference, brier, calibration_error, reliability
+from shoplm.training.report import Difference, known
 from sklearn.metrics import brier_score_loss, ndcg_score, roc_auc_score
 
 
@@ -68,3 +69,13 @@ def test_the_bootstrap_interval_holds_the_difference() -> None:
     assert low < 0.1 < high and low > 0.09
     assert mean == pytest.approx(0.1, abs=0.002)
     assert bootstrap_difference(theirs, theirs, seed=0) == (0.0, 0.0, 0.0)
+
+
+def test_of_a_few_customers_nothing_is_claimed() -> None:
+    theirs = np.random.default_rng(3).random(29)
+    mean, low, high = bootstrap_difference(theirs + 0.1, theirs, seed=0)
+    assert mean == pytest.approx(0.1) and np.isnan([low, high]).all()
+    assert Difference(known(mean), known(low), known(high)).verdict == "of too few customers to compare with"
+    more = np.random.default_rng(3).random(30)
+    assert Difference(*map(known, bootstrap_difference(more + 0.1, more, seed=0))).verdict == "above"
+    assert Difference(None, None, None).verdict == "not measured against"

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shoplm.errors import ConfigurationError
+from shoplm.features import dense_features
 from shoplm.model.base import Base
 from shoplm.training import pipeline
 from shoplm.training.adapt.scratch_model import ScratchSize
@@ -25,6 +26,7 @@ from shoplm.training.examples import ranking_examples
 from shoplm.training.habits import shop_habits
 from shoplm.training.labels import next_basket
 from shoplm.training.log import ShopLog
+from shoplm.training.predictions import weekly_rows
 from shoplm.training.ranker import RankerSettings
 from shoplm.training.rebuying import bundled_rebuy, fit_rebuy, item_features, rebuy_tensors
 from shoplm.training.samples import HiddenTable, Task, Use, samples_of
@@ -239,6 +241,51 @@ def test_a_visit_across_a_cut_is_seen_only_up_to_it(tiny_shop_log: ShopLog) -> N
     shop = pipeline.prepare(log)
     assert shop.timeline.test_at == cut
     assert len(shop.histories[0].before(cut)) == 1
+
+
+@pytest.mark.parametrize("campaign", [False, True])
+def test_a_visit_across_a_weekly_cut_or_a_campaigns_start_is_known_only_up_to_it(
+    tiny_shop_log: ShopLog, campaign: bool
+) -> None:
+    timeline = pipeline.prepare(tiny_shop_log).timeline
+    cut = next(moment for moment in timeline.weekly if moment not in timeline.cutoffs)
+    cut += 3.2 * DAY if campaign else 0.0
+    reached = pl.DataFrame(
+        {
+            "customer": pl.Series([0], dtype=pl.Int32),
+            "campaign_id": ["c"],
+            "campaign_type": ["A"],
+            "start": [cut],
+            "end": [cut + DAY],
+            "redeemed": [True],
+        }
+    )
+    found, leaky = [], []
+    for later in (1.0, 50.0):
+        events = pl.DataFrame(
+            {
+                "customer": pl.Series([0] * 3, dtype=pl.Int32),
+                "item": pl.Series([0] * 3, dtype=pl.Int32),
+                "kind": pl.Series([0] * 3, dtype=pl.Int8),
+                "time": [cut - 20.0 * DAY, cut - 60.0, cut + 60.0],
+                "quantity": pl.Series([1.0, 1.0, later], dtype=pl.Float32),
+                "price": pl.Series([1.0, 1.0, later], dtype=pl.Float32),
+                "basket": ["first", "across", "across"],
+            }
+        )
+        events = pl.concat([events, tiny_shop_log.events.filter(pl.col("customer") > 0)])
+        shop = pipeline.prepare(dataclasses.replace(tiny_shop_log, events=events, campaigns=reached))
+        prices, customer = shop.items.row_prices, np.array([0])
+        if campaign:
+            found.append(shop.campaign_rows(shop.bare_table(customer), "train").features)
+        else:
+            rows = weekly_rows(customer, shop.histories, shop.timeline, prices, 0)
+            found.append(rows.features[rows.moment == cut])
+        leaky.append(dense_features(shop.histories[0].before(cut), prices))
+        assert len(np.unique(shop.histories[0].basket)) == 2  # the visit counts once
+    assert len(found[0]) == 1
+    np.testing.assert_array_equal(found[0], found[1])
+    assert not np.array_equal(leaky[0], leaky[1])
 
 
 def test_a_customers_samples_never_ask_without_a_history(shop: Shop) -> None:

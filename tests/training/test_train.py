@@ -215,7 +215,12 @@ def test_the_same_seed_gives_the_same_bundle_and_a_stopped_run_goes_on(
     shell(*arguments, "--max-customers", 32)
     shards = {path: path.stat().st_mtime_ns for path in (tmp_path / ".my-shop.train").glob("hidden-*/*.safetensors")}
     assert len(shards) == 1
+    # As where a run was stopped between moving the older bundle away and putting the new one there.
+    (out / "knowledge").mkdir()
+    (out / "knowledge" / "returns.md").write_text("# Returns\nWithin 30 days.\n")
+    out.rename(tmp_path / ".my-shop.old")
     shell(*arguments)
+    assert (out / "knowledge" / "returns.md").is_file() and not (tmp_path / ".my-shop.old").exists()
     assert {path: path.stat().st_mtime_ns for path in shards} == shards
     one, two = (load_file(folder / "weights.safetensors") for folder in (trained, out))
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -277,17 +282,19 @@ def test_any_log_becomes_a_bundle(
     opened(tmp_path / "shop", tiny_base)
 
 
-def test_chinese_titles(shell: Invoke, tiny_base: Base, tmp_path: Path) -> None:
+def test_chinese_titles_and_brackets(shell: Invoke, tiny_base: Base, tmp_path: Path) -> None:
     events(customers=10, days=50).write_parquet(tmp_path / "events.parquet")
     named = items().with_columns(
         pl.format("绿茶 {} 克", pl.int_range(pl.len())).alias("title"), pl.lit("饮料").alias("category")
     )
     named.write_csv(tmp_path / "items.csv")
     arguments = ["--events", tmp_path / "events.parquet", "--items", tmp_path / "items.csv"]
-    shell("train", *arguments, *quick(tmp_path / "shop"), "--title", "茶店", "--epochs", 1)
-    opened(tmp_path / "shop", tiny_base)
-    assert "绿茶" in read_catalog(tmp_path / "shop").titles[0]
-    assert read_manifest(tmp_path / "shop").title == "茶店"
+    out = tmp_path / "a[" / "x]"
+    said = shell("train", *arguments, *quick(out), "--title", "茶店 [/x]", "--epochs", 1)
+    assert "a[/x]" in "".join(said.split())
+    opened(out, tiny_base)
+    assert "绿茶" in read_catalog(out).titles[0]
+    assert read_manifest(out).title == "茶店 [/x]"
 
 
 def test_the_sample_of_the_docs_trains_without_a_problem(shell: Invoke, tiny_base: Base, tmp_path: Path) -> None:
@@ -302,9 +309,9 @@ def test_the_sample_of_the_docs_trains_without_a_problem(shell: Invoke, tiny_bas
 
 
 def test_fatal_problems_come_as_a_table_before_any_work(shell: Invoke, tmp_path: Path) -> None:
-    (tmp_path / "events.csv").write_text("customer,item\na,x\n")
+    (tmp_path / "events.csv").write_text("customer,[/x]\na,x\n")
     said = shell("train", "--events", tmp_path / "events.csv", *quick(tmp_path / "shop"), code=2)
-    assert "customer_id" in said and "the column is missing" in " ".join(said.split())
+    assert "customer_id" in said and "the column is missing" in " ".join(said.split()) and "[/x]" in said
     assert not (tmp_path / "shop").exists()
 
 
@@ -313,6 +320,9 @@ def test_a_folder_with_other_things_is_no_place_for_a_bundle(shell: Invoke, tiny
     said = shell("train", "--events", tmp_path / "events.parquet", "--out", tmp_path, code=2)
     assert "is no bundle" in " ".join(said.split())
     assert [path.name for path in tmp_path.iterdir()] == ["events.parquet"]
+    (tmp_path / "a[" / "x]" / "file").mkdir(parents=True)
+    said = shell("train", "--events", tmp_path / "events.parquet", "--out", tmp_path / "a[" / "x]", code=2)
+    assert "a[/x] is there and is no bundle" in "".join(said.splitlines())
 
 
 def test_starting_anew_forgets_what_runs_kept_and_nothing_else(shell: Invoke, tiny_files: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class Catalog:
 
 def _read(path: Path, columns: Mapping[str, pl.DataType | type[pl.DataType]]) -> pl.DataFrame:
     try:
-        table = pl.read_parquet(path)
+        table = pl.read_parquet(path, glob=False)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise BundleError(f"{path}: {error}") from error
     for name, dtype in columns.items():

@@ -79,7 +79,10 @@ def write_bundle(
     demo_customers: Sequence[int],
 ) -> ShopManifest:
     """Write all files of a bundle to `folder`. An older bundle there is replaced; its knowledge/ stays unless
-    `knowledge` names another."""
+    `knowledge` names another. So does that of one that a stopped run had moved away."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     write_items(shop.items, partial)
@@ -99,7 +102,6 @@ def write_bundle(
     hashes = {name: file_hash(partial / name) for name in HASHED if (partial / name).exists()}
     manifest = _manifest(shop, base, schema, model, identity, hashes, demo_customers)
     write_manifest(partial, manifest)
-    old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)

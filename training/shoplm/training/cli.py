@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from shoplm.bundle_cli import table
 from shoplm.errors import ConfigurationError
 from shoplm.training.exclusive import exclusive
@@ -123,7 +124,8 @@ def train(
                 return
             report = run.train()
     print_report(console, report)
-    console.print(f"wrote [bold]{out}[/bold]; serve it with: shoplm serve --bundle {out}")
+    written = escape(str(out))
+    console.print(f"wrote [bold]{written}[/bold]; serve it with: shoplm serve --bundle {written}")
 
 
 def _text(console: Console, path: Path) -> str:
@@ -180,7 +182,8 @@ def adapt(
             request = AdaptRequest(bundle, out, base, steps, None if full else rank, checkpointing, seed, where)
             folder = adapt(request, log, watch)
     flag = "--base" if full else "--adapter"
-    console.print(f"wrote [bold]{folder}[/bold]; use it with: shoplm train {flag} {folder}")
+    written = escape(str(folder))
+    console.print(f"wrote [bold]{written}[/bold]; use it with: shoplm train {flag} {written}")
 
 
 def evaluate(

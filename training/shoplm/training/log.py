@@ -128,7 +128,7 @@ def read_table(path: Path, table: str, required: tuple[str, ...], problems: list
     suffix = path.suffix.lower()
     try:
         if suffix in (".parquet", ".pq"):
-            frame = pl.read_parquet(path)
+            frame = pl.read_parquet(path, glob=False)
         elif suffix in (".csv", ".tsv"):
             frame = _read_csv(path, table, "\t" if suffix == ".tsv" else ",", problems)
         else:
@@ -171,7 +171,7 @@ def _read_csv(path: Path, table: str, separator: str, problems: list[Problem]) -
         raise pl.exceptions.ComputeError("it is UTF-16; save it as UTF-8")
     header = begin.splitlines()[0] if begin else b""
     semicolons = separator not in header.decode("utf-8", "replace") and b";" in header
-    frame = pl.read_csv(path, infer_schema=False, separator=";" if semicolons else separator)
+    frame = pl.read_csv(path, glob=False, infer_schema=False, separator=";" if semicolons else separator)
     if semicolons:
         problems.append(Problem(table, "-", len(frame), "semicolons between the columns", "read so"))
     if semicolons or separator != ",":

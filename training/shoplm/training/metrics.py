@@ -11,6 +11,7 @@ from shoplm.readout.targets import logit
 
 Floats = NDArray[np.float64]
 CALIBRATION_BINS = 10
+FEWEST_CUSTOMERS = 30  # for an interval: resampled, fewer look surer than they are
 _NORMAL_975 = 1.959963984540054
 _NEWTON_STEPS = 50
 _LARGEST_CONDITION = 1e12
@@ -104,7 +105,10 @@ def bootstrap_statistic(
 def _bootstrap(
     difference: Callable[[NDArray[np.intp]], float], count: int, seed: int, rounds: int
 ) -> tuple[float, float, float]:
-    """The difference of all rows, 0 to `count`, and the interval of those of rows that are drawn from them."""
+    """The difference of all rows, 0 to `count`, and the interval of those of rows that are drawn from them: of too few
+    rows, NaN."""
+    if 0 < count < FEWEST_CUSTOMERS:
+        return difference(np.arange(count)), float("nan"), float("nan")
     generator = np.random.default_rng(seed)
     found = np.array([difference(generator.integers(0, count, count)) for _ in range(rounds if count else 0)])
     if not np.isfinite(found).any():

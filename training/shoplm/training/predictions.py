@@ -111,7 +111,7 @@ def observe(
         customer, moment = int(table.customer[index]), float(table.moment[index])
         if customer != last:
             history, last = histories[customer], customer
-        known = history.before(moment)
+        known = histories.before(customer, history, moment)
         bought = known.time[known.kind == EventKind.PURCHASE]
         since = float(moment - bought.max()) / SECONDS_PER_DAY if len(bought) else float("inf")
         future = behaviour(history, moment, horizon, item_prices)

@@ -25,7 +25,7 @@ class RankingRow(msgspec.Struct, frozen=True):
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """Mean paired difference and its 95 % bootstrap interval."""
+    """Mean paired difference and its 95 % bootstrap interval; without one where there are too few customers."""
 
     mean: float | None
     low: float | None
@@ -34,8 +34,10 @@ class Difference(msgspec.Struct, frozen=True):
     @property
     def verdict(self) -> str:
         """Of ours minus another's."""
-        if self.low is None or self.high is None:
+        if self.mean is None:
             return "not measured against"
+        if self.low is None or self.high is None:
+            return "of too few customers to compare with"
         return "above" if self.low > 0 else "below" if self.high < 0 else "not distinguishable from"
 
 

@@ -97,8 +97,9 @@ class Shop:
         features = np.zeros((len(rows), width), np.float32)
         last = None
         for index, row in enumerate(rows):
-            if row["customer"] != last:
-                last = row["customer"]
-                history = self.histories[int(last)]
-            features[index] = dense_features(history.before(row["start"]), self.items.row_prices)
+            customer = int(row["customer"])
+            if customer != last:
+                history, last = self.histories[customer], customer
+            known = self.histories.before(customer, history, row["start"])
+            features[index] = dense_features(known, self.items.row_prices)
         return features

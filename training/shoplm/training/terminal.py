@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from shoplm.bundle_cli import table
@@ -36,7 +37,7 @@ def errors(console: Console) -> Iterator[None]:
 
 def fail(console: Console, message: str) -> NoReturn:
     """Say what is wrong and leave."""
-    console.print(f"[red]error:[/red] {message}", highlight=False, markup=True)
+    console.print(f"[red]error:[/red] {escape(message)}", highlight=False, markup=True)
     raise typer.Exit(EXIT_WRONG)
 
 

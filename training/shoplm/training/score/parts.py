@@ -53,7 +53,7 @@ class Parts:
 
     def finish(self, schema: dict[str, pl.DataType]) -> int:
         """All parts as the output, in the order of the questions' file; returns its rows."""
-        found = [pl.read_parquet(path) for path in sorted(self._folder.glob("*.parquet"))]
+        found = [pl.read_parquet(path, glob=False) for path in sorted(self._folder.glob("*.parquet"))]
         answers = pl.concat(found) if found else pl.DataFrame(schema=schema)
         temporary = self._out.with_name(f".{self._out.name}.partial")
         answers.sort("number").drop("number").write_parquet(temporary)
