@@ -33,3 +33,34 @@ def test_what_was_due_is_overdue_until_it_is_removed() -> None:
         assert backlog.until(now + 1.0) == pytest.approx(1.0)
     backlog.remove(due, 1.0)
     assert backlog.total == 0.0
+
+
+@pytest.mark.parametrize("start", [0.0, 1e6])
+def test_work_that_is_due_far_ahead_is_not_overdue_before(start: float) -> None:
+    backlog = Backlog()
+    backlog.advance(start)
+    dues = (9.0, 30.0, 60.0, 3600.0)
+    buckets = [backlog.add(start + due, 1.0) for due in dues]
+    for ahead in (0.0, 5.0, 10.3, 29.5, 45.0, 3599.5):
+        backlog.advance(start + ahead)
+        due_by = sum(due <= ahead + 1.0 for due in dues)
+        assert backlog.until(start + ahead + 1.0) == pytest.approx(due_by)
+        assert backlog.total == pytest.approx(len(dues))
+    for number, bucket in enumerate(buckets, 1):
+        backlog.remove(bucket, 1.0)
+        assert backlog.total == pytest.approx(len(dues) - number)
+
+
+def test_far_work_that_is_removed_before_it_is_near_leaves_nothing() -> None:
+    backlog = Backlog()
+    backlog.advance(0.0)
+    stays = backlog.add(20.0, 2.0)
+    for number in range(1_000):
+        backlog.remove(backlog.add(1e4 + number, 1.0), 1.0)
+    backlog.remove(backlog.add(20.0, 1.0), 1.0)
+    assert backlog.total == pytest.approx(2.0)
+    assert len(backlog._next_beyond) < 100
+    backlog.advance(2e4)
+    assert backlog.until(2e4) == pytest.approx(2.0)
+    backlog.remove(stays, 2.0)
+    assert backlog.total == 0.0

@@ -22,6 +22,7 @@ from shoplm.request import (
     token_ids,
 )
 from shoplm.scheduler.config import SchedulerConfig, SchedulingPolicy
+from shoplm.scheduler.cost import Coefficients
 from shoplm.scheduler.deadlines import Deadlines
 from shoplm.scheduler.sequence import Sequence
 from simulation import CheckingBackend, Clock, CostCurve, Simulation
@@ -84,6 +85,35 @@ def test_what_an_idle_engine_cannot_do_in_time_is_refused_for_good_and_never_com
     shop.served("patient")
 
 
+@pytest.mark.parametrize(("spare", "in_time"), [(-0.001, False), (0.001, True)])
+def test_an_idle_engine_counts_the_levels_of_a_search_once(spare: float, in_time: bool) -> None:
+    shop = Shop(SchedulingPolicy(target_seconds=dict.fromkeys(Service, 2.0)))  # steps may be as long as they need
+    cost = shop.simulation.engine.scheduler.cost
+    cost.coefficients = Coefficients(CURVE.step_seconds, CURVE.token_seconds, 0.0, 0.0)
+    # A step with the prompt and two with levels of eight lanes.
+    takes = 3 * CURVE.step_seconds + (60 + 2 * 8) * CURVE.token_seconds
+    shop.submit("search", 60, Select(3, 8, trie="deep"), within=takes + spare)
+    shop.simulation.step()
+    shop.simulation.run()
+    assert isinstance(shop.end("search"), FinishedOutput) == in_time
+
+
+def test_answers_that_have_ended_delay_nobody() -> None:
+    shop = Shop()
+    names = [f"chat {number}" for number in range(20)]
+    for name in names:
+        shop.submit(name, 8, Generate(300))
+    while not all(shop.simulation.records[name].tokens for name in names):
+        shop.simulation.step()
+    for name in names:
+        shop.simulation.engine.cancel(name)
+    shop.simulation.clock.now += 3600.0
+    shop.submit("first", 100, Predict(()), within=0.15)  # four steps of 40 ms
+    shop.simulation.step()
+    shop.simulation.run()
+    shop.served("first")
+
+
 def test_behind_a_backlog_it_is_refused_with_the_time_after_which_it_would_fit() -> None:
     shop = Shop()
     for number in range(6):
@@ -98,6 +128,46 @@ def test_behind_a_backlog_it_is_refused_with_the_time_after_which_it_would_fit()
     shop.submit("again", 100, Predict(()), within=1.0)
     shop.simulation.run()
     shop.served("again")
+
+
+@pytest.mark.parametrize(
+    ("priority", "tenant", "in_time"),
+    [(-1, "", True), (0, "", False), (1, "", False), (-1, "another", True), (0, "another", True)],
+)
+def test_work_of_lower_priority_of_the_same_tenant_is_not_foreseen_ahead(
+    priority: int, tenant: str, *, in_time: bool
+) -> None:
+    shop = Shop()
+    for number in range(8):
+        shop.submit(f"before {number}", 100, Predict(()), within=8.0, priority=priority, tenant=tenant)
+    shop.simulation.clock.now += 0.1  # past their target
+    shop.submit("new", 100, Predict(()), within=0.6)
+    shop.simulation.run()
+    assert isinstance(shop.end("new"), FinishedOutput) == in_time
+    if not in_time:
+        assert shop.refused("new").reason == "DEADLINE_UNREACHABLE"
+
+
+def test_other_tenants_take_their_turns_whatever_a_newcomers_priority() -> None:
+    shop = Shop()
+    for number in range(8):
+        shop.submit(f"other {number}", 100, Predict(()), within=8.0, tenant="other")
+        shop.submit(f"own {number}", 100, Predict(()), within=8.0, priority=-1)
+    shop.submit("hasty", 100, Predict(()), within=0.2)  # 0.1 s of tokens, and half of the engine's
+    shop.submit("patient", 100, Predict(()), within=0.4)
+    shop.simulation.run()
+    assert shop.refused("hasty").reason == "DEADLINE_UNREACHABLE"
+    shop.served("patient")
+
+
+def test_who_is_late_and_of_higher_priority_comes_before_deadlines_of_lower_priority_of_its_tenant() -> None:
+    shop = Shop()
+    for number in range(20):
+        shop.submit(f"low {number}", 100, Predict(()), within=20.0, priority=-1)
+    shop.submit("high", 100, Predict(()))
+    shop.simulation.run()
+    slower = [n for n in range(20) if shop.served(f"low {n}").timings.total_seconds > 0.5]
+    assert shop.served("high").timings.total_seconds < 0.5 and len(slower) > 10
 
 
 def test_an_enforced_target_refuses_as_a_deadline_does() -> None:
@@ -135,12 +205,31 @@ def test_a_search_is_narrowed_before_it_is_refused_and_only_with_leave() -> None
 def test_a_chat_is_shortened_before_it_is_refused() -> None:
     shop = Shop()
     shop.submit("chat", 20, Generate(100), within=0.5, allow_degraded=True)
+    (sequence,) = shop.simulation.engine.scheduler.alive()
+    assert sequence.due_seconds == sequence.limit_seconds and sequence.due_seconds > shop.now  # of what is left of it
     shop.simulation.run()
     served = shop.served("chat")
     assert served.degraded == (Degradation.FEWER_TOKENS,)
     assert served.finish_reason is FinishReason.LENGTH
     assert 8 <= served.completion_tokens < 100
     assert served.timings.total_seconds <= 0.5
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_chat_that_may_be_cut_short_is_given_up_once_not_even_a_short_answer_is_in_time(*, waits: bool) -> None:
+    shop = Shop()
+    shop.submit("strict", 20, Generate(200), within=6.0)  # 2.2 s
+    shop.submit("lenient", 20, Generate(200), within=6.0, allow_degraded=True)
+    shop.simulation.clock.now += 5.0 if waits else 5.95  # the machine stalls
+    shop.simulation.step()
+    shop.simulation.run()
+    assert shop.refused("strict").reason == "DEADLINE_LOST"
+    if waits:
+        served = shop.served("lenient")
+        assert served.degraded == (Degradation.FEWER_TOKENS,) and 8 <= served.completion_tokens < 200
+        assert served.timings.total_seconds <= 6.0
+    else:
+        assert shop.refused("lenient").reason == "DEADLINE_LOST"
 
 
 def test_a_long_prompt_does_not_take_running_chats_their_tokens() -> None:

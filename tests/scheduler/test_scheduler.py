@@ -24,7 +24,11 @@ from shoplm.request import (
     token_ids,
 )
 from shoplm.scheduler.config import SchedulerConfig
-from shoplm.scheduler.cost import MIN_SAMPLES, Coefficients
+from shoplm.scheduler.cost import MIN_SAMPLES, Coefficients, CostModel
+from shoplm.scheduler.memory import SequenceMemory
+from shoplm.scheduler.residents import Residents
+from shoplm.scheduler.sequence import Sequence
+from shoplm.scheduler.survey import survey
 from simulation import CheckingBackend, Clock, CostCurve, Simulation, expected_answer
 
 PAGE_SIZE = 4
@@ -167,6 +171,65 @@ def test_a_cancelled_writer_is_taken_over(steps: int, pipeline_depth: int) -> No
     simulation.check_idle()
 
 
+@pytest.mark.parametrize("holder", [{"priority": -1}, {"priority": 100}, {"tenant": "another"}])
+def test_whoever_waits_for_a_page_lends_its_place_to_whoever_computes_it(holder: dict[str, Any]) -> None:
+    """A stream of work would come before the holder, and is less urgent than who waits for it."""
+    config = SchedulerConfig(max_step_tokens=32, max_mixed_prompt_tokens=32)
+    simulation = simulate(config, pages=800, state_slots=64, max_context_tokens=2048)
+    history = list(range(1_000, 1_200))
+    simulation.submit(request("holder", [*history, 1], Predict(()), **holder))
+    simulation.step()
+    numbers = itertools.count(1)
+
+    def flood(most: int) -> None:
+        waiting = sum(sequence.state_slot is None for sequence in simulation.engine.scheduler.alive())
+        for number in itertools.islice(numbers, max(most - waiting, 0)):
+            tokens = range(10_000 * number, 10_000 * number + 40)
+            now = simulation.clock.now
+            simulation.submit(request(f"f{number}", tokens, Predict(()), arrival_seconds=now))
+
+    flood(20)
+    simulation.submit(request("urgent", [*history, 2], Predict(()), arrival_seconds=simulation.clock.now, priority=100))
+    steps = 0
+    while simulation.records["urgent"].end is None:
+        flood(20)
+        simulation.step()
+        steps += 1
+        assert steps < 20, "it waits for who waits for everybody else"
+    finished(simulation, "urgent")
+
+
+@pytest.mark.parametrize("pipeline_depth", [1, 2])
+def test_who_lends_its_place_does_not_have_twice_what_is_on_its_way(pipeline_depth: int) -> None:
+    simulation = simulate(SchedulerConfig(max_step_tokens=12), pages=200, pipeline_depth=pipeline_depth)
+    history = list(range(40))
+    tasks: list[Task] = [DEEP, Generate(5), Predict(())]
+    simulation.submit(*(request(f"holder {i}", [*history, i], task, priority=-i) for i, task in enumerate(tasks)))
+    simulation.submit(*(request(f"urgent {i}", [*history, 9 + i], task) for i, task in enumerate(tasks)))
+    simulation.run()
+    for name in simulation.records:
+        finished(simulation, name)
+    assert computed_tokens(simulation) == 40 + 6 + 2 * (2 * 5 + 4)
+
+
+def test_what_others_have_yet_to_compute_of_a_prompt_is_foreseen() -> None:
+    simulation = simulate(SchedulerConfig(max_step_tokens=32), pages=400)
+    for i in range(MIN_SAMPLES):
+        simulation.submit(request(f"w{i}", range(1_000 * i, 1_000 * i + 30), Predict(())))
+        simulation.run()
+    now, history = simulation.clock.now, list(range(50_000, 50_400))
+    # A chat is due so much later that its work does not count before a prediction's.
+    simulation.submit(request("holder", [*history, 1], Generate(2), arrival_seconds=now))
+    simulation.step()
+    for name, seconds in (("hasty", 0.02), ("patient", 0.4)):  # 400 tokens of 0.1 ms each
+        now = simulation.clock.now
+        tokens = [*history, 2]
+        simulation.submit(request(name, tokens, Predict(()), arrival_seconds=now, deadline_seconds=now + seconds))
+    simulation.run()
+    assert failed(simulation, "hasty").reason == "DEADLINE_UNREACHABLE"
+    finished(simulation, "patient")
+
+
 # ---- fairness and order ----------------------------------------------------------------------------------------------
 
 
@@ -268,6 +331,42 @@ def test_an_important_answer_is_not_preempted_for_another() -> None:
     steps = simulation.records["important"].token_steps
     assert steps == list(range(steps[0], steps[0] + 70))
     finished(simulation, "plain")
+
+
+def test_an_answer_that_is_computed_again_leaves_no_page_that_others_would_wait_for() -> None:
+    config = SchedulerConfig(max_step_tokens=24, max_mixed_prompt_tokens=24)
+    simulation = simulate(config, pages=40, max_context_tokens=160, state_slots=8)
+    simulation.submit(*(request(f"r{i}", range(100 * i, 100 * i + 47), Generate(60)) for i in range(3)))
+    seen = 0
+    while not simulation.engine.is_idle:
+        simulation.step()
+        for sequence in simulation.engine.scheduler.running():
+            if sequence.epoch and not sequence.is_prompt and sequence.pending <= 1 and not sequence.in_flight:
+                seen += 1
+                assert all(node.filled for node in sequence.nodes), sequence.request.request_id
+    assert seen > 20
+    for name in simulation.records:
+        finished(simulation, name)
+
+
+def test_an_answer_all_of_which_is_cached_but_its_last_token_goes_on() -> None:
+    memory = SequenceMemory(pages=20, page_size=PAGE_SIZE)
+    residents = Residents(memory, 1)
+    answer = Sequence(request("r", range(10), Generate(9)), 0.0, token_ids(range(13)), computed=12)
+    answer.epoch = 1
+    assert residents.start(answer)
+    assert survey(residents, CostModel(), 0.06).prompts == [answer]
+
+
+def test_a_state_slot_that_is_lost_is_noticed() -> None:
+    simulation = simulate(state_slots=3)
+    simulation.submit(request("r", range(10), Generate(9)))
+    simulation.step()
+    residents = simulation.engine.scheduler._residents
+    residents.check()
+    residents._slots.pop()
+    with pytest.raises(AssertionError, match="1 state slots have no owner"):
+        residents.check()
 
 
 @pytest.mark.parametrize("pipeline_depth", [1, 2])
@@ -375,6 +474,58 @@ def test_a_full_queue_lets_in_who_has_less_than_its_share(bound: str, service: S
     for name in ("f0", "f3", "c0", "c3"):
         finished(simulation, name)
     simulation.check_idle()
+
+
+@pytest.mark.parametrize("bound", ["requests", "tokens"])
+def test_a_full_queue_gives_up_the_newest_of_the_lowest_priority_of_the_same_tenant(bound: str) -> None:
+    limits = {"max_queued_requests": 6} if bound == "requests" else {"max_queued_tokens": 30}
+    simulation = simulate(SchedulerConfig(**limits))
+    priorities = {"a": -1, "b": -2, "c": -2, "d": 0}
+    for number, (name, priority) in enumerate(priorities.items()):
+        simulation.submit(request(name, range(10 * number, 10 * number + 5), Predict(()), priority=priority))
+    simulation.submit(*(request(f"other {i}", range(200 + i, 205 + i), Predict(()), tenant="o") for i in range(2)))
+    for number, name in enumerate(("e", "f", "g")):
+        simulation.submit(request(name, range(300 + 10 * number, 305 + 10 * number), Predict(())))
+    # "e", "f" and "g" are of the same priority as "d": three others had a lower one.
+    simulation.submit(request("same", range(400, 405), Predict(())))
+    simulation.submit(request("large", range(500, 530), Predict(()), priority=1))
+    assert simulation.engine.scheduler.queued_requests == 6
+    outputs = simulation.step()
+    ends = [output.request_id for output in outputs if isinstance(output, FailedOutput)]
+    assert ends == ["c", "b", "a", "same", "large" if bound == "tokens" else "g"]
+    assert {failed(simulation, name).reason for name in ("a", "b", "c")} == {
+        "QUEUE_FULL" if bound == "requests" else "QUEUE_TOKENS_FULL"
+    }
+    simulation.run()
+    for name in ("d", "e", "f", "other 0", "other 1"):
+        finished(simulation, name)
+    simulation.check_idle()
+
+
+def test_who_finds_the_queue_full_counts_as_asked_for() -> None:
+    simulation = simulate(SchedulerConfig(max_queued_requests=10))
+    simulation.submit(*(request(f"r{i}", range(10 + i), Predict(())) for i in range(100)))
+    demand = simulation.engine.scheduler.shares.demand
+    assert demand._asked[Service.PREDICTION] == pytest.approx(100)
+    assert demand._seen[Service.PREDICTION] == 10  # whose work was looked at
+
+
+def test_whoever_is_turned_away_costs_no_look_at_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation = simulate(SchedulerConfig(max_queued_requests=2))
+    simulation.submit(request("first", range(10), Predict(())), request("second", range(10), Predict(())))
+    looked_up: list[Sequence] = []
+    monkeypatch.setattr(simulation.engine.scheduler.memory, "look_up", looked_up.append)
+    simulation.clock.now = 1.0
+    simulation.engine.submit(request("first", range(10), Predict(())))
+    simulation.submit(
+        request("full", range(10), Predict(())),
+        request("expired", range(10), Predict(()), deadline_seconds=0.5),
+        request("too long", range(600), Predict(())),
+    )
+    refused = [output for output in simulation.engine.step() if isinstance(output, FailedOutput)]
+    reasons = ["DUPLICATE_REQUEST", "QUEUE_FULL", "EXPIRED", "CONTEXT_EXCEEDED"]
+    assert [output.reason for output in refused] == reasons
+    assert looked_up == []
 
 
 def test_an_id_that_is_in_use_is_refused_and_its_owner_is_not_disturbed() -> None:

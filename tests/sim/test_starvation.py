@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from shoplm.request import FinishedOutput, Generate, Request, Select, Service, token_ids
+from shoplm.request import FinishedOutput, Generate, Predict, Request, Select, Service, token_ids
 from shoplm.scheduler.config import SchedulerConfig
 from shoplm.scheduler.planner import PATIENCE_SECONDS
 from simulation import CheckingBackend, Clock, CostCurve, Simulation
@@ -49,3 +49,52 @@ def test_a_large_request_gets_its_turn(depth: int) -> None:
     for _ in range(100):  # and then the small ones go on
         simulation.step()
     assert not list(simulation.engine.scheduler.alive())
+
+
+def test_who_lacked_room_before_it_ran_is_given_time_again_after_a_preemption() -> None:
+    backend = CheckingBackend(
+        Clock(),
+        pages=64,
+        page_size=PAGE_SIZE,
+        cost=CostCurve(5e-2, 1e-4),
+        max_context_tokens=256,
+    )
+    simulation = Simulation(backend, SchedulerConfig(max_step_tokens=64, max_mixed_prompt_tokens=64))
+
+    def chat(name: str, first: int, length: int, most: int, priority: int = 0) -> None:
+        tokens, now = token_ids(range(first, first + length)), simulation.clock.now
+        simulation.submit(Request(name, Service.CHAT, tokens, Generate(most), now, priority=priority))
+        simulation.step()
+
+    chat("before", 1_000, 200, 3)
+    chat("long", 2_000, 60, 196)
+    (sequence,) = (each for each in simulation.engine.scheduler.alive() if each.request.request_id == "long")
+    while sequence.lacks_since is None:
+        simulation.step()
+    while simulation.clock.now < PATIENCE_SECONDS + 1:
+        simulation.step()
+    chat("more important", 5_000, 60, 180, priority=5)
+    while not sequence.epoch:
+        simulation.step()
+    simulation.step()
+    small = token_ids(range(9_000, 9_010))
+    simulation.submit(Request("small", Service.PREDICTION, small, Predict(()), simulation.clock.now))
+    simulation.step()
+    assert isinstance(simulation.records["small"].end, FinishedOutput)
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_nobody_leaves_pages_to_a_chat_that_has_room_and_waits_for_time(
+    has_room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulation = Simulation(CheckingBackend(Clock(), pages=PAGES, page_size=PAGE_SIZE))
+    simulation.submit(Request("chat", Service.CHAT, token_ids(range(20)), Generate(4), 0.0))
+    simulation.submit(Request("small", Service.PREDICTION, token_ids(range(50, 60)), Predict(()), 0.0))
+    scheduler = simulation.engine.scheduler
+    chat = scheduler.alive()[0]
+    scheduler._planner._starved = chat
+    if not has_room:
+        monkeypatch.setattr(scheduler.memory, "pages_needed", lambda sequence: PAGES + 1 if sequence is chat else 3)
+    monkeypatch.setattr(scheduler._budgeter, "may_answer", lambda sequence, answers: sequence is not chat)
+    simulation.step()
+    assert (simulation.records["small"].end is not None) == has_room

@@ -41,7 +41,7 @@ class RecommendationService(RecommendationServiceServicer):
         own = self._core.own_items(history)
         select = Select(
             count=count,
-            # A search narrower than its answer could not fill it.
+            # A search narrower than its answer might not fill it.
             beam_width=min(max(request.beam_width or config.default_beam_width, count), config.max_beam_width),
             item_filter=item_filter,
             exclude_items=excluded,

@@ -13,13 +13,12 @@ import msgspec
 from shoplm.request import Degradation, Explain, FailureKind, Generate, ItemScores, Select
 from shoplm.scheduler.budget import Budgeter
 from shoplm.scheduler.config import SchedulerConfig
-from shoplm.scheduler.forecast import Forecast
+from shoplm.scheduler.forecast import LEAST_TOKENS, Forecast
 from shoplm.scheduler.memory import SequenceMemory
 from shoplm.scheduler.prospects import Load, Prospects
 from shoplm.scheduler.sequence import Sequence
 from shoplm.scheduler.waiting import WaitingRoom
 
-LEAST_TOKENS = 8  # of a chat answer that was made shorter
 _LEAST_RETRY, _MOST_RETRY = 0.05, 30.0
 
 
@@ -64,8 +63,9 @@ class Admission:
         self._waiting = waiting
         self._give_up = give_up
 
-    def refusal(self, sequence: Sequence, load: Load, now: float) -> Refusal | None:
-        """Why the request is not let in; None: it is. Then it may have been degraded."""
+    def turned_away(self, sequence: Sequence, load: Load, now: float) -> Refusal | None:
+        """Why the request is not even looked at more closely: by itself, or the queue is full; None: it may be let in.
+        Nothing but the request is known of it, and what lanes it takes."""
         never = self._never(sequence)
         if never is not None:
             return never
@@ -74,15 +74,22 @@ class Admission:
             return Refusal(FailureKind.EXPIRED, "EXPIRED", "the deadline had passed on arrival")
         by_slack = config.policy.order == "slack"
         if not self._waiting.has_room(len(request.tokens)) and not (by_slack and self._waiting.may_displace(sequence)):
+            if by_slack:
+                self._prospects.saw(request.service, None, now)
             return self._full(load, by_tenants=self._waiting.is_shared(sequence))
-        if not by_slack:
+        return None
+
+    def refusal(self, sequence: Sequence, load: Load, now: float) -> Refusal | None:
+        """Why a request for which there is a place is not let in; None: it is. Then it may have been degraded."""
+        if self._config.policy.order != "slack":
             return None
-        self._prospects.saw(sequence, now)
+        self._prospects.saw(sequence.request.service, self._forecast.whole_seconds(sequence), now)
         return self._too_late(sequence, load, now)
 
     def displaced(self, sequence: Sequence, newcomer: Sequence, load: Load) -> Refusal:
         """Why a request that waited in a full queue gives way to a newcomer."""
-        return self._full(load, by_tenants=sequence.request.service is newcomer.request.service)
+        one, other = sequence.request, newcomer.request
+        return self._full(load, by_tenants=one.service is other.service and one.tenant != other.tenant)
 
     def lost(self, sequence: Sequence, load: Load, where: str) -> Refusal:
         """Why a request that was admitted is given up."""
@@ -195,20 +202,20 @@ class Admission:
         return False
 
     def _shorten(self, sequence: Sequence, task: Generate, load: Load, now: float) -> bool:
-        asked, limit = sequence.request, sequence.limit_seconds
+        asked = sequence.request
         if asked.deadline_seconds is None:
             return False
         left = asked.deadline_seconds - self._prospects.first_result_seconds(sequence, load)
         tokens = min(int(left / self._forecast.token_seconds) + 1, task.max_tokens - 1)
         while tokens >= LEAST_TOKENS:
             sequence.serve(msgspec.structs.replace(asked, task=msgspec.structs.replace(task, max_tokens=tokens)))
-            sequence.limit_seconds = self._forecast.limit_seconds(sequence)
+            self._forecast.set_times(sequence)
             if self._is_welcome(sequence, load, now):
                 sequence.degraded = (Degradation.FEWER_TOKENS,)
                 return True
             tokens //= 2
         sequence.serve(asked)
-        sequence.limit_seconds = limit
+        self._forecast.set_times(sequence)
         return False
 
     def _is_welcome(self, sequence: Sequence, load: Load, now: float) -> bool:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Dearest:
-    """Requests by the work until the first result, which does not change while a request waits."""
+    """Requests by the work until the first result, as it was when they began to wait."""
 
     def __init__(self) -> None:
         self._heap: LazyHeap[Sequence] = LazyHeap(lambda _, sequence: not sequence.queued_tokens)

@@ -29,17 +29,18 @@ class Demand:
         self._now = 0.0
         self._leads: dict[Service, float] | None = None  # as of the last request that came or was begun; None: unknown
 
-    def asked(self, service: Service, work_seconds: float, now: float) -> None:
-        """A request that is so much work came, whether or not it is let in."""
+    def asked(self, service: Service, work_seconds: float | None, now: float) -> None:
+        """A request that is so much work, or as much as is typical, came, whether or not it is let in."""
         if now > self._now:
             kept = math.exp((self._now - now) / _FORGET_SECONDS)
             for each in Service:
                 self._asked[each] *= kept
                 self._begun[each] *= kept
             self._now = now
-        self._seen[service] += 1
-        weight = max(_TYPICAL_WEIGHT, 1 / self._seen[service])
-        self.typical_seconds[service] += weight * (work_seconds - self.typical_seconds[service])
+        if work_seconds is not None:
+            self._seen[service] += 1
+            weight = max(_TYPICAL_WEIGHT, 1 / self._seen[service])
+            self.typical_seconds[service] += weight * (work_seconds - self.typical_seconds[service])
         self._asked[service] += 1
         self._leads = None
 

@@ -12,15 +12,13 @@ tenants of a service take turns by their virtual times alone.
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 from shoplm.request import Service
 from shoplm.scheduler.dearest import Dearest
 from shoplm.scheduler.demand import Demand
-
-if TYPE_CHECKING:
-    from shoplm.scheduler.sequence import Sequence
+from shoplm.scheduler.yielding import Yielding
 
 WINDOW_SECONDS = 0.5  # of steps, for a service of average weight
 _FEW_TENANTS = 64
@@ -34,7 +32,6 @@ class Tenant:
         "backlog_seconds",
         "dearest",
         "name",
-        "newest",
         "planned_answers",
         "planned_keys",
         "requests",
@@ -43,6 +40,7 @@ class Tenant:
         "waiting",
         "waiting_tokens",
         "weight",
+        "yielding",
     )
 
     def __init__(self, name: str, service: ServiceShare, weight: float, virtual: float) -> None:
@@ -51,16 +49,15 @@ class Tenant:
         self.weight = weight
         self.virtual = virtual
         self.requests = 0  # that have not ended
-        self.backlog_seconds = 0.0  # of work until their first results
+        self.backlog_seconds: defaultdict[int, float] = defaultdict(float)  # of work until first results, by priority
         self.waiting = 0  # requests that have yet to run for the first time
         self.waiting_tokens = 0
         self.planned_answers = self.planned_keys = 0  # of the step that is being planned
-        self.newest: list[Sequence] = []  # of these, the latest comer last; some of them wait no more
+        self.yielding = Yielding()  # of these, who makes room in a full queue
         self.dearest = Dearest()  # of these, who may give way to cheaper ones
 
     def forget_waiting(self) -> None:
         """None of its requests waits: those that have left are kept alive no longer."""
-        self.newest.clear()
         self.dearest = Dearest()
 
 
@@ -100,6 +97,7 @@ class ServiceShare:
         self.requests -= 1
         if not tenant.requests:
             self.active_weight -= tenant.weight
+            tenant.backlog_seconds.clear()
         if not self.requests:  # nobody is ahead of anybody: all begin anew, where the furthest was
             self.turn = max(self.turn, *(each.virtual for each in self.tenants.values()))
             self.tenants.clear()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from shoplm.request import Generate, Service
+from shoplm.request import Generate, Request, Service
 from shoplm.scheduler.config import SchedulerConfig
 from shoplm.scheduler.cost import CostModel, kv_tokens
 from shoplm.scheduler.sequence import Sequence
 
+LEAST_TOKENS = 8  # of a chat answer that is made shorter
 _CERTAIN = 0.9  # of the least time that is left: less is a lost cause beyond the model's error
 _CUT_GAPS = 2.0  # token gaps before its deadline at which an answer is ended that may be cut short
 _GAP_FORGET = 0.95
@@ -24,13 +25,21 @@ class Forecast:
         self._token_gap: float | None = None
         self._answer_share = _FULL_ANSWER
 
+    def set_times(self, sequence: Sequence) -> None:
+        """Note by when the first result must and should be there."""
+        sequence.limit_seconds = self.limit_seconds(sequence)
+        sequence.due_seconds = self.due_seconds(sequence)
+
     def limit_seconds(self, sequence: Sequence) -> float | None:
         """The moment after which the first result is of no use: the caller's deadline less the rest of the answer, or
         the target of a service whose target is enforced."""
         request = sequence.request
+        return self._limit_seconds(request, self.answer_seconds(sequence))
+
+    def _limit_seconds(self, request: Request, answer_seconds: float) -> float | None:
         limits = []
         if request.deadline_seconds is not None:
-            limits.append(request.deadline_seconds - self.answer_seconds(sequence))
+            limits.append(request.deadline_seconds - answer_seconds)
         if request.service in self._policy.enforced:
             limits.append(request.arrival_seconds + self._policy.target_seconds[request.service])
         return min(limits, default=None)
@@ -101,7 +110,7 @@ class Forecast:
     def lost_at(self, sequence: Sequence) -> float | None:
         """When the request is a lost cause if nothing more is computed of it; None: never.
 
-        Once an answer is being read, only its end counts.
+        Once an answer is being read, only its end counts; before, one that may be cut short counts as cut short.
         """
         deadline = sequence.request.deadline_seconds
         if sequence.first_seconds is not None:
@@ -109,6 +118,9 @@ class Forecast:
                 return deadline
             return deadline - _CUT_GAPS * self.token_seconds
         limit = sequence.limit_seconds
+        if sequence.request.allow_degraded and isinstance(sequence.request.task, Generate):
+            shortest = min(self.answer_seconds(sequence), (LEAST_TOKENS - 1) * self.token_seconds)
+            limit = self._limit_seconds(sequence.request, shortest)
         if limit is None or not self.cost.is_fitted or self._policy.order == "fcfs":
             return deadline
         return limit - _CERTAIN * self.alone_seconds(sequence)

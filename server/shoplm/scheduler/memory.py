@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 
 from shoplm.cache.pages import PagePool
@@ -32,8 +33,13 @@ class SequenceMemory:
     def look_up(self, sequence: Sequence) -> None:
         """Note what need not be computed for this sequence, as things are: others have, or do so now."""
         root = sequence.request.cache_root
-        sequence.matched = self.tree.match(root, sequence.tokens.tobytes(), sequence.shareable)
-        sequence.expected_cached = min(self.page_size * len(sequence.matched), sequence.prompt_length - 1)
+        chain = sequence.matched = self.tree.match(root, sequence.tokens.tobytes(), sequence.shareable)
+        sequence.expected_cached = expected = min(self.page_size * len(chain), sequence.prompt_length - 1)
+        filled = bisect_left(chain, True, key=lambda node: not node.filled)  # before one that is filled, all are
+        done = self.page_size * filled
+        if filled < len(chain) and isinstance(writer := chain[filled].writer, Sequence):
+            done = max(done, writer.computed)
+        sequence.expected_awaited = max(expected - done, 0)
 
     def admit(self, sequence: Sequence) -> bool:
         """Give the sequence every page of its known tokens and beams; False, and nothing changed, if they are short.
@@ -85,6 +91,11 @@ class SequenceMemory:
             return node.writer is sequence
         sequence.computed = min(sequence.computed, len(sequence.tokens) - 1)
         return True
+
+    def awaited(self, sequence: Sequence) -> Sequence | None:
+        """Who computes the page that a sequence waits for, which has not caught up; None: nobody."""
+        writer = sequence.nodes[sequence.computed // self.page_size].writer
+        return writer if isinstance(writer, Sequence) else None
 
     def is_known(self, sequence: Sequence) -> bool:
         """Whether the keys and values of the next token are in a page of others."""

@@ -151,10 +151,13 @@ class SlackOrder:
 
     def before(self, one: Sequence, other: Sequence) -> bool:
         left, right = self._rank(one), self._rank(other)
-        if one.request.tenant == other.request.tenant and left[:2] == right[:2]:
+        levels = one.request.priority - other.request.priority
+        if levels and one.request.tenant == other.request.tenant and left[0] == right[0]:
             # Priorities count among the requests of one tenant only.
-            earlier = PRIORITY_SECONDS * (one.request.priority - other.request.priority)
-            return left[2] - earlier < right[2]
+            if left[1] == right[1]:
+                return left[2] - PRIORITY_SECONDS * levels < right[2]
+            if (one if levels > 0 else other).is_late:  # it has missed its target, not its place
+                return levels > 0
         return left < right
 
     def _rank(self, sequence: Sequence) -> tuple[bool, int, float]:

@@ -44,7 +44,7 @@ class Planner:
         prospects: Prospects,
         stats: SchedulerStats,
     ) -> None:
-        self.answers = Answers()  # as of the last plan
+        self._answers = Answers()  # of the step that is being planned
         self._token_target = config.policy.token_target_seconds
         self._cost = cost
         self._memory = memory
@@ -60,14 +60,14 @@ class Planner:
     def plan(self, begin: float, now: float) -> Plan:
         """The step that will begin at `begin`; empty when there is nothing to compute."""
         self._order.open(now)
-        searches, prompts, self.answers = survey(self._residents, self._cost, self._token_target)
+        searches, prompts, self._answers = survey(self._residents, self._cost, self._token_target)
         self._arrange(prompts, now)
         waiting = self._first_waiting(now)
-        budget = self._budgeter.open(self.answers, self._most_urgent(prompts, waiting), begin)
+        budget = self._budgeter.open(self._answers, self._most_urgent(prompts, waiting), begin)
         rows: list[PlanRow] = []
         served = Served()
         # Who waits for a first result has a better use for the step's time than guesses.
-        guesses = not searches and not prompts and waiting is None and self._drafter.looks(self.answers.requests)
+        guesses = not searches and not prompts and waiting is None and self._drafter.looks(self._answers.requests)
         if budget.answers_first:
             served = self._plan_answers(searches, rows, budget, now, guesses=guesses)
         self._plan_prompts(prompts, waiting, rows, budget, now)
@@ -98,7 +98,7 @@ class Planner:
     ) -> Served:
         """A token or a level for each answer, with `guesses` of further tokens where there is room; if not all fit, for
         those that have waited longest."""
-        load, answering = self.answers, self._residents.answering
+        load, answering = self._answers, self._residents.answering
         if load.tokens <= budget.tokens and load.seconds <= budget.answer_seconds:
             rows += map(next_level, searches)
             budget.take_answers(load.tokens, load.seconds)
@@ -146,11 +146,13 @@ class Planner:
     ) -> None:
         """Chunks of prompts: running ones and, in the same order, newly started ones, `waiting` first."""
         at = 0
+        to_come = set(prompts)
         while budget.prompt_tokens > 0 and budget.tokens > 0 and (budget.seconds > 0 or not budget.used):
             running = prompts[at] if at < len(prompts) else None
             if waiting is not None and (running is None or self._order.before(waiting, running)):
                 if self._start(waiting, now):
                     prompts.insert(at, waiting)
+                    to_come.add(waiting)
                     waiting = self._first_waiting(now)
                 else:
                     self._order.hold(waiting)
@@ -159,7 +161,8 @@ class Planner:
             if running is None:
                 return
             at += 1
-            if not self._memory.catch_up(running):
+            running = self._whose_turn(running, to_come)
+            if running is None:
                 continue
             within = self._budgeter.tokens_within(budget.seconds, running.computed)
             if within < min(LEAST_CHUNK, running.pending):
@@ -170,9 +173,21 @@ class Planner:
             rows.append(row)
             budget.take_prompt(row.count, self._budgeter.row_seconds(row))
 
+    def _whose_turn(self, prompt: Sequence | None, to_come: set[Sequence]) -> Sequence | None:
+        """The prompt itself, or where it waits for a page, whoever computes that, to whom it lends its place; None: the
+        turn has been, or all is on its way."""
+        while prompt is not None and prompt in to_come:
+            to_come.remove(prompt)
+            if self._memory.catch_up(prompt):
+                return prompt
+            prompt = self._memory.awaited(prompt)
+        return None
+
     def _start(self, sequence: Sequence, now: float) -> bool:
         """Let the first of the queue run, if it may and there is room for it."""
-        if not self._budgeter.may_answer(sequence, self.answers):
+        if not self._budgeter.may_answer(sequence, self._answers):
+            if self._memory.pages_needed(sequence) <= self._memory.tree.available:
+                self._starved = None  # it is not pages that it waits for, which others need not leave to it
             return False
         if not self._residents.start(sequence):
             if sequence.lacks_since is None:

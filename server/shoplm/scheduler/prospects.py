@@ -10,12 +10,13 @@ import math
 from typing import NamedTuple
 
 from shoplm.request import Service
-from shoplm.scheduler.backlog import Backlog
+from shoplm.scheduler.backlog import ServiceBacklog
 from shoplm.scheduler.budget import Budgeter
 from shoplm.scheduler.config import SchedulerConfig
 from shoplm.scheduler.correction import Correction
 from shoplm.scheduler.fairness import Shares
 from shoplm.scheduler.forecast import Forecast
+from shoplm.scheduler.ordering import PRIORITY_SECONDS
 from shoplm.scheduler.pace import Pace
 from shoplm.scheduler.sequence import Sequence
 from shoplm.scheduler.survey import Answers
@@ -41,7 +42,7 @@ class Prospects:
         self._forecast = forecast
         self._budgeter = budgeter
         self._shares = shares
-        self._backlogs = {service: Backlog() for service in Service}
+        self._backlogs = {service: ServiceBacklog() for service in Service}
         self.corrections = {service: Correction() for service in Service}
         self._pace = Pace()
         self._pace_of = {service: Pace() for service in Service}
@@ -60,10 +61,11 @@ class Prospects:
         if not sequence.is_late:
             sequence.work_seconds = self._forecast.work_seconds(sequence)
             if sequence.work_seconds:
+                priority, work = sequence.request.priority, sequence.work_seconds
                 backlog = self._backlogs[sequence.request.service]
-                sequence.work_bucket = backlog.add(sequence.due_seconds, sequence.work_seconds)
+                sequence.work_bucket = backlog.add(priority, sequence.due_seconds, work)
                 assert sequence.tenant is not None
-                sequence.tenant.backlog_seconds += sequence.work_seconds
+                sequence.tenant.backlog_seconds[priority] += work
 
     def progressed(self, sequence: Sequence) -> None:
         """A part of it was planned."""
@@ -83,10 +85,11 @@ class Prospects:
     def discount(self, sequence: Sequence) -> None:
         """Count it no more."""
         if sequence.work_bucket is not None:
-            self._backlogs[sequence.request.service].remove(sequence.work_bucket, sequence.work_seconds)
+            priority, work = sequence.request.priority, sequence.work_seconds
+            self._backlogs[sequence.request.service].remove(priority, sequence.work_bucket, work)
             sequence.work_bucket = None
             assert sequence.tenant is not None
-            sequence.tenant.backlog_seconds -= sequence.work_seconds
+            sequence.tenant.backlog_seconds[priority] -= work
 
     def backlog_seconds(self, load: Load) -> float:
         """Seconds of all work that was admitted."""
@@ -95,9 +98,10 @@ class Prospects:
 
     # ---- newcomers -------------------------------------------------------------------------------------------------
 
-    def saw(self, sequence: Sequence, now: float) -> None:
-        """A request was asked for, whether or not it is let in."""
-        self._shares.demand.asked(sequence.request.service, self._forecast.whole_seconds(sequence), now)
+    def saw(self, service: Service, work_seconds: float | None, now: float) -> None:
+        """A request that could be served was asked for, whether or not it is let in; None: its work was not looked at,
+        and it counts as a typical one."""
+        self._shares.demand.asked(service, work_seconds, now)
 
     def first_result_seconds(self, sequence: Sequence, load: Load) -> float:
         """When the first result of a newcomer will be there, if it is admitted now."""
@@ -105,16 +109,18 @@ class Prospects:
         service, work = sequence.request.service, self._forecast.work_seconds(sequence)
         promised = self._forecast.promised_seconds(sequence)
         due = sequence.due_seconds if promised is None else promised
-        own = self._ahead_of(sequence, due, work) + work
+        # What others compute of its own prompt comes first, whenever that is due: it lends them its place.
+        awaited = cost.work_seconds(sequence.expected_awaited, 0, 0)
+        own = max(self._ahead_of(sequence, due, work), awaited) + work
         arrival = sequence.request.arrival_seconds
         sequence.foreseen_seconds = 0.0
         if own:
             sequence.foreseen_seconds = load.starts_seconds + self._wait_seconds(service, own, due, load) - arrival
-        soonest = load.starts_seconds + self._forecast.alone_seconds(sequence, work)
+        soonest = load.starts_seconds + awaited + self._forecast.alone_seconds(sequence, work)
         # What it takes alone needs no correction: an idle engine refuses nobody by the errors of a busy one.
-        waits = max(arrival + sequence.foreseen_seconds - soonest, 0.0)
         levels = (sequence.depth - 1) * cost.coefficients.step
-        return soonest + self.corrections[service].factor * waits + levels
+        waits = max(arrival + sequence.foreseen_seconds + levels - soonest, 0.0)
+        return soonest + self.corrections[service].factor * waits
 
     def _wait_seconds(self, service: Service, own: float, due: float, load: Load) -> float:
         """How long so much of a service's own work takes, beside others' that is due first."""
@@ -169,13 +175,22 @@ class Prospects:
 
     def _ahead_of(self, sequence: Sequence, due: float, work: float) -> float:
         """Seconds of its service's work that come before a newcomer of so much work. Tenants take turns: of the
-        others' work no more than their shares, beside what its own tenant has."""
-        share = self._shares.services[sequence.request.service]
-        ahead = self._backlogs[sequence.request.service].until(due)
-        tenant = share.tenants.get(sequence.request.tenant)
-        weight = share.weight_of(sequence.request.tenant)
+        others' work no more than their shares, beside what its own tenant has that its priority does not put behind."""
+        request = sequence.request
+        share, backlog = self._shares.services[request.service], self._backlogs[request.service]
+        tenant = share.tenants.get(request.tenant)
+        weight = share.weight_of(request.tenant)
         if tenant is None or not tenant.requests:
-            own, total = 0.0, share.active_weight + weight
-        else:
-            own, total = tenant.backlog_seconds, share.active_weight
-        return min(ahead, (own + work) * total / weight)
+            return min(backlog.until(due), work * (share.active_weight + weight) / weight)
+        ahead = own = 0.0
+        for priority, level in backlog.levels.items():
+            total = level.total
+            # Whose work of a priority is due when is not known: each tenant's as all of it.
+            part = min(max(tenant.backlog_seconds[priority], 0.0) / total, 1.0) if total else 0.0
+            levels = priority - request.priority
+            own_due = due + PRIORITY_SECONDS * levels
+            # What is of a lower priority and overdue is due at its deadline, some time.
+            before = level.until(own_due) if levels >= 0 or own_due > request.arrival_seconds else 0.0
+            ahead += part * before + (1 - part) * level.until(due)
+            own += part * (total if levels >= 0 else before)
+        return min(ahead, (own + work) * share.active_weight / weight)

@@ -15,6 +15,7 @@ class Residents:
 
     def __init__(self, memory: SequenceMemory, state_slots: int) -> None:
         self.memory = memory
+        self._state_slots = state_slots
         self._slots = list(range(state_slots - 1, -1, -1))
         self._running: dict[str, Sequence] = {}
         self._others: dict[Sequence, None] = {}
@@ -47,6 +48,7 @@ class Residents:
         if not self.memory.admit(sequence):
             return False
         sequence.state_slot = self._slots.pop()
+        sequence.lacks_since = None
         self._running[sequence.request.request_id] = sequence
         self._others[sequence] = None
         return True
@@ -83,6 +85,7 @@ class Residents:
         self.answering.check()
         slots = [*self._slots, *(sequence.state_slot for sequence in self._running.values())]
         assert len(slots) == len(set(slots)), "a state slot has two owners"
+        assert len(slots) == self._state_slots, f"{self._state_slots - len(slots)} state slots have no owner"
 
     def _has_room(self, sequence: Sequence) -> bool:
         growing = sum(isinstance(each.request.task, Generate) for each in self._running.values())

@@ -43,6 +43,7 @@ from shoplm.scheduler.queue import Queue
 from shoplm.scheduler.residents import Residents
 from shoplm.scheduler.sequence import Sequence
 from shoplm.scheduler.stats import SchedulerStats
+from shoplm.scheduler.survey import lasting
 from shoplm.scheduler.waiting import WaitingRoom
 
 if TYPE_CHECKING:
@@ -114,12 +115,17 @@ class Scheduler:
         self._prospects.advance(now)
         self.stats.submitted[request.service] += 1
         self._budgeter.saw_request(request.service, now)
-        sequence = self._sequence(request)
         if request.request_id in self._sequences:
             message = f"request id {request.request_id!r} is in use"
-            refusal: Refusal | None = Refusal(FailureKind.INVALID, "DUPLICATE_REQUEST", message)
-        else:
-            refusal = self._admission.refusal(sequence, self._load(now), now)
+            self._outcomes.failed(request, Refusal(FailureKind.INVALID, "DUPLICATE_REQUEST", message))
+            return
+        sequence, load = self._sequence(request), self._load(now)
+        refusal = self._admission.turned_away(sequence, load, now)
+        if refusal is None:
+            sequence.tokens = request.tokens[:]
+            self.memory.look_up(sequence)
+            self._forecast.set_times(sequence)
+            refusal = self._admission.refusal(sequence, load, now)
         if refusal is not None:
             self._outcomes.failed(request, refusal)
             return
@@ -305,19 +311,17 @@ class Scheduler:
     # ---- the life of a sequence ----------------------------------------------------------------------------------
 
     def _sequence(self, request: Request) -> Sequence:
+        """The request with the lanes it takes; its tokens are still the caller's."""
         depth = lanes = 0
         if isinstance(request.task, Select):
             # Popularity alone is answered after the prompt: there are no beams, however deep the trie is.
             depth = 1 if request.task.popularity_only else self._limits.trie_depths.get(request.task.trie, 0)
             lanes = self._limits.lanes(request.task) if depth > 1 else 0
-        sequence = Sequence(request, 0.0, request.tokens[:], max(depth, 1), lanes)
-        self.memory.look_up(sequence)
-        sequence.limit_seconds = self._forecast.limit_seconds(sequence)
-        sequence.due_seconds = self._forecast.due_seconds(sequence)
-        return sequence
+        return Sequence(request, 0.0, request.tokens, max(depth, 1), lanes)
 
     def _load(self, now: float) -> Load:
-        return Load(self._waiting.requests, self._waiting.tokens, self._planner.answers, max(now, self._busy_until))
+        answers = lasting(self._residents.answering, self.cost)
+        return Load(self._waiting.requests, self._waiting.tokens, answers, max(now, self._busy_until))
 
     def _end(self, sequence: Sequence) -> None:
         if sequence.state_slot is None:

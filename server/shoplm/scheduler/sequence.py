@@ -37,9 +37,10 @@ class Sequence:
     cached_tokens: int | None = None  # of the prompt, at first admission
     matched: list[Node] = field(default_factory=list)  # what the tree held of it when it came, until it has pages
     expected_cached: int = 0  # leading tokens of these
+    expected_awaited: int = 0  # the last so many of them, which others had yet to compute
     queued_tokens: int = 0  # what it counts in the queue's bound while it waits
     ticket: int = 0  # of its place in the queue; 0: it does not wait
-    lacks_since: float | None = None  # when it was its turn and there was no room for it; None: never
+    lacks_since: float | None = None  # when it was its turn and there was no room for it; None: not yet, or it runs
     tenant: Tenant | None = None  # whom its work is charged to
     is_late: bool = False  # it has missed its target and nobody set a deadline: it gets what others leave, and a share
     foreseen_seconds: float = 0.0  # from its arrival to its first result, as it was predicted when it was let in
@@ -78,9 +79,12 @@ class Sequence:
     @property
     def shareable(self) -> int:
         """Leading tokens whose keys and values others may read, and which need not be computed where others have, but
-        for the last one's hidden state. No forks: they read only a part of what is before them."""
+        for the last one's hidden state. No forks: they read only a part of what is before them. Nor an answer's last
+        token: it is no part of what is computed again after a preemption."""
         task = self.request.task
-        return forks_start(self.prompt_length, task) if isinstance(task, Explain) else len(self.tokens)
+        if isinstance(task, Explain):
+            return forks_start(self.prompt_length, task)
+        return len(self.tokens) - (self.completion_tokens > 0)
 
     @property
     def in_flight(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from shoplm.scheduler.answering import Answering
 from shoplm.scheduler.cost import CostModel
 from shoplm.scheduler.residents import Residents
 from shoplm.scheduler.sequence import Sequence
@@ -27,6 +28,12 @@ class Survey(NamedTuple):
     answers: Answers
 
 
+def lasting(answering: Answering, cost: CostModel) -> Answers:
+    """The answers as a load on many steps to come; the few levels that a search has left are counted as work."""
+    requests = len(answering)
+    return Answers(requests, requests, cost.work_seconds(requests, answering.keys, requests))
+
+
 def survey(residents: Residents, cost: CostModel, token_target: float) -> Survey:
     """Look at what runs. Answers, which may be a thousand, are known as a whole."""
     searches: list[Sequence] = []
@@ -35,7 +42,7 @@ def survey(residents: Residents, cost: CostModel, token_target: float) -> Survey
     tokens, keys, first_due = len(answering), answering.keys, answering.first_due(token_target)
     for sequence in residents.others():
         if not sequence.level:
-            if sequence.is_prompt and sequence.wants_more:
+            if sequence.wants_more:  # also an answer that was preempted, of which all but the last token is cached
                 prompts.append(sequence)
         elif sequence.level < sequence.depth:
             searches.append(sequence)

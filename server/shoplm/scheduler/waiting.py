@@ -1,15 +1,15 @@
 """The queue's bounds, and how services and tenants share them while it is full.
 
-A full queue lets in who has less than a share of it: the newest request of whoever is furthest above its own share
-gives way. So nobody who floods the queue locks out another. The share of a tenant is that of its service among those
-that wait, and its own among the tenants of the service that wait, by their weights.
+A full queue lets in who has less than a share of it: a request of whoever is furthest above its own share gives way,
+of these the lowest priority first and the newest of it. So nobody who floods the queue locks out another. The share of
+a tenant is that of its service among those that wait, and its own among the tenants of the service that wait, by their
+weights. Who has no share left may still take the place of requests of lower priority of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shoplm.lazy_heap import mostly_gone
 from shoplm.scheduler.config import SchedulerConfig
 from shoplm.scheduler.fairness import ServiceShare, Shares, Tenant
 from shoplm.scheduler.sequence import Sequence
@@ -36,9 +36,7 @@ class WaitingRoom:
         self._tenants[tenant] = None
         tenant.waiting += 1
         tenant.waiting_tokens += sequence.queued_tokens
-        if mostly_gone(len(tenant.newest), tenant.waiting):
-            tenant.newest = [each for each in tenant.newest if each.queued_tokens]
-        tenant.newest.append(sequence)
+        tenant.yielding.enter(sequence)
         if sequence.limit_seconds is not None:  # nobody else is refused by time
             tenant.dearest.push(sequence, tenant.waiting)
 
@@ -51,6 +49,7 @@ class WaitingRoom:
         self.tokens -= sequence.queued_tokens
         tenant.waiting -= 1
         tenant.waiting_tokens -= sequence.queued_tokens
+        tenant.yielding.leave(sequence)
         sequence.queued_tokens = 0
         if not tenant.waiting:
             del self._tenants[tenant]
@@ -61,13 +60,23 @@ class WaitingRoom:
         return self.requests < self._most_requests and self.tokens + tokens <= self._most_tokens
 
     def may_displace(self, sequence: Sequence) -> bool:
-        """Whether a newcomer to a full queue has less than its share of it: then others have more than theirs."""
+        """Whether a newcomer to a full queue has less than its share of it, so that others have more than theirs, or
+        its tenant has enough there that is of lower priority."""
+        return self._has_share_left(sequence) or self._outranks(sequence)
+
+    def _has_share_left(self, sequence: Sequence) -> bool:
         service = self._shares.services[sequence.request.service]
         tenant = service.tenants.get(sequence.request.tenant)
         waiting, tokens = (tenant.waiting, tenant.waiting_tokens) if tenant is not None else (0, 0)
         share = self._fractions(service, sequence.request.tenant)[service, sequence.request.tenant]
         fits = waiting + 1 <= share * self._most_requests
         return fits and tokens + len(sequence.tokens) <= share * self._most_tokens
+
+    def _outranks(self, sequence: Sequence) -> bool:
+        tenant = self._shares.services[sequence.request.service].tenants.get(sequence.request.tenant)
+        requests, tokens = (0, 0) if tenant is None else tenant.yielding.below(sequence.request.priority)
+        fits = self.requests - requests < self._most_requests
+        return fits and self.tokens - tokens + len(sequence.tokens) <= self._most_tokens
 
     def is_shared(self, sequence: Sequence) -> bool:
         """Whether other tenants of the service wait, too."""
@@ -81,20 +90,24 @@ class WaitingRoom:
 
     def displaced(self, sequence: Sequence) -> Iterator[Sequence]:
         """Who gives way to a newcomer that may displace others; each must leave before the next is asked for."""
-        service = self._shares.services[sequence.request.service]
+        service, name = self._shares.services[sequence.request.service], sequence.request.tenant
+        among_own = not self._has_share_left(sequence)
         while not self.has_room(len(sequence.tokens)):
-            by_tokens = self.requests < self._most_requests
-            shares = self._fractions(service, sequence.request.tenant)
-            most, victim = 0.0, None
-            for each in self._tenants:
-                used = each.waiting_tokens if by_tokens else each.waiting
-                over = used / shares[each.service, each.name]
-                if over > most:
-                    most, victim = over, each
-            assert victim is not None, "a full queue has somebody who waits"
-            while not victim.newest[-1].queued_tokens:
-                victim.newest.pop()
-            yield victim.newest.pop()
+            victim = service.tenants[name] if among_own else self._furthest_above(service, name)
+            yield victim.yielding.first()
+
+    def _furthest_above(self, service: ServiceShare, name: str) -> Tenant:
+        """Who has the most of the queue beside its share, once the named tenant has one."""
+        by_tokens = self.requests < self._most_requests
+        shares = self._fractions(service, name)
+        most, victim = 0.0, None
+        for each in self._tenants:
+            used = each.waiting_tokens if by_tokens else each.waiting
+            over = used / shares[each.service, each.name]
+            if over > most:
+                most, victim = over, each
+        assert victim is not None, "a full queue has somebody who waits"
+        return victim
 
     def _fractions(self, service: ServiceShare, name: str) -> dict[tuple[ServiceShare, str], float]:
         """The shares of all who wait, and of the named tenant; they add up to 1."""
