@@ -30,7 +30,7 @@ from pydantic_settings import (
 )
 from shoplm.engine.spec import EngineSpec, SyntheticTrie
 from shoplm.errors import ConfigurationError
-from shoplm.request import Service
+from shoplm.request import NEAR_LANES, OWN_LANES, Service
 from shoplm.scheduler.config import SchedulingPolicy
 
 ENVIRONMENT_PREFIX = "SHOPLM_"
@@ -161,7 +161,11 @@ class ServerConfig(BaseSettings):
         10_000, description="events read of a customer; the oldest others are left out in blocks", ge=1
     )
     max_count: int = Field(200, description="items of a recommendation", ge=1, le=1024)
-    max_candidates: int = Field(1000, description="items of one Rank call", ge=1)
+    max_candidates: int = Field(
+        1000,
+        description="items of one Rank call; at most max_step_tokens where items' codes have several tokens",
+        ge=1,
+    )
     max_filter_values: int = Field(10_000, description="entries of a list in a filter", ge=1)
     max_beam_width: int = Field(128, description="widest search", ge=1, le=1024)
     default_beam_width: int = Field(32, description="beams where a request does not say", ge=1)
@@ -213,10 +217,11 @@ class ServerConfig(BaseSettings):
         ):
             if getattr(self, default) > getattr(self, limit):
                 raise ValueError(f"{default} {getattr(self, default)} is over {limit} {getattr(self, limit)}")
-        if self.default_beam_width > self.max_step_tokens:
+        lanes = OWN_LANES + NEAR_LANES
+        if self.default_beam_width + lanes > self.max_step_tokens:
             raise ValueError(
-                f"default_beam_width {self.default_beam_width} is over max_step_tokens {self.max_step_tokens}: a step "
-                "holds a search's beams together"
+                f"default_beam_width {self.default_beam_width} is over max_step_tokens {self.max_step_tokens} less "
+                f"{lanes}: a step holds a search's beams together, and {lanes} items that ride along"
             )
         if 0 < self.engine_hang_seconds < 1:  # it says something five times a second, if steps are short
             raise ValueError(f"engine_hang_seconds {self.engine_hang_seconds} is below 1: every step would be a hang")

@@ -67,6 +67,10 @@ class ItemFilter(msgspec.Struct, frozen=True):
     in_stock_only: bool = False
 
 
+OWN_LANES = 16  # owned items that ride along in a beam search: those of the largest repeat terms
+NEAR_LANES = 16  # items that go with the owned ones and ride along: those of the largest terms
+
+
 class Select(msgspec.Struct, frozen=True, tag=True):
     """Recommendation: the best items of a trie, or the scores of given ones."""
 

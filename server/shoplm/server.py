@@ -33,7 +33,7 @@ from shoplm.config_sources import load_config
 from shoplm.engine.launch import EngineProcess
 from shoplm.engine.shop_texts import ShopTexts
 from shoplm.engine.supervisor import ProcessEngineClient
-from shoplm.errors import BundleChangedError, ConfigurationError, TransientError
+from shoplm.errors import ConfigurationError, TransientError
 from shoplm.logs import configure_logs
 from shoplm.metrics import Metrics, ModelInfo
 from shoplm.model.base import Base, bundle_base
@@ -68,7 +68,7 @@ class ManagedEngine(Engine, Protocol):
         """None: it has no process of its own, or none yet."""
         ...
 
-    def on_end(self, callback: Callable[[BundleChangedError], None]) -> None: ...
+    def on_end(self, callback: Callable[[TransientError], None]) -> None: ...
 
     async def close(self) -> None: ...
 
@@ -229,7 +229,7 @@ class Server:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _engine_end(self, why: BundleChangedError) -> None:
+    def _engine_end(self, why: TransientError) -> None:
         log.error("the engine is not started again: %s; the server ends with status %d", why, EXIT_TRANSIENT)
         self.engine_ended.set()
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import msgspec
 import polars as pl
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from served_shop import Scripted, Serve, ShopFolders
+from shoplm.api.core import Core
 from shoplm.bundle import file_hash, read_manifest, write_manifest
 from shoplm.request import ItemFilter, Select, Service
+from shoplm.v1 import model_pb2, shop_pb2
 from shoplm.v1 import recommendation_pb2 as pb
-from shoplm.v1 import shop_pb2
 from tiny_shop import DEMO_AS_OF, DEMO_CUSTOMER, ITEMS, item_id
 
 DEMO = shop_pb2.Customer(customer_id=DEMO_CUSTOMER)
@@ -219,6 +222,27 @@ def test_rank_scores_the_known_candidates_once(serve_scripted: Serve) -> None:
     assert task.count == 2
     assert [(warning.code, warning.count) for warning in response.warnings] == [("UNKNOWN_ITEM", 2)]
     assert {item.item_id for item in response.items} == {item_id(2), item_id(8)}
+
+
+@pytest.mark.parametrize(("depth", "step_tokens", "most"), [(1, 512, 1000), (3, 512, 512), (3, 2048, 1000)])
+def test_candidates_are_no_more_than_a_step_holds_where_codes_have_several_tokens(
+    depth: int, step_tokens: int, most: int, shop_folders: ShopFolders
+) -> None:
+    config = shop_folders.config("--max-step-tokens", str(step_tokens))
+    served = SimpleNamespace(shop=SimpleNamespace(manifest=SimpleNamespace(depth=depth)))
+    core: Any = SimpleNamespace(config=config, served=served)
+    assert Core.max_candidates.fget(core) == most  # type: ignore[attr-defined]
+
+
+def test_rank_is_told_of_and_bounded_by_what_a_step_holds(
+    serve_scripted: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Core, "max_candidates", 3)
+    server = serve_scripted().server
+    assert server.model.GetModel(model_pb2.GetModelRequest()).limits.max_candidates == 3
+    assert server.recommendation.Rank(pb.RankRequest(customer=DEMO, item_ids=[item_id(n) for n in range(3)])).items
+    with pytest.raises(grpc.RpcError, match="at most 3 are allowed"):
+        server.recommendation.Rank(pb.RankRequest(customer=DEMO, item_ids=[item_id(n) for n in range(4)]))
 
 
 def test_rank_of_unknown_items_alone_is_empty_and_costs_nothing(serve_scripted: Serve) -> None:

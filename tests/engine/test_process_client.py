@@ -94,6 +94,26 @@ async def test_a_killed_engine_fails_its_calls_at_once_and_comes_back(tiny_model
         assert isinstance(ended, FinishedOutput) and ended.completion_tokens == 5
 
 
+async def test_an_error_of_the_watchers_own_is_logged_and_ends_the_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(ProcessEngineClient):
+        async def _launch(self) -> None:
+            """Starts nothing."""
+
+        async def _watch(self) -> None:
+            raise RuntimeError("odd")
+
+    ended: asyncio.Queue[TransientError] = asyncio.Queue()
+    client = Failing(spec(tmp_path))
+    client.on_end(ended.put_nowait)
+    await client.start()
+    async with asyncio.timeout(START_SECONDS):
+        assert str(await ended.get()) == "watching the engine failed: RuntimeError: odd"
+    assert "the engine is watched no more" in caplog.text and "Traceback" in caplog.text
+    await client.close()
+
+
 async def test_who_closes_waits_for_no_answer(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[object] = []
     async with running(tiny_model("smollm2")) as client:

@@ -101,6 +101,13 @@ class Core:
             raise NotServingError("this server has no bundle and serves chat only; start it with --bundle")
         return self.served.shop
 
+    @property
+    def max_candidates(self) -> int:
+        """Items of one Rank call. Where their codes have several tokens, a step holds a lane for each of them."""
+        config, shop = self.config, self.served.shop
+        one_token = shop is None or shop.manifest.depth == 1
+        return config.max_candidates if one_token else min(config.max_candidates, config.max_step_tokens)
+
     def check_chat(self) -> None:
         """Raises NotServingError where the base has no words."""
         if self.served.base.origin is Origin.SCRATCH:

@@ -28,7 +28,7 @@ class ModelService(ModelServiceServicer):
                 max_beam_width=config.max_beam_width,
                 max_completion_tokens=config.max_completion_tokens,
                 max_message_bytes=config.max_message_bytes,
-                max_candidates=config.max_candidates,
+                max_candidates=core.max_candidates,
                 max_targets=config.max_targets,
                 max_messages=config.max_messages,
                 max_text_bytes=config.max_text_bytes,

@@ -67,12 +67,12 @@ class RecommendationService(RecommendationServiceServicer):
         )
 
     async def Rank(self, request: pb.RankRequest, context: Context) -> pb.RankResponse:
-        shop, config = self._core.shop(), self._core.config
+        shop = self._core.shop()
         violations, warnings = Violations(), Warnings()
         history = self._core.customers.read(request.customer, violations, warnings)
         if not request.item_ids:
             violations.add("item_ids", "is empty; give the items to score")
-        if violations.length("item_ids", request.item_ids, config.max_candidates, "max_candidates"):
+        if violations.length("item_ids", request.item_ids, self._core.max_candidates, "max_candidates"):
             for index, item_id in enumerate(request.item_ids):
                 violations.text(f"item_ids[{index}]", item_id, MAX_ID_BYTES, required=True)
         violations.raise_if_any()

@@ -22,6 +22,7 @@ from shoplm.errors import (
     ConfigurationError,
     EngineUnavailableError,
     InvalidRequestError,
+    TransientError,
 )
 from shoplm.model.backend import Backend
 from shoplm.request import (
@@ -74,7 +75,7 @@ class EngineClient(ABC):
         self._calls: dict[str, Call] = {}
         self._stats_callbacks: list[Callable[[StepStats], None]] = []
         self._state_callbacks: list[Callable[[bool], None]] = []
-        self._end_callbacks: list[Callable[[BundleChangedError], None]] = []
+        self._end_callbacks: list[Callable[[TransientError], None]] = []
         self._loaded: asyncio.Future[None] | None = None
         self._silence = Silence()
         self._serving = False
@@ -136,7 +137,7 @@ class EngineClient(ABC):
         """Call back with False when the engine is lost and with True when it serves again."""
         self._state_callbacks.append(callback)
 
-    def on_end(self, callback: Callable[[BundleChangedError], None]) -> None:
+    def on_end(self, callback: Callable[[TransientError], None]) -> None:
         """Call back when the engine is lost and none can take its place."""
         self._end_callbacks.append(callback)
 

@@ -55,6 +55,7 @@ class ProcessEngineClient(EngineClient):
         await self._launch()
         self._load_seconds = asyncio.get_running_loop().time() - begun
         self._watcher = asyncio.create_task(self._watch())
+        self._watcher.add_done_callback(self._watched)
 
     def _open_channel(self) -> socket.socket:
         self._process, self._started = self._started or EngineProcess(self.program), None
@@ -112,8 +113,7 @@ class ProcessEngineClient(EngineClient):
                 try:
                     await self._launch_again()
                 except BundleChangedError as error:
-                    for callback in self._end_callbacks:
-                        callback(error)
+                    self._cannot_go_on(error)
                     return
                 except (ShopLMError, OSError) as error:
                     log.error("the engine does not start: %s", error)
@@ -121,6 +121,17 @@ class ProcessEngineClient(EngineClient):
                 break
             pause = _FIRST_BACKOFF_SECONDS
             self._changed(True)
+
+    def _watched(self, watcher: asyncio.Task[None]) -> None:
+        """Nobody watches the engine any more; where an error of the watcher's own is why, none takes its place."""
+        if watcher.cancelled() or (error := watcher.exception()) is None:
+            return
+        log.error("the engine is watched no more", exc_info=error)
+        self._cannot_go_on(TransientError(f"watching the engine failed: {type(error).__name__}: {error}"))
+
+    def _cannot_go_on(self, error: TransientError) -> None:
+        for callback in self._end_callbacks:
+            callback(error)
 
     async def _launch_again(self) -> None:
         """As `_launch`. Raises EngineUnavailableError, the engine killed, where it takes too long to load."""

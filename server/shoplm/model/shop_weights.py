@@ -34,6 +34,7 @@ from shoplm.errors import BundleError
 from shoplm.readout.habits import HabitTable, habit_table
 from shoplm.readout.heads import Heads
 from shoplm.readout.table import SelectTable
+from shoplm.request import OWN_LANES
 from shoplm.vocabulary import ShopVocabulary
 from torch import Tensor
 from torch.nn import functional
@@ -101,7 +102,7 @@ def load_shop_weights(
     *,
     columns: ItemColumns | None = None,
     token_texts: Sequence[Sequence[int]] | None = None,
-    own_lanes: int = 16,
+    own_lanes: int = OWN_LANES,
 ) -> ShopWeights:
     """Read weights.safetensors.
 

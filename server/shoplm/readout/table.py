@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from shoplm.catalog.filters import ItemFilters
 from shoplm.catalog.trie import Trie
 from shoplm.readout.habits import Habits, HabitTable
-from shoplm.request import Select
+from shoplm.request import NEAR_LANES, OWN_LANES, Select
 from torch import Tensor
 
 
@@ -26,8 +26,8 @@ class SelectTable:
     habits: HabitTable
     popularity_weight: float
     filters: ItemFilters
-    own_lanes: int = 16  # owned items that ride along in a beam search: those of the largest repeat terms
-    near_lanes: int = 16  # items that go with the owned ones and ride along: those of the largest terms
+    own_lanes: int = OWN_LANES
+    near_lanes: int = NEAR_LANES
 
     def __post_init__(self) -> None:
         if not len(self.output_rows) == len(self.output_bias) == len(self.token_starts) == self.trie.depth:
