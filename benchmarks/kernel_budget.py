@@ -53,6 +53,7 @@ OPS = (
     "norm",
     "swiglu",
     "weight_only",
+    "quantise_rows",
     "beam_step",
     "sample",
 )

@@ -201,6 +201,11 @@ def _packed_bytes(outputs: int, inputs: int, bits: int) -> int:
     return outputs * inputs * bits // 8 + 4 * outputs * (1 if bits == 8 else inputs // 32)
 
 
+def quantise_rows(rows: int, columns: int) -> Work:
+    """x read in 16 bits and written in 8, a scale of 4 bytes a row; four operations an element."""
+    return Work(3 * rows * columns + 4 * rows, vector_flops=4 * rows * columns)
+
+
 def beam_step(groups: int, live: int, children: int, select: int, *, filtered: bool = True) -> Work:
     """`live` beams per group with `children` candidates each: the logit of each, and code, item range and prefix sum of
     each once for all groups, which stand at the same nodes under the same filter."""
@@ -247,6 +252,7 @@ def entries(model: ModelShape) -> list[Entry]:
         ("weight_only", "64 rows, gate and up, int4", weight_only(2 * model.features, model.hidden, 64, 4)),
         ("unpack", "gate and up, int8", unpack(2 * model.features, model.hidden, 8)),
         ("unpack", "gate and up, int4", unpack(2 * model.features, model.hidden, 4)),
+        ("quantise_rows", "8192 tokens", quantise_rows(8192, model.features)),
         ("beam_step", "1 x 1M items, top 256", beam_step(1, 1, 10**6, 256)),
         ("beam_step", "1 x 256 beams x 256 children", beam_step(1, 256, 256, 256)),
         ("sample", "64 rows", sample(model, 64)),

@@ -13,6 +13,7 @@ from shoplm.kernels.beam_step_types import TrieTables, allowed_prefix
 from shoplm.kernels.inputs import PagedKv
 from shoplm.kernels.kv_write import kv_write
 from shoplm.kernels.norm import add_rms_norm, rms_norm
+from shoplm.kernels.quantise_rows import quantise_rows
 from shoplm.kernels.sample import sample
 from shoplm.kernels.swiglu import swiglu
 from shoplm.kernels.weight_only import dequantise, quantise, unpack, weight_only
@@ -34,6 +35,7 @@ def ops(stage: Stage) -> None:
         stage.check(f"swiglu {name}", partial(_swiglu, dtype))
         for bits in (8, 4):
             stage.check(f"weight_only {name} int{bits}", partial(_weight_only, dtype, bits))
+        stage.check(f"quantise_rows {name}", partial(_quantise_rows, dtype))
         stage.check(f"sample {name}", partial(_sample, stage, dtype))
         stage.check(f"beam_step {name}", partial(_beam_step, stage, dtype))
         for pool in (dtype, INT8, *(() if stage.smoke else (FP8,))):
@@ -83,6 +85,19 @@ def _weight_only(dtype: torch.dtype, bits: int) -> None:
         in_dtype = functional.linear(x, dequantise(weight, dtype), bias)
         _judge(weight_only(x, weight, bias), exact, in_dtype)
         _judge(unpack(weight, dtype), dequantise(weight, torch.float32).double(), dequantise(weight, dtype))
+
+
+def _quantise_rows(dtype: torch.dtype) -> None:
+    """A few chats' rows and a prompt's, of a small model and of the widest layer: the specification's numbers."""
+    for rows, columns in ((1, 576), (17, 2048), (300, 6144), (5, 18_944)):
+        x = (torch.randn(rows, columns) * torch.rand(rows, 1) * 9).to(dtype)
+        values, scale = quantise_rows(x)
+        want, want_scale = reference.quantise_rows(x.cpu())
+        if not torch.equal(scale.cpu(), want_scale):
+            raise AssertionError("a scale differs from the specification's")
+        different = int((values.cpu().float() != want.float()).sum())
+        if different:
+            raise AssertionError(f"{different} of {values.numel()} stored numbers differ from the specification's")
 
 
 def _rotated(x: torch.Tensor, angle: torch.Tensor, weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -17,6 +17,7 @@ from shoplm.kernels.forks import fork_attention
 from shoplm.kernels.inputs import WORD_BITS, ForkRows, packed_bits
 from shoplm.kernels.kv_write import kv_write
 from shoplm.kernels.norm import add_rms_norm
+from shoplm.kernels.quantise_rows import quantise_rows
 from shoplm.kernels.sample import SampleWorkspace, sample
 from shoplm.kernels.span_mass import span_mass
 from shoplm.kernels.swiglu import swiglu
@@ -38,6 +39,8 @@ def ops(stage: Stage) -> None:
         _sampling(stage, model, stage.size(64, 3))
     for bits in (8, 4):
         _weight_only(stage, bits)
+    for rows in (stage.size(64, 3), stage.size(8192, 3)):
+        _quantise_rows(stage, rows)
     _forks(stage)
     _span_mass(stage)
 
@@ -161,6 +164,19 @@ def _weight_only(stage: Stage, bits: int) -> None:
         out = torch.empty(outputs, inputs, device=stage.device, dtype=stage.dtype)
         calls.append(partial(unpack, weight, stage.dtype, out=out))
     timed(stage, f"unpack int{bits} {outputs} x {inputs}", calls, work)
+
+
+def _quantise_rows(stage: Stage, rows: int) -> None:
+    """The input of the widest product of a 1.7B model's layer, in e4m3."""
+    columns = stage.size(6144, 128)
+    work = roofline.quantise_rows(rows, columns)
+    calls: list[Call] = []
+    for _ in range(copies(work.bytes, stage.smoke)):
+        x = torch.randn(rows, columns, device=stage.device).to(stage.dtype)
+        values = torch.empty(rows, columns, device=stage.device, dtype=torch.float8_e4m3fn)
+        scale = torch.empty(rows, 1, device=stage.device)
+        calls.append(partial(quantise_rows, x, values=values, scale=scale))
+    timed(stage, f"quantise_rows {rows} x {columns}", calls, work)
 
 
 def _forks(stage: Stage) -> None:

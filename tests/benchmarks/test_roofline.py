@@ -100,6 +100,8 @@ def test_elementwise_ops() -> None:
     assert roofline.weight_only(12_288, 2048, 64, 4).bytes == 12_582_912 + 3_145_728 + 1_835_008
     assert roofline.unpack(12_288, 2048, 8).bytes == 25_165_824 + 49_152 + 50_331_648
     assert roofline.unpack(12_288, 2048, 4).bytes == 12_582_912 + 3_145_728 + 50_331_648
+    # 64 rows of 2048: two bytes read and one written an element, a scale a row.
+    assert roofline.quantise_rows(64, 2048).bytes == 3 * 131_072 + 256
 
 
 def test_the_floor_is_the_largest_of_the_three() -> None:
@@ -116,7 +118,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {row["op"] for row in rows} == {
         "prefill", "decode", "beam", "merge", "forks", "span_mass", "kv_write", "norm", "swiglu", "weight_only",
-        "unpack", "beam_step", "sample",
+        "unpack", "quantise_rows", "beam_step", "sample",
     }  # fmt: skip
     decode = next(row for row in rows if row["op"] == "decode")
     assert decode["floor_microseconds"] == {"H100": pytest.approx(320.68, abs=0.01)}

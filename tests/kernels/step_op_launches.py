@@ -15,6 +15,7 @@ from launch_recorder import ARCH, Launch, OpRecorder, Sm90Target, described, rec
 from shoplm.kernels import beam_step as beam_step_op
 from shoplm.kernels import kv_write as kv_write_op
 from shoplm.kernels import norm as norm_op
+from shoplm.kernels import quantise_rows as quantise_rows_op
 from shoplm.kernels import sample as sample_op
 from shoplm.kernels import swiglu as swiglu_op
 from shoplm.kernels import weight_only as weight_only_op
@@ -54,6 +55,12 @@ def unpack_call(outputs: int, inputs: int, bits: int) -> Call:
     weight = weight_only_op.quantise(torch.zeros(outputs, inputs), bits)
     out = torch.zeros(outputs, inputs, dtype=BF16)
     return lambda: weight_only_op.unpack(weight, BF16, out=out)
+
+
+def quantise_rows_call(rows: int, columns: int) -> Call:
+    x, values = torch.zeros(rows, columns, dtype=BF16), torch.zeros(rows, columns, dtype=torch.float8_e4m3fn)
+    scale = torch.zeros(rows, 1)
+    return lambda: quantise_rows_op.quantise_rows(x, values=values, scale=scale)
 
 
 def kv_write_call(tokens: int, head_dim: int, cache: torch.dtype, norm: bool, table: bool, offset: int = 0) -> Call:
@@ -121,6 +128,7 @@ def steps() -> dict[str, Any]:
             swiglu_call(tokens, 1536),
             *(weight_only_call(rows, 576, 1536, bits) for bits in (8, 4) for rows in (min(tokens, 16), tokens + 16)),
             *(unpack_call(576, 1536, bits) for bits in (8, 4)),
+            quantise_rows_call(tokens, 1536),
             kv_write_call(tokens, 64, BF16, True, True, offset),
             kv_write_call(tokens, 64, torch.int8, False, False, offset),
             beam_call(trie, workspace, groups, 256, 256, tokens, offset),
@@ -148,6 +156,7 @@ def cell_launches() -> list[Launch]:
     calls += [swiglu_call(4, features) for features in (1536, 18_944)]
     calls += [weight_only_call(rows, 4096, 2048, bits) for rows in (4, 40) for bits in (8, 4)]
     calls += [unpack_call(4096, 2048, bits) for bits in (8, 4)]
+    calls += [quantise_rows_call(4, columns) for columns in (2048, 6144, 18_944)]
     for head_dim in (64, 96, 128, 256):
         for cache in (BF16, torch.int8, torch.float8_e4m3fn):
             calls += [
@@ -171,7 +180,7 @@ def cell_mismatches() -> list[str]:
         for launch in cell_launches()
     }
     cells: list[AotCell] = []
-    for module in (norm_op, swiglu_op, weight_only_op, kv_write_op, beam_step_op, sample_op):
+    for module in (norm_op, swiglu_op, weight_only_op, quantise_rows_op, kv_write_op, beam_step_op, sample_op):
         cells += module.aot_cells(ARCH)
     return [
         cell.name

@@ -39,6 +39,8 @@ def test_formats_that_a_layer_does_not_suit_are_refused() -> None:
     ):
         with pytest.raises(ConfigurationError, match=message):
             make_linear(torch.randn(8, 40), None, weight_format, CPU)
+    with pytest.raises(ConfigurationError, match="at most 32768 inputs, but a layer has 32784"):
+        make_linear(torch.zeros(16, 32_784), None, "fp8", CPU)
 
 
 def test_the_decoder_quantises_every_projection() -> None:
@@ -49,6 +51,18 @@ def test_the_decoder_quantises_every_projection() -> None:
             config, toy_weights(config), None, max_positions=8, workspace=None, device=CPU,  # type: ignore[arg-type]
             weight_format="int8",
         )  # fmt: skip
+
+
+def test_fp8_weights_are_those_that_a_gate_measures() -> None:
+    """One input at a time, which e4m3 has exactly, shows the weight that is multiplied."""
+    weight = torch.randn(64, 64)
+    fields: dict[str, Any] = dict.fromkeys(("qkv", "output", "gate_up", "down"), weight)
+    fields |= dict.fromkeys(("qkv_bias", "query_norm", "key_norm", "output_bias"))
+    norm = torch.ones(64)
+    before = DecoderWeights(weight, (LayerWeights(input_norm=norm, mlp_norm=norm, **fields),), norm, weight)
+    stands_for = rounded(before, "fp8").layers[0].down
+    found = make_linear(weight, None, "fp8", CPU)(torch.eye(64)).t()
+    torch.testing.assert_close(found, stands_for, atol=0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("weight_format", ["int8", "int4"])

@@ -26,6 +26,7 @@ def recording() -> dict[str, Any]:
 def test_other_lengths_compile_nothing(recording: dict[str, Any]) -> None:
     """One token, odd counts, unaligned index slices: no kernel that the first step had not compiled."""
     assert recording["steps"]["first"] == [
+        "_quantise_rows_kernel",
         "_rms_norm_kernel",
         "_rms_norm_kernel",
         "_swiglu_kernel",

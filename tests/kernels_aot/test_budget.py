@@ -61,7 +61,8 @@ def test_representative_cells_cover_every_op_and_architecture(measured: Measured
     cells = [cell for cell, _ in measured]
     assert 50 <= len(cells) <= 75
     pairs = {(cell.op, cell.arch) for cell in cells}
-    assert pairs == {(op, arch) for op in kernel_budget.OPS for arch in kernel_budget.ARCHES}
+    without_e4m3 = {("quantise_rows", 80)}
+    assert pairs == {(op, arch) for op in kernel_budget.OPS for arch in kernel_budget.ARCHES} - without_e4m3
 
 
 @pytest.mark.parametrize("window", [False, True])

@@ -59,7 +59,7 @@ def _rotation(
 
 
 @triton.jit
-def _round_to_e4m3(x: tl.tensor) -> tl.tensor:
+def round_to_e4m3(x: tl.tensor) -> tl.tensor:
     """Nearest e4m3 value (ties to even) of |x| <= 448, still fp32: the conversion that follows is then exact.
 
     Converters differ in how they round; the bits in the pool must not depend on which one runs.
@@ -99,8 +99,8 @@ def _store_halves(
             first = tl.floor(first + 0.5)
             second = tl.floor(second + 0.5)
         else:
-            first = _round_to_e4m3(first)
-            second = _round_to_e4m3(second)
+            first = round_to_e4m3(first)
+            second = round_to_e4m3(second)
     target = cache_ptr + (cache_row * (2 * HALF))[:, None] + dims[None, :]
     tl.store(target, first.to(cache_ptr.dtype.element_ty), mask=inside)
     tl.store(target + HALF, second.to(cache_ptr.dtype.element_ty), mask=inside)

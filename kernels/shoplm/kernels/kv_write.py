@@ -21,10 +21,10 @@ from shoplm.kernels._checks import ACTIVATION_DTYPES, INDEX_DTYPES, check_tensor
 from shoplm.kernels._kv_write_kernel import kv_write_kernel
 from shoplm.kernels.aot import AotCell, make_cell, pointer
 from shoplm.kernels.inputs import PagedKv, check_aligned
+from shoplm.kernels.reference_ops import E4M3_MAX
 from shoplm.kernels.tile_config import SUPPORTED_HEAD_DIMS
 
 INT8_MAX = 127.0
-E4M3_MAX = 448.0  # largest finite float8_e4m3fn
 
 
 def _tile(head_dim: int) -> tuple[int, int, int]:

@@ -10,6 +10,8 @@ import torch
 from shoplm.kernels.beam_step_types import BeamSelection, TrieTables
 from shoplm.kernels.inputs import PagedKv
 
+E4M3_MAX = 448.0  # largest finite float8_e4m3fn
+SMALLEST_SCALE = 1e-12  # of a row of `quantise_rows`: one of zeros stores zeros
 PHILOX_ROUNDS = 10
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -55,6 +57,13 @@ def quantise_heads(
     inverse = 1.0 / torch.where(scale > 0, scale.float(), 1.0)[..., None]
     scaled = (x * inverse).clamp(-limit, limit)
     return (torch.floor(scaled + 0.5) if dtype == torch.int8 else scaled).to(dtype), scale
+
+
+def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, n] as float8_e4m3fn with one fp32 scale per row [T, 1]: x ~ stored * scale."""
+    wide = x.float()
+    scale = (wide.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=SMALLEST_SCALE)
+    return (wide / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
 def kv_write(

@@ -1,8 +1,8 @@
 """Linear layers of the GPU backend, by weight format: as the model has them, FP8, INT8 or INT4.
 
 - model: cuBLAS.
-- fp8: e4m3 with a scale per output row, activations with a scale per token, `torch._scaled_mm`: half the bytes and
-  twice the peak of bf16, on compute capability 8.9 and later.
+- fp8: e4m3 with a scale per output row, activations with a scale per token by `kernels.quantise_rows`,
+  `torch._scaled_mm`: half the bytes and twice the peak of bf16, on compute capability 8.9 and later.
 - int8, int4: the weight alone; few rows by `kernels.weight_only`, more by cuBLAS with the weight unpacked in
   passing.
 
@@ -17,13 +17,13 @@ from typing import Protocol
 
 import torch
 from shoplm.errors import ConfigurationError
+from shoplm.kernels.quantise_rows import MAX_COLUMNS, quantise_rows
 from shoplm.kernels.weight_only import MAX_ROWS, MULTIPLE, quantise, unpack, weight_only
 from shoplm.model.adapter import LowRankPath
 from torch import Tensor
 from torch.nn import functional
 
 WEIGHT_FORMATS = ("model", "int8", "int4", "fp8")
-E4M3_MAX = 448.0
 FP8_MULTIPLE = 16  # of both sizes of an FP8 weight
 
 
@@ -50,10 +50,10 @@ class Fp8Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._bias = bias
-        self._values, self._scale = to_fp8(weight)
+        self._values, self._scale = quantise_rows(weight)
 
     def __call__(self, states: Tensor) -> Tensor:
-        values, scale = to_fp8(states)
+        values, scale = quantise_rows(states)
         if states.device.type != "cuda":  # the same numbers, multiplied in fp32
             product = (values.float() * scale) @ (self._values.float() * self._scale).t()
             result = product.to(states.dtype)
@@ -107,6 +107,8 @@ def _linear(weight: Tensor, bias: Tensor | None, weight_format: str, device: tor
             raise ConfigurationError(
                 f"weight_format fp8 needs multiples of {FP8_MULTIPLE}, but a layer is {outputs} x {inputs}"
             )
+        if inputs > MAX_COLUMNS:
+            raise ConfigurationError(f"weight_format fp8 takes at most {MAX_COLUMNS} inputs, but a layer has {inputs}")
         return Fp8Linear(weight, bias)
     bits = {"int8": 8, "int4": 4}.get(weight_format)
     if bits is None:
@@ -116,10 +118,3 @@ def _linear(weight: Tensor, bias: Tensor | None, weight_format: str, device: tor
             f"weight_format {weight_format} needs layers with a multiple of {MULTIPLE} inputs, but one has {inputs}"
         )
     return WeightOnlyLinear(weight, bias, bits)
-
-
-def to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
-    """`values` [rows, n] as e4m3 with one fp32 scale per row [rows, 1]: value = stored * scale."""
-    wide = values.float()
-    scale = (wide.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=1e-12)
-    return (wide / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale

@@ -11,8 +11,9 @@ from functools import partial
 
 import torch
 from shoplm.errors import ConfigurationError
+from shoplm.kernels.reference_ops import quantise_rows
 from shoplm.kernels.weight_only import dequantise, quantise
-from shoplm.model.gpu_linear import WEIGHT_FORMATS, to_fp8
+from shoplm.model.gpu_linear import WEIGHT_FORMATS
 from shoplm.model.weights import DecoderWeights
 
 
@@ -32,7 +33,7 @@ def rounded(weights: DecoderWeights, weight_format: str) -> DecoderWeights:
 
 def _rounded(weight: torch.Tensor, weight_format: str) -> torch.Tensor:
     if weight_format == "fp8":
-        values, scale = to_fp8(weight)
+        values, scale = quantise_rows(weight)
         return (values.float() * scale).to(weight.dtype)
     try:
         return dequantise(quantise(weight, {"int8": 8, "int4": 4}[weight_format]), weight.dtype)
