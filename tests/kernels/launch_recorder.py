@@ -199,10 +199,13 @@ def launched_cells(shape: AttentionShape) -> dict[str, Launch]:
     kv_dtype = shape.kv_dtype if shape.quantised else None
     case_shape = Shape(shape.head_dim, shape.group, shape.kv_heads, shape.page_size, shape.dtype, kv_dtype)
     window = 7 if shape.window else None
-    case = server_tables(make_case(case_shape, [(1, 2), (2, 3), (65, 66)], slack=5000), 9000)
+    step = make_case(case_shape, [(1, 2), (2, 3), (65, 66)], slack=5000)
+    cases = [server_tables(step, kv_len) for kv_len in (4096, 9000)]  # up to 16 splits a row, and more
+    case = cases[0]
     wide, narrow = (step_inputs(case_shape, [], [(5, 2, 0)], width)[1] for width in (256, 64 // shape.group))
     with recorded() as launches:
-        paged_attention(case.q, case.kv, case.rows, out=case.out, workspace=case.workspace, window=window)
+        for each in cases:
+            paged_attention(each.q, each.kv, each.rows, out=each.out, workspace=each.workspace, window=window)
         for beam_case in (wide, narrow):
             beam_attention(
                 beam_case.q, beam_case.kv, beam_case.beams, out=beam_case.out, workspace=beam_case.workspace,
@@ -231,6 +234,7 @@ def cell_mismatches() -> list[str]:
         }
         cells: list[AotCell] = [prefill_cell(shape, ARCH)]
         cells += [split_cell(shape, ARCH, short=short) for short in (False, True)]
+        cells += [split_cell(shape, ARCH, short=False, walks=True)] * (not shape.quantised)
         cells += [cell for width in (256, 64 // shape.group) for cell in beam_cells(shape, ARCH, max_width=width)]
         for op_cells in (merge_cells, forks_cells, span_mass_cells):
             cells += [cell for cell in op_cells(ARCH, full=False) if cell.variant.endswith(shape.variant)]

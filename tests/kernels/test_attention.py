@@ -17,6 +17,7 @@ import torch
 from attention_cases import Case, Row, Shape, check_attention, make_beam_case, make_case, poisoned, poisoned_workspace
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shoplm.kernels import attention
 from shoplm.kernels.attention import BeamGroups, PagedKv, RaggedRows, Workspace, beam_attention, paged_attention
 from shoplm.kernels.tile_config import MAX_WIDE_SPLITS, SHORT_ROWS
 
@@ -38,6 +39,23 @@ def test_mixed_step(group: int, page_size: int) -> None:
     case = make_case(Shape(64, group, 1, page_size), MIXED)
     run(case)
     check_attention(case)
+
+
+def test_the_largest_group_has_no_short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tokens of 64 heads are a long chunk: the launch of short ones would compute single tokens again."""
+    classes: list[int] = []
+    launch = attention.split_attention
+
+    def counted(*arguments: Any, **keywords: Any) -> None:
+        classes.append(arguments[4].out.shape[3])
+        launch(*arguments, **keywords)
+
+    monkeypatch.setattr(attention, "split_attention", counted)
+    for group in (32, 64):
+        case = make_case(Shape(64, group, 1, 16), [(1, 20), (2, 9), (0, 0)])
+        run(case)
+        check_attention(case)
+    assert classes == [32, SHORT_ROWS, 64]
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
 from attention_cases import Case, Shape, check_attention, make_case
+from shoplm.kernels import decode
 from shoplm.kernels.attention import score_scale_of
 from shoplm.kernels.decode import split_attention
 from shoplm.kernels.merge import merge_splits
@@ -89,6 +91,46 @@ def test_window(short: bool, window: int) -> None:
     if window == 1 and not short:
         assert partials.count.tolist() == [1, 1, 1, 1]
     check_attention(case, window=window, mask=tokens_of(case, short=short))
+
+
+@pytest.mark.parametrize("window", [None, 150])
+def test_programs_that_walk_over_splits_change_no_bit(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    """A program for each of up to 15 splits, and two and three programs that walk over them."""
+    lengths = [1, SPLIT, SPLIT + 1, 3 * SPLIT, 15 * SPLIT - 7]
+    found = []
+    monkeypatch.setattr(decode, "WALKING_PROGRAMS", 0)
+    for programs in (16, 2, 3):
+        monkeypatch.setattr(decode, "MOST_SPLIT_PROGRAMS", programs)
+        torch.manual_seed(0)
+        case = make_case(Shape(64, 4, 2, 16), [(1, kv_len) for kv_len in lengths])
+        partials = run_split(case, short=False, window=window)
+        check_attention(case, window=window)
+        found.append((case.out.nan_to_num(9.0), case.lse.nan_to_num(9.0), partials.count))
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
+
+
+def test_a_long_row_does_not_multiply_the_programs_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows have a program for each split that there may be; of many each has 16 per KV head."""
+    grids: list[tuple[int, ...]] = []
+    walks: list[bool] = []
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *_, **keywords: walks.append(keywords["WALKS"])
+
+    monkeypatch.setattr(decode, "_split_kernel", Recorded())
+    shape = Shape(64, 1, 8, 16)
+    for rows, splits in ((1, 70), (2, 70), (100, 70), (100, 16)):
+        case = make_case(shape, [(1, splits * SPLIT)] + [(1, 1)] * (rows - 1))
+        partials = Partials.allocate(rows, splits, shape.kv_heads, 1, 64, torch.device("cpu"))
+        decode.split_attention(
+            case.q, case.kv, case.rows, case.out, partials, tile=tile_config(90, 64, shape.dtype, 1),
+            keys_per_split=SPLIT, max_splits=0, splits=splits, score_scale=1.0, window=None, lse=None,
+        )  # fmt: skip
+    assert grids == [(70, 8, 1), (70, 8, 2), (16, 8, 100), (16, 8, 100)]
+    assert walks == [True, True, True, False]
 
 
 def test_split_length_follows_the_row_alone() -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from attention_cases import prefix_sums
-from shoplm.kernels import reference
+from shoplm.kernels import merge, reference
 from shoplm.kernels.merge import merge_splits
 from shoplm.kernels.workspace import Partials
 
@@ -56,6 +56,19 @@ def test_chunks_map_packed_rows_to_tokens_and_heads() -> None:
         for packed in range(tokens * group):
             got = out[first + packed // group].reshape(kv_heads, group, 64)[:, packed % group]
             torch.testing.assert_close(got, expected[:, packed], rtol=1e-5, atol=1e-6)
+
+
+def test_programs_that_share_packed_rows_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program for each packed row, and three that walk over up to 14 of a row; 17 splits are read in three turns."""
+    partials = random_partials([17, 1, 3], 17, 2, 16, 64)
+    found = []
+    for programs in (16, 3):
+        monkeypatch.setattr(merge, "MOST_WALKERS", programs)
+        out, lse = torch.full((16, 4, 64), math.nan), torch.full((16, 4), math.nan)
+        merge_splits(partials, prefix_sums([7, 4, 5]), out, lse)
+        assert out[7:11].isnan().all() and not out[11:].isnan().any()
+        found.append((out.nan_to_num(9.0), lse.nan_to_num(9.0)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_empty_splits() -> None:

@@ -59,7 +59,7 @@ def test_the_table_lists_the_cells_that_exist(table: BudgetTable) -> None:
 
 def test_representative_cells_cover_every_op_and_architecture(measured: Measured) -> None:
     cells = [cell for cell, _ in measured]
-    assert 50 <= len(cells) <= 75
+    assert 50 <= len(cells) <= 80
     pairs = {(cell.op, cell.arch) for cell in cells}
     without_e4m3 = {("quantise_rows", 80)}
     assert pairs == {(op, arch) for op in kernel_budget.OPS for arch in kernel_budget.ARCHES} - without_e4m3

@@ -27,8 +27,8 @@ def _normalise(
     HALF: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """RMSNorm of each head."""
-    mean_square = tl.sum(first * first + second * second, axis=1) / (2 * HALF)
-    inverse = (1.0 / tl.sqrt(mean_square + eps))[:, None]
+    mean_square = tl.div_rn(tl.sum(first * first + second * second, axis=1), 2.0 * HALF)
+    inverse = tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))[:, None]
     inside = dims < HALF
     first_weight = tl.load(weight_ptr + dims, mask=inside, other=0.0).to(tl.float32)
     second_weight = tl.load(weight_ptr + HALF + dims, mask=inside, other=0.0).to(tl.float32)

@@ -145,15 +145,16 @@ def paged_attention(
     if rows.max_query_len == 1:
         return out
 
-    wide_tokens = wide_split_tokens(arch)
-    wide_splits = min(MAX_WIDE_SPLITS, max(1, -(-kv_bound // wide_tokens)))
-    split_attention(
-        q, kv, rows, out, workspace.short, tile=tile_config(arch, kv.head_dim, q.dtype, SHORT_ROWS, kv.quantised),
-        keys_per_split=wide_tokens, max_splits=MAX_WIDE_SPLITS, splits=wide_splits, score_scale=score_scale,
-        window=window, lse=lse,
-    )  # fmt: skip
-    if wide_splits > 1:
-        merge_splits(workspace.short, rows.query_start, out, lse)
+    if 2 * group <= SHORT_ROWS:  # else no row of two tokens is short
+        wide_tokens = wide_split_tokens(arch)
+        wide_splits = min(MAX_WIDE_SPLITS, max(1, -(-kv_bound // wide_tokens)))
+        split_attention(
+            q, kv, rows, out, workspace.short, tile=tile_config(arch, kv.head_dim, q.dtype, SHORT_ROWS, kv.quantised),
+            keys_per_split=wide_tokens, max_splits=MAX_WIDE_SPLITS, splits=wide_splits, score_scale=score_scale,
+            window=window, lse=lse,
+        )  # fmt: skip
+        if wide_splits > 1:
+            merge_splits(workspace.short, rows.query_start, out, lse)
     if rows.max_query_len * group > SHORT_ROWS:
         tile = tile_config(arch, kv.head_dim, q.dtype, 2 * SHORT_ROWS, kv.quantised)
         prefill_attention(q, kv, rows, out, tile=tile, score_scale=score_scale, window=window, lse=lse)

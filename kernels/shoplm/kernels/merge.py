@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 BLOCK_S = 8  # splits read at once
+MOST_WALKERS = 8  # programs that share the packed rows of one (row, KV head)
 
 
 @triton.jit(do_not_specialize=["splits", "out_stride", "count_ptr", "query_start_ptr", "lse_ptr"])
@@ -43,14 +44,41 @@ def _merge_kernel(
     HEAD_DIM_PADDED: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> None:
-    packed = tl.program_id(0)
+    """Walks over every `num_programs(0)`-th packed row of a row and KV head, from `program_id(0)` on."""
     kv_head = tl.program_id(1)
     row = tl.program_id(2)
     count = tl.load(count_ptr + row)
+    if count < 2:
+        return
     first_token = tl.load(query_start_ptr + row)
     packed_rows = (tl.load(query_start_ptr + row + 1) - first_token) * GROUP
-    if count < 2 or packed >= packed_rows:
-        return
+    for packed in range(tl.program_id(0), packed_rows, tl.num_programs(0)):
+        _merge_packed_row(
+            partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, packed, kv_head, row, first_token, count, splits,
+            out_stride, GROUP, KV_HEADS, PACKED, HEAD_DIM, HEAD_DIM_PADDED, BLOCK_S,
+        )  # fmt: skip
+
+
+@triton.jit
+def _merge_packed_row(
+    partial_ptr: tl.tensor,
+    partial_lse_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    packed: tl.tensor,
+    kv_head: tl.tensor,
+    row: tl.tensor,
+    first_token: tl.tensor,
+    count: tl.tensor,
+    splits: tl.tensor,
+    out_stride: tl.tensor,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    PACKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> None:
     dims = tl.arange(0, HEAD_DIM_PADDED)
     acc = tl.zeros([HEAD_DIM_PADDED], tl.float32)
     total = tl.full([1], 0.0, tl.float32)
@@ -98,7 +126,7 @@ def merge_splits(
         lse: fp32 [tokens, q_heads], base 2.
     """
     _, _, kv_heads, packed, head_dim = partials.out.shape
-    _merge_kernel[(packed, kv_heads, query_start.shape[0] - 1)](
+    _merge_kernel[(min(packed, MOST_WALKERS), kv_heads, query_start.shape[0] - 1)](
         partials.out, partials.lse, partials.count, query_start, out, lse, partials.splits, out.stride(0) // 16,
         GROUP=out.shape[1] // kv_heads, KV_HEADS=kv_heads, PACKED=packed,
         HEAD_DIM=head_dim, HEAD_DIM_PADDED=padded_head_dim(head_dim), BLOCK_S=BLOCK_S,

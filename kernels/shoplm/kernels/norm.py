@@ -4,7 +4,8 @@
     y = x / sqrt(mean(x^2) + eps) * weight            (Zhang and Sennrich 2019, equation 4)
 
 The fused form first does `residual += x`, rounds the sum to the residual's dtype and normalises the rounded value, so
-that it equals the two steps run apart, bit for bit. Everything else is computed in fp32 and rounded once.
+that it equals the two steps run apart, bit for bit. Everything else is computed in fp32 and rounded once; the root
+and quotients of a row are IEEE's, since fast ones add up to more than fp32's own rounding.
 
 Cost: bound by memory. `rms_norm` moves 2 * T * hidden elements, `add_rms_norm` 4 * T * hidden, against 5 * T * hidden
 for the unfused pair. One program owns one row, which stays in registers between the reduction and the scaling.
@@ -46,9 +47,9 @@ def _rms_norm_kernel(
         rounded = x.to(residual_ptr.dtype.element_ty)
         tl.store(residual_row, rounded, mask=inside)
         x = rounded.to(tl.float32)
-    mean_square = tl.sum(x * x, axis=0) / HIDDEN
+    mean_square = tl.div_rn(tl.sum(x * x, axis=0), HIDDEN * 1.0)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    y = x * (1.0 / tl.sqrt(mean_square + eps)) * weight
+    y = x * tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps)) * weight
     tl.store(out_ptr + row * out_stride + columns, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
