@@ -88,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.smoke and (problem := launch_problem(environment)):
         print(problem)
         return 1
+    alone = not options.smoke and takes_one_process()
     patience = SMOKE_FACTOR if options.smoke else 1
     deadline = time.monotonic() + options.total_seconds * patience
     ended: list[Ended] = []
@@ -95,7 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for at, plan in enumerate(plans):
         stages = [stage for stage in plan.stages if stage in wanted]
         limit = limit_seconds(plans[at:], (deadline - time.monotonic()) / patience) * patience
-        ended += run_together(stages, options.out, environment, limit, smoke=options.smoke)
+        last = time.monotonic() + limit
+        for group in [[stage] for stage in stages] if alone else [stages]:
+            left = last - time.monotonic()
+            ended += run_together(group, options.out, environment, left, smoke=options.smoke)
     rows = read_rows(options.out, wanted)
     with (options.out / "rows.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -111,6 +115,16 @@ def limit_seconds(plans: Sequence[Plan], left: float) -> float:
     own while there is as much."""
     first, *later = plans
     return min(left, max(first.seconds, left - sum(plan.seconds for plan in later)))
+
+
+def takes_one_process() -> bool:
+    """Whether the card is set to the compute mode in which a second process cannot use it."""
+    command = ["nvidia-smi", "--query-gpu=compute_mode", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return "Exclusive" in found.stdout
 
 
 def launch_problem(environment: dict[str, str]) -> str:

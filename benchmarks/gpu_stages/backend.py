@@ -50,7 +50,7 @@ def formats(stage: Stage) -> None:
     kinds = [(weights, "model") for weights in WEIGHT_FORMATS]
     for weights, kv in (*kinds, *(("model", kv) for kv in KV_FORMATS if kv != "model")):
         name = f"hidden states of the 135M shape, weights {weights}, kv {kv}"
-        stage.check(name, partial(_hidden, stage, weights, kv))
+        stage.check(name, partial(_hidden, stage, weights, kv), fp8="fp8" in (weights, kv))
 
 
 def _services(stage: Stage, traits: bool, graph_seconds: float, *, adapted: bool = False) -> None:

@@ -19,6 +19,8 @@ import triton
 L2_BYTES = 128 << 20  # inputs are rotated through at least this much, more than any card's L2
 MOST_COPIES = 1024  # of inputs, each with a launch of its own
 Call = Callable[[], object]
+NO_FP8 = "this card has no e4m3"
+NOT_REACHED = "rows behind this were not reached"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,11 @@ class Stage:
         """Of activations: bf16, which the interpreter computes wrongly in silence."""
         return torch.float32 if self.smoke else torch.bfloat16
 
+    @property
+    def has_fp8(self) -> bool:
+        """Whether the card has e4m3."""
+        return self.smoke or torch.cuda.get_device_capability() >= (8, 9)
+
     def size(self, full: int, tiny: int) -> int:
         """A number of a measurement, and the one that the interpreter can afford."""
         return tiny if self.smoke else full
@@ -65,30 +72,55 @@ class Stage:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(row) | {"machine": machine(self.smoke)}) + "\n")
 
-    def check(self, name: str, check: Call) -> None:
-        """A row that says whether `check` returned without an error; the others go on."""
+    def check(self, name: str, check: Call, *, fp8: bool = False) -> None:
+        """A row that says whether `check` returned without an error; the others go on. `fp8`: it needs e4m3."""
+        if fp8 and not self.has_fp8:
+            self.row(name, None, "", note=NO_FP8)
+            return
         start = time.perf_counter()
         try:
             check()
         except Exception as error:
-            message = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            self.row(name, None, "", passed=False, note=message)
+            self._failure(name, "", error)
         else:
             self.row(name, time.perf_counter() - start, "s", passed=True)
 
-    def measure(self, name: str, unit: str, measurement: Callable[[], float], **rest: Any) -> float | None:
-        """A row with what `measurement` gives, or with the error that it raised. `target`: at least, for rates (units
-        with "/"), at most for times."""
+    def measure(
+        self, name: str, unit: str, measurement: Callable[[], float], *, fp8: bool = False, **rest: Any
+    ) -> float | None:
+        """A row with what `measurement` gives, or with the error that it raised; it makes its inputs itself, so that
+        they may lack room. `target`: at least, for rates (units with "/"), at most for times. `fp8`: it needs e4m3."""
+        if fp8 and not self.has_fp8:
+            self.row(name, None, unit, note=NO_FP8)
+            return None
         try:
             value = measurement()
         except Exception as error:
-            self.row(name, None, unit, note=f"{type(error).__name__}: {error}".splitlines()[0][:300], passed=False)
+            self._failure(name, unit, error)
             return None
         target = rest.get("target")
         if target is not None and not self.smoke:
             rest["passed"] = value >= target if "/" in unit or unit == "share" else value <= target
         self.row(name, value, unit, **rest)
         return value
+
+    def _failure(self, name: str, unit: str, error: Exception) -> None:
+        """A failed row. Ends the stage where the card answers nothing any more, as after an illegal address: all rows
+        behind this one would fail with the same words."""
+        note = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        lost = not self.smoke and _is_lost()
+        self.row(name, None, unit, passed=False, note=f"{note}; {NOT_REACHED}" if lost else note)
+        if lost:
+            raise SystemExit(1) from error
+
+
+def _is_lost() -> bool:
+    """Whether the process's context is broken; it then repeats its error at every call. Out of memory does not."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 @functools.cache

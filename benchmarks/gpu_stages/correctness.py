@@ -54,8 +54,9 @@ def attention(stage: Stage, part: int = 0, parts: int = 1) -> None:
         stage.check("the fp32 specification equals fp64", _specification)
     for at in range(part, len(shapes), parts):
         shape, window = shapes[at], 77 if at % 3 == 1 else None
-        stage.check(f"attention {_name(shape)}", partial(_rows, stage, shape, window))
-        stage.check(f"beam {_name(shape)}", partial(_beams, stage, shape, window))
+        fp8 = shape.kv_dtype == FP8
+        stage.check(f"attention {_name(shape)}", partial(_rows, stage, shape, window), fp8=fp8)
+        stage.check(f"beam {_name(shape)}", partial(_beams, stage, shape, window), fp8=fp8)
 
 
 def _name(shape: Shape) -> str:

@@ -35,12 +35,12 @@ def ops(stage: Stage) -> None:
         stage.check(f"swiglu {name}", partial(_swiglu, dtype))
         for bits in (8, 4):
             stage.check(f"weight_only {name} int{bits}", partial(_weight_only, dtype, bits))
-        stage.check(f"quantise_rows {name}", partial(_quantise_rows, dtype))
+        stage.check(f"quantise_rows {name}", partial(_quantise_rows, dtype), fp8=True)
         stage.check(f"sample {name}", partial(_sample, stage, dtype))
         stage.check(f"beam_step {name}", partial(_beam_step, stage, dtype))
         for pool in (dtype, INT8, *(() if stage.smoke else (FP8,))):
             pool_name = str(pool).removeprefix("torch.")
-            stage.check(f"kv_write {name} to {pool_name}", partial(_kv_write, dtype, pool))
+            stage.check(f"kv_write {name} to {pool_name}", partial(_kv_write, dtype, pool), fp8=pool == FP8)
 
 
 def _judge(found: torch.Tensor, exact: torch.Tensor, in_dtype: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,8 +11,17 @@ from typing import Any
 import roofline
 import torch
 from roofline import MODELS, ModelShape, Work
-from shoplm.kernels.attention import BeamGroups, RaggedRows, Workspace, beam_attention, paged_attention
+from shoplm.kernels.attention import (
+    BeamGroups,
+    RaggedRows,
+    Workspace,
+    beam_attention,
+    paged_attention,
+    score_scale_of,
+)
 from shoplm.kernels.inputs import PagedKv
+from shoplm.kernels.prefill import prefill_attention
+from shoplm.kernels.tile_config import SHORT_ROWS, arch_of, tile_config
 from torch.nn import functional
 
 from gpu_stages.common import L2_BYTES, Call, Stage, copies, median_us
@@ -37,27 +47,20 @@ def floor_share(stage: Stage, work: Work, microseconds: float) -> dict[str, Any]
     return {} if card is None else {"floor_share": work.floor_microseconds(card) / microseconds}
 
 
-def timed(stage: Stage, name: str, calls: list[Call], work: Work, **rest: Any) -> float | None:
-    """A row in microseconds, with the share of the floor. `calls`: of inputs of their own, `copies` of them."""
-    found: list[float] = []
-    if len(calls) * work.bytes < L2_BYTES and not stage.smoke:
+def timed(stage: Stage, name: str, make: Callable[[], Call], work: Work, **rest: Any) -> float | None:
+    """A row in microseconds, with the share of the floor. `make`: a call with inputs of its own, `copies` of which are
+    made."""
+    number = copies(work.bytes, stage.smoke)
+    if number * work.bytes < L2_BYTES and not stage.smoke:
         rest["note"] = "inputs may stay in L2"
+    details: dict[str, Any] = {}
 
     def once() -> float:
-        found.append(median_us(calls, smoke=stage.smoke))
-        rest["details"] = floor_share(stage, work, found[0])
-        return found[0]
+        microseconds = median_us([make() for _ in range(number)], smoke=stage.smoke)
+        details.update(floor_share(stage, work, microseconds))
+        return microseconds
 
-    try:
-        microseconds = once()
-    except Exception as error:
-        stage.row(name, None, "us", passed=False, note=f"{type(error).__name__}: {error}".splitlines()[0][:300])
-        return None
-    target = rest.get("target")
-    if target is not None and not stage.smoke:
-        rest["passed"] = microseconds <= target
-    stage.row(name, microseconds, "us", **rest)
-    return microseconds
+    return stage.measure(name, "us", once, details=details, **rest)
 
 
 def pool(pages: int, model: ModelShape, dtype: torch.dtype, device: torch.device, page: int = PAGE) -> PagedKv:
@@ -120,31 +123,54 @@ def prefill(stage: Stage) -> None:
         prompts += [_Prompt(stage, model, tokens, aim) for tokens in ((48,) if stage.smoke else (8192, 16384))]
     for backend, least in (("math", None),) if stage.smoke else (("cuDNN", 0.75), ("flash", None)):
         for prompt in prompts:
-            prompt.beside(f"SDPA {backend}", partial(_sdpa_rate, backend, prompt.q, prompt.rate), least)
+            prompt.beside(f"SDPA {backend}", partial(prompt.sdpa_rate, backend), least)
     for prompt in prompts:
         prompt.beside("contiguous twin", prompt.twin_rate, 0.90)
 
 
 class _Prompt:
-    """One shape's inputs, and its rate, which is measured at once."""
+    """One shape's inputs, made when a measurement first asks for them, and its rate, which is measured at once."""
 
     def __init__(self, stage: Stage, model: ModelShape, tokens: int, aim: float) -> None:
-        device = stage.device
         self._stage, self._name = stage, f"prefill {model.name} {tokens}"
-        self._work, self._tokens = roofline.prefill(model, tokens), tokens
-        self.q, self._kv = queries(tokens, model, stage), pool(tokens // PAGE, model, stage.dtype, device)
-        self._out, self._scratch = torch.empty_like(self.q), workspace(model, 1, tokens, 0, device)
-        self._rows = ragged(1, tokens, tokens, device)
-        self._found = stage.measure(self._name, "TFLOP/s", partial(self._paged_rate, self._kv, self._rows), target=aim)
+        self._work, self._model, self._tokens = roofline.prefill(model, tokens), model, tokens
+        self._found = stage.measure(self._name, "TFLOP/s", self._paged_rate, target=aim)
 
-    def rate(self, call: Call) -> float:
+    @functools.cached_property
+    def _inputs(self) -> tuple[torch.Tensor, torch.Tensor, PagedKv, RaggedRows]:
+        """Queries, outputs, keys and values, and the row."""
+        stage, tokens = self._stage, self._tokens
+        q, kv = queries(tokens, self._model, stage), pool(tokens // PAGE, self._model, stage.dtype, stage.device)
+        return q, torch.empty_like(q), kv, ragged(1, tokens, tokens, stage.device)
+
+    def _rate(self, call: Call) -> float:
         """TFLOP/s of a call that does this prompt's work."""
         return self._work.tensor_flops / median_us([call], smoke=self._stage.smoke, rounds=10, graphed=False) / 1e6
 
     def twin_rate(self) -> float:
-        """Of the contiguous twin."""
-        table = torch.zeros(1, 1, dtype=torch.int32, device=self._stage.device)
-        return self._paged_rate(twin_of(self._kv, self._tokens), replace(self._rows, page_table=table))
+        """Of the contiguous twin: the prompt's kernel alone, since its page size compiles each kernel anew."""
+        q, out, kv, rows = self._inputs
+        rows = replace(rows, page_table=torch.zeros(1, 1, dtype=torch.int32, device=q.device))
+        twin, arch = twin_of(kv, self._tokens), arch_of(q.device)
+        tile = tile_config(arch, kv.head_dim, q.dtype, 2 * SHORT_ROWS, kv.quantised)
+        scale = score_scale_of(None, kv.head_dim)
+        return self._rate(
+            lambda: prefill_attention(q, twin, rows, out, tile=tile, score_scale=scale, window=None, lse=None)
+        )
+
+    def sdpa_rate(self, backend: str) -> float:
+        """Of torch's attention on contiguous keys; each KV head repeated for its group, which every backend takes."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        kinds = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
+        heads = self._inputs[0].transpose(0, 1)[None].contiguous()
+        k, v = (torch.randn_like(heads) for _ in range(2))
+
+        def call() -> object:
+            with sdpa_kernel(kinds[backend]):
+                return functional.scaled_dot_product_attention(heads, k, v, is_causal=True)
+
+        return self._rate(call)
 
     def beside(self, other: str, measurement: Callable[[], float], least: float | None) -> None:
         """A row of what the prompt is compared with, and one of its share of that where `least` is promised."""
@@ -154,23 +180,10 @@ class _Prompt:
             passed = None if self._stage.smoke else share >= least
             self._stage.row(f"{self._name} / {other}", share, "share", target=least, passed=passed)
 
-    def _paged_rate(self, kv: PagedKv, rows: RaggedRows) -> float:
-        return self.rate(lambda: paged_attention(self.q, kv, rows, out=self._out, workspace=self._scratch))
-
-
-def _sdpa_rate(backend: str, q: torch.Tensor, rate: Callable[[Call], float]) -> float:
-    """torch's attention on contiguous keys; each KV head repeated for its group, which every backend takes."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    kinds = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
-    heads = q.transpose(0, 1)[None].contiguous()
-    k, v = (torch.randn_like(heads) for _ in range(2))
-
-    def call() -> object:
-        with sdpa_kernel(kinds[backend]):
-            return functional.scaled_dot_product_attention(heads, k, v, is_causal=True)
-
-    return rate(call)
+    def _paged_rate(self) -> float:
+        q, out, kv, rows = self._inputs
+        scratch = workspace(self._model, 1, self._tokens, 0, q.device)
+        return self._rate(lambda: paged_attention(q, kv, rows, out=out, workspace=scratch))
 
 
 # ---- decode, beams -------------------------------------------------------------------------------------------------
@@ -185,9 +198,9 @@ def decode(stage: Stage) -> None:
             model = MODELS[name]
             quantised = dtype in (INT8, FP8)
             work = roofline.decode(model, rows, kv_len, cache_bytes=1 if quantised else dtype.itemsize)
-            calls = _decode_calls(stage, model, dtype, rows, kv_len, work.bytes)
+            make = partial(_decode_call, stage, model, dtype, rows, kv_len)
             label = f"decode {name} {rows} x {kv_len} {str(dtype).removeprefix('torch.')}"
-            microseconds = timed(stage, label, calls, work)
+            microseconds = timed(stage, label, make, work, fp8=dtype == FP8)
             if microseconds:
                 rate = work.bytes / microseconds / 1e3
                 share = rate / bandwidth if bandwidth else 0.0
@@ -197,16 +210,11 @@ def decode(stage: Stage) -> None:
                 stage.row(f"{label} / copy", share, "share", target=promised, passed=passed, details=details)
 
 
-def _decode_calls(stage: Stage, model: ModelShape, dtype: torch.dtype, rows: int, kv_len: int, size: int) -> list[Call]:
+def _decode_call(stage: Stage, model: ModelShape, dtype: torch.dtype, rows: int, kv_len: int) -> Call:
     device = stage.device
-    scratch = workspace(model, rows, kv_len, 0, device)
-    calls: list[Call] = []
-    for _ in range(copies(size, stage.smoke)):
-        q, step = queries(rows, model, stage), ragged(rows, 1, kv_len, device)
-        kv = pool(step.page_table.numel(), model, dtype, device)
-        out = torch.empty_like(q)
-        calls.append(partial(paged_attention, q, kv, step, out=out, workspace=scratch))
-    return calls
+    q, step = queries(rows, model, stage), ragged(rows, 1, kv_len, device)
+    kv, scratch = pool(step.page_table.numel(), model, dtype, device), workspace(model, rows, kv_len, 0, device)
+    return partial(paged_attention, q, kv, step, out=torch.empty_like(q), workspace=scratch)
 
 
 def beams(stage: Stage) -> None:
@@ -214,8 +222,8 @@ def beams(stage: Stage) -> None:
     model, width = MODELS["qwen3-1.7b"], stage.size(256, 4)
     for prompt, groups in ((33, 1),) if stage.smoke else ((1000, 1), (1000, 8), (5000, 1), (5000, 8)):
         work = roofline.beam(model, groups, width, prompt, 2)
-        calls = [_beam_call(stage, model, groups, width, prompt) for _ in range(copies(work.bytes, stage.smoke))]
-        timed(stage, f"beam attention {prompt} x {groups}, width {width}", calls, work)
+        make = partial(_beam_call, stage, model, groups, width, prompt)
+        timed(stage, f"beam attention {prompt} x {groups}, width {width}", make, work)
 
 
 def _beam_call(stage: Stage, model: ModelShape, groups: int, width: int, prompt: int) -> Call:

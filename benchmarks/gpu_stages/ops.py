@@ -23,7 +23,7 @@ from shoplm.kernels.span_mass import span_mass
 from shoplm.kernels.swiglu import swiglu
 from shoplm.kernels.weight_only import quantise, unpack, weight_only
 
-from gpu_stages.common import Call, Stage, copies
+from gpu_stages.common import Call, Stage
 from gpu_stages.kernels import PAGE, pool, queries, ragged, timed, workspace
 
 
@@ -51,9 +51,8 @@ def _beam_steps(stage: Stage) -> None:
         for label, live, children in (("flat", 1, items), ("deep", width, stage.size(256, 8))):
             work = roofline.beam_step(groups, live, children, width)
             name = f"beam_step {label} {groups} x {live * children} children, top {width}"
-            number = copies(work.bytes, stage.smoke)
-            calls = [_beam_step_call(stage, _trie(stage, live, children), groups, live, width) for _ in range(number)]
-            timed(stage, name, calls, work, target=50.0 if groups == 1 else None)
+            make = partial(_beam_step_call, stage, groups, live, children, width)
+            timed(stage, name, make, work, target=50.0 if groups == 1 else None)
 
 
 def _trie(stage: Stage, nodes: int, children: int) -> TrieTables:
@@ -63,9 +62,9 @@ def _trie(stage: Stage, nodes: int, children: int) -> TrieTables:
     return TrieTables.build(start, child % children, child, child + 1)
 
 
-def _beam_step_call(stage: Stage, trie: TrieTables, groups: int, live: int, width: int) -> Call:
+def _beam_step_call(stage: Stage, groups: int, live: int, children: int, width: int) -> Call:
     """On tables, logits and a filter of its own."""
-    device = stage.device
+    device, trie = stage.device, _trie(stage, live, children)
     logits = torch.randn(groups * live, trie.columns, device=device)  # fp32, as the backend's products give them
 
     def filled(value: int) -> torch.Tensor:
@@ -85,26 +84,29 @@ def _beam_step_call(stage: Stage, trie: TrieTables, groups: int, live: int, widt
 
 def _sampling(stage: Stage, model: ModelShape, rows: int) -> None:
     device, work = stage.device, roofline.sample(model, rows)
-    scratch = SampleWorkspace.allocate(rows, model.vocab, device)
+
+    def call(top_k: int, top_p: float, temperature: float) -> Call:
+        logits = (3 * torch.randn(rows, model.vocab, device=device)).to(stage.dtype)
+        row = torch.arange(rows, device=device)
+        settings = (
+            torch.full((rows,), temperature, device=device),
+            torch.full((rows,), top_k, dtype=torch.int32, device=device),
+            torch.full((rows,), top_p, device=device),
+            row,
+            row.int(),
+        )
+        out = torch.empty(rows, dtype=torch.int64, device=device)
+        return partial(
+            sample, logits, *settings, workspace=SampleWorkspace.allocate(rows, model.vocab, device), out=out
+        )
+
     for label, top_k, top_p, temperature in (
         ("greedy", 0, 1.0, 0.0),
         ("free", 0, 1.0, 0.8),
         ("top-k and top-p", 50, 0.9, 0.8),
     ):
-        calls: list[Call] = []
-        for at in range(copies(work.bytes, stage.smoke)):
-            logits = (3 * torch.randn(rows, model.vocab, device=device)).to(stage.dtype)
-            row = torch.arange(rows, device=device)
-            settings = (
-                torch.full((rows,), temperature, device=device),
-                torch.full((rows,), top_k, dtype=torch.int32, device=device),
-                torch.full((rows,), top_p, device=device),
-                row + at,
-                row.int(),
-            )
-            out = torch.empty(rows, dtype=torch.int64, device=device)
-            calls.append(partial(sample, logits, *settings, workspace=scratch, out=out))
-        timed(stage, f"sample {model.name} {rows} rows {label}", calls, work)
+        make = partial(call, top_k, top_p, temperature)
+        timed(stage, f"sample {model.name} {rows} rows {label}", make, work)
 
 
 def _elementwise(stage: Stage, model: ModelShape, tokens: int) -> None:
@@ -114,9 +116,9 @@ def _elementwise(stage: Stage, model: ModelShape, tokens: int) -> None:
         return torch.randn(shape, device=device).to(dtype)
 
     makers: dict[str, tuple[Work, Callable[[], Call]]] = {}
-    weight = torch.ones(model.hidden, device=device, dtype=dtype)
 
     def norm_call() -> Call:
+        weight = torch.ones(model.hidden, device=device, dtype=dtype)
         x, residual, out = random(tokens, model.hidden), random(tokens, model.hidden), random(tokens, model.hidden)
         return lambda: add_rms_norm(x, residual, weight, 1e-5, out=out)
 
@@ -136,47 +138,43 @@ def _elementwise(stage: Stage, model: ModelShape, tokens: int) -> None:
     makers["swiglu"] = (roofline.swiglu(model, tokens), swiglu_call)
     makers["kv_write"] = (roofline.kv_write(model, tokens), kv_write_call)
     for name, (work, make) in makers.items():
-        timed(
-            stage,
-            f"{name} {model.name} {tokens} tokens",
-            [make() for _ in range(copies(work.bytes, stage.smoke))],
-            work,
-        )
+        timed(stage, f"{name} {model.name} {tokens} tokens", make, work)
 
 
 def _weight_only(stage: Stage, bits: int) -> None:
     """The largest product of a 1.7B model's layer, for one row and for a batch of chats; and its weight unpacked, as
     for more rows."""
     outputs, inputs = stage.size(12_288, 96), stage.size(2048, 128)
-    for rows in (1, stage.size(64, 3)):
-        work = roofline.weight_only(outputs, inputs, rows, bits)
-        calls: list[Call] = []
-        for _ in range(copies(work.bytes, stage.smoke)):
-            weight = quantise(torch.randn(outputs, inputs, device=stage.device), bits)
-            x = torch.randn(rows, inputs, device=stage.device).to(stage.dtype)
-            out = torch.empty(rows, outputs, device=stage.device, dtype=stage.dtype)
-            calls.append(partial(weight_only, x, weight, out=out))
-        timed(stage, f"weight_only int{bits} {outputs} x {inputs}, {rows} rows", calls, work)
-    work = roofline.unpack(outputs, inputs, bits)
-    calls = []
-    for _ in range(copies(work.bytes, stage.smoke)):
+
+    def product(rows: int) -> Call:
+        weight = quantise(torch.randn(outputs, inputs, device=stage.device), bits)
+        x = torch.randn(rows, inputs, device=stage.device).to(stage.dtype)
+        out = torch.empty(rows, outputs, device=stage.device, dtype=stage.dtype)
+        return partial(weight_only, x, weight, out=out)
+
+    def unpacking() -> Call:
         weight = quantise(torch.randn(outputs, inputs, device=stage.device), bits)
         out = torch.empty(outputs, inputs, device=stage.device, dtype=stage.dtype)
-        calls.append(partial(unpack, weight, stage.dtype, out=out))
-    timed(stage, f"unpack int{bits} {outputs} x {inputs}", calls, work)
+        return partial(unpack, weight, stage.dtype, out=out)
+
+    for rows in (1, stage.size(64, 3)):
+        work = roofline.weight_only(outputs, inputs, rows, bits)
+        timed(stage, f"weight_only int{bits} {outputs} x {inputs}, {rows} rows", partial(product, rows), work)
+    timed(stage, f"unpack int{bits} {outputs} x {inputs}", unpacking, roofline.unpack(outputs, inputs, bits))
 
 
 def _quantise_rows(stage: Stage, rows: int) -> None:
     """The input of the widest product of a 1.7B model's layer, in e4m3."""
     columns = stage.size(6144, 128)
-    work = roofline.quantise_rows(rows, columns)
-    calls: list[Call] = []
-    for _ in range(copies(work.bytes, stage.smoke)):
+
+    def call() -> Call:
         x = torch.randn(rows, columns, device=stage.device).to(stage.dtype)
         values = torch.empty(rows, columns, device=stage.device, dtype=torch.float8_e4m3fn)
         scale = torch.empty(rows, 1, device=stage.device)
-        calls.append(partial(quantise_rows, x, values=values, scale=scale))
-    timed(stage, f"quantise_rows {rows} x {columns}", calls, work)
+        return partial(quantise_rows, x, values=values, scale=scale)
+
+    work = roofline.quantise_rows(rows, columns)
+    timed(stage, f"quantise_rows {rows} x {columns}", call, work, fp8=True)
 
 
 def _forks(stage: Stage) -> None:
@@ -190,16 +188,17 @@ def _forks(stage: Stage) -> None:
     own = np.arange(kv_len) - history
     readable = (own < 0) | ((own <= at[:, None]) & (own >= (at - at % suffix)[:, None]))
     readable[:, :history] &= np.arange(history) // 16 != (at // suffix)[:, None]
-    bits = torch.from_numpy(packed_bits(readable, -(-kv_len // WORD_BITS)))[None].to(device)
-    position = torch.from_numpy((history + at % suffix).astype(np.int32))[None].to(device)
-    calls: list[Call] = []
-    for _ in range(copies(work.bytes, stage.smoke)):
+    words = torch.from_numpy(packed_bits(readable, -(-kv_len // WORD_BITS)))[None]
+    position = torch.from_numpy((history + at % suffix).astype(np.int32))[None]
+
+    def call() -> Call:
         q, step = queries(new, model, stage), ragged(1, new, kv_len, device)
         kv = pool(step.page_table.numel(), model, stage.dtype, device)
         first, count = step.query_start[:1], torch.full((1,), new, dtype=torch.int32, device=device)
-        rows = ForkRows(step.page_table, step.kv_len, first, count, position, bits)
-        calls.append(partial(fork_attention, q, kv, rows, out=torch.empty_like(q)))
-    timed(stage, f"forks {forks} x {suffix} tokens behind {history}", calls, work)
+        rows = ForkRows(step.page_table, step.kv_len, first, count, position.to(device), words.to(device))
+        return partial(fork_attention, q, kv, rows, out=torch.empty_like(q))
+
+    timed(stage, f"forks {forks} x {suffix} tokens behind {history}", call, work)
 
 
 def _span_mass(stage: Stage) -> None:
@@ -207,15 +206,15 @@ def _span_mass(stage: Stage) -> None:
     model, device = MODELS["qwen3-1.7b"], stage.device
     rows, kv_len, spans = stage.size(8, 1), stage.size(4096, 40), stage.size(64, 4)
     work = roofline.span_mass(model, rows, kv_len, spans)
-    scratch = workspace(model, rows, kv_len, 0, device)
-    cuts = torch.linspace(0, kv_len, spans + 1, device=device).int().repeat(rows, 1)
-    ids, start, end = torch.arange(rows, device=device).int(), cuts[:, :-1].contiguous(), cuts[:, 1:].contiguous()
-    calls: list[Call] = []
-    for _ in range(copies(work.bytes, stage.smoke)):
+
+    def call() -> Call:
+        cuts = torch.linspace(0, kv_len, spans + 1, device=device).int().repeat(rows, 1)
+        ids, start, end = torch.arange(rows, device=device).int(), cuts[:, :-1].contiguous(), cuts[:, 1:].contiguous()
         q, step = queries(rows, model, stage), ragged(rows, 1, kv_len, device)
         kv = pool(step.page_table.numel(), model, stage.dtype, device)
-        lse = torch.empty(q.shape[:2], device=device)
+        lse, scratch = torch.empty(q.shape[:2], device=device), workspace(model, rows, kv_len, 0, device)
         paged_attention(q, kv, step, out=torch.empty_like(q), workspace=scratch, lse=lse)
         out = torch.empty(rows, model.kv_heads, spans, device=device)
-        calls.append(partial(span_mass, q, kv, step, lse, ids, start, end, out=out))
-    timed(stage, f"span_mass {rows} x {kv_len}, {spans} spans", calls, work)
+        return partial(span_mass, q, kv, step, lse, ids, start, end, out=out)
+
+    timed(stage, f"span_mass {rows} x {kv_len}, {spans} spans", call, work)

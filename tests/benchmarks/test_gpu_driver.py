@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import gpu
 import pytest
 import roofline
+import torch
+from gpu_stages import common
 from gpu_stages.__main__ import STAGES
 from gpu_stages.common import L2_BYTES, Stage, copies
 from shoplm.kernels.beam_step_types import TrieTables
@@ -54,6 +57,21 @@ def test_a_stage_that_fails_or_hangs_does_not_end_the_others(tmp_path: Path, env
     lines = gpu.table(rows, ended).splitlines()
     assert "MISSED" in lines[1] and "MISSED" not in lines[0]
     assert lines[-1] == "card none"
+
+
+@pytest.mark.parametrize(("mode", "together"), [("Exclusive_Process", 1), ("Default", 2)])
+def test_on_an_exclusive_card_checks_run_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, together: int
+) -> None:
+    groups: list[int] = []
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho {mode}\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(gpu, "launch_problem", lambda _: "")
+    monkeypatch.setattr(gpu, "run_together", lambda stages, *_, **__: groups.append(len(stages)) or [])
+    assert gpu.main(["--out", str(tmp_path), "--stages", "correct-ops,correct-backend"]) == 0
+    assert groups == [together] * (2 // together)
 
 
 def test_the_limits_leave_time_within_nine_minutes() -> None:
@@ -119,11 +137,18 @@ def test_every_measured_call_has_inputs_of_its_own(monkeypatch: pytest.MonkeyPat
     for model in roofline.MODELS.values():
         for work in (roofline.norm(model, 64), roofline.swiglu(model, 64), roofline.kv_write(model, 64)):
             assert work.bytes * copies(work.bytes, smoke=False) >= L2_BYTES
-    from gpu_stages import ops
+    from gpu_stages import kernels, ops
 
     tables: list[TrieTables] = []
-    monkeypatch.setattr(ops, "timed", lambda *_, **__: None)
-    monkeypatch.setattr(ops, "_beam_step_call", lambda _, trie, *__: tables.append(trie))
+    build = TrieTables.build
+
+    def kept(*arguments: torch.Tensor) -> TrieTables:
+        tables.append(build(*arguments))
+        return tables[-1]
+
+    monkeypatch.setattr(TrieTables, "build", kept)
+    monkeypatch.setattr(kernels, "median_us", lambda calls, **_: float(len(calls)))
+    monkeypatch.setattr(Stage, "row", lambda *_, **__: None)
     ops._beam_steps(Stage("ops", Path("nowhere"), smoke=True))
     assert len(tables) == 8
     assert len({trie.child_code.data_ptr() for trie in tables}) == len(tables)
@@ -165,7 +190,100 @@ def test_a_time_of_inputs_that_may_stay_in_l2_says_so(monkeypatch: pytest.Monkey
     monkeypatch.setattr(kernels, "median_us", lambda *_, **__: 1.0)
     monkeypatch.setattr(kernels, "floor_share", lambda *_: {})
     monkeypatch.setattr(Stage, "row", lambda *_, note="", **__: notes.append(note))
-    for megabytes in (19, 100):
-        calls: list[Callable[[], object]] = [lambda: None] * 2
-        kernels.timed(Stage("ops", Path("nowhere"), smoke=False), "norm", calls, roofline.Work(megabytes << 20))
+    for kilobytes in (100, 128):  # of as many copies as there are at most
+        kernels.timed(
+            Stage("ops", Path("nowhere"), smoke=False), "norm", lambda: lambda: None, roofline.Work(kilobytes << 10)
+        )
     assert notes == ["inputs may stay in L2", ""]
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """A stage on a card that answers."""
+    monkeypatch.setattr(common, "machine", lambda _: {})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return Stage("ops", tmp_path / "ops.jsonl", smoke=False)
+
+
+def rows_of(stage: Stage) -> list[tuple[str, bool | None, str]]:
+    rows = [json.loads(line) for line in stage.path.read_text().splitlines()]
+    return [(row["name"], row["passed"], row["note"]) for row in rows]
+
+
+def test_inputs_that_have_no_room_end_their_row_alone(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu_stages import kernels
+
+    def no_room(*_: object) -> Callable[[], object]:
+        raise torch.OutOfMemoryError("no room")
+
+    kernels.timed(stage, "norm", no_room, roofline.Work(1 << 30))
+    monkeypatch.setattr(kernels, "copy_bandwidth", lambda _: 1.0)
+    for maker in ("queries", "pool"):
+        monkeypatch.setattr(kernels, maker, no_room)
+    monkeypatch.setattr(Stage, "device", torch.device("cpu"))
+    monkeypatch.setattr(Stage, "has_fp8", True)
+    kernels.decode(stage)
+    kernels.prefill(stage)
+    rows = rows_of(stage)
+    assert len(rows) == 1 + 6 + 4 * 4
+    assert {(passed, note) for _, passed, note in rows} == {(False, "OutOfMemoryError: no room")}
+
+
+def test_a_card_without_e4m3_fails_no_row(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An sm_86 card: what needs such numbers says so, and all else is checked and measured."""
+    monkeypatch.syspath_prepend(str(gpu.REPOSITORY / "tests" / "kernels"))
+    from gpu_stages import backend, correctness, correctness_ops, kernels, ops
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    monkeypatch.setattr(Stage, "device", torch.device("cpu"))
+    for module, name in ((correctness, "_rows"), (correctness, "_beams"), (backend, "_hidden")):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    for name in ("_norm", "_swiglu", "_weight_only", "_sample", "_beam_step", "_kv_write"):
+        monkeypatch.setattr(correctness_ops, name, lambda *_: None)
+    monkeypatch.setattr(kernels, "median_us", lambda *_, **__: 1.0)
+    monkeypatch.setattr(kernels, "floor_share", lambda *_: {})
+    monkeypatch.setattr(kernels, "copies", lambda *_: 0)
+    monkeypatch.setattr(kernels, "copy_bandwidth", lambda _: 1e-9)
+    monkeypatch.setattr(torch, "set_default_device", lambda _: None)
+    correctness.attention(stage)
+    correctness_ops.ops(stage)
+    backend.formats(stage)
+    kernels.decode(stage)
+    ops._quantise_rows(stage, 64)
+    rows = rows_of(stage)
+    lacking = [name for name, passed, note in rows if passed is None and note == "this card has no e4m3"]
+    # Two shapes by two checks; three dtypes to an FP8 pool and quantised; two formats; two models; one measurement.
+    assert len(lacking) == 4 + 6 + 2 + 2 + 1
+    assert all("fp8" in name or "float8" in name or "quantise_rows" in name for name in lacking)
+    assert not [name for name, _, _ in rows if name not in lacking and ("float8" in name or "fp8" in name)]
+    assert not stage.failed
+
+
+def test_a_stage_ends_with_the_row_that_broke_the_card(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every later call would raise the same error; one that leaves the card alive ends nothing."""
+
+    def broken() -> float:
+        raise RuntimeError("an illegal memory access was encountered\nmore")
+
+    stage.check("alive", broken)
+    stage.measure("alive too", "us", broken)
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    for attempt in (lambda: stage.check("dead", broken), lambda: stage.measure("dead", "us", broken)):
+        with pytest.raises(SystemExit) as ended:
+            attempt()
+        assert ended.value.code == 1
+    note = "RuntimeError: an illegal memory access was encountered"
+    assert rows_of(stage)[:2] == [("alive", False, note), ("alive too", False, note)]
+    assert rows_of(stage)[2:] == [("dead", False, f"{note}; rows behind this were not reached")] * 2
+
+
+def test_the_twin_compiles_its_own_kernel_alone(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its page size is its length: other kernels would be compiled for each prompt, and launched for nothing."""
+    from gpu_stages import kernels
+
+    calls: list[str] = []
+    monkeypatch.setattr(kernels, "paged_attention", lambda *_, **__: calls.append("all"))
+    monkeypatch.setattr(kernels, "prefill_attention", lambda *_, **__: calls.append("prefill"))
+    monkeypatch.setattr(kernels, "median_us", lambda found, **_: found[0]() or 1.0)
+    kernels.prefill(Stage("prefill", stage.path, smoke=True))
+    assert calls == ["all", "all", "prefill", "prefill"] and not stage.failed
