@@ -23,7 +23,7 @@ from attention_cases import BeamCase, Case, Shape, int32, make_beam_case, make_c
 from shoplm.kernels.aot import AotCell, AttentionShape, attention_shapes
 from shoplm.kernels.attention import beam_attention, paged_attention
 from shoplm.kernels.beam import beam_cells
-from shoplm.kernels.decode import split_cell
+from shoplm.kernels.decode import may_walk, split_cell
 from shoplm.kernels.forks import aot_cells as forks_cells
 from shoplm.kernels.forks import fork_attention
 from shoplm.kernels.merge import aot_cells as merge_cells
@@ -234,7 +234,7 @@ def cell_mismatches() -> list[str]:
         }
         cells: list[AotCell] = [prefill_cell(shape, ARCH)]
         cells += [split_cell(shape, ARCH, short=short) for short in (False, True)]
-        cells += [split_cell(shape, ARCH, short=False, walks=True)] * (not shape.quantised)
+        cells += [split_cell(shape, ARCH, short=False, walks=True)] * may_walk(shape.head_dim, shape.quantised)
         cells += [cell for width in (256, 64 // shape.group) for cell in beam_cells(shape, ARCH, max_width=width)]
         for op_cells in (merge_cells, forks_cells, span_mass_cells):
             cells += [cell for cell in op_cells(ARCH, full=False) if cell.variant.endswith(shape.variant)]
