@@ -304,6 +304,7 @@ class ReadyOutput(msgspec.Struct, frozen=True, tag=True):
     max_context_tokens: int
     backend: str
     tries: dict[str, int]  # name -> items
+    trie_depths: dict[str, int]  # name -> codes per item
 
 
 CallOutput = TokensOutput | FinishedOutput | FailedOutput

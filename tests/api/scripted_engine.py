@@ -50,7 +50,7 @@ class ScriptedEngine:
         self._stats: list[Callable[[StepStats], None]] = []
 
     async def start(self) -> None:
-        self.ready = ReadyOutput(64, 16, CONTEXT_TOKENS, "scripted", {"": 24, "toy": 8})
+        self.ready = ReadyOutput(64, 16, CONTEXT_TOKENS, "scripted", {"": 24, "toy": 8}, {"": 1, "toy": 3})
 
     def on_stats(self, callback: Callable[[StepStats], None]) -> None:
         self._stats.append(callback)

@@ -105,6 +105,7 @@ def test_an_unset_seed_is_a_seed(real_shop: ServerThread) -> None:
         ({"count": 5000}, "count"),
         ({"beam_width": 5000}, "beam_width"),
         ({"token_ids": list(range(3, 300)) * 10}, "token_ids"),
+        ({"token_ids": [5] * (CONTEXT - 1)}, "token_ids"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(real_shop: ServerThread, fields: dict[str, object], field: str) -> None:
@@ -113,5 +114,7 @@ def test_what_cannot_be_searched_is_refused(real_shop: ServerThread, fields: dic
         real_shop.engine_api.Search(request)
     fields_refused = bad_fields(raised.value)
     assert list(fields_refused) == [field]
+    if field == "token_ids":  # two of an item's three codes follow it
+        assert f"at most {CONTEXT - 2} are allowed" in fields_refused["token_ids"]
     if field == "trie":
         assert "did you mean 'toy'" in fields_refused["trie"]

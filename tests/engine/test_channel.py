@@ -75,7 +75,7 @@ class Puppet(EngineClient):
         return mine
 
     async def _start_engine(self) -> None:
-        self.say(ReadyOutput(1, 16, 64, "puppet", {}))
+        self.say(ReadyOutput(1, 16, 64, "puppet", {}, {}))
 
     async def _stop_engine(self) -> None:
         assert self.engine is not None

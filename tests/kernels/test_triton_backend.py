@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from shoplm.engine.batch import Batch, EmbedReadout, ForkReadout, PredictReadout, Row, SampleReadout, SelectReadout
 from shoplm.errors import ConfigurationError
 from shoplm.kernels.beam_step import beam_step
 from shoplm.model import device_select
 from shoplm.model.gpu_warmup import warm_up
+from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.triton_backend import TritonBackend
 from shoplm.request import Embed, Sampling, Select, SelectOutput
 from toy_backend import (
+    PAGES,
     TOLERANCE,
     Recorder,
     assert_same,
@@ -23,6 +26,8 @@ from toy_backend import (
     explanations,
     run,
     toy_config,
+    toy_shop,
+    toy_trie,
     toy_weights,
     work,
 )
@@ -159,6 +164,21 @@ def test_a_failed_step_raises_from_its_result() -> None:
     handle = backend.submit(Batch(np.ones(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int64), (row,)))
     with pytest.raises(ValueError, match="'nowhere' does not exist"):
         handle.result()
+
+
+def test_beams_go_on_behind_a_prompt_that_fills_the_context() -> None:
+    """On both backends as with a longer context."""
+    longer, backend = backends(traits=False, layers=1, max_context_tokens=24)
+    config = toy_config(traits=False, layers=1)
+    torch.manual_seed(20240607)
+    filled = TorchBackend(
+        config, toy_weights(config), toy_shop(), [toy_trie()], pages=PAGES, state_slots=1, max_context_tokens=24
+    )
+    jobs = [(list(range(24)), Select(4, 4, trie="deep"))]
+    [expected] = run(longer, 2048, jobs)[1]
+    for each in (filled, backend):
+        assert each.info.max_context_tokens == 24
+        assert_same(expected, run(each, 2048, jobs)[1][0])
 
 
 def test_more_lanes_than_there_is_scratch_for_are_refused() -> None:

@@ -168,6 +168,16 @@ def test_beams_follow_fp32(library: NativeLibrary, kv_format: str) -> None:
         np.testing.assert_allclose(ours, theirs, atol=0.08 if kv_format == "model" else 0.12)
 
 
+def test_beams_go_on_behind_a_prompt_that_fills_the_context(library: NativeLibrary) -> None:
+    filled, longer = (
+        NativeBackend(CONFIG, random_weights(), tries=tries(), pages=128, max_context_tokens=tokens, library=library)
+        for tokens in (24, None)
+    )
+    work: list[tuple[list[int], Task]] = [(list(range(3, 27)), Select(count=5, beam_width=6, trie="shop"))]
+    assert filled.info.max_context_tokens == 24
+    assert DirectRunner(filled).run(work) == DirectRunner(longer).run(work)
+
+
 def test_sizes_that_do_not_fill_tiles_are_named() -> None:
     assert unsupported(CONFIG, 16) is None
     assert "page_size 8" in str(unsupported(CONFIG, 8))

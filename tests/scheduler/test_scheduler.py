@@ -405,6 +405,8 @@ def test_popularity_alone_needs_no_beams_however_deep_the_trie(pipeline_depth: i
         ({"task": Select(1, 1, trie="unknown")}, FailureKind.INVALID, "UNKNOWN_TRIE"),
         ({"task": Generate(505)}, FailureKind.INVALID, "CONTEXT_EXCEEDED"),
         ({"tokens": token_ids(range(513))}, FailureKind.INVALID, "CONTEXT_EXCEEDED"),
+        ({"tokens": token_ids(range(511)), "task": DEEP}, FailureKind.INVALID, "CONTEXT_EXCEEDED"),
+        ({"tokens": token_ids(range(510)), "task": DEEP}, FailureKind.INVALID, "CACHE_EXCEEDED"),
         ({"task": Select(1, 33, trie="deep")}, FailureKind.INVALID, "BEAMS_EXCEED_STEP"),
         ({"task": Generate(300)}, FailureKind.INVALID, "CACHE_EXCEEDED"),
         ({"tokens": token_ids(range(250)), "task": DEEP}, FailureKind.INVALID, "CACHE_EXCEEDED"),

@@ -48,7 +48,8 @@ class EngineService(EngineServiceServicer):
     async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:
         config, violations = self._core.config, Violations()
         self._check_tokens(request.token_ids, violations)
-        tries = self._core.ready().tries
+        ready = self._core.ready()
+        tries = ready.tries
         if request.trie:
             if request.trie not in tries:
                 violations.add("trie", f"is {quote(request.trie)}, {_known(sorted(filter(None, tries)), request.trie)}")
@@ -59,7 +60,7 @@ class EngineService(EngineServiceServicer):
         violations.at_most("count", request.count, config.max_count, "max_count")
         violations.at_most("beam_width", request.beam_width, config.max_beam_width, "max_beam_width")
         violations.raise_if_any()
-        self._core.check_prompt("token_ids", len(request.token_ids))
+        self._core.check_prompt("token_ids", len(request.token_ids), produced=ready.trie_depths[request.trie] - 1)
         task = Select(
             count=request.count, beam_width=request.beam_width or config.default_beam_width, trie=request.trie
         )

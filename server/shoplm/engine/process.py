@@ -54,6 +54,7 @@ def run(connection: socket.socket, spec: EngineSpec, load: Callable[[EngineSpec]
             min(info.max_context_tokens, info.pages * info.page_size),
             info.name,
             info.trie_items,
+            info.trie_depths,
         )
         keep_loaded()
         _give_back_memory()

@@ -56,7 +56,7 @@ class DeviceReadouts:
     ) -> None:
         """`readouts` names the catalogues and heads; `max_lanes` bounds the lanes of one search."""
         tables = readouts.tables
-        steps = max((table.trie.depth - 1 for table in tables.values()), default=0)
+        steps = readouts.beam_steps
         lanes = lane_room(max_lanes) if steps else 0
         self._device = device
         self._heads = None if readouts.heads is None else readouts.heads.to(device)

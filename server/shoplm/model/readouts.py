@@ -93,6 +93,11 @@ class Readouts:
         return {name: selector.table.trie.depth for name, selector in self._selectors.items()}
 
     @property
+    def beam_steps(self) -> int:
+        """How many tokens beams go behind their prompt, at most: an item's codes but for the last."""
+        return max(self.trie_depths.values(), default=1) - 1
+
+    @property
     def trie_items(self) -> dict[str, int]:
         """Items, by name of the catalogue."""
         return {name: selector.table.trie.items for name, selector in self._selectors.items()}

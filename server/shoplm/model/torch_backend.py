@@ -54,7 +54,8 @@ class TorchBackend(EagerBackend):
         )
         positions = min(max_context_tokens or config.max_positions, config.max_positions)
         with torch.no_grad():
-            self._decoder = Decoder(config, weights, readouts.take_input_rows(dtype), positions)
+            shop_rows = readouts.take_input_rows(dtype)
+            self._decoder = Decoder(config, weights, shop_rows, positions + readouts.beam_steps)
             self._head = _Head(weights.lm_head)
         self._pool = KVPool(
             layers=config.num_layers,

@@ -91,7 +91,7 @@ class TritonBackend(LocalBackend):
                 config,
                 weights,
                 readouts.take_input_rows(dtype),
-                max_positions=positions,
+                max_positions=positions + readouts.beam_steps,
                 workspace=workspace,
                 device=self._device,
                 weight_format=weight_format,

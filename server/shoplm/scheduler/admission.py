@@ -99,7 +99,7 @@ class Admission:
 
     def _never(self, sequence: Sequence) -> Refusal | None:
         task = sequence.request.task
-        longest = sequence.most_length
+        longest = sequence.most_length + sequence.depth - 1  # beams go on behind the prompt, code by code
         most, context = self._config.max_step_tokens, self._limits.max_context_tokens
         reason, message = "", ""
         if isinstance(task, Generate) and task.max_tokens < 1:

@@ -59,7 +59,8 @@ class NativeBackend(EagerBackend):
         pool = NativePool(library.instructions, config, pages=pages, page_size=page_size, kv_format=kv_format)
         with torch.no_grad():
             shop_rows = readouts.take_input_rows(torch.bfloat16)
-            self._decoder = NativeDecoder(library, config, weights, shop_rows, positions, pool, format=format)
+            longest = positions + readouts.beam_steps
+            self._decoder = NativeDecoder(library, config, weights, shop_rows, longest, pool, format=format)
             self._head = NativeHead(library, weights.lm_head, format=format)
         super().__init__(
             str(library.instructions)
