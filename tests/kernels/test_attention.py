@@ -126,6 +126,40 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         assert torch.equal(alone.lse, mixed.lse[first:last]), f"row {row}"
 
 
+@pytest.mark.parametrize(
+    ("rows", "launches"),
+    [
+        ([(1, 600), (1, 3)], ["split", "merge"]),
+        ([(5, 1100), (1, 3), (16, 16)], ["split", "merge", "split", "merge"]),
+        ([(16, 1100), (0, 3)], ["split", "merge"]),
+        ([(17, 1100)], ["prefill"]),
+        ([(1, 600), (70, 130)], ["split", "merge", "prefill"]),
+        ([(1, 600), (2, 9), (70, 1030)], ["split", "merge", "split", "merge", "prefill"]),
+    ],
+)
+def test_kernels_that_no_row_needs_are_left_out(
+    rows: list[Row], launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing else changes, to the last bit."""
+    case = make_case(Shape(64, 4, 1, 16, torch.float16), rows)
+    run(case)
+    launched: list[str] = []
+    for name in ("split_attention", "merge_splits", "prefill_attention"):
+        kernel = getattr(attention, name)
+
+        def recorded(*arguments: Any, name: str = name, kernel: Any = kernel, **options: Any) -> None:
+            launched.append(name.split("_")[0] if name != "merge_splits" else "merge")
+            kernel(*arguments, **options)
+
+        monkeypatch.setattr(attention, name, recorded)
+    known = dataclasses.replace(case.rows, query_lens=frozenset(new for new, _ in rows))
+    spared = dataclasses.replace(case, rows=known, out=poisoned(case.q), lse=torch.full(case.q.shape[:2], math.nan))
+    run(spared)
+    assert launched == launches
+    assert torch.equal(spared.out.nan_to_num(7.0), case.out.nan_to_num(7.0))
+    assert torch.equal(spared.lse.nan_to_num(7.0), case.lse.nan_to_num(7.0))
+
+
 def test_a_chunked_prompt_equals_the_whole() -> None:
     """Chunks of any size over the same pool: the last chunk's tokens match those of one pass."""
     whole = make_case(Shape(64, 4, 1, 16), [(120, 120)])
@@ -280,6 +314,8 @@ def test_row_and_beam_errors() -> None:
         dataclasses.replace(case.rows, query_start=case.rows.query_start[:2])
     with pytest.raises(ValueError, match=r"^max_query_len must not be negative, got -1"):
         dataclasses.replace(case.rows, max_query_len=-1)
+    with pytest.raises(ValueError, match=r"^query_lens go up to 3, but max_query_len is 2"):
+        dataclasses.replace(case.rows, query_lens=frozenset((1, 3)))
     beams: BeamGroups = make_beam_case(Shape(), [(9, 2, 1)]).beams
     with pytest.raises(TypeError, match=r"^own_slots is torch.int32"):
         dataclasses.replace(beams, own_slots=beams.own_slots.int())

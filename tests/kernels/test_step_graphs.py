@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,14 @@ import pytest
 import torch
 from shoplm.engine.batch import Batch
 from shoplm.engine.engine import Engine
-from shoplm.model import step_graphs
+from shoplm.kernels.attention import PagedKv, RaggedRows, paged_attention
+from shoplm.model import step_graphs, triton_decoder
 from shoplm.model.backend import Backend, BackendInfo, Handle
 from shoplm.model.direct import Output
 from shoplm.model.step_graphs import GraphLimits, StepGraphs, graph_buckets, smallest_cover
 from shoplm.model.triton_step import KernelStep, StepBounds
 from shoplm.request import (
+    Embed,
     FailedOutput,
     FinishedOutput,
     Generate,
@@ -30,6 +33,7 @@ from shoplm.request import (
     Sampling,
     Select,
     Service,
+    Task,
     TokensOutput,
     by_request,
     token_ids,
@@ -38,7 +42,10 @@ from shoplm.scheduler.config import SchedulerConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_backend import assert_same, backends, chats, run, work
 
-LIMITS = GraphLimits(rows=256, kv_len=8192, page_size=16, query_group=3, steps=2, lane_tokens=512)
+LIMITS = GraphLimits(
+    rows=256, kv_len=8192, page_size=16, query_group=3, steps=2, lane_tokens=512, max_mixed_prompt_tokens=128,
+    max_step_tokens=512,
+)  # fmt: skip
 
 
 def need(**sizes: int) -> StepBounds:
@@ -67,9 +74,30 @@ def test_as_many_lanes_as_a_step_may_have_are_captured() -> None:
     assert smallest_cover(graph_buckets(limits), widest) is not None
 
 
+@pytest.mark.parametrize("group", [2, 3, 7])
+def test_chats_go_on_in_a_graph_whatever_is_read_beside_them(group: int) -> None:
+    buckets = graph_buckets(replace(LIMITS, query_group=group))
+    for answers, chunks in itertools.product((1, 16, 32, 64, 248), ((8,), (16,), (32,), (64,), (128,), (16,) * 8)):
+        rows, tokens = answers + len(chunks), answers + sum(chunks)
+        for kv_len, pages, room in ((1000, 63, 4096), (8000, 500, 8192)):
+            step = need(row_tokens=tokens, rows=rows, query_len=max(chunks), outputs=rows, kv_len=kv_len, pages=pages)
+            taken = smallest_cover(buckets, step)
+            assert taken is not None, step
+            assert taken.row_tokens <= 384 and taken.kv_len == room
+
+
+@pytest.mark.parametrize("chunks", [(512,), (200, 100), (8,) * 64])
+def test_steps_of_prompts_alone_are_captured_up_to_where_their_work_is_what_costs(chunks: tuple[int, ...]) -> None:
+    step = need(row_tokens=sum(chunks), rows=len(chunks), query_len=max(chunks), outputs=len(chunks))
+    for most, taken in ((512, 512), (4096, 512), (400, None if sum(chunks) > 400 else 400)):
+        found = smallest_cover(graph_buckets(replace(LIMITS, max_step_tokens=most)), step)
+        assert (found and found.row_tokens) == taken
+
+
 def test_a_long_prompt_chunk_and_too_many_rows_are_not_captured() -> None:
     buckets = graph_buckets(LIMITS)
-    assert smallest_cover(buckets, need(row_tokens=60, rows=2, query_len=59)) is None
+    assert smallest_cover(buckets, need(row_tokens=514, rows=2, query_len=513)) is None
+    assert smallest_cover(graph_buckets(replace(LIMITS, max_step_tokens=4096)), need(row_tokens=1025, rows=1)) is None
     assert smallest_cover(buckets, need(row_tokens=300, rows=300, outputs=300)) is None
     assert smallest_cover(buckets, need(rows=1, kv_len=8193, pages=513)) is None
     assert smallest_cover(buckets, need(groups=9, lane_tokens=90, lanes=128, steps=1, outputs=90)) is None
@@ -84,26 +112,62 @@ def test_buckets_stay_within_the_limits_and_start_with_chats() -> None:
     assert [bucket.query_len for bucket in buckets[:6]] == [1, 1, 1, 1, 1, 32]
 
 
-def test_padded_steps_equal_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    reference, backend = backends(traits=True, layers=1, graph_seconds=600.0)
-    taken: list[bool] = []
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[StepBounds | None]:
+    """The sizes of the steps that are run; None for those that no bucket has room for."""
+    steps: list[StepBounds | None] = []
     replayed = StepGraphs.run
 
-    def counted(self: StepGraphs, batch: Batch, bounds: StepBounds) -> object:
+    def recorded(self: StepGraphs, batch: Batch, bounds: StepBounds) -> object:
         outputs = replayed(self, batch, bounds)
-        taken.append(outputs is not None)
+        steps.append(None if outputs is None else bounds)
         return outputs
 
-    monkeypatch.setattr(StepGraphs, "run", counted)
+    monkeypatch.setattr(StepGraphs, "run", recorded)
+    return steps
+
+
+def test_padded_steps_equal_the_torch_backend(taken: list[StepBounds | None]) -> None:
+    reference, backend = backends(traits=True, layers=1, graph_seconds=600.0)
     expected, outputs = run(reference, 15, work())
     found, answers = run(backend, 15, work())
-    assert taken.count(True) >= len(taken) - 2  # the first step or two carry long chunks
+    assert taken.count(None) <= 2
     for (batch, want), (_, have) in zip(expected.steps, found.steps, strict=True):
         assert len(have) == len(batch.rows)
         for one, other in zip(want, have, strict=True):
             assert_same(one, other)
     for output, answer in zip(outputs, answers, strict=True):
         assert_same(output, answer)
+
+
+def test_padded_steps_with_long_chunks_equal_the_torch_backend(taken: list[StepBounds | None]) -> None:
+    """Prompts alone, then a chunk for the kernel of long ones beside an answer that goes on."""
+    bounds = {"max_mixed_prompt_tokens": 40, "max_step_tokens": 80}
+    reference, backend = backends(traits=False, layers=1, graph_seconds=600.0, **bounds)
+    jobs: list[tuple[list[int], Task]] = [(list(range(5)), Generate(3)), (list(range(75)), Embed())]
+    expected, found = (run(each, 40, jobs)[1] for each in (reference, backend))
+    assert [step and step.query_len for step in taken] == [40, 35, 1]
+    for one, other in zip(expected, found, strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize(
+    ("graph_seconds", "known"), [(0.0, [{5, 40}, {1, 35}, {1}]), (600.0, [None] * 3)], ids=["launches", "padded"]
+)
+def test_only_where_nothing_is_padded_kernels_are_left_out(
+    graph_seconds: float, known: list[set[int] | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounds = {"max_mixed_prompt_tokens": 40, "max_step_tokens": 80}
+    _, backend = backends(traits=False, layers=1, graph_seconds=graph_seconds, **bounds)
+    passed: list[frozenset[int] | None] = []
+
+    def recorded(q: torch.Tensor, kv: PagedKv, rows: RaggedRows, **options: Any) -> torch.Tensor:
+        passed.append(rows.query_lens)
+        return paged_attention(q, kv, rows, **options)
+
+    monkeypatch.setattr(triton_decoder, "paged_attention", recorded)
+    run(backend, 40, [(list(range(5)), Generate(3)), (list(range(75)), Embed())])
+    assert passed == known
 
 
 def test_drawn_tokens_do_not_depend_on_padding() -> None:

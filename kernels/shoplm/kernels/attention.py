@@ -3,7 +3,8 @@
     o_i = sum_j p_ij v_j      p_ij = softmax_j(softmax_scale * q_i . k_j)      position(i) - window < j <= position(i)
 
 `paged_attention` takes rows of any lengths in one call; a row's own number of new tokens decides which kernel computes
-it (on the device: the host knows upper bounds only), so its result is bit-identical whatever shares the step:
+it (on the device: of a captured graph the host knows upper bounds only), so its result is bit-identical whatever shares
+the step. Kernels that no row can need are not launched:
 
     new tokens n, group heads G       kernel                      keys
     n = 0                             none
@@ -136,26 +137,26 @@ def paged_attention(
     if rows.rows == 0 or q.shape[0] == 0 or rows.max_query_len == 0:
         return out
 
-    split_attention(
-        q, kv, rows, out, workspace.decode, tile=tile_config(arch, kv.head_dim, q.dtype, group, kv.quantised),
-        keys_per_split=split_tokens(arch), max_splits=0, splits=splits, score_scale=score_scale, window=window, lse=lse,
-    )  # fmt: skip
-    if splits > 1:
-        merge_splits(workspace.decode, rows.query_start, out, lse)
-    if rows.max_query_len == 1:
-        return out
-
-    if 2 * group <= SHORT_ROWS:  # else no row of two tokens is short
+    if rows.may_have(1, 1):
+        tile = tile_config(arch, kv.head_dim, q.dtype, group, kv.quantised)
+        split_attention(
+            q, kv, rows, out, workspace.decode, tile=tile, keys_per_split=split_tokens(arch), max_splits=0,
+            splits=splits, score_scale=score_scale, window=window, lse=lse,
+        )  # fmt: skip
+        if splits > 1:
+            merge_splits(workspace.decode, rows.query_start, out, lse)
+    longest_short = SHORT_ROWS // group
+    if rows.may_have(2, longest_short):
+        tile = tile_config(arch, kv.head_dim, q.dtype, SHORT_ROWS, kv.quantised)
         wide_tokens = wide_split_tokens(arch)
         wide_splits = min(MAX_WIDE_SPLITS, max(1, -(-kv_bound // wide_tokens)))
         split_attention(
-            q, kv, rows, out, workspace.short, tile=tile_config(arch, kv.head_dim, q.dtype, SHORT_ROWS, kv.quantised),
-            keys_per_split=wide_tokens, max_splits=MAX_WIDE_SPLITS, splits=wide_splits, score_scale=score_scale,
-            window=window, lse=lse,
+            q, kv, rows, out, workspace.short, tile=tile, keys_per_split=wide_tokens, max_splits=MAX_WIDE_SPLITS,
+            splits=wide_splits, score_scale=score_scale, window=window, lse=lse,
         )  # fmt: skip
         if wide_splits > 1:
             merge_splits(workspace.short, rows.query_start, out, lse)
-    if rows.max_query_len * group > SHORT_ROWS:
+    if rows.may_have(longest_short + 1, rows.max_query_len):
         tile = tile_config(arch, kv.head_dim, q.dtype, 2 * SHORT_ROWS, kv.quantised)
         prefill_attention(q, kv, rows, out, tile=tile, score_scale=score_scale, window=window, lse=lse)
     return out

@@ -90,7 +90,7 @@ class RaggedRows:
 
     Row r's new tokens are `query_start[r] .. query_start[r + 1] - 1` of the flat batch and sit at the end of its
     `kv_len[r]` tokens. A row with no new tokens computes nothing. The `max_*` bounds pick grids only and must hold for
-    every row: they are not checked against the device's values.
+    every row: they are not checked against the device's values. Nor are `query_lens`, which leave out launches.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or bound is wrong; the message names the field and its value.
@@ -101,6 +101,7 @@ class RaggedRows:
     query_start: torch.Tensor  # int32 [rows + 1], prefix sums of new tokens, from 0 or any later token
     max_query_len: int  # upper bound of a row's new tokens
     max_kv_len: int  # upper bound of kv_len
+    query_lens: frozenset[int] | None = None  # the rows' numbers of new tokens, in any order; None: up to max_query_len
 
     def __post_init__(self) -> None:
         device = self.page_table.device
@@ -110,6 +111,14 @@ class RaggedRows:
         for name, value in (("max_query_len", self.max_query_len), ("max_kv_len", self.max_kv_len)):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
+        if self.query_lens and max(self.query_lens) > self.max_query_len:
+            raise ValueError(f"query_lens go up to {max(self.query_lens)}, but max_query_len is {self.max_query_len}")
+
+    def may_have(self, least: int, most: int) -> bool:
+        """Whether a row may have `least` to `most` new tokens."""
+        if self.query_lens is None:
+            return least <= self.max_query_len
+        return any(least <= length <= most for length in self.query_lens)
 
     @property
     def rows(self) -> int:

@@ -73,6 +73,8 @@ def load_backend(
             state_slots=spec.max_running_requests,
             max_context_tokens=context,
             max_beam_tokens=spec.max_step_tokens,
+            max_mixed_prompt_tokens=spec.max_mixed_prompt_tokens,
+            max_step_tokens=spec.max_step_tokens,
             weight_format=spec.weight_format,
             kv_format=spec.kv_format,
             graph_seconds=spec.graph_seconds,

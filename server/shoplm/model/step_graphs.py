@@ -1,8 +1,7 @@
 """Steps as CUDA graphs: the launches of a small step cost more than its work, and a replayed graph is one launch.
 
-A graph has fixed sizes, so a step is padded to the smallest *bucket* that covers it; steps with a long prompt chunk,
-where the work is what costs, and steps larger than every bucket run launch by launch. Which buckets there are and which
-one a step takes is decided here without CUDA.
+A graph has fixed sizes, so a step is padded to the smallest *bucket* that covers it. Steps larger than every bucket run
+launch by launch. Which buckets there are and which one a step takes is decided here without CUDA.
 """
 
 from __future__ import annotations
@@ -26,6 +25,9 @@ log = logging.getLogger("shoplm.graphs")
 
 DECODE_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 384, 512)
 SHORT_TOKENS = (16, 64, 128)  # steps whose prompts lack a few tokens each: most prompts behind a cached history
+MIXED_ROWS = (16, 64, 256)  # chats beside the chunks of prompts
+PROMPT_TOKENS = (512, 1024)  # steps of prompts alone; of more tokens, the work takes longer than the launches
+PROMPTS = (8, 64)  # chunks of such a step; beside chats, the fewer
 LANE_TOKENS = (64, 128, 256, 512, 1024)
 SEARCHES = 8
 SHORT_CONTEXT = 4096  # tokens: a grid for the longest context has many programs that only find out they are not needed
@@ -42,12 +44,15 @@ class GraphLimits:
     query_group: int  # query heads per KV head
     steps: int  # most codes of an item, but the last; 0: no beams
     lane_tokens: int  # most lanes of a step
+    max_mixed_prompt_tokens: int = 0  # of prompts beside chats; 0: no such steps are captured
+    max_step_tokens: int = 0  # of a step; 0: no steps of long chunks are captured
 
 
 def graph_buckets(limits: GraphLimits) -> tuple[StepBounds, ...]:
     """The buckets in the order of capture: what chats need first, the rarest last."""
     contexts = sorted({min(SHORT_CONTEXT, limits.kv_len), limits.kv_len})
     buckets = [_bounds(limits, kv_len, rows, rows, 1) for kv_len in contexts for rows in _up_to(DECODE_ROWS, limits)]
+    buckets += [bounds for kv_len in contexts for bounds in _with_chunks(limits, kv_len)]
     query_len = max(1, SHORT_ROWS // limits.query_group)  # longer chunks take the prefill kernel
     for kv_len in contexts:
         if limits.steps:
@@ -59,7 +64,7 @@ def graph_buckets(limits: GraphLimits) -> tuple[StepBounds, ...]:
             if limits.steps:
                 for lanes in sorted({min(size, limits.lane_tokens) for size in LANE_TOKENS[1:-1]}):
                     buckets.append(_with_searches(short, limits, lanes))
-    return tuple(buckets)
+    return tuple(dict.fromkeys(buckets))
 
 
 def smallest_cover(buckets: Sequence[StepBounds], need: StepBounds) -> StepBounds | None:
@@ -74,6 +79,19 @@ def _first_cover(buckets: Sequence[StepBounds], need: StepBounds) -> StepBounds 
 def _padding(bounds: StepBounds) -> tuple[int, int, int]:
     """Orders buckets by what they cost a step that has room in all of them."""
     return bounds.row_tokens + bounds.lane_tokens, bounds.kv_len, bounds.rows + bounds.groups
+
+
+def _with_chunks(limits: GraphLimits, kv_len: int) -> list[StepBounds]:
+    """Chunks of prompts of any length: beside chats, and alone."""
+    most, mixed = limits.max_step_tokens, min(limits.max_mixed_prompt_tokens, limits.max_step_tokens)
+    buckets = []
+    if mixed:
+        for chats in _up_to(MIXED_ROWS, limits):
+            tokens, rows = min(chats + mixed, most), min(chats + PROMPTS[0], limits.rows)
+            buckets.append(_bounds(limits, kv_len, tokens, min(rows, tokens), mixed))
+    for tokens in sorted({min(size, most) for size in PROMPT_TOKENS if most}):
+        buckets += [_bounds(limits, kv_len, tokens, min(rows, tokens), tokens) for rows in _up_to(PROMPTS, limits)]
+    return buckets
 
 
 def _up_to(sizes: Sequence[int], limits: GraphLimits) -> list[int]:
@@ -202,7 +220,7 @@ class StepGraphs:
 
 def _one_of_each_kind(buckets: Sequence[StepBounds]) -> list[StepBounds]:
     """Buckets that between them launch every kernel that any of these launches."""
-    kinds = {(bucket.rows > 0, bucket.query_len > 1, bucket.groups > 0): bucket for bucket in reversed(buckets)}
+    kinds = {(bucket.rows > 0, bucket.query_len, bucket.groups > 0): bucket for bucket in reversed(buckets)}
     return list(kinds.values())
 
 

@@ -31,7 +31,7 @@ from shoplm.model.shop_weights import NamedTrie, ShopWeights
 from shoplm.model.step_graphs import GraphLimits, StepGraphs, graph_buckets
 from shoplm.model.triton_decoder import TritonDecoder
 from shoplm.model.triton_program import StepProgram
-from shoplm.model.triton_step import KernelStep, StepBounds, fork_rows, plan_step
+from shoplm.model.triton_step import KernelStep, StepBounds, fork_rows, plan_step, query_lens
 from shoplm.model.weights import DecoderWeights
 
 
@@ -51,6 +51,8 @@ class TritonBackend(LocalBackend):
         state_slots: int = 256,
         max_context_tokens: int | None = None,
         max_beam_tokens: int = 2048,
+        max_mixed_prompt_tokens: int = 0,
+        max_step_tokens: int = 0,
         weight_format: str = "model",
         kv_format: str = "model",
         graph_seconds: float = 0.0,
@@ -58,9 +60,10 @@ class TritonBackend(LocalBackend):
     ) -> None:
         """The dtype is that of the weights: bf16, fp16 or fp32. `tries` are more catalogues: their tokens follow the
         shop's. `pages` None: as many as the GPU has room for. `max_beam_tokens` bounds the lanes of one step, all
-        selections together. `weight_format` of the layers' products: see `gpu_linear`. `kv_format`: what the pool
-        keeps, "model" (the weights' dtype), "int8" or "fp8". `graph_seconds` is the time for capturing steps as CUDA
-        graphs; 0: none.
+        selections together. `max_mixed_prompt_tokens` and `max_step_tokens` are the scheduler's bounds of prompts
+        beside answers and of a step, for which graphs with long chunks of prompts are captured; 0: none are.
+        `weight_format` of the layers' products: see `gpu_linear`. `kv_format`: what the pool keeps, "model" (the
+        weights' dtype), "int8" or "fp8". `graph_seconds` is the time for capturing steps as CUDA graphs; 0: none.
 
         Allocates weights, pool and scratch on `device`: a GPU, or "cpu" where Triton interprets (TRITON_INTERPRET=1).
         Raises ConfigurationError, also where the memory does not suffice.
@@ -127,6 +130,8 @@ class TritonBackend(LocalBackend):
                 query_group=config.query_group,
                 steps=state.parents.shape[1],
                 lane_tokens=max_beam_tokens,
+                max_mixed_prompt_tokens=max_mixed_prompt_tokens,
+                max_step_tokens=max_step_tokens,
             )
             with torch.inference_mode(), memory_for("steps as CUDA graphs", "lower kv_cache_mib or graph_seconds"):
                 self._graphs.capture(graph_buckets(limits), graph_seconds)
@@ -151,7 +156,7 @@ class TritonBackend(LocalBackend):
         if outputs is None:
             state = self._device_readouts.state
             step = KernelStep.upload(plan_step(batch, need, state), need, self._device)
-            outputs = self._program(replace(step, forks=forks))
+            outputs = self._program(replace(step, query_lens=query_lens(batch), forks=forks))
         answers = self._device_readouts.read(batch, outputs.hidden, outputs.tokens)
         clock.stop()
         return Queued(answers, clock)

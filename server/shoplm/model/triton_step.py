@@ -141,6 +141,8 @@ class KernelStep:
     top_p: Tensor
     seed: Tensor
     sample_index: Tensor
+    # Numbers of new tokens of `rows`, where the host knows them. In no captured graph.
+    query_lens: frozenset[int] | None = field(default=None, kw_only=True)
     # Prompts with forks: their tokens come between those of the other rows and the beams'. In no captured graph.
     forks: ForkRows | None = field(default=None, kw_only=True)
 
@@ -163,6 +165,7 @@ class KernelStep:
             query_start=self.row_start,
             max_query_len=self.bounds.query_len,
             max_kv_len=self.bounds.kv_len,
+            query_lens=self.query_lens,
         )
 
     def beams(self, state: DeviceState) -> BeamGroups | None:
@@ -189,6 +192,11 @@ def _parts(batch: Batch) -> tuple[list[Row], list[Row], list[Row]]:
     linear = [row for row in batch.rows if row.beam is None]
     plain, forked = [row for row in linear if row.hidden is None], [row for row in linear if row.hidden is not None]
     return plain, forked, [row for row in batch.rows if row.beam is not None]
+
+
+def query_lens(batch: Batch) -> frozenset[int]:
+    """The numbers of new tokens of prompts and chats."""
+    return frozenset(row.query_len for row in _parts(batch)[0])
 
 
 def fork_rows(batch: Batch, device: torch.device) -> ForkRows | None:
