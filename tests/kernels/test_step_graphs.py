@@ -220,6 +220,50 @@ def test_compiling_is_not_counted_as_capturing(
     assert f"captured {len(buckets)} of {len(buckets)}" in caplog.text
 
 
+@pytest.mark.parametrize("how", ["none is left", "one does not fit", "one does not fit into a capture"])
+def test_a_capture_ends_where_the_memory_does(
+    how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With what there is by then; the server starts."""
+    _, backend = backends(traits=False, layers=1)
+    left = iter([2 << 30] * 3 + [500 << 20])
+    made: list[object] = []
+
+    def captured(run: object) -> object:
+        if len(made) == 3:
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            except torch.OutOfMemoryError:
+                if how == "one does not fit":
+                    raise
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
+        made.append(run)
+        return run
+
+    if how == "none is left":
+        monkeypatch.setattr(step_graphs, "unclaimed_bytes", lambda _: next(left))
+    else:
+        monkeypatch.setattr(step_graphs, "RunAgain", captured)
+    graphs = StepGraphs(lambda _: None, backend.graphs.state)  # type: ignore[arg-type, return-value]
+    buckets = graph_buckets(LIMITS)
+    with caplog.at_level(logging.INFO, "shoplm.graphs"):
+        graphs.capture(buckets, 600.0)
+    assert graphs.buckets == buckets[:3]
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"captured 3 of {len(buckets)}" in record.message and "lower kv_cache_mib" in record.message
+
+
+def test_what_else_fails_in_a_capture_ends_the_start() -> None:
+    _, backend = backends(traits=False, layers=1)
+
+    def failing(_: KernelStep) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        StepGraphs(failing, backend.graphs.state).capture(graph_buckets(LIMITS), 600.0)
+
+
 class InFlight:
     """A backend that shows how many steps wait for their results."""
 

@@ -136,6 +136,8 @@ def test_warming_up_changes_no_answer() -> None:
     _, cold = run(backend, 15, jobs)
     recorder = Recorder(backend)
     assert warm_up(recorder, 32) > 0
+    full = recorder.steps[0][0]
+    assert len(full.tokens) == 32 and len(full.rows) == 8
     done = set().union(*(kinds(batch) for batch, _ in recorder.steps))
     assert {"sample", "decode", "predict", "select", "beams", "forks"} <= done
     assert run(backend, 15, jobs)[1] == cold

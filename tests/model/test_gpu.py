@@ -10,7 +10,8 @@ from shoplm.config_sources import load_config
 from shoplm.engine.load import load_backend
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import ConfigurationError
-from shoplm.model.gpu import check_device, pages_that_fit
+from shoplm.model import gpu
+from shoplm.model.gpu import check_device, free_memory, memory_for, pages_that_fit
 
 GIB = 1 << 30
 
@@ -36,6 +37,49 @@ def test_a_gpu_without_what_launches_kernels_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(ConfigurationError, match=r"^--backend triton cannot start: .*no-such-compiler.*install gcc"):
         check_device(torch.device("cuda"))
+
+
+def test_a_gpu_that_is_not_the_current_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(gpu, "missing_for_launches", lambda: None)
+    with pytest.raises(ConfigurationError, match=r"device cuda:1 is not the current one, cuda:0, .*CUDA_VISIBLE_DEV"):
+        check_device(torch.device("cuda:1"))
+    for current in ("cuda", "cuda:0"):
+        check_device(torch.device(current))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA out of memory. Tried to allocate 2 GiB.",
+        "CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_whoever_is_out_of_memory_what_to_lower_is_said(words: str) -> None:
+    with (
+        pytest.raises(ConfigurationError, match="does not suffice for this: lower that"),
+        memory_for("this", "lower that"),
+    ):
+        raise RuntimeError(words)
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="illegal memory access"), memory_for("this", "lower that"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_what_torch_keeps_is_given_back_before_free_memory_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved = [5 * GIB]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: reserved.append(3 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: reserved[-1])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * GIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (16 * GIB - reserved[-1], 16 * GIB))
+    assert free_memory(torch.device("cuda")) == (14 * GIB, 16 * GIB)
+    assert reserved == [5 * GIB, 3 * GIB]
 
 
 def test_unknown_backends_are_named_with_the_known_ones() -> None:

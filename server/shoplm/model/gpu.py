@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,17 +17,23 @@ OLDEST_CAPABILITY = (8, 0)
 LEAST_MARGIN_BYTES = 1 << 30
 FP8_CAPABILITY = (8, 9)
 MARGIN_SHARE = 0.05  # of the whole memory: a step's activations, cuBLAS, the compiled kernels
+_SPENT = ("out of memory", "ALLOC_FAILED")  # as torch's allocator, CUDA and Triton say it, and as cuBLAS does
 
 
 def check_device(device: torch.device) -> None:
-    """Raise ConfigurationError unless the kernels run on `device`: a GPU, beside what Triton needs to launch them, or a
-    CPU where TRITON_INTERPRET=1."""
+    """Raise ConfigurationError unless the kernels run on `device`: the current GPU, beside what Triton needs to launch
+    them, or a CPU where TRITON_INTERPRET=1."""
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return
     if device.type != "cuda" or not torch.cuda.is_available():
         raise ConfigurationError(
             f"--backend triton needs an NVIDIA GPU of compute capability 8.0 or later and a CUDA build of torch, but "
             f"torch {torch.__version__} finds no GPU: use --backend torch on this machine"
+        )
+    if device.index is not None and device.index != (current := torch.cuda.current_device()):
+        raise ConfigurationError(
+            f"device {device} is not the current one, cuda:{current}, to which kernels, streams and events go: "
+            f"choose a GPU by CUDA_VISIBLE_DEVICES"
         )
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
@@ -66,10 +73,25 @@ def kv_page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> in
 
 
 def free_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes free and in all on the GPU. What torch keeps for itself without using it counts as free."""
+    """Bytes free and in all on the GPU. What torch keeps without using it is given back, or counts as free."""
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free + unused, total
+
+
+def unclaimed_bytes(device: torch.device) -> int:
+    """What the driver has free: of what torch keeps without using it, a graph gets nothing. On a CPU no bound."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else sys.maxsize
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether the error says so, or one in whose handling it was raised: a capture that ends early has its own."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in _SPENT):
+            return True
+        error = error.__context__
+    return False
 
 
 @contextmanager
@@ -77,7 +99,9 @@ def memory_for(what: str, remedy: str) -> Iterator[None]:
     """Turns the GPU's "out of memory" into a ConfigurationError that says for what, and what to do."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         reason = str(error).splitlines()[0]
         raise ConfigurationError(f"the GPU's memory does not suffice for {what}: {remedy} ({reason})") from error
 

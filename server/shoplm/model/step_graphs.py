@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,8 +18,9 @@ from shoplm.engine.batch import Batch
 from shoplm.kernels.tile_config import SHORT_ROWS
 from shoplm.model.device_io import packed_bytes
 from shoplm.model.device_state import DeviceState
+from shoplm.model.gpu import is_out_of_memory, unclaimed_bytes
 from shoplm.model.triton_program import StepOutputs
-from shoplm.model.triton_step import KernelStep, StepBounds, host_arrays, lane_room, plan_step
+from shoplm.model.triton_step import KernelStep, StepArrays, StepBounds, host_arrays, lane_room, plan_step
 
 log = logging.getLogger("shoplm.graphs")
 
@@ -32,6 +33,7 @@ LANE_TOKENS = (64, 128, 256, 512, 1024)
 SEARCHES = 8
 SHORT_CONTEXT = 4096  # tokens: a grid for the longest context has many programs that only find out they are not needed
 REPORT_SECONDS = 5.0
+LEAST_FREE_BYTES = 512 << 20  # what a capture leaves to the steps that run launch by launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,27 +169,53 @@ class StepGraphs:
         return tuple(self._captured)
 
     def capture(self, buckets: Sequence[StepBounds], budget_seconds: float) -> None:
-        """Capture buckets in order until the time is spent; what is left out runs launch by launch. Logs progress.
-        Once: the captured steps read one buffer, as large as these need. A step of each kind is run before, so that
-        the time of Triton's compiler, minutes on a first start, does not count."""
+        """Capture buckets in order until the time or the GPU's memory is spent; what is left out runs launch by launch.
+        Logs progress. Once: the captured steps read one buffer, as large as these need. A step of each kind is run
+        before, so that the time of Triton's compiler, minutes on a first start, does not count."""
         if self._captured:
             raise RuntimeError("step sizes have been captured already")
-        arrays = [plan_step(_EMPTY, bounds, self.state) for bounds in buckets]
-        sizes = [packed_bytes(host_arrays(each)) for each in arrays]
+        arrays = {bounds: plan_step(_EMPTY, bounds, self.state) for bounds in buckets}
+        start, spent = time.perf_counter(), ""
+        try:
+            self._compile(arrays)
+            start = time.perf_counter()
+            spent = self._capture(arrays, start, budget_seconds)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            spent = _NO_MEMORY
+        self._smallest_first = sorted(self._captured, key=_padding)
+        log.log(
+            logging.WARNING if spent else logging.INFO,
+            "captured %d of %d step sizes in %.1f s (graph_seconds %.0f)%s",
+            len(self._captured),
+            len(buckets),
+            time.perf_counter() - start,
+            budget_seconds,
+            f"; {spent}: the others run launch by launch" if spent else "",
+        )
+
+    def _compile(self, arrays: Mapping[StepBounds, StepArrays]) -> None:
+        """Allocate the buffer of all inputs, and run a step of each kind."""
+        sizes = [packed_bytes(host_arrays(each)) for each in arrays.values()]
         self._buffer = torch.zeros(max(sizes, default=0), dtype=torch.uint8, device=self._device)
+        for bounds in _one_of_each_kind(tuple(arrays)):
+            self._program(KernelStep.upload(arrays[bounds], bounds, self._device, self._buffer))
+
+    def _capture(self, arrays: Mapping[StepBounds, StepArrays], start: float, budget_seconds: float) -> str:
+        """Says why it ended before the last bucket; "": it did not."""
         on_gpu = self._device.type == "cuda"
         pool = torch.cuda.graph_pool_handle() if on_gpu else None
         stream = torch.cuda.Stream() if on_gpu else None  # type: ignore[no-untyped-call]
-        inputs_of = dict(zip(buckets, arrays, strict=True))
-        for bounds in _one_of_each_kind(buckets):
-            self._program(KernelStep.upload(inputs_of[bounds], bounds, self._device, self._buffer))
-        start = reported = time.perf_counter()
-        for bounds, inputs in inputs_of.items():
+        reported = start
+        for bounds, inputs in arrays.items():
             now = time.perf_counter()
             if now - start > budget_seconds:
-                break
+                return "the time is spent"
+            if unclaimed_bytes(self._device) < LEAST_FREE_BYTES:
+                return _NO_MEMORY
             if now - reported > REPORT_SECONDS:
-                log.info("captured %d of %d step sizes in %.0f s", len(self._captured), len(buckets), now - start)
+                log.info("captured %d of %d step sizes in %.0f s", len(self._captured), len(arrays), now - start)
                 reported = now
             step = KernelStep.upload(inputs, bounds, self._device, self._buffer)
 
@@ -195,15 +223,7 @@ class StepGraphs:
                 return self._program(step)
 
             self._captured[bounds] = RunAgain(run) if stream is None else CudaGraph(run, pool, stream)
-        self._smallest_first = sorted(self._captured, key=_padding)
-        log.log(
-            logging.INFO if len(self._captured) == len(buckets) else logging.WARNING,
-            "captured %d of %d step sizes in %.1f s (graph_seconds %.0f): the others run launch by launch",
-            len(self._captured),
-            len(buckets),
-            time.perf_counter() - start,
-            budget_seconds,
-        )
+        return ""
 
     def replay(self, bounds: StepBounds) -> StepOutputs:
         """Queue a captured bucket on the inputs that are there now: for measurements."""
@@ -224,4 +244,5 @@ def _one_of_each_kind(buckets: Sequence[StepBounds]) -> list[StepBounds]:
     return list(kinds.values())
 
 
+_NO_MEMORY = "the GPU has no memory for more (lower kv_cache_mib)"
 _EMPTY = Batch(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64), ())

@@ -133,7 +133,7 @@ class TritonBackend(LocalBackend):
                 max_mixed_prompt_tokens=max_mixed_prompt_tokens,
                 max_step_tokens=max_step_tokens,
             )
-            with torch.inference_mode(), memory_for("steps as CUDA graphs", "lower kv_cache_mib or graph_seconds"):
+            with torch.inference_mode():
                 self._graphs.capture(graph_buckets(limits), graph_seconds)
 
     @property
