@@ -15,6 +15,7 @@ from shoplm.model import device_select
 from shoplm.model.gpu_warmup import warm_up
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.triton_backend import TritonBackend
+from shoplm.model.triton_decoder import TritonDecoder
 from shoplm.request import Embed, Sampling, Select, SelectOutput
 from toy_backend import (
     PAGES,
@@ -181,6 +182,20 @@ def test_beams_go_on_behind_a_prompt_that_fills_the_context() -> None:
     for each in (filled, backend):
         assert each.info.max_context_tokens == 24
         assert_same(expected, run(each, 2048, jobs)[1][0])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_takes_no_memory_of_its_own(tied: bool) -> None:
+    """With a shop's rows behind the text's, which are a copy."""
+    config = toy_config(traits=not tied)
+    weights, shop_rows = toy_weights(config), torch.randn(5, config.hidden_size)
+    options: dict[str, Any] = {"max_positions": 8, "workspace": None, "device": torch.device("cpu")}
+    decoder = TritonDecoder(config, weights, shop_rows, **options)
+    storages = {table.untyped_storage().data_ptr() for table in (decoder._embedding, decoder._head)}
+    assert len(storages) == (1 if tied else 2)
+    assert decoder.vocab_size == config.vocab_size + 5 and decoder.text_vocab_size == config.vocab_size
+    hidden = torch.randn(3, config.hidden_size)
+    assert torch.equal(decoder.logits(hidden), torch.nn.functional.linear(hidden, weights.lm_head))
 
 
 def test_more_lanes_than_there_is_scratch_for_are_refused() -> None:

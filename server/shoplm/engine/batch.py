@@ -7,6 +7,8 @@ contract asynchronous: a step can be submitted whose inputs the step before it h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -89,11 +91,11 @@ class Row(msgspec.Struct, frozen=True, gc=False):
         return 1 if self.beam is None else self.query_len
 
     @property
-    def output_tokens(self) -> NDArray[np.int64]:
+    def output_tokens(self) -> Sequence[int]:
         """The tokens of the flat axis whose hidden states are read, ascending."""
         if isinstance(self.readout, ForkReadout):
-            return self.query_start + np.asarray(self.readout.ends, np.int64)
-        return np.arange(self.query_end - self.output_count, self.query_end)
+            return [self.query_start + end for end in self.readout.ends]
+        return range(self.query_end - self.output_count, self.query_end)
 
 
 def beam_of(row: Row) -> BeamStep:

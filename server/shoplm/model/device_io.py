@@ -29,6 +29,21 @@ def upload(arrays: Sequence[NDArray[Any]], device: torch.device, into: Tensor | 
     graph stay where they are: arrays of the same shapes get the same places. Allocated when absent. Raises ValueError
     where it is too small.
     """
+    target, places = _send(arrays, device, into)
+    return [
+        target[place : place + array.nbytes].view(torch.from_numpy(np.empty(0, array.dtype)).dtype).view(array.shape)
+        for place, array in zip(places, arrays, strict=True)
+    ]
+
+
+def refill(arrays: Sequence[NDArray[Any]], device: torch.device, into: Tensor) -> None:
+    """`upload` to where arrays of the same shapes are: their tensors are known already, and making them costs the host
+    more than the copy."""
+    _send(arrays, device, into)
+
+
+def _send(arrays: Sequence[NDArray[Any]], device: torch.device, into: Tensor | None) -> tuple[Tensor, list[int]]:
+    """The bytes on the device, and where each array's begin."""
     size = packed_bytes(arrays)
     # Pinned memory comes from torch's caching allocator, which hands it out again only after the copy has ended.
     staging = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -46,10 +61,7 @@ def upload(arrays: Sequence[NDArray[Any]], device: torch.device, into: Tensor | 
     else:
         target = into[:size]
         target.copy_(staging, non_blocking=True)
-    return [
-        target[place : place + array.nbytes].view(torch.from_numpy(np.empty(0, array.dtype)).dtype).view(array.shape)
-        for place, array in zip(places, arrays, strict=True)
-    ]
+    return target, places
 
 
 class Readback:

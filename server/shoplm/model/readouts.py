@@ -220,15 +220,16 @@ class Readouts:
 def output_tokens(batch: Batch) -> tuple[dict[int, int], NDArray[np.int64]]:
     """Row index -> first of its outputs, for rows with a readout; and the tokens whose hidden states are read."""
     first: dict[int, int] = {}
-    tokens: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
-    count = 0
+    tokens: list[int] = []
     for index, row in enumerate(batch.rows):
         if row.readout is None:
             continue
-        first[index] = count
-        tokens.append(row.output_tokens)
-        count += row.output_count
-    return first, np.concatenate(tokens)
+        first[index] = len(tokens)
+        if row.query_len == 1 and not isinstance(row.readout, ForkReadout):  # an answer that goes on: most rows
+            tokens.append(row.query_start)
+        else:
+            tokens += row.output_tokens
+    return first, np.array(tokens, np.int64)
 
 
 def _places(rows: Sequence[Row], chosen: Sequence[int]) -> list[_Place]:

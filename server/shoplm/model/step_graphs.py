@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from shoplm.engine.batch import Batch
 from shoplm.kernels.tile_config import SHORT_ROWS
-from shoplm.model.device_io import packed_bytes
+from shoplm.model.device_io import packed_bytes, refill
 from shoplm.model.device_state import DeviceState
 from shoplm.model.gpu import is_out_of_memory, unclaimed_bytes
 from shoplm.model.triton_program import StepOutputs
@@ -234,7 +234,7 @@ class StepGraphs:
         bounds = _first_cover(self._smallest_first, need)
         if bounds is None:
             return None
-        KernelStep.upload(plan_step(batch, bounds, self.state), bounds, self._device, self._buffer)
+        refill(host_arrays(plan_step(batch, bounds, self.state)), self._device, self._buffer)
         return self._captured[bounds].replay()
 
 

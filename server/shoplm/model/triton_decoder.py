@@ -69,7 +69,8 @@ class TritonDecoder:
         self._workspace = workspace
         text = weights.embedding.to(device)
         self._embedding = text if shop_rows is None else torch.cat((text, shop_rows.to(device, text.dtype)))
-        self._head = text if weights.lm_head is weights.embedding else weights.lm_head.to(device)
+        tied = weights.lm_head is weights.embedding
+        self._head = self._embedding[: len(text)] if tied else weights.lm_head.to(device)
         self._final_norm = weights.final_norm.to(device)
         self._layers = [_Layer(layer, weight_format, device) for layer in weights.layers]
         cos, sin = (table.to(device) for table in rope_tables(config.rope, config.head_dim, max_positions))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import accumulate
 from operator import attrgetter, ge
 from typing import TypeVar
 
@@ -236,15 +237,10 @@ def plan_step(batch: Batch, bounds: StepBounds, state: DeviceState) -> StepArray
     slot. A padded output repeats the first one, so that no garbage is multiplied.
     """
     plain, forked, beams = _parts(batch)
-    place = np.zeros(len(batch.tokens), np.int64)
-    start = 0
-    for row in (*plain, *forked):
-        place[row.query_start : row.query_end] = np.arange(start, start + row.query_len)
-        start += row.query_len
-    start = bounds.row_tokens
-    for row in beams:
-        place[row.query_start : row.query_end] = np.arange(start, start + row.query_len)
-        start += row.query_len
+    place = np.arange(len(batch.tokens))
+    if forked or beams:
+        _move(place, (*plain, *forked), 0)
+        _move(place, beams, bounds.row_tokens)
     size = bounds.row_tokens + bounds.lane_tokens
     from_state, source = _sources(batch, state)
     first, outputs = output_tokens(batch)
@@ -281,22 +277,30 @@ def plan_step(batch: Batch, bounds: StepBounds, state: DeviceState) -> StepArray
     )
 
 
+def _move(place: Int64, rows: Sequence[Row], start: int) -> None:
+    """Place the rows' tokens one row behind another."""
+    for row in rows:
+        place[row.query_start : row.query_end] = np.arange(start, start + row.query_len)
+        start += row.query_len
+
+
 def _sources(batch: Batch, state: DeviceState) -> tuple[NDArray[np.bool_], Int64]:
     """Which tokens an earlier step chose, and their entries of the state."""
     from_state = np.zeros(len(batch.tokens), np.bool_)
     source = np.zeros(len(batch.tokens), np.int64)
+    columns = state.token_columns
+    single = [row for row in batch.rows if row.token_from_state]
+    if single:
+        tokens = [row.query_start for row in single]
+        source[tokens] = [row.state_slot * columns for row in single]
+        from_state[tokens] = True
     for row in batch.rows:
-        part = slice(row.query_start, row.query_end)
-        first = row.state_slot * state.token_columns
-        if row.token_from_state:
-            source[part] = first
-        elif row.beam is not None and isinstance(row.readout, SelectReadout):
+        if row.beam is not None and isinstance(row.readout, SelectReadout):
             if row.query_len > state.lanes:
                 raise ValueError(f"state slot {row.state_slot} has {row.query_len} lanes, at most {state.lanes} fit")
-            source[part] = first + 1 + np.arange(row.query_len)
-        else:
-            continue
-        from_state[part] = True
+            part = slice(row.query_start, row.query_end)
+            source[part] = row.state_slot * columns + 1 + np.arange(row.query_len)
+            from_state[part] = True
     return from_state, source
 
 
@@ -336,8 +340,8 @@ def _page_table(rows: Sequence[Row], count: int, pages: int) -> Int32:
 
 def _starts(rows: Sequence[Row], count: int) -> Int32:
     """[count + 1]: prefix sums of the rows' tokens; padding rows are empty ones at the end."""
-    starts = np.cumsum([0, *(row.query_len for row in rows)])
-    return _column(starts.tolist(), count + 1, int(starts[-1]), np.int32)
+    starts = list(accumulate((row.query_len for row in rows), initial=0))
+    return _column(starts, count + 1, starts[-1], np.int32)
 
 
 def _spread(values: NDArray[np.generic], place: Int64, size: int, fill: int, dtype: type[_Scalar]) -> NDArray[_Scalar]:
