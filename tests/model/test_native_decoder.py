@@ -62,6 +62,28 @@ def test_keys_and_values_in_int8_follow_fp32_rounded_alike(
     assert relative_errors(list(reference_states(kv_format="int8")), reference_states()).max() > 0.005
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
+@pytest.mark.parametrize("format", WeightFormat)
+def test_no_number_of_a_prompt_becomes_one_and_none_of_another_prompt_is_lost(
+    library: NativeLibrary, format: WeightFormat, kv_format: str, value: float
+) -> None:
+    weights = random_weights()
+    embedding = weights.embedding.clone()
+    embedding[50, 7] = value
+    weights = dataclasses.replace(weights, embedding=embedding)
+    broken, whole = [3, 4, 50, *range(60, 90)], [*range(100, 140)]
+
+    def states(*work: list[int]) -> NDArray[np.float64]:
+        backend = NativeBackend(CONFIG, weights, pages=64, format=format, kv_format=kv_format, library=library)
+        return np.array(DirectRunner(backend).run([(prompt, Embed()) for prompt in work]))
+
+    of_broken, of_whole = states(broken, whole)
+    assert not np.isfinite(of_broken).any()
+    assert np.isfinite(of_whole).all()
+    assert (of_whole == states(whole)[0]).all()
+
+
 def test_pages_are_copied_with_their_scales(library: NativeLibrary) -> None:
     backend = make(library, kv_format="int8")
     work = [([*range(3, 35)], Embed())]
@@ -180,6 +202,7 @@ def test_beams_go_on_behind_a_prompt_that_fills_the_context(library: NativeLibra
 
 def test_sizes_that_do_not_fill_tiles_are_named() -> None:
     assert unsupported(CONFIG, 16) is None
-    assert "page_size 8" in str(unsupported(CONFIG, 8))
+    for page_size in (8, 0):
+        assert f"page_size {page_size}" in str(unsupported(CONFIG, page_size))
     assert "hidden size 100" in str(unsupported(dataclasses.replace(CONFIG, hidden_size=100), 16))
     assert "head_dim 48" in str(unsupported(dataclasses.replace(CONFIG, head_dim=48, num_heads=8), 16))

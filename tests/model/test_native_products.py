@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -46,6 +48,50 @@ def test_weights_and_states_on_the_grid_are_exact(library: NativeLibrary, format
     expected = states.flatten(1).double() @ weight.flatten(1).double().T
     result = PackedLinear(library, weight.flatten(1), format=format)(states.flatten(1).bfloat16()).double()
     torch.testing.assert_close(result, expected, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("format", WeightFormat)
+def test_a_product_of_what_is_no_number_is_none(library: NativeLibrary, format: WeightFormat, value: float) -> None:
+    """Of a row of x all, of a row of W its column, whatever is multiplied behind it."""
+    generator = torch.Generator().manual_seed(7)
+    weight, states = torch.randn(70, 192, generator=generator), torch.randn(20, 192, generator=generator).bfloat16()
+    sound = PackedLinear(library, weight, format=format)(states)
+    broken = states.clone()
+    broken[3, 5] = value
+    result = PackedLinear(library, weight, format=format)(broken)
+    assert not torch.isfinite(result[3]).any()
+    rest = torch.arange(20) != 3
+    assert torch.equal(result[rest], sound[rest])
+    weight[7, 9] = value
+    result = PackedLinear(library, weight, format=format)(states)
+    assert not torch.isfinite(result[:, 7]).any()
+    rest = torch.arange(70) != 7
+    assert torch.equal(result[:, rest], sound[:, rest])
+
+
+def test_threads_may_multiply_at_once(library: NativeLibrary) -> None:
+    generator = torch.Generator().manual_seed(8)
+    linear = PackedLinear(library, torch.randn(512, 512, generator=generator))
+    work = [torch.randn(64, 512, generator=generator).bfloat16() for _ in range(2)]
+    expected = [linear(states) for states in work]
+    start = Barrier(len(work))
+
+    def multiply(index: int) -> bool:
+        start.wait()
+        return all(torch.equal(linear(work[index]), expected[index]) for _ in range(60))
+
+    with ThreadPoolExecutor(len(work)) as threads:
+        assert all(threads.map(multiply, range(len(work))))
+
+
+def test_other_dtypes_and_sizes_are_refused(library: NativeLibrary) -> None:
+    with pytest.raises(ValueError, match=r"weight is torch\.float16"):
+        PackedLinear(library, torch.randn(64, 128).half())
+    linear = PackedLinear(library, torch.randn(64, 128))
+    for states in (torch.randn(2, 128), torch.randn(2, 64).bfloat16(), torch.randn(128).bfloat16()):
+        with pytest.raises(ValueError, match=r"states are torch\.\w+ \[.*\], not torch\.bfloat16 \[rows, 128\]"):
+            linear(states)
 
 
 @pytest.mark.parametrize("format", WeightFormat)

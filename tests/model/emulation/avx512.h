@@ -147,14 +147,15 @@ inline float _mm512_reduce_max_ps(__m512 x) {
         for (int i = 0; i < half; ++i) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
     return x[0];
 }
-inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int how) {  // NaN: no
+inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int how) {
     if (how == _CMP_GE_OQ) return lanes(a >= b);
-    if (how == _CMP_NEQ_OQ) return lanes((a < b) | (a > b));
+    if (how == _CMP_NEQ_UQ) return lanes(a != b);
     std::abort();
 }
 inline __m512 _mm512_mask_blend_ps(__mmask16 mask, __m512 no, __m512 yes) { return chosen(mask) ? yes : no; }
 inline __m512 _mm512_maskz_mov_ps(__mmask16 mask, __m512 x) { return chosen(mask) ? x : __m512{}; }
 
+inline __m512i _mm512_castps_si512(__m512 x) { return reinterpret_cast<__m512i>(x); }
 inline __m512 _mm512_castsi512_ps(__m512i x) { return reinterpret_cast<__m512>(x); }
 inline __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
 inline __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
@@ -164,6 +165,15 @@ inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) { return join(_mm256_sub_e
 inline __m512i _mm512_mullo_epi32(__m512i a, __m512i b) { return join(_mm256_mullo_epi32(half(a, 0), half(b, 0)), _mm256_mullo_epi32(half(a, 1), half(b, 1))); }
 inline __mmask16 _mm512_cmple_epi32_mask(__m512i a, __m512i b) { return lanes(reinterpret_cast<Int32>(a) <= reinterpret_cast<Int32>(b)); }
 inline __mmask16 _mm512_cmpgt_epi32_mask(__m512i a, __m512i b) { return lanes(reinterpret_cast<Int32>(a) > reinterpret_cast<Int32>(b)); }
+inline __m512i _mm512_max_epi32(__m512i a, __m512i b) {
+    return join(_mm256_max_epi32(half(a, 0), half(b, 0)), _mm256_max_epi32(half(a, 1), half(b, 1)));
+}
+inline int32_t _mm512_reduce_max_epi32(__m512i x) {
+    const auto numbers = reinterpret_cast<Int32>(x);
+    int32_t most = numbers[0];
+    for (int i = 1; i < 16; ++i) most = numbers[i] > most ? numbers[i] : most;
+    return most;
+}
 inline int32_t _mm512_reduce_add_epi32(__m512i x) {
     const auto numbers = reinterpret_cast<Uint32>(x);
     uint32_t sum = 0;

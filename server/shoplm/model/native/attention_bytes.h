@@ -6,12 +6,12 @@
 
 namespace shoplm {
 
-// `from` [head_dim] as bytes; returns what a byte of 1 stands for.
+// `from` [head_dim] as bytes; returns what a byte of 1 stands for, which a NaN or an infinite number makes no number.
 inline float to_bytes(const float* from, int64_t head_dim, int8_t* to) {
     Floats most = zero();
-    for (int64_t i = 0; i < head_dim; i += LANES) most = larger(most, magnitude(load(from + i)));
-    const float scale = largest(most) / 127.f;
-    const Floats factor = splat(scale > 0.f ? 1.f / scale : 1.f);
+    for (int64_t i = 0; i < head_dim; i += LANES) most = larger_magnitude(most, load(from + i));
+    const float scale = largest_magnitude(most) / 127.f;
+    const Floats factor = splat(scale > 0x1p-120f ? 1.f / scale : 1.f);
     for (int64_t i = 0; i < head_dim; i += LANES) store_integers(to + i, round_integers(multiply(load(from + i), factor)));
     return scale;
 }

@@ -139,8 +139,8 @@ inline void Attention::block(const Pool<Number>& pool, int64_t head, int64_t fir
     for (int64_t key = 0; key < keys; key += 2) {
         const __m512 even = exponential(_mm512_sub_ps(_mm512_load_ps(scores + key * TILE), most));
         const __m512 odd = exponential(_mm512_sub_ps(_mm512_load_ps(scores + (key + 1) * TILE), most));
-        const __mmask16 even_seen = _mm512_cmp_ps_mask(_mm512_load_ps(scores + key * TILE), lowest, _CMP_NEQ_OQ);
-        const __mmask16 odd_seen = _mm512_cmp_ps_mask(_mm512_load_ps(scores + (key + 1) * TILE), lowest, _CMP_NEQ_OQ);
+        const __mmask16 even_seen = _mm512_cmp_ps_mask(_mm512_load_ps(scores + key * TILE), lowest, _CMP_NEQ_UQ);
+        const __mmask16 odd_seen = _mm512_cmp_ps_mask(_mm512_load_ps(scores + (key + 1) * TILE), lowest, _CMP_NEQ_UQ);
         __m512 a = _mm512_maskz_mov_ps(even_seen, even), b = _mm512_maskz_mov_ps(odd_seen, odd);
         total = _mm512_add_ps(total, _mm512_add_ps(a, b));
         if constexpr (in_bytes) {

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <cmath>
+#include <mutex>
 
 #ifdef __AMX_TILE__
 #include "attention_tiles.h"
@@ -149,7 +150,7 @@ inline void add_product(const Rows& x, const Linear& w, int64_t columns, float* 
 }
 
 void run(const Model& model, const Step& step) {
-    static Scratch scratch;  // one engine loop per process
+    static Scratch scratch;
     const int64_t tokens = step.token_count, hidden = model.hidden, middle = model.middle, attended_size = model.heads * model.head_dim;
     float* residual = scratch.residual.take(tokens, hidden);
     float* projected = scratch.projected.take(tokens, model.layers[0].qkv.n);
@@ -231,6 +232,9 @@ void run_linear(const Linear& w, const bf16* x, int64_t m, int64_t columns, bf16
     }
 }
 
+// Of all calls that use memory which the library keeps between calls. Python lets go of its own lock meanwhile.
+std::mutex one_call;
+
 }  // namespace shoplm
 
 extern "C" {
@@ -245,13 +249,18 @@ int shoplm_allow() {
 #endif
 }
 
-void shoplm_step(const shoplm::Model* model, const shoplm::Step* step) { shoplm::run(*model, *step); }
+void shoplm_step(const shoplm::Model* model, const shoplm::Step* step) {
+    const std::lock_guard<std::mutex> lock(shoplm::one_call);
+    shoplm::run(*model, *step);
+}
 
 void shoplm_linear(const shoplm::Linear* w, const void* x, int64_t m, int64_t columns, void* result, int64_t threads) {
+    const std::lock_guard<std::mutex> lock(shoplm::one_call);
     shoplm::run_linear(*w, static_cast<const shoplm::bf16*>(x), m, columns, static_cast<shoplm::bf16*>(result), threads);
 }
 
 void shoplm_greedy(const shoplm::Greedy* head, const void* x, int64_t m, int64_t* tokens, int64_t threads) {
+    const std::lock_guard<std::mutex> lock(shoplm::one_call);
     shoplm::run_greedy(*head, static_cast<const shoplm::bf16*>(x), m, tokens, threads);
 }
 

@@ -34,7 +34,7 @@ def unsupported(config: ModelConfig, page_size: int) -> str | None:
             return f"{name} {size} is not a multiple of {MULTIPLE}"
     if config.head_dim not in _HEAD_DIMS:
         return f"head_dim {config.head_dim} is not a multiple of 32 up to 256"
-    if page_size % 16:
+    if page_size < 1 or page_size % 16:
         return f"page_size {page_size} is not a multiple of 16"
     return None
 

@@ -32,16 +32,17 @@ struct Candidate { float value; int64_t token; };
 
 constexpr float LEAST = -std::numeric_limits<float>::infinity();
 
+// The largest that is a number.
 inline float largest_of(const float* values, int64_t count) {
     Floats most = splat(LEAST);
     int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) most = larger(most, load(values + i));
+    for (; i + LANES <= count; i += LANES) most = larger(load(values + i), most);
     float best = largest(most);
     for (; i < count; ++i) best = std::max(best, values[i]);
     return best;
 }
 
-// The first of the largest of logits [count], which are of the tokens from `begin` on.
+// The first of the largest of logits [count] that are numbers, which are of the tokens from `begin` on.
 inline Candidate best_of(const float* logits, int64_t begin, int64_t count) {
     const float most = largest_of(logits, count);
     for (int64_t i = 0; i < count; ++i)
@@ -140,7 +141,7 @@ inline void greedy_by_screen(const Greedy& head, const bf16* x, int64_t m, int64
             float reached = LEAST;
             for (int64_t panel = 0; panel < panels; ++panel) reached = std::max(reached, most[panel] - head.errors[panel] * norm);
             for (int64_t panel = 0; panel < panels; ++panel)
-                candidates[row * panels + panel] = {most[panel] + head.errors[panel] * norm + rest >= reached ? 0.f : LEAST, 0};
+                candidates[row * panels + panel] = {most[panel] + head.errors[panel] * norm + rest < reached ? LEAST : 0.f, 0};  // a NaN: 0
         });
         crew.divide(m * panels, [&](int64_t item) {
             if (candidates[item].value == LEAST) return;
@@ -155,7 +156,7 @@ inline void greedy_by_screen(const Greedy& head, const bf16* x, int64_t m, int64
 
 // `tokens` [m] of rows x [m, k]: the token of the largest logit, the first of equal ones.
 inline void run_greedy(const Greedy& head, const bf16* x, int64_t m, int64_t* tokens, int64_t threads) {
-    static GreedyScratch scratch;  // one engine loop per process
+    static GreedyScratch scratch;
     for (int64_t row = 0; row < m; row += GREEDY_ROWS) {
         const int64_t rows = std::min(GREEDY_ROWS, m - row);
         const bool few = head.screen.packed && rows <= SCREENED_ROWS;

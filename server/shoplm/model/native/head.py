@@ -19,6 +19,7 @@ class NativeHead:
         self._logits = PackedLinear(library, weight, format=min(format, WeightFormat.INT8))
         self._ref = GreedyRef(self._logits.ref, LinearRef(), None, len(weight), 0.0)
         if format is WeightFormat.BF16:
+            weight = weight.bfloat16()  # the screen's errors are those against the products of bf16
             self._screen = PackedLinear(library, weight, format=WeightFormat.INT8, measured=True)
             errors = self._screen.errors
             assert errors is not None
@@ -32,8 +33,8 @@ class NativeHead:
 
     def greedy(self, states: Tensor) -> list[int]:
         """The token of the largest logit of each row of `states` bf16 [rows, H], before logits are rounded to bf16; the
-        first of equal ones."""
-        states = states.contiguous()
+        first of equal ones. Raises ValueError for states of another dtype or size."""
+        states = self._logits.rows_of(states)
         tokens = torch.empty(len(states), dtype=torch.long)
         self._library.functions.shoplm_greedy(
             ctypes.byref(self._ref), pointer(states), len(states), pointer(tokens), torch.get_num_threads()

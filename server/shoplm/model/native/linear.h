@@ -5,6 +5,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "vectors.h"
 
@@ -50,7 +52,8 @@ inline Floats add_group(Integers products, Floats scale, Floats lowest, GroupSca
     return multiply_add(value, splat(by.scale), before);
 }
 
-// Rounds a row to integers from -127 to 127, group by group. `weight` null: ones.
+// Rounds a row to integers from -127 to 127, group by group. `weight` null: ones. A group with a NaN or an infinite number
+// has NaN as its scale, so that no product of it is a number.
 inline void put_integers(const float* from, float factor, const float* weight, int64_t size, int64_t group, int8_t* to, GroupScale* scales) {
     const Floats by = splat(factor);
     auto at = [&](int64_t i) {
@@ -59,8 +62,13 @@ inline void put_integers(const float* from, float factor, const float* weight, i
     };
     for (int64_t begin = 0; begin < size; begin += group, ++scales) {
         Floats most = zero();
-        for (int64_t i = begin; i < begin + group; i += LANES) most = larger(most, magnitude(at(i)));
-        const float range = std::max(largest(most), 1e-20f);
+        for (int64_t i = begin; i < begin + group; i += LANES) most = larger_magnitude(most, at(i));
+        const float range = std::max(largest_magnitude(most), 1e-20f);
+        if (!std::isfinite(range)) {
+            std::memset(to + begin, 0, group);
+            *scales = {std::numeric_limits<float>::quiet_NaN(), 0.f};
+            continue;
+        }
         const Floats inverse = splat(127.f / range);
         Integers total = no_integers();
         for (int64_t i = begin; i < begin + group; i += LANES) {

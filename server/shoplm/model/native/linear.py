@@ -55,9 +55,9 @@ class PackedLinear:
         measured: bool = False,
     ) -> None:
         """`weight` [out, in] in bf16 or fp32, `bias` [out]; the caller may drop them. `in` is a multiple of 64.
-        `measured`: `errors` is wanted, of INT8."""
+        `measured`: `errors` is wanted, of INT8. Raises ValueError for a weight of another dtype."""
         self._library = library
-        self.outputs, inputs = weight.shape
+        self.outputs, self.inputs = weight.shape
         rank = 0
         self._low_rank: PackedLinear | None = None
         if path is not None:
@@ -70,13 +70,15 @@ class PackedLinear:
         padding = -self.outputs % PANEL
         if padding:
             weight = functional.pad(weight, (0, 0, 0, padding))
-        columns, depth = self.outputs + padding, inputs + rank
+        columns, depth = self.outputs + padding, self.inputs + rank
         group = GROUP.get(format, depth)
         tables = columns * depth // group * format.value  # scales and, of 4 bits, lows
         self._packed = library.memory.take(columns * depth * format.bits // 8)
         self._scales = torch.empty(tables, dtype=torch.float16) if tables else None
         self.errors = torch.empty(columns) if measured else None  # norms of what 8 bits have changed of W's rows
         weight = weight.contiguous()
+        if weight.dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"weight is {weight.dtype}, not bfloat16 or float32")
         packing = PackingRef(
             *map(pointer, (weight, self._packed, self._scales, self.errors)),
             *(columns, depth, group, format, weight.dtype == torch.float32),
@@ -96,8 +98,8 @@ class PackedLinear:
         )
 
     def __call__(self, states: Tensor) -> Tensor:
-        """`states` bf16 [rows, in] to bf16 [rows, out]."""
-        states = states.contiguous()
+        """`states` bf16 [rows, in] to bf16 [rows, out]. Raises as `rows_of`."""
+        states = self.rows_of(states)
         result = torch.empty(len(states), self.outputs, dtype=torch.bfloat16)
         self._library.functions.shoplm_linear(
             ctypes.byref(self.ref),
@@ -108,3 +110,11 @@ class PackedLinear:
             torch.get_num_threads(),
         )
         return result
+
+    def rows_of(self, states: Tensor) -> Tensor:
+        """`states` as the C++ code reads them. Raises ValueError unless they are bf16 [rows, in]."""
+        if states.dtype != torch.bfloat16 or states.dim() != 2 or states.shape[1] != self.inputs:
+            raise ValueError(
+                f"states are {states.dtype} {list(states.shape)}, not torch.bfloat16 [rows, {self.inputs}]"
+            )
+        return states.contiguous()

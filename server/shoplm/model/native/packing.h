@@ -48,19 +48,24 @@ inline HalfBytes place_halves(int64_t panel, int64_t column, int64_t step, int64
 }
 
 // Rounds a group; returns its scale and, of 4 bits, its lowest value. Values beyond 127 scales there are none: a scale in
-// fp16 is 1/2048 too small at most.
+// fp16 is 1/2048 too small at most. The scale of a group with a NaN or an infinite number is none, so that no product of it is
+// a number.
 struct Grid { uint16_t scale, low; };
 template <Format FORMAT, class Number>
 inline Grid round_group(const Number* from, int64_t group, int8_t* values, float* squares) {
-    Floats most = splat(-INFINITY), least = splat(-INFINITY);  // `least`: of the numbers' negatives
+    Floats size = zero(), most = splat(-INFINITY), least = splat(-INFINITY);  // `least`: of the numbers' negatives
     for (int64_t i = 0; i < group; i += LANES) {
         const Floats x = load_numbers(from + i);
-        most = larger(most, FORMAT == INT8 ? magnitude(x) : x);
-        if (FORMAT == INT4) least = larger(least, subtract(zero(), x));
+        size = larger_magnitude(size, x);
+        if (FORMAT == INT8) continue;
+        most = larger(most, x);
+        least = larger(least, subtract(zero(), x));
     }
+    const float furthest = largest_magnitude(size);
     const uint16_t low = FORMAT == INT4 ? to_half(-largest(least)) : 0;
     const float from_low = FORMAT == INT4 ? from_half(low) : 0.f;
-    const uint16_t scale = to_half(std::max((largest(most) - from_low) / (FORMAT == INT4 ? 15.f : 127.f), LEAST_SCALE));
+    const float range = FORMAT == INT8 || !std::isfinite(furthest) ? furthest : largest(most) - from_low;
+    const uint16_t scale = to_half(std::max(range / (FORMAT == INT4 ? 15.f : 127.f), LEAST_SCALE));
     const Floats by = splat(from_half(scale)), start = splat(from_low);
     Floats errors = zero();
     for (int64_t i = 0; i < group; i += LANES) {

@@ -29,19 +29,24 @@ inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }        // a b + c
 inline Floats multiply_subtract(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
-inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // b where either is NaN
 inline Floats magnitude(Floats x) { return _mm512_abs_ps(x); }
 inline Floats round_whole(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Floats times_power(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }  // x 2^n
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
 inline float largest(Floats x) { return _mm512_reduce_max_ps(x); }
+// The larger of `most` and |x|, by their bits: a NaN is larger than all numbers. `most` has no sign.
+inline Floats larger_magnitude(Floats most, Floats x) {
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(most), _mm512_castps_si512(magnitude(x))));
+}
+inline int32_t largest_bits(Floats x) { return _mm512_reduce_max_epi32(_mm512_castps_si512(x)); }
 // `yes` where x >= 0, else `no`.
 inline Floats where_positive(Floats x, Floats yes, Floats no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ), no, yes);
 }
-// x where `mark` differs from `from`, else 0.
+// x where `mark` differs from `from`, as a NaN does, else 0.
 inline Floats keep_unless_equal(Floats x, Floats mark, Floats from) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(mark, from, _CMP_NEQ_OQ), x);
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(mark, from, _CMP_NEQ_UQ), x);
 }
 
 inline Floats load_bf16(const bf16* from) {
@@ -110,14 +115,25 @@ inline float largest(Floats x) {
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
+inline Floats larger_magnitude(Floats most, Floats x) {
+    const Floats size = magnitude(x);
+    return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(most.low), _mm256_castps_si256(size.low))),
+            _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(most.high), _mm256_castps_si256(size.high)))};
+}
+inline int32_t largest_bits(Floats x) {
+    const __m256i both = _mm256_max_epi32(_mm256_castps_si256(x.low), _mm256_castps_si256(x.high));
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, _MM_SHUFFLE(1, 0, 3, 2)));
+    return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, _MM_SHUFFLE(2, 3, 0, 1))));
+}
 inline Floats where_positive(Floats x, Floats yes, Floats no) {
     const __m256 none = _mm256_setzero_ps();
     return {_mm256_blendv_ps(no.low, yes.low, _mm256_cmp_ps(x.low, none, _CMP_GE_OQ)),
             _mm256_blendv_ps(no.high, yes.high, _mm256_cmp_ps(x.high, none, _CMP_GE_OQ))};
 }
 inline Floats keep_unless_equal(Floats x, Floats mark, Floats from) {
-    return {_mm256_and_ps(x.low, _mm256_cmp_ps(mark.low, from.low, _CMP_NEQ_OQ)),
-            _mm256_and_ps(x.high, _mm256_cmp_ps(mark.high, from.high, _CMP_NEQ_OQ))};
+    return {_mm256_and_ps(x.low, _mm256_cmp_ps(mark.low, from.low, _CMP_NEQ_UQ)),
+            _mm256_and_ps(x.high, _mm256_cmp_ps(mark.high, from.high, _CMP_NEQ_UQ))};
 }
 
 inline __m256 load_bf16_half(const bf16* from) {
@@ -159,6 +175,13 @@ inline void store_integers(int8_t* to, Integers x) {
 
 #endif
 
+inline float largest_magnitude(Floats x) {  // of what `larger_magnitude` has found; NaN where there was one
+    const int32_t bits = largest_bits(x);
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
 inline Floats load_numbers(const bf16* from) { return load_bf16(from); }
 inline Floats load_numbers(const float* from) { return load(from); }
 
@@ -178,9 +201,9 @@ inline Floats load_activations(const bf16* from) { return load_bf16(from); }
 inline void store_activations(float* to, Floats x) { store(to, x); }
 inline void store_activations(bf16* to, Floats x) { store_bf16(to, x); }
 
-// e^x for x <= 0, relative error below 2e-6: 2^n * 2^f with |f| <= 1/2, 2^f by its Taylor polynomial.
+// e^x for x <= 0, NaN of NaN, relative error below 2e-6: 2^n * 2^f with |f| <= 1/2, 2^f by its Taylor polynomial.
 inline Floats exponential(Floats x) {
-    const Floats scaled = larger(multiply(x, splat(1.44269504f)), splat(-126.f));
+    const Floats scaled = larger(splat(-126.f), multiply(x, splat(1.44269504f)));
     const Floats whole = round_whole(scaled);
     const Floats f = subtract(scaled, whole);
     Floats y = splat(1.54035304e-4f);
