@@ -100,6 +100,7 @@ _KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (_config({"peft_type": "IA3"}), "peft_type is 'IA3'"),
         (_config({"use_dora": True}), "use_dora is True"),
         (_config({"bias": "all"}), "bias is 'all'"),
+        (_tensors(lambda tensors: tensors[_KEY][0].fill_(torch.nan)), f"{_KEY} has values that are not finite"),
         (_tensors(lambda tensors: tensors.pop(_KEY)), "q_proj do not fit each other"),
         (_tensors(lambda tensors: tensors.update({"model.norm.weight": torch.ones(2)})), "model.norm.weight is not"),
         (_tensors(lambda tensors: tensors.update({_KEY: torch.ones(4, 3)})), "it belongs to another base"),

@@ -175,3 +175,7 @@ def test_refuses_values_that_are_not_finite(tiny_model: TinyModel, tiny_gguf: Ti
     save_file(tensors, damaged / "model.safetensors")
     with pytest.raises(BaseModelError, match=r"output_norm\.weight has values that are not finite"):
         convert_gguf(tiny_gguf("qwen3", "F32", damaged), folder)
+    tensors["model.norm.weight"][3] = 3.4e38
+    save_file(tensors, damaged / "model.safetensors")
+    with pytest.raises(BaseModelError, match=r"output_norm\.weight has values beyond 3\.39e\+38, the largest of BF16"):
+        convert_gguf(tiny_gguf("qwen3", "F16", damaged), folder)

@@ -96,6 +96,8 @@ def test_longer_codes_and_stored_input_rows(tmp_path: Path) -> None:
         ("head.weight", torch.zeros(2, 4), r"head.weight has shape \[2, 4\], expected \[2, 9\]"),
         ("head.input_scale", torch.zeros(3), "input_scale has an entry that is not positive"),
         ("input_rows", torch.zeros(1, 6), r"input_rows has shape \[1, 6\]"),
+        ("output_rows.0", torch.full((8, 6), torch.nan), r"output_rows.0 has values that are not finite"),
+        ("popularity", torch.full((8,), -torch.inf), "popularity has values that are not finite"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path: Path, key: str, value: torch.Tensor | None, message: str) -> None:

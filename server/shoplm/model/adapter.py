@@ -127,6 +127,8 @@ def read_adapter(folder: Path) -> Adapter:
         match = _KEY.fullmatch(key)
         if match is None:
             raise BaseModelError(f"{folder / ADAPTER_WEIGHTS}: {key} is not a low-rank matrix of a projection")
+        if not bool(torch.isfinite(tensor).all()):
+            raise BaseModelError(f"{folder / ADAPTER_WEIGHTS}: {key} has values that are not finite")
         pairs.setdefault(match[1], {})[match[2]] = tensor
     changes = {}
     for module, pair in pairs.items():

@@ -50,6 +50,7 @@ _LAYER_NAMES = {
 _ROPE_FACTORS = "rope_freqs.weight"
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _KEPT = ("F32", "F16")  # all else becomes BF16
+_LARGEST = {"F32": np.inf, "F16": 65504.0, "BF16": 3.3895314e38}
 
 
 def convert_gguf(path: Path, folder: Path, progress: Progress = lambda done, total: None) -> None:
@@ -243,6 +244,10 @@ def _write_weights(
             if architecture in _REORDERED and (projection := re.search(r"\.([qk])_proj\.", name)):
                 field = "num_attention_heads" if projection.group(1) == "q" else "num_key_value_heads"
                 values = _halves(values, config[field])
+            if np.abs(values).max(initial=0) > _LARGEST[stored]:
+                raise BaseModelError(
+                    f"tensor {tensor.name} has values beyond {_LARGEST[stored]:.3g}, the largest of {stored}"
+                )
             data = _cast(values, stored)
             file.write(data)
             done += len(data)

@@ -107,7 +107,7 @@ def load_shop_weights(
     """Read weights.safetensors.
 
     `embedding` [V, H] is the base's; `token_texts` are the texts of all shop tokens as text token ids, needed where the
-    file has no input rows. Raises BundleError naming the key that is missing or does not fit.
+    file has no input rows. Raises BundleError naming the key that is missing, does not fit, or is not finite.
     """
     try:
         tensors = load_file(path)
@@ -210,4 +210,6 @@ class _Reader:
         if not fits:
             expected = ", ".join("any" if size is None else str(size) for size in shape)
             raise BundleError(f"{self.path}: {key} has shape {list(tensor.shape)}, expected [{expected}]")
+        if not bool(torch.isfinite(tensor).all()):
+            raise BundleError(f"{self.path}: {key} has values that are not finite")
         return tensor
