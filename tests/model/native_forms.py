@@ -7,16 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from shoplm.model.native.library import (
-    InstructionSet,
-    NativeBuildError,
-    NativeLibrary,
-    NativeUnavailableError,
-    declared,
-    find_compiler,
-    load_or_build,
-    native_library,
-)
+from shoplm.model.native.build import NativeBuildError, NativeUnavailableError, find_compiler, load_or_build
+from shoplm.model.native.library import InstructionSet, NativeLibrary, declared, native_library
 
 _EMULATION = Path(__file__).parent / "emulation"
 

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import errno
+import grp
+import os
+import pwd
 import re
 import runpy
 import shutil
+import stat
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from shoplm.engine.cpu import cpu_backend
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import ConfigurationError
+from shoplm.model.base_cache import cache_folder
 from shoplm.model.linear import packing_supported
+from shoplm.model.native import build as building
 from shoplm.model.native import library as native
-from shoplm.model.native.library import InstructionSet, load_or_build
+from shoplm.model.native.build import NativeUnavailableError, load_or_build
+from shoplm.model.native.library import InstructionSet
 from shoplm.model.torch_backend import TorchBackend
 from toy_decoder import CONFIG, random_weights
 
@@ -100,15 +109,136 @@ def test_a_library_is_built_once_and_again_where_it_is_damaged(kept: Path, monke
     build(kept.parent)
 
 
-@pytest.mark.parametrize("open_to_all", ["library", "folder"])
-def test_a_library_that_others_could_have_put_there_is_not_loaded(kept: Path, open_to_all: str) -> None:
+def group_of(monkeypatch: pytest.MonkeyPatch, name: str, *members: str) -> None:
+    """The group of every file."""
+    monkeypatch.setattr(grp, "getgrgid", lambda _: SimpleNamespace(gr_name=name, gr_mem=members))
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775])
+@pytest.mark.parametrize("open_to", ["library", "folder"])
+def test_a_library_that_others_could_have_put_there_is_not_loaded(
+    kept: Path, monkeypatch: pytest.MonkeyPatch, open_to: str, mode: int
+) -> None:
+    group_of(monkeypatch, "staff")
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"somebody else's")
-    (kept if open_to_all == "library" else kept.parent).chmod(0o777)
+    (kept if open_to == "library" else kept.parent).chmod(mode)
     loaded = build(kept.parent)
     assert loaded._name != str(kept)
     replaced = kept.read_bytes() != b"somebody else's"
-    assert replaced == (open_to_all == "library")  # what lies in a folder that others can write is never loaded later
+    assert replaced == (open_to == "library")  # what lies in a folder that others can write is never loaded later
+
+
+def test_a_group_of_this_user_alone_may_write_the_library(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(kept.parent)
+    kept.chmod(0o775)
+    kept.parent.chmod(0o775)
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    group_of(monkeypatch, user, "root", user)
+    assert build(kept.parent)._name == str(kept)
+    group_of(monkeypatch, user, user, "somebody")
+    assert build(kept.parent)._name != str(kept)
+
+
+def test_whatever_the_umask_is_others_read_what_is_kept_and_do_not_write_it(kept: Path) -> None:
+    before = os.umask(0)
+    try:
+        build(kept.parent)
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (kept, kept.parent)] == [0o755, 0o755]
+
+
+def test_a_cache_that_cannot_be_read_costs_a_compilation_and_not_the_decoder(
+    kept: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(kept.parent)
+    found = Path.stat
+
+    def refuse(path: Path, **options: bool) -> os.stat_result:
+        if kept.parent in (path, *path.parents):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return found(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)  # what a user sees to whom the folder is closed; root sees all
+    with caplog.at_level("INFO"):
+        assert not build(kept.parent)._name.startswith(str(kept.parent))
+    assert "is built again: [Errno 13] Permission denied" in caplog.text
+
+
+def test_a_user_without_a_home_has_the_decoder_and_no_cache(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(user_id: int) -> pwd.struct_passwd:
+        raise KeyError(f"uid not found: {user_id}")
+
+    for name in ("HOME", "SHOPLM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", refuse)
+    with pytest.raises(ConfigurationError, match=r"~/\.cache: this user has no home; set SHOPLM_CACHE"):
+        cache_folder()
+    assert native.built(InstructionSet.AVX2).a is not None
+
+
+def test_the_compiler_may_have_arguments(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = os.environ["CXX"]
+    monkeypatch.setenv("CXX", f"env A='b c' {compiler}")
+    assert building.find_compiler() == (shutil.which("env"), "A=b c", compiler)
+    assert build(kept.parent).a is not None
+    for named, message in (
+        ("no-such-compiler -m64", "no C\\+\\+ compiler no-such-compiler: CXX is 'no-such-compiler -m64'"),
+        ("g++ 'a", 'CXX is "g\\+\\+ \'a": No closing quotation'),
+    ):
+        monkeypatch.setenv("CXX", named)
+        with pytest.raises(NativeUnavailableError, match=message):
+            build(kept.parent.parent / "other")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, ...]]:
+    """What the compiler is asked, on a machine that has the instructions of every form and an empty cache."""
+    calls: list[tuple[str, ...]] = []
+    compile = building._compile
+
+    def ask(compiler: tuple[str, ...], *arguments: str) -> None:
+        calls.append(arguments)
+        compile(compiler, *arguments)
+
+    monkeypatch.setattr(building, "_compile", ask)
+    monkeypatch.setattr(native, "_check_cpu", lambda _: None)
+    monkeypatch.setenv("SHOPLM_CACHE", str(tmp_path / "cache"))
+    native.native_library.cache_clear()
+    return calls
+
+
+def test_a_compiler_that_fails_is_asked_once_for_each_form(
+    asked: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "failing"
+    compiler.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    for _ in range(2):
+        with pytest.raises(NativeUnavailableError, match=r"amx: .*/failing failed: no such flag; avx512: .*; avx2: "):
+            native.best_library()
+    assert len(asked) == len(InstructionSet)
+
+
+def test_a_compiler_that_hangs_is_asked_once_and_ends_with_all_that_it_started(
+    asked: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler, pipe = tmp_path / "hanging", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    compiler.write_text(f"#!/bin/sh\nexec 3>{pipe}\n(sleep 60; echo alive >&3) &\nwait\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(building, "_COMPILE_SECONDS", 2)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for _ in range(2):
+        with pytest.raises(NativeUnavailableError, match=r"amx: .*/hanging has not compiled the decoder within 2 s$"):
+            native.best_library()
+    assert len(asked) == 1
+    os.set_blocking(reader, True)
+    assert os.read(reader, 1) == b""  # once nobody has the pipe open
+    os.close(reader)
 
 
 def test_a_cache_that_cannot_be_written_costs_a_compilation_and_not_the_decoder(kept: Path) -> None:

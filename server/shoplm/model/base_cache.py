@@ -22,7 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from shoplm.errors import BaseModelError, TransientError
+from shoplm.errors import BaseModelError, ConfigurationError, TransientError
 from shoplm.model.config import read_json
 
 CONVERSION = 1  # raise it when the conversion's result changes: converted folders of another number are not used
@@ -65,11 +65,15 @@ DEFAULT_MODEL = PackagedModel(
 
 
 def cache_folder() -> Path:
-    """$SHOPLM_CACHE, else shoplm in $XDG_CACHE_HOME, else ~/.cache/shoplm. Not created here."""
-    if own := os.environ.get("SHOPLM_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "shoplm"
+    """$SHOPLM_CACHE, else shoplm in $XDG_CACHE_HOME, else ~/.cache/shoplm. Not created here. Raises ConfigurationError
+    where this user has no home."""
+    own, shared = os.environ.get("SHOPLM_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if own:
+            return Path(own).expanduser()
+        return (Path(shared) if shared else Path.home() / ".cache") / "shoplm"
+    except RuntimeError as error:
+        raise ConfigurationError(f"{own or '~/.cache'}: this user has no home; set SHOPLM_CACHE to a folder") from error
 
 
 def file_fingerprint(path: Path) -> str:

@@ -11,9 +11,10 @@ from shoplm.model.native.library import InstructionSet, built
 
 
 def main() -> None:
+    folder = cache_folder() / "native"
     for instructions in InstructionSet:
         built(instructions)
-        typer.echo(f"{instructions}: {cache_folder() / 'native'}")
+        typer.echo(f"{instructions}: {folder}")
 
 
 if __name__ == "__main__":

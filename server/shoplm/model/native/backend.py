@@ -8,9 +8,10 @@ import torch
 from shoplm.engine.batch import Batch, RowOutput
 from shoplm.model.config import ModelConfig
 from shoplm.model.eager_backend import EagerBackend
+from shoplm.model.native.build import NativeUnavailableError
 from shoplm.model.native.decoder import NativeDecoder, unsupported
 from shoplm.model.native.head import NativeHead
-from shoplm.model.native.library import NativeLibrary, NativeUnavailableError, best_library
+from shoplm.model.native.library import NativeLibrary, best_library
 from shoplm.model.native.linear import WeightFormat
 from shoplm.model.native.pool import NativePool
 from shoplm.model.readouts import Readouts, output_tokens

@@ -1,4 +1,4 @@
-"""Builds the C++ decoder once with the machine's own compiler, keeps it in the cache, and loads it.
+"""The C++ decoder's library for the best instructions of a machine, built once and kept in the cache; its structures.
 
 A wheel stays pure Python: a machine without a compiler, or with an older CPU, runs the torch operations instead.
 """
@@ -6,30 +6,19 @@ A wheel stays pure Python: a machine without a compiler, or with an older CPU, r
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
-import os
 import platform
-import shutil
-import stat
-import subprocess
-import tempfile
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from shoplm.errors import ConfigurationError
 from shoplm.model.base_cache import cache_folder
+from shoplm.model.native.build import NativeTimeoutError, NativeUnavailableError, load_or_build
 from shoplm.model.native.memory import WeightMemory
 
-_SOURCES = (
-    *("vectors.h", "tiles.h", "crew.h", "linear.h", "linear_tiles.h", "linear_vectors.h", "packing.h"),
-    *("products.h", "products_avx2.h", "products_avx512.h"),
-    *("attention.h", "attention_bytes.h", "attention_tiles.h", "attention_vectors.h"),
-    *("attention_avx2.h", "attention_avx512.h", "greedy.h", "decoder.cpp"),
-)
-_FLAGS = ("-std=c++17", "-O2", "-fopenmp", "-shared", "-fPIC")
 _AVX2 = {"avx2": "-mavx2", "fma": "-mfma", "f16c": "-mf16c"}
 _AVX512 = {
     **_AVX2,
@@ -44,9 +33,6 @@ _AVX512 = {
     "avx512_vnni": "-mavx512vnni",
 }
 _AMX = {**_AVX512, "amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16", "amx_int8": "-mamx-int8"}
-_HASH_BYTES = 32
-_COMPILERS = ("g++", "c++", "clang++")
-_COMPILE_SECONDS = 600  # it takes three of a core's, which a busy machine may not have to give
 
 log = logging.getLogger("shoplm.engine")
 
@@ -79,14 +65,6 @@ class InstructionSet(StrEnum):
                 return (*self.extensions.values(), "-mtune=cascadelake", "-DSHOPLM_AVX512")
             case InstructionSet.AVX2:
                 return tuple(self.extensions.values())
-
-
-class NativeUnavailableError(Exception):
-    """Says why this machine cannot use the C++ decoder."""
-
-
-class NativeBuildError(NativeUnavailableError):
-    """The compiler is there, and refuses the decoder."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +165,8 @@ def best_library() -> NativeLibrary:
             return native_library(instructions)
         except NativeUnavailableError as error:
             refusals.append(f"{instructions}: {error}")
+            if isinstance(error, NativeTimeoutError):
+                break
     raise NativeUnavailableError("; ".join(refusals))
 
 
@@ -204,8 +184,14 @@ def native_library(instructions: InstructionSet) -> NativeLibrary:
 
 
 def built(instructions: InstructionSet) -> ctypes.CDLL:
-    """The cache's library of that form, whether or not this CPU has the instructions. Raises NativeUnavailableError."""
-    return load_or_build(instructions, instructions.compiler_flags, cache_folder() / "native")
+    """The cache's library of that form, whether or not this CPU has the instructions; built and not kept where there is
+    no cache. Raises NativeUnavailableError."""
+    folder: Path | None = None
+    try:
+        folder = cache_folder() / "native"
+    except ConfigurationError as error:
+        log.info("the C++ decoder is not kept: %s", error)
+    return load_or_build(instructions, instructions.compiler_flags, folder)
 
 
 def declared(instructions: InstructionSet, library: ctypes.CDLL) -> NativeLibrary:
@@ -242,75 +228,3 @@ def _check_cpu(instructions: InstructionSet) -> None:
     missing = instructions.extensions.keys() - set(flags)
     if missing:
         raise NativeUnavailableError(f"this CPU lacks {', '.join(sorted(missing))}")
-
-
-def load_or_build(instructions: InstructionSet, compiler_flags: tuple[str, ...], folder: Path) -> ctypes.CDLL:
-    """The folder's library for these sources and flags; built where there is none, or none that this process may trust.
-
-    Raises NativeUnavailableError. Torch has loaded OpenMP's runtime already: both share its threads.
-    """
-    sources = Path(__file__).parent
-    flags = (*_FLAGS, *compiler_flags)
-    digest = hashlib.sha256(" ".join(flags).encode())
-    for name in _SOURCES:
-        digest.update((sources / name).read_bytes())
-    path = folder / f"decoder-{instructions}-{digest.hexdigest()[:16]}.so"
-    if path.exists() and _is_safe(folder) and _is_safe(path):
-        try:
-            if not _is_whole(path):  # loading a part of a library may end the process
-                raise OSError(f"{path} is damaged")
-            return ctypes.CDLL(str(path))
-        except OSError as error:  # damaged, or made on another system
-            log.info("the C++ decoder is built again: %s", error)
-    return _build(flags, sources / _SOURCES[-1], path)
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether the file ends with the hash of what is before it, as `_build` leaves it."""
-    content = path.read_bytes()
-    return hashlib.sha256(content[:-_HASH_BYTES]).digest() == content[-_HASH_BYTES:]
-
-
-def _is_safe(path: Path) -> bool:
-    """Nobody but root and this user could have put code there."""
-    found = path.stat()
-    return found.st_uid in (0, os.geteuid()) and not found.st_mode & stat.S_IWOTH
-
-
-def _build(flags: tuple[str, ...], source: Path, target: Path) -> ctypes.CDLL:
-    """Compiles and loads it; keeps it as `target` if that folder can be written and is safe."""
-    compiler = find_compiler()
-    keeps = _can_keep(target.parent)
-    if not keeps:
-        log.info("%s cannot be written, or others can write it: the C++ decoder is not kept", target.parent)
-    try:
-        with tempfile.TemporaryDirectory(dir=target.parent if keeps else None) as folder:
-            made = Path(folder) / target.name
-            command = [compiler, *flags, str(source), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
-            if done.returncode:
-                raise NativeBuildError(f"{compiler} failed: {done.stderr.strip()[:300]}")
-            made.write_bytes((content := made.read_bytes()) + hashlib.sha256(content).digest())
-            library = ctypes.CDLL(str(made))
-            if keeps:
-                made.replace(target)  # whole or not at all: two engines may build at once
-            return library
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NativeUnavailableError(f"the decoder cannot be built: {error}") from error
-
-
-def find_compiler() -> str:
-    """Path of the C++ compiler. Raises NativeUnavailableError."""
-    named = os.environ.get("CXX")
-    compiler = next(filter(None, map(shutil.which, (named,) if named else _COMPILERS)), None)
-    if compiler is None:
-        raise NativeUnavailableError("there is no C++ compiler (g++ or clang++)")
-    return compiler
-
-
-def _can_keep(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK) and _is_safe(folder)
