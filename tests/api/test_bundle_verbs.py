@@ -122,7 +122,7 @@ def without_the_demo_customer(folder: Path) -> None:
     ("damage", "what", "said"),
     [
         (with_rows, "tensors", f"output_rows.0 has shape [{ITEMS - 1}, 32]"),
-        (with_nan, "tensors", "output_bias.0: has numbers that are not finite"),
+        (with_nan, "tensors", "output_bias.0 has values that are not finite"),
         (without_heads, "targets", "weights.safetensors has no heads"),
         (with_text_prices, "items", "column price is String, expected Float64"),
         (with_a_type_too_many, "product types", "type_index runs from 1 to 3, there are 3 types"),

@@ -117,7 +117,7 @@ class RaggedRows:
     def may_have(self, least: int, most: int) -> bool:
         """Whether a row may have `least` to `most` new tokens."""
         if self.query_lens is None:
-            return least <= self.max_query_len
+            return least <= min(most, self.max_query_len)
         return any(least <= length <= most for length in self.query_lens)
 
     @property

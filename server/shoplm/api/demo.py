@@ -87,7 +87,7 @@ def read_demo_customers(bundle: Path, manifest: ShopManifest, catalog: Catalog) 
         return {}
     path = bundle / "customers.parquet"
     try:
-        table = pl.read_parquet(path)
+        table = pl.read_parquet(path, glob=False)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise BundleError(f"{path}: {error}") from error
     if missing := [name for name in _COLUMNS if name not in table.columns]:

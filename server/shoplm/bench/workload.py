@@ -101,7 +101,7 @@ async def read_shop(
 def read_histories(path: Path) -> dict[str, tuple[shop_pb2.Event, ...]]:
     """customer_id -> events, oldest first, of a bundle's customers.parquet. WorkloadError when it cannot be read."""
     try:
-        table = pl.read_parquet(path)
+        table = pl.read_parquet(path, glob=False)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise WorkloadError(f"{path}: {error}") from error
     if isinstance(table.schema["time"], pl.Datetime):

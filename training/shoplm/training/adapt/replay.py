@@ -14,7 +14,7 @@ from shoplm.request import Generate, Sampling
 
 _AT_ONCE = 48
 _MAX_ANSWER_TOKENS = 72
-_TEMPERATURE = 0.8
+_TEMPERATURE, _TOP_K = 0.8, 50
 _KV_BYTES = 1 << 29
 
 
@@ -42,7 +42,7 @@ def replays_of(
     prefix = builder.prefix(None)
     work = []
     for number, prompt in enumerate(prompts):
-        sampling = Sampling(_TEMPERATURE, seed=seed * len(prompts) + number)
+        sampling = Sampling(_TEMPERATURE, _TOP_K, seed=seed * len(prompts) + number)
         work.append(
             (builder.chat(prefix, [("user", prompt)]), Generate(_MAX_ANSWER_TOKENS, sampling, tuple(end_tokens)))
         )
