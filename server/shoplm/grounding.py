@@ -46,6 +46,7 @@ class Grounding:
                     rows.append(row)
         self._rows_of_names = list(self._names.values())
         self._index = WordIndex([" ".join(name) for name in self._names]) if self._names else None
+        self._asking = frozenset(self._index.words(_ASKING)) if self._index is not None else frozenset[str]()
 
     def search(self, question: str, history: History | None, count: int) -> list[Passage]:
         """At most `count` passages, the surest first: an item whose whole title is in the question stands alone; else
@@ -66,8 +67,7 @@ class Grounding:
         index = self._index
         if index is None:
             return []
-        asking = frozenset(index.words(_ASKING))
-        wanted = [word for word in index.asked(question) if word not in asking]
+        wanted = [word for word in index.asked(question) if word not in self._asking]
         if not wanted or index.known(wanted) != wanted:
             return []
         best = np.argsort(-index.scores(wanted), kind="stable")[:_MAX_TRIED].tolist()

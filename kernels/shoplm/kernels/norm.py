@@ -17,10 +17,12 @@ import torch
 import triton
 import triton.language as tl
 from shoplm.kernels._checks import ACTIVATION_DTYPES, check_tensor, leading_stride
+from shoplm.kernels._row_launch import row_launch
 from shoplm.kernels.aot import AotCell, make_cell, pointer
 from shoplm.kernels.inputs import check_aligned
 
 MAX_HIDDEN = 16384  # a row lives in the registers of one program
+_THREAD_ELEMENTS = 8
 
 
 @triton.jit(do_not_specialize=["eps"])
@@ -51,12 +53,6 @@ def _rms_norm_kernel(
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     y = x * tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps)) * weight
     tl.store(out_ptr + row * out_stride + columns, y.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def _launch_shape(hidden: int) -> tuple[int, int]:
-    """(BLOCK, num_warps) of a row: eight elements a thread, between two and sixteen warps."""
-    block = max(128, triton.next_power_of_2(hidden))
-    return block, min(16, max(2, block // 256))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -126,7 +122,7 @@ def _launch(
     rows, hidden = x.shape
     if rows == 0:
         return
-    block, num_warps = _launch_shape(hidden)
+    block, num_warps = row_launch(hidden, _THREAD_ELEMENTS)
     _rms_norm_kernel[(rows,)](
         x,
         residual,
@@ -152,7 +148,7 @@ def aot_cells(arch: int, *, full: bool = False) -> list[AotCell]:
             (hidden, residual) for hidden in (576, 896, 2048, 3584, 5120, MAX_HIDDEN) for residual in (True, False)
         ]
     for hidden, with_residual in cases:
-        block, num_warps = _launch_shape(hidden)
+        block, num_warps = row_launch(hidden, _THREAD_ELEMENTS)
         element = pointer(torch.bfloat16)
         constants: dict[str, object] = {"HIDDEN": hidden, "BLOCK": block, "HAS_RESIDUAL": with_residual}
         if not with_residual:

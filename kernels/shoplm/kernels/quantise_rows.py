@@ -17,11 +17,13 @@ import triton
 import triton.language as tl
 from shoplm.kernels._checks import ACTIVATION_DTYPES, check_tensor, leading_stride
 from shoplm.kernels._kv_write_kernel import round_to_e4m3
+from shoplm.kernels._row_launch import row_launch
 from shoplm.kernels.aot import AotCell, make_cell, pointer
 from shoplm.kernels.inputs import check_aligned
 from shoplm.kernels.reference_ops import E4M3_MAX, SMALLEST_SCALE
 
 MAX_COLUMNS = 32768  # a row lives in the registers of one program
+_THREAD_ELEMENTS = 16
 
 
 @triton.jit
@@ -47,12 +49,6 @@ def _quantise_rows_kernel(
     tl.store(scale_ptr + row, scale)
     stored = round_to_e4m3(tl.div_rn(x, scale)).to(values_ptr.dtype.element_ty)
     tl.store(values_ptr + row * COLUMNS + columns, stored, mask=inside)
-
-
-def _launch_shape(columns: int) -> tuple[int, int]:
-    """(BLOCK, num_warps) of a row: sixteen elements a thread up to sixteen warps, more of them behind that."""
-    block = max(128, triton.next_power_of_2(columns))
-    return block, min(16, max(2, block // 512))
 
 
 def quantise_rows(
@@ -81,7 +77,7 @@ def quantise_rows(
     check_tensor("values", values, x.shape, (torch.float8_e4m3fn,), x.device, contiguous=True)
     check_tensor("scale", scale, (rows, 1), (torch.float32,), x.device, contiguous=True)
     if rows:
-        block, num_warps = _launch_shape(columns)
+        block, num_warps = row_launch(columns, _THREAD_ELEMENTS)
         _quantise_rows_kernel[(rows,)](
             x, values, scale, leading_stride(x),
             COLUMNS=columns, BLOCK=block, QUANT_MAX=E4M3_MAX, SMALLEST=SMALLEST_SCALE, num_warps=num_warps,
@@ -96,7 +92,7 @@ def aot_cells(arch: int, *, full: bool = False) -> list[AotCell]:
         return []
     cells = []
     for columns in (2048, 6144, 18_944, *(576, 1536, 3584, MAX_COLUMNS) * full):
-        block, num_warps = _launch_shape(columns)
+        block, num_warps = row_launch(columns, _THREAD_ELEMENTS)
         cells.append(
             make_cell(
                 "quantise_rows",

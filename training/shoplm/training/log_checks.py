@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 import numpy as np
 import polars as pl
-from shoplm.history import SECONDS_PER_DAY, EventKind
+from shoplm.history import SECONDS_PER_DAY, EventKind, utc_day
 from shoplm.training.problems import LogError, Problem
 from shoplm.training.timeline import make_timeline
 
@@ -49,13 +47,8 @@ def check_end(clean: pl.DataFrame, problems: list[Problem]) -> None:
     tail = times[-max(last, int(_STRAY * len(times))) - 1 :]
     before = tail[int(np.argmax(np.diff(tail)))]
     found = (
-        f"so few in the last {horizons[-1]} days, which end on {day(tail[-1])}; {usual:,.0f} would be usual, and the "
-        f"last event before a gap is of {day(before)}"
+        f"so few in the last {horizons[-1]} days, which end on {utc_day(tail[-1])}; {usual:,.0f} would be usual, and "
+        f"the last event before a gap is of {utc_day(before)}"
     )
     done = "the test is on these days: leave out what lies behind the gap, if it does not belong there"
     problems.append(Problem("events", "time", last, found, done))
-
-
-def day(moment: float) -> str:
-    """The date of a moment, UTC."""
-    return datetime.fromtimestamp(moment, UTC).date().isoformat()

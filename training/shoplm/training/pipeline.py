@@ -14,7 +14,7 @@ from shoplm.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PromptSchema, file_ha
 from shoplm.catalog.items import Catalog, read_catalog
 from shoplm.errors import ConfigurationError
 from shoplm.features import FEATURE_NAMES
-from shoplm.history import EventKind
+from shoplm.history import EventKind, utc_day
 from shoplm.model.base import Base
 from shoplm.prompt import PROMPT_VERSION
 from shoplm.training.adopting import bundled_adopt, fit_adopt
@@ -28,7 +28,6 @@ from shoplm.training.heads import Standard, joined
 from shoplm.training.hidden import HiddenStates, Progress
 from shoplm.training.histories import Histories
 from shoplm.training.log import ShopLog
-from shoplm.training.log_checks import day
 from shoplm.training.model import Model
 from shoplm.training.predictions import (
     FEWEST_CUSTOMERS,
@@ -81,9 +80,10 @@ def _check_tuning(log: ShopLog, timeline: Timeline, kind: EventKind) -> None:
         return
     before = log.events.filter(pl.col("time") < timeline.tuned_at)["time"].to_numpy().max()
     raise ConfigurationError(
-        f"no {kind.name.lower()} from {day(timeline.tuned_at)} to {day(timeline.test_at)}, where the score's weights "
-        f"are tuned: the log ends on {day(log.end)}, and its last event before these days is of {day(before)}. Leave "
-        "out what comes later if it does not belong there, or give a log that ends before the gap"
+        f"no {kind.name.lower()} from {utc_day(timeline.tuned_at)} to {utc_day(timeline.test_at)}, where the score's "
+        f"weights are tuned: the log ends on {utc_day(log.end)}, and its last event before these days is of "
+        f"{utc_day(before)}. Leave out what comes later if it does not belong there, or give a log that ends before "
+        "the gap"
     )
 
 
