@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from shoplm.bench.report import machine, versions
+from shoplm.engine.direct import DirectRunner
 from shoplm.model.backend import Backend
 from shoplm.model.config import ModelConfig, RopeConfig
-from shoplm.model.direct import DirectRunner
 from shoplm.model.native.backend import NativeBackend, native_refusal
 from shoplm.model.native.linear import WeightFormat
 from shoplm.model.shop_weights import random_trie

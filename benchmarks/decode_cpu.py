@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from backend_cpu import CONFIG, header, random_weights
-from shoplm.engine.batch import Batch, Row
+from shoplm.batch import Batch, Row
 from shoplm.model.native.decoder import NativeDecoder
 from shoplm.model.native.library import best_library
 from shoplm.model.native.linear import WeightFormat

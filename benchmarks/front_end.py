@@ -38,10 +38,10 @@ from typing import Any, NamedTuple
 import grpc
 import psutil
 import uvloop
+from shoplm.batch import Batch, PredictReadout, Row, RowOutput, SampleReadout, StepResult
 from shoplm.bench.report import machine, write_json_of
 from shoplm.config import ServerConfig
 from shoplm.config_sources import load_config
-from shoplm.engine.batch import Batch, PredictReadout, Row, RowOutput, SampleReadout, StepResult
 from shoplm.engine.process import listen
 from shoplm.engine.process import run as run_engine
 from shoplm.engine.spec import EngineSpec

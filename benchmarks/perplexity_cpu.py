@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 from shoplm.bench.report import machine, versions
+from shoplm.engine.direct import DirectRunner, Output
 from shoplm.model.base import resolve_base
 from shoplm.model.config import ModelConfig
-from shoplm.model.direct import DirectRunner, Output
 from shoplm.model.native.backend import NativeBackend, native_refusal
 from shoplm.model.native.linear import WeightFormat
 from shoplm.model.tokenizer import Tokenizer

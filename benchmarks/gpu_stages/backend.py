@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from shoplm.engine.batch import Batch, Row, SampleReadout
+from shoplm.batch import Batch, Row, SampleReadout
+from shoplm.engine.direct import DirectRunner
 from shoplm.model.backend import Handle
 from shoplm.model.config import ModelConfig
-from shoplm.model.direct import DirectRunner
 from shoplm.model.gpu_linear import WEIGHT_FORMATS
 from shoplm.model.kv_pool import KV_FORMATS
 from shoplm.model.rounded import rounded

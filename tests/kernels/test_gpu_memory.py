@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from shoplm.engine.gpu_warmup import warm_up
 from shoplm.errors import ConfigurationError
 from shoplm.model import triton_backend
 from shoplm.model.gpu import kv_page_bytes
-from shoplm.model.gpu_warmup import warm_up
 from shoplm.model.triton_backend import TritonBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_backend import toy_config, toy_shop, toy_trie, toy_weights

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from shoplm.engine.batch import Batch
+from shoplm.batch import Batch
+from shoplm.engine.direct import Output
 from shoplm.engine.engine import Engine
 from shoplm.kernels.attention import PagedKv, RaggedRows, paged_attention
 from shoplm.model import step_graphs, triton_decoder
 from shoplm.model.backend import Backend, BackendInfo, Handle
-from shoplm.model.direct import Output
 from shoplm.model.step_graphs import GraphLimits, StepGraphs, graph_buckets, smallest_cover
 from shoplm.model.triton_step import KernelStep, StepBounds
 from shoplm.request import (

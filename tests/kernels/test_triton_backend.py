@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from shoplm.engine.batch import Batch, EmbedReadout, ForkReadout, PredictReadout, Row, SampleReadout, SelectReadout
+from shoplm.batch import Batch, EmbedReadout, ForkReadout, PredictReadout, Row, SampleReadout, SelectReadout
+from shoplm.engine.gpu_warmup import warm_up
 from shoplm.errors import ConfigurationError
 from shoplm.kernels.beam_step import beam_step
 from shoplm.model import device_select
-from shoplm.model.gpu_warmup import warm_up
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.triton_backend import TritonBackend
 from shoplm.model.triton_decoder import TritonDecoder

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from shoplm.batch import Batch, RowOutput
 from shoplm.catalog.filters import ItemColumns, ItemFilters
 from shoplm.catalog.trie import Trie
-from shoplm.engine.batch import Batch, RowOutput
+from shoplm.engine.direct import DirectRunner, Output
 from shoplm.model.backend import Backend, BackendInfo, Handle
 from shoplm.model.config import ModelConfig, RopeConfig
-from shoplm.model.direct import DirectRunner, Output
 from shoplm.model.shop_weights import NamedTrie, ShopWeights, random_trie
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.triton_backend import TritonBackend

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shoplm.engine.batch import Batch, Row
+from shoplm.batch import Batch, Row
 from shoplm.model.attention_plan import GATHER_TOKENS, PADDED_TOKENS, plan_attention
 from shoplm.model.config import ModelConfig
 from shoplm.model.decoder import Decoder, StepInputs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shoplm.engine.batch import Batch, Row, RowOutput, SampleReadout
+from shoplm.batch import Batch, Row, RowOutput, SampleReadout
 from shoplm.model.backend import Backend
 from shoplm.model.config import ModelConfig
 from shoplm.model.native.library import NativeLibrary

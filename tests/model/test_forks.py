@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shoplm.engine.batch import Batch, EmbedReadout, Row
+from shoplm.batch import Batch, EmbedReadout, Row
+from shoplm.engine.direct import DirectRunner
 from shoplm.model.config import ModelConfig
-from shoplm.model.direct import DirectRunner
 from shoplm.model.shop_weights import ShopWeights, random_trie
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import load_weights

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from shoplm.model.direct import DirectRunner, Output
+from shoplm.engine.direct import DirectRunner, Output
 from shoplm.model.native.backend import NativeBackend
 from shoplm.model.native.decoder import unsupported
 from shoplm.model.native.library import NativeLibrary

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shoplm.engine.batch import Batch, PredictReadout, Row, SampleReadout
+from shoplm.batch import Batch, PredictReadout, Row, SampleReadout
+from shoplm.engine.direct import DirectRunner
 from shoplm.errors import BundleError, ConfigurationError
 from shoplm.model.config import ModelConfig
-from shoplm.model.direct import DirectRunner
 from shoplm.model.shop_weights import random_trie
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import load_weights

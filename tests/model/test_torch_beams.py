@@ -12,8 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from shoplm.catalog.filters import ItemColumns, ItemFilters
+from shoplm.engine.direct import DirectRunner
 from shoplm.model.config import ModelConfig
-from shoplm.model.direct import DirectRunner
 from shoplm.model.shop_weights import NamedTrie, ShopWeights, random_trie
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import load_weights

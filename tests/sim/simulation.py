@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from shoplm.engine.batch import (
+from shoplm.batch import (
     Batch,
     EmbedReadout,
     PredictReadout,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from shoplm.bundle import PromptSchema
+from shoplm.engine.direct import DirectRunner
 from shoplm.model.base import resolve_base
-from shoplm.model.direct import DirectRunner
 from shoplm.model.native.backend import NativeBackend, native_refusal
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.request import Embed

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 from numpy.typing import NDArray
-from shoplm.engine.batch import (
+from shoplm.batch import (
     Batch,
     BeamStep,
     EmbedReadout,
@@ -18,7 +18,7 @@ from shoplm.engine.batch import (
     beam_of,
 )
 from shoplm.engine.forks import fork_mask, fork_positions, fork_readout
-from shoplm.request import Embed, Explain, Generate, Predict, Select, Tokens
+from shoplm.request import Embed, Explain, Generate, Predict, Select
 from shoplm.scheduler.plan import Plan, PlanRow
 from shoplm.scheduler.sequence import Sequence
 
@@ -51,7 +51,7 @@ def build_batch(plan: Plan, page_size: int) -> Batch:
             at = np.arange(planned.start, planned.start + planned.count)
             task = sequence.request.task
             positions[start:end] = fork_positions(at, task, sequence.shareable) if isinstance(task, Explain) else at
-            slots[start:end] = _slots(sequence.page_table, planned, page_size)
+            slots[start:end] = _slots(sequence.page_table, planned.start + planned.again, planned.count, page_size)
             known = planned.count - len(planned.draft)
             tokens[start : start + known] = sequence.tokens[planned.start : planned.start + known]
             tokens[start + known : end] = planned.draft
@@ -60,17 +60,17 @@ def build_batch(plan: Plan, page_size: int) -> Batch:
     return Batch(tokens, positions, slots, tuple(rows))
 
 
-def _slots(page_table: Tokens, planned: PlanRow, page_size: int) -> Seq[int] | NDArray[np.int64]:
-    """Where the keys and values of a prompt's next tokens go. Arrays take longer to begin than few tokens to end."""
-    first = planned.start + planned.again
-    if planned.count <= _FEW_TOKENS:
-        return [_slot(page_table, at, page_size) for at in range(first, first + planned.count)]
-    page, offset = np.divmod(np.arange(first, first + planned.count), page_size)
-    return np.asarray(page_table, np.int64)[page] * page_size + offset
+def _slots(pages: Seq[int], first: int, count: int, page_size: int) -> NDArray[np.int64]:
+    """Where the keys and values of so many tokens of these pages go, from the `first` on."""
+    if count <= _FEW_TOKENS:  # arrays take longer to begin than few tokens to end
+        return np.array([_slot(pages, at, page_size) for at in range(first, first + count)], np.int64)
+    page, offset = np.divmod(np.arange(first, first + count), page_size)
+    slots: NDArray[np.int64] = np.asarray(pages, np.int64)[page] * page_size + offset
+    return slots
 
 
-def _slot(page_table: Tokens, position: int, page_size: int) -> int:
-    return page_table[position // page_size] * page_size + position % page_size
+def _slot(pages: Seq[int], position: int, page_size: int) -> int:
+    return pages[position // page_size] * page_size + position % page_size
 
 
 def _answer_row(sequence: Sequence, position: int, start: int) -> Row:
@@ -107,15 +107,14 @@ def _linear_row(planned: PlanRow, start: int) -> Row:
 def _beam_row(planned: PlanRow, start: int, page_size: int) -> Row:
     sequence = planned.sequence
     assert sequence.state_slot is not None
-    own: NDArray[np.int64] = np.asarray(sequence.beam_pages, np.int64)[:, None] * page_size + np.arange(page_size)
-    steps = sequence.depth - 1
+    own = _slots(sequence.beam_pages, 0, sequence.beam_tokens, page_size).reshape(-1, sequence.lanes)
     return Row(
         state_slot=sequence.state_slot,
         query_start=start,
         query_len=planned.count,
         pages=_pages(sequence),
         kv_len=sequence.prompt_length,
-        beam=BeamStep(planned.level, own.reshape(-1)[: steps * sequence.lanes].reshape(steps, sequence.lanes)),
+        beam=BeamStep(planned.level, own),
         readout=_readout(planned),
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from shoplm.engine.batch import ForkReadout
+from shoplm.batch import ForkReadout
 from shoplm.request import Explain, HeadValues
 
 

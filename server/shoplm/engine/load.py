@@ -11,6 +11,7 @@ import psutil
 import torch
 from shoplm.bundle import manifest_hash, read_manifest
 from shoplm.engine.cpu import cpu_backend
+from shoplm.engine.gpu_warmup import warm_up
 from shoplm.engine.shop_texts import ShopTexts, read_shop_texts
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import BundleChangedError, BundleError, ConfigurationError
@@ -18,7 +19,6 @@ from shoplm.model.adapter import Adapter, keeps_apart, read_adapter
 from shoplm.model.backend import Backend
 from shoplm.model.config import ModelConfig
 from shoplm.model.gpu import check_device, kv_page_bytes
-from shoplm.model.gpu_warmup import warm_up
 from shoplm.model.kv_pool import KV_FORMATS
 from shoplm.model.native.backend import native_refusal
 from shoplm.model.shop_weights import ShopWeights, load_shop_weights, random_trie

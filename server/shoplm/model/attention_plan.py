@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from shoplm.engine.batch import Batch, Row, beam_of
+from shoplm.batch import Batch, Row, beam_of
 from shoplm.model.kv_pool import KVPool
 from torch import Tensor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from shoplm.engine.batch import Batch, StepResult
+from shoplm.batch import Batch, StepResult
 from shoplm.request import Select
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from shoplm.engine.batch import (
+from shoplm.batch import (
     Batch,
     EmbedReadout,
     ForkReadout,

@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 
 import torch
-from shoplm.engine.batch import Batch, RowOutput, StepResult
+from shoplm.batch import Batch, RowOutput, StepResult
 from shoplm.model.backend import BackendInfo, Finished, Handle
 from shoplm.model.readouts import Readouts
 from shoplm.request import Select

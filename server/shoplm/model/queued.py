@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from shoplm.engine.batch import StepResult
+from shoplm.batch import StepResult
 from shoplm.model.device_readouts import StepAnswers
 
 

@@ -12,7 +12,7 @@ from typing import Protocol, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from shoplm.engine.batch import (
+from shoplm.batch import (
     Batch,
     EmbedReadout,
     ForkReadout,

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from shoplm.engine.batch import Batch
+from shoplm.batch import Batch
 from shoplm.kernels.tile_config import SHORT_ROWS
 from shoplm.model.device_io import packed_bytes, refill
 from shoplm.model.device_state import DeviceState

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from shoplm.engine.batch import Batch, RowOutput
+from shoplm.batch import Batch, RowOutput
 from shoplm.errors import ConfigurationError
 from shoplm.model.attention_plan import plan_attention
 from shoplm.model.config import ModelConfig

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from shoplm.engine.batch import Batch
+from shoplm.batch import Batch
 from shoplm.errors import ConfigurationError
 from shoplm.kernels.attention import MAX_GROUP
 from shoplm.kernels.inputs import PagedKv

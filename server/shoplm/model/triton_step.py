@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from shoplm.engine.batch import Batch, Row, SampleReadout, SelectReadout, beam_of
+from shoplm.batch import Batch, Row, SampleReadout, SelectReadout, beam_of
 from shoplm.kernels.inputs import WORD_BITS, BeamGroups, ForkRows, RaggedRows, packed_bits
 from shoplm.model.device_io import upload
 from shoplm.model.device_state import DeviceState

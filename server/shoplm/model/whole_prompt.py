@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from shoplm.engine.batch import Batch, EmbedReadout, Row
+from shoplm.batch import Batch, EmbedReadout, Row
 from shoplm.model.attention_plan import plan_attention
 from shoplm.model.config import ModelConfig
 from shoplm.model.decoder import StepInputs

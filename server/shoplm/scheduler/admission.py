@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
-from shoplm.request import Degradation, Explain, FailureKind, Generate, ItemScores, Select
+from shoplm.request import Degradation, Explain, FailureKind, Generate, ItemScores, Request, Select
 from shoplm.scheduler.budget import Budgeter
 from shoplm.scheduler.config import SchedulerConfig
 from shoplm.scheduler.forecast import LEAST_TOKENS, Forecast
@@ -37,6 +37,15 @@ class Limits(NamedTuple):
     max_context_tokens: int
     trie_depths: dict[str, int]
     lanes: Callable[[Select], int]
+
+    def sequence(self, request: Request) -> Sequence:
+        """The request with the lanes it takes; its tokens are still the caller's."""
+        depth = lanes = 0
+        if isinstance(request.task, Select):
+            # Popularity alone is answered after the prompt: there are no beams, however deep the trie is.
+            depth = 1 if request.task.popularity_only else self.trie_depths.get(request.task.trie, 0)
+            lanes = self.lanes(request.task) if depth > 1 else 0
+        return Sequence(request, 0.0, request.tokens, max(depth, 1), lanes)
 
 
 class Admission:

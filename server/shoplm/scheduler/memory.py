@@ -23,12 +23,11 @@ class SequenceMemory:
 
     def pages_needed(self, sequence: Sequence) -> int:
         """Pages of the sequence from its known tokens to the end of its beams, not counting what it may share."""
-        beam_tokens = sequence.lanes * (sequence.depth - 1)
-        return self._pages(len(sequence.tokens)) + self._pages(beam_tokens)
+        return self._pages(len(sequence.tokens)) + self._pages(sequence.beam_tokens)
 
     def fits(self, sequence: Sequence) -> bool:
         """Whether the pool could hold the sequence to its very end, were it alone."""
-        return self._pages(sequence.most_length) + self._pages(sequence.lanes * (sequence.depth - 1)) <= self.pool.size
+        return self._pages(sequence.most_length) + self._pages(sequence.beam_tokens) <= self.pool.size
 
     def look_up(self, sequence: Sequence) -> None:
         """Note what need not be computed for this sequence, as things are: others have, or do so now."""
@@ -66,8 +65,7 @@ class SequenceMemory:
         while self._pages(len(tokens)) + whole > len(sequence.nodes) + len(sequence.pages):
             sequence.pages.append(tree.take())
         sequence.page_table = token_ids([*[node.page for node in sequence.nodes], *sequence.pages])
-        beam_pages = self._pages(sequence.lanes * (sequence.depth - 1))
-        sequence.beam_pages = [tree.take() for _ in range(beam_pages)]
+        sequence.beam_pages = [tree.take() for _ in range(self._pages(sequence.beam_tokens))]
         shared_tokens = min(len(chain) * size, len(tokens) - 1)
         if sequence.cached_tokens is None:
             sequence.cached_tokens = shared_tokens

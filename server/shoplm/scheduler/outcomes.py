@@ -22,7 +22,7 @@ from shoplm.scheduler.sequence import Sequence
 from shoplm.scheduler.stats import SchedulerStats
 
 if TYPE_CHECKING:
-    from shoplm.engine.batch import RowOutput  # numpy; the scheduler itself needs none
+    from shoplm.batch import RowOutput  # numpy; the scheduler itself needs none
 
 
 class Outcomes:

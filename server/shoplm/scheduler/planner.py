@@ -169,7 +169,9 @@ class Planner:
                 if budget.used:
                     return  # nobody is started for whom there is no time
                 within = LEAST_CHUNK
-            row = next_tokens(running, min(budget.tokens, budget.prompt_tokens, within), self._memory)
+            most = min(budget.tokens, budget.prompt_tokens, within)
+            again = self._memory.is_known(running)  # all of it, but for the hidden state that the task reads
+            row = next_tokens(running, 1 if again else min(self._memory.computable(running), most), again=again)
             rows.append(row)
             budget.take_prompt(row.count, self._budgeter.row_seconds(row))
 

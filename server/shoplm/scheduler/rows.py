@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from shoplm.request import Explain, Generate, Select
-from shoplm.scheduler.memory import SequenceMemory
 from shoplm.scheduler.plan import PlanRow
 from shoplm.scheduler.sequence import Sequence
 
@@ -15,10 +14,8 @@ def next_level(sequence: Sequence) -> PlanRow:
     return row
 
 
-def next_tokens(sequence: Sequence, most: int, memory: SequenceMemory) -> PlanRow:
-    """The next tokens of a prompt that has caught up, as many as `most` > 0 and the pages of others allow."""
-    again = memory.is_known(sequence)  # all of it, but for the hidden state that the task reads
-    size = 1 if again else min(memory.computable(sequence), most)
+def next_tokens(sequence: Sequence, size: int, *, again: bool = False) -> PlanRow:
+    """The next `size` tokens of a prompt; `again`: the keys and values of the one token are in a page of others."""
     start = sequence.computed
     sequence.computed += size
     task = sequence.request.task

@@ -47,7 +47,7 @@ from shoplm.scheduler.survey import lasting
 from shoplm.scheduler.waiting import WaitingRoom
 
 if TYPE_CHECKING:
-    from shoplm.engine.batch import RowOutput  # numpy; the scheduler itself needs none
+    from shoplm.batch import RowOutput  # numpy; the scheduler itself needs none
 
 
 class Scheduler:
@@ -119,7 +119,7 @@ class Scheduler:
             message = f"request id {request.request_id!r} is in use"
             self._outcomes.failed(request, Refusal(FailureKind.INVALID, "DUPLICATE_REQUEST", message))
             return
-        sequence, load = self._sequence(request), self._load(now)
+        sequence, load = self._limits.sequence(request), self._load(now)
         refusal = self._admission.turned_away(sequence, load, now)
         if refusal is None:
             sequence.tokens = request.tokens[:]
@@ -309,15 +309,6 @@ class Scheduler:
             self._outcomes.finished(sequence, now, reason=reason)
 
     # ---- the life of a sequence ----------------------------------------------------------------------------------
-
-    def _sequence(self, request: Request) -> Sequence:
-        """The request with the lanes it takes; its tokens are still the caller's."""
-        depth = lanes = 0
-        if isinstance(request.task, Select):
-            # Popularity alone is answered after the prompt: there are no beams, however deep the trie is.
-            depth = 1 if request.task.popularity_only else self._limits.trie_depths.get(request.task.trie, 0)
-            lanes = self._limits.lanes(request.task) if depth > 1 else 0
-        return Sequence(request, 0.0, request.tokens, max(depth, 1), lanes)
 
     def _load(self, now: float) -> Load:
         answers = lasting(self._residents.answering, self.cost)

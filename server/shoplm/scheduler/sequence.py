@@ -77,6 +77,11 @@ class Sequence:
         self.epoch += 1
 
     @property
+    def beam_tokens(self) -> int:
+        """Tokens whose keys and values a search needs room for behind its prompt."""
+        return self.lanes * (self.depth - 1)
+
+    @property
     def shareable(self) -> int:
         """Leading tokens whose keys and values others may read, and which need not be computed where others have, but
         for the last one's hidden state. No forks: they read only a part of what is before them. Nor an answer's last

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from shoplm.engine.batch import Batch, Row, RowOutput, SampleReadout, SelectReadout, StepResult
+from shoplm.batch import Batch, Row, RowOutput, SampleReadout, SelectReadout, StepResult
 from shoplm.model.backend import BackendInfo
 from shoplm.request import Select, SelectOutput
 from shoplm.scheduler.cost import StepLoad, kv_tokens

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from shoplm.engine.batch import Batch, Row
+from shoplm.batch import Batch, Row
 from shoplm.model.config import ModelConfig
 from shoplm.model.native.decoder import NativeDecoder
 from shoplm.model.native.library import best_library

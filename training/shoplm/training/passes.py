@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from shoplm.engine.batch import Batch, EmbedReadout, Row
+from shoplm.batch import Batch, EmbedReadout, Row
 from shoplm.training.packing import Pack
 
 

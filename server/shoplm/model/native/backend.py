@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from shoplm.engine.batch import Batch, RowOutput
+from shoplm.batch import Batch, RowOutput
 from shoplm.model.config import ModelConfig
 from shoplm.model.eager_backend import EagerBackend
 from shoplm.model.native.build import NativeUnavailableError

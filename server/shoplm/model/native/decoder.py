@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from shoplm.engine.batch import Batch, Row
+from shoplm.batch import Batch, Row
 from shoplm.model.attention_plan import own_slots
 from shoplm.model.config import ModelConfig
 from shoplm.model.native.library import LayerRef, ModelRef, NativeLibrary, StepRef, pointer

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
+from shoplm.engine.direct import DirectRunner
 from shoplm.engine.load import load_backend
 from shoplm.engine.spec import EngineSpec
-from shoplm.model.direct import DirectRunner
 from shoplm.prompt import PromptBuilder
 from shoplm.request import Generate, Sampling
 

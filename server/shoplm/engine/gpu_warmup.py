@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import time
 
+from shoplm.engine.direct import DirectRunner
 from shoplm.model.backend import Backend, BackendInfo
-from shoplm.model.direct import DirectRunner
 from shoplm.model.gpu import memory_for
 from shoplm.request import Explain, Generate, HeadValues, ItemScores, Predict, Sampling, Select, Task
 
