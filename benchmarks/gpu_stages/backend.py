@@ -82,7 +82,7 @@ def _hidden(stage: Stage, weight_format: str, kv_format: str) -> None:
     weights = random_weights(config, stage.dtype, torch.device("cpu"))
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, stage.size(300, 9)).tolist()
     sizes: dict[str, Any] = {"pages": 40, "state_slots": 4, "max_context_tokens": 512, "kv_format": kv_format}
-    card: dict[str, Any] = {"max_beam_tokens": 32, "device": stage.device, "weight_format": weight_format}
+    card: dict[str, Any] = {"max_step_tokens": 32, "device": stage.device, "weight_format": weight_format}
     exact, in_dtype, found = (
         torch.tensor(DirectRunner(backend, chunk_tokens=stage.size(200, 5)).run([(prompt, Embed())])[0]).double()
         for backend in (
@@ -116,7 +116,7 @@ def _step_us(stage: Stage, name: str, rows: int, kv_len: int) -> float:
     weights = random_weights(config, stage.dtype, stage.device)
     pages = -(-kv_len // 16)
     backend = TritonBackend(
-        config, weights, pages=rows * pages, state_slots=rows, max_context_tokens=pages * 16, max_beam_tokens=32,
+        config, weights, pages=rows * pages, state_slots=rows, max_context_tokens=pages * 16, max_step_tokens=32,
         device=stage.device,
     )  # fmt: skip
     limits = GraphLimits(rows, pages * 16, 16, config.query_group, 0, 32)
@@ -172,7 +172,7 @@ def searches(stage: Stage) -> None:
     groups = 2 if stage.smoke else 8
     backend = TritonBackend(
         config, weights, tries=[trie], pages=stage.size(3200, 60), state_slots=groups,
-        max_context_tokens=min(config.max_positions, 8192), max_beam_tokens=groups * width, device=stage.device,
+        max_context_tokens=min(config.max_positions, 8192), max_step_tokens=groups * width, device=stage.device,
     )  # fmt: skip
     # What is not captured runs launch by launch, and is measured so.
     stage.check("capture of the searches' steps", partial(_capture_searches, backend, config, groups, width))

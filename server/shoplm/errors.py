@@ -4,11 +4,12 @@
     ├── InvalidRequestError      a field of a request is wrong      -> INVALID_ARGUMENT + BadRequest
     ├── UnauthenticatedError     no or a wrong token                -> UNAUTHENTICATED
     ├── NotServingError          this server has no such service    -> UNIMPLEMENTED / FAILED_PRECONDITION
-    ├── OverloadedError          load, or a deadline out of reach   -> RESOURCE_EXHAUSTED + RetryInfo
     ├── ExpiredError             the deadline passed in the queue   -> DEADLINE_EXCEEDED
     ├── CancelledByCallerError   the caller has gone                -> CANCELLED
-    ├── EngineUnavailableError   the engine died or is starting     -> UNAVAILABLE + RetryInfo
-    ├── DrainingError            the server is shutting down        -> UNAVAILABLE + RetryInfo
+    ├── RetryableError           worth trying again                 -> + RetryInfo
+    │   ├── OverloadedError      load, or a deadline out of reach   -> RESOURCE_EXHAUSTED
+    │   ├── EngineUnavailableError  the engine died or is starting  -> UNAVAILABLE
+    │   └── DrainingError        the server is shutting down        -> UNAVAILABLE
     ├── EngineFailureError       a step failed                      -> INTERNAL
     └── ConfigurationError       a setting, a bundle or a base model cannot be used; raised at start, never in a call
         ├── BundleError
@@ -52,15 +53,20 @@ class NotServingError(ShopLMError):
     reason = "NOT_SERVING"
 
 
-class OverloadedError(ShopLMError):
-    """Refused because of load; worth trying again after `retry_seconds`, and not at all where that is 0."""
+class RetryableError(ShopLMError):
+    """Worth trying again after `retry_seconds`, and not at all where that is 0."""
 
-    reason = "OVERLOADED"
+    def __init__(self, message: str, *, retry_seconds: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
+
+
+class OverloadedError(RetryableError):
+    """Refused because of load."""
 
     def __init__(self, message: str, *, reason: str = "OVERLOADED", retry_seconds: float = 1.0) -> None:
-        super().__init__(message)
+        super().__init__(message, retry_seconds=retry_seconds)
         self.reason = reason
-        self.retry_seconds = retry_seconds
 
 
 class ExpiredError(ShopLMError):
@@ -75,24 +81,16 @@ class CancelledByCallerError(ShopLMError):
     reason = "CANCELLED"
 
 
-class EngineUnavailableError(ShopLMError):
-    """The engine process died or is starting; worth trying again after `retry_seconds`."""
+class EngineUnavailableError(RetryableError):
+    """The engine process died or is starting."""
 
     reason = "ENGINE_UNAVAILABLE"
 
-    def __init__(self, message: str, *, retry_seconds: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_seconds = retry_seconds
 
-
-class DrainingError(ShopLMError):
-    """The server takes no new calls before it stops; worth trying elsewhere, or again after `retry_seconds`."""
+class DrainingError(RetryableError):
+    """The server takes no new calls before it stops; another one may."""
 
     reason = "DRAINING"
-
-    def __init__(self, message: str, *, retry_seconds: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_seconds = retry_seconds
 
 
 class EngineFailureError(ShopLMError):

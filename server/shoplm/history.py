@@ -19,6 +19,11 @@ def utc_day(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).date().isoformat()
 
 
+def utc_moment(seconds: float) -> str:
+    """RFC 3339 of a moment in Unix seconds: whole seconds, UTC."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 class EventKind(IntEnum):
     """What happened; the order is the canonical order inside a basket."""
 

@@ -47,7 +47,7 @@ class Card(TorchDispatchMode):
 
 def backend(**options: Any) -> TritonBackend:
     config = toy_config(traits=False, layers=1)
-    sizes = {"pages": 12, "state_slots": 3, "max_beam_tokens": 32, "device": "cpu"}
+    sizes = {"pages": 12, "state_slots": 3, "max_step_tokens": 32, "device": "cpu"}
     return TritonBackend(config, toy_weights(config), toy_shop(), [toy_trie()], **sizes | options)
 
 
@@ -64,7 +64,7 @@ def scratch_bytes() -> int:
     ("options", "said"),
     [
         ({"state_slots": 10**6}, "scratch memory: lower max_running_requests, max_context_tokens or max_step_tokens"),
-        ({"max_beam_tokens": 10**8}, "scratch memory: lower max_running_requests, max_context_tokens or max_step_to"),
+        ({"max_step_tokens": 10**8}, "scratch memory: lower max_running_requests, max_context_tokens or max_step_to"),
         ({"pages": 10**7}, "10000000 pages of 16 tokens: lower kv_cache_mib, or take kv_format int8"),
     ],
 )

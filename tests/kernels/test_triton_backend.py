@@ -200,7 +200,7 @@ def test_a_tied_head_takes_no_memory_of_its_own(tied: bool) -> None:
 
 def test_more_lanes_than_there_is_scratch_for_are_refused() -> None:
     _, backend = backends(traits=False, layers=1)
-    with pytest.raises(ValueError, match="40 lanes, but max_beam_tokens is 32"):
+    with pytest.raises(ValueError, match="40 lanes, but max_step_tokens is 32"):
         run(backend, 2048, [([1, 2, 3], Select(1, 40, trie="deep"))])
 
 

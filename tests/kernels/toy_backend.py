@@ -209,8 +209,8 @@ def backends(
         kv_format=options.get("kv_format", "model"),
     )  # fmt: skip
     backend = TritonBackend(
-        config, apart, shop, tries, pages=PAGES, page_size=PAGE_SIZE, state_slots=STATE_SLOTS, max_beam_tokens=32,
-        **{"device": "cpu", **options},
+        config, apart, shop, tries, pages=PAGES, page_size=PAGE_SIZE, state_slots=STATE_SLOTS,
+        **{"device": "cpu", "max_step_tokens": 32, **options},
     )  # fmt: skip
     for kv in backend.pool:
         for poisoned in (kv.k, kv.v) if kv.k_scale is None or kv.v_scale is None else (kv.k_scale, kv.v_scale):

@@ -24,6 +24,7 @@ from shoplm.errors import (
     InvalidRequestError,
     NotServingError,
     OverloadedError,
+    RetryableError,
     ShopLMError,
     UnauthenticatedError,
 )
@@ -75,7 +76,7 @@ def status_of(error: BaseException) -> CallStatus:
     if isinstance(error, InvalidRequestError):
         details.append(_bad_request(error))
     retry_seconds = None
-    if isinstance(error, OverloadedError | EngineUnavailableError | DrainingError):
+    if isinstance(error, RetryableError):
         retry_seconds = max(error.retry_seconds, 0.0)
         if retry_seconds:
             delay = Duration()

@@ -23,7 +23,6 @@ from shoplm.model.device_io import Readback, upload
 from shoplm.model.device_state import DeviceState
 from shoplm.readout.habits import Habits
 from shoplm.readout.popular import popular
-from shoplm.readout.ranking import best, output_of
 from shoplm.readout.select import SelectJob
 from shoplm.readout.table import SelectTable
 from shoplm.request import Select, SelectOutput
@@ -316,10 +315,7 @@ class DeviceSelector:
         passes &= ~np.isin(search.forced, np.asarray(select.exclude_items, np.int64))
         items, index = np.unique(np.concatenate((found, search.forced[passes])), return_index=True)
         model = np.concatenate((found_model, forced_model[passes]))[index]
-        repeat, near = search.habits.repeat_of(items), search.habits.near_of(items)
-        popularity = table.popularity_terms[items]
-        chosen = best(model + repeat + popularity + near, select.count)
-        return output_of(items[chosen], model[chosen], repeat[chosen], popularity[chosen], near[chosen])
+        return table.best(items, model, search.habits, select.count)
 
 
 def product(hidden: Tensor, rows: Tensor) -> Tensor:

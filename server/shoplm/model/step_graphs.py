@@ -45,9 +45,8 @@ class GraphLimits:
     page_size: int
     query_group: int  # query heads per KV head
     steps: int  # most codes of an item, but the last; 0: no beams
-    lane_tokens: int  # most lanes of a step
+    max_step_tokens: int  # and most lanes of a step
     max_mixed_prompt_tokens: int = 0  # of prompts beside chats; 0: no such steps are captured
-    max_step_tokens: int = 0  # of a step; 0: no steps of long chunks are captured
 
 
 def graph_buckets(limits: GraphLimits) -> tuple[StepBounds, ...]:
@@ -58,13 +57,15 @@ def graph_buckets(limits: GraphLimits) -> tuple[StepBounds, ...]:
     query_len = max(1, SHORT_ROWS // limits.query_group)  # longer chunks take the prefill kernel
     for kv_len in contexts:
         if limits.steps:
-            for tokens in sorted({*(min(size, limits.lane_tokens) for size in LANE_TOKENS), limits.lane_tokens}):
+            for tokens in sorted(
+                {*(min(size, limits.max_step_tokens) for size in LANE_TOKENS), limits.max_step_tokens}
+            ):
                 buckets.append(_with_searches(_bounds(limits, kv_len, 0, 0, 0), limits, tokens))
         for tokens in SHORT_TOKENS:
             short = _bounds(limits, kv_len, tokens, min(tokens, limits.rows), query_len)
             buckets.append(short)
             if limits.steps:
-                for lanes in sorted({min(size, limits.lane_tokens) for size in LANE_TOKENS[1:-1]}):
+                for lanes in sorted({min(size, limits.max_step_tokens) for size in LANE_TOKENS[1:-1]}):
                     buckets.append(_with_searches(short, limits, lanes))
     return tuple(dict.fromkeys(buckets))
 
@@ -91,7 +92,7 @@ def _with_chunks(limits: GraphLimits, kv_len: int) -> list[StepBounds]:
         for chats in _up_to(MIXED_ROWS, limits):
             tokens, rows = min(chats + mixed, most), min(chats + PROMPTS[0], limits.rows)
             buckets.append(_bounds(limits, kv_len, tokens, min(rows, tokens), mixed))
-    for tokens in sorted({min(size, most) for size in PROMPT_TOKENS if most}):
+    for tokens in sorted({min(size, most) for size in PROMPT_TOKENS}):
         buckets += [_bounds(limits, kv_len, tokens, min(rows, tokens), tokens) for rows in _up_to(PROMPTS, limits)]
     return buckets
 

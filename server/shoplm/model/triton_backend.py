@@ -50,20 +50,19 @@ class TritonBackend(LocalBackend):
         page_size: int = 16,
         state_slots: int = 256,
         max_context_tokens: int | None = None,
-        max_beam_tokens: int = 2048,
+        max_step_tokens: int = 2048,
         max_mixed_prompt_tokens: int = 0,
-        max_step_tokens: int = 0,
         weight_format: str = "model",
         kv_format: str = "model",
         graph_seconds: float = 0.0,
         device: torch.device | str = "cuda",
     ) -> None:
         """The dtype is that of the weights: bf16, fp16 or fp32. `tries` are more catalogues: their tokens follow the
-        shop's. `pages` None: as many as the GPU has room for. `max_beam_tokens` bounds the lanes of one step, all
-        selections together. `max_mixed_prompt_tokens` and `max_step_tokens` are the scheduler's bounds of prompts
-        beside answers and of a step, for which graphs with long chunks of prompts are captured; 0: none are.
-        `weight_format` of the layers' products: see `gpu_linear`. `kv_format`: what the pool keeps, "model" (the
-        weights' dtype), "int8" or "fp8". `graph_seconds` is the time for capturing steps as CUDA graphs; 0: none.
+        shop's. `pages` None: as many as the GPU has room for. `max_step_tokens` bounds the lanes of one step, all
+        selections together. It and `max_mixed_prompt_tokens`, of prompts beside answers, are the scheduler's bounds: up
+        to them graphs with long chunks of prompts are captured (0: none beside answers). `weight_format` of the layers'
+        products: see `gpu_linear`. `kv_format`: what the pool keeps, "model" (the weights' dtype), "int8" or "fp8".
+        `graph_seconds` is the time for capturing steps as CUDA graphs; 0: none.
 
         Allocates weights, pool and scratch on `device`: a GPU, or "cpu" where Triton interprets (TRITON_INTERPRET=1).
         Raises ConfigurationError, also where the memory does not suffice.
@@ -75,7 +74,7 @@ class TritonBackend(LocalBackend):
         check_fp8("weight_format", weight_format, self._device)
         pool_dtype = kv_dtype(kv_format, dtype, self._device)
         positions = min(max_context_tokens or config.max_positions, config.max_positions)
-        self._max_beam_tokens = max_beam_tokens
+        self._max_step_tokens = max_step_tokens
         readouts = Readouts(
             shop, tries, text_tokens=len(weights.embedding), hidden_size=config.hidden_size, state_slots=state_slots
         )
@@ -84,7 +83,7 @@ class TritonBackend(LocalBackend):
                 device=self._device,
                 max_rows=state_slots,
                 max_kv_len=positions,
-                max_beam_tokens=max_beam_tokens,
+                max_beam_tokens=max_step_tokens,
                 q_heads=config.num_heads,
                 kv_heads=config.num_kv_heads,
                 head_dim=config.head_dim,
@@ -101,7 +100,7 @@ class TritonBackend(LocalBackend):
             )
         with memory_for("the searches' state", "lower max_running_requests or max_step_tokens"):
             self._device_readouts = DeviceReadouts(
-                readouts, state_slots=state_slots, max_lanes=max_beam_tokens, dtype=dtype, device=self._device
+                readouts, state_slots=state_slots, max_lanes=max_step_tokens, dtype=dtype, device=self._device
             )
         if pages is None:
             page_bytes = kv_page_bytes(config, page_size, pool_dtype)
@@ -129,9 +128,8 @@ class TritonBackend(LocalBackend):
                 page_size=page_size,
                 query_group=config.query_group,
                 steps=state.parents.shape[1],
-                lane_tokens=max_beam_tokens,
-                max_mixed_prompt_tokens=max_mixed_prompt_tokens,
                 max_step_tokens=max_step_tokens,
+                max_mixed_prompt_tokens=max_mixed_prompt_tokens,
             )
             with torch.inference_mode():
                 self._graphs.capture(graph_buckets(limits), graph_seconds)
@@ -149,8 +147,8 @@ class TritonBackend(LocalBackend):
     def _start(self, batch: Batch) -> Handle:
         clock = StepClock(self._device)
         need = StepBounds.of(batch)
-        if need.lane_tokens > self._max_beam_tokens:
-            raise ValueError(f"the step has {need.lane_tokens} lanes, but max_beam_tokens is {self._max_beam_tokens}")
+        if need.lane_tokens > self._max_step_tokens:
+            raise ValueError(f"the step has {need.lane_tokens} lanes, but max_step_tokens is {self._max_step_tokens}")
         forks = fork_rows(batch, self._device)
         outputs = None if forks is not None else self._graphs.run(batch, need)
         if outputs is None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from shoplm.catalog.filters import AllowedItems
 from shoplm.catalog.trie import Candidates
 from shoplm.readout.habits import Habits
-from shoplm.readout.ranking import best, output_of
+from shoplm.readout.ranking import best
 from shoplm.readout.table import SelectTable
 from shoplm.request import Select, SelectOutput
 
@@ -119,11 +119,8 @@ def finish(table: SelectTable, search: Search, children: Children) -> SelectOutp
     _, forced_scores = _follow(table, search, children)
     items, index = np.unique(np.concatenate((children.child[reach], search.forced)), return_index=True)
     model = np.concatenate((children.score[reach], forced_scores))[index]
-    repeat, near = search.habits.repeat_of(items), search.habits.near_of(items)
-    popularity = table.popularity_terms[items]
-    scores = np.where(search.allowed.mask[items], model + repeat + popularity + near, np.float32(-np.inf))
-    chosen = best(scores, search.select.count)
-    return output_of(items[chosen], model[chosen], repeat[chosen], popularity[chosen], near[chosen])
+    passes = search.allowed.mask[items]
+    return table.best(items[passes], model[passes], search.habits, search.select.count)
 
 
 def _follow(table: SelectTable, search: Search, children: Children) -> tuple[Integers, Floats]:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from shoplm.readout.beam_search import Children, Search, extend, finish, log_softmax
 from shoplm.readout.popular import popular
-from shoplm.readout.ranking import best, output_of
+from shoplm.readout.ranking import best
 from shoplm.readout.table import SelectTable
 from shoplm.request import Select, SelectOutput
 from torch import Tensor
@@ -110,17 +110,15 @@ class Selector:
         for job, job_model, job_scores in zip(jobs, model, scores, strict=True):
             select = job.select
             habits = table.habits_of(select)
-            habits.add_to(job_scores)
             allowed = table.filters.allowed(select.item_filter, select.exclude_items).mask
             if select.candidates is not None:
                 given = np.unique(np.asarray(select.candidates, np.int64))
-                given = given[allowed[given]]
-                items = given[best(job_scores[given], select.count)]
+                items = given[allowed[given]]
             else:
+                habits.add_to(job_scores)
                 job_scores[~allowed] = -np.inf
-                items = best(job_scores, select.count)
-            repeat, near = habits.repeat_of(items), habits.near_of(items)
-            outputs.append(output_of(items, job_model[items], repeat, table.popularity_terms[items], near))
+                items = best(job_scores, select.count)  # before all terms are looked up: of these few alone
+            outputs.append(table.best(items, job_model[items], habits, select.count))
         return outputs
 
     def _advance(self, logits: NDArray[np.float32], level: int, jobs: Sequence[SelectJob]) -> list[SelectOutput | None]:

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from shoplm.catalog.filters import ItemFilters
 from shoplm.catalog.trie import Trie
 from shoplm.readout.habits import Habits, HabitTable
-from shoplm.request import NEAR_LANES, OWN_LANES, Select
+from shoplm.readout.ranking import best, output_of
+from shoplm.request import NEAR_LANES, OWN_LANES, Select, SelectOutput
 from torch import Tensor
 
 
@@ -48,6 +49,12 @@ class SelectTable:
     def habits_of(self, select: Select) -> Habits:
         """The terms that come from what the customer bought."""
         return self.habits.of(select.own_items, select.own_counts, select.own_terms)
+
+    def best(self, items: NDArray[np.int64], model: NDArray[np.float32], habits: Habits, count: int) -> SelectOutput:
+        """The `count` best of `items` (ascending, each once) by the whole score, of which `model` is one term."""
+        repeat, near, popularity = habits.repeat_of(items), habits.near_of(items), self.popularity_terms[items]
+        chosen = best(model + repeat + popularity + near, count)
+        return output_of(items[chosen], model[chosen], repeat[chosen], popularity[chosen], near[chosen])
 
     def width(self, select: Select) -> int:
         """Beams of a search; candidates need none."""

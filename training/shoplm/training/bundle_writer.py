@@ -6,7 +6,6 @@ import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
@@ -29,7 +28,7 @@ from shoplm.bundle import (
     write_manifest,
 )
 from shoplm.features import FEATURE_VERSION
-from shoplm.history import EventKind
+from shoplm.history import EventKind, utc_moment
 from shoplm.model.base import Base
 from shoplm.model.origin import Origin
 from shoplm.training.adopting import adopt_tensors
@@ -129,7 +128,7 @@ def _manifest(
         title=identity.title,
         currency=identity.currency,
         notice=identity.notice,
-        trained_until=moment_text(shop.timeline.test_at),
+        trained_until=utc_moment(shop.timeline.test_at),
         base=BaseReference(base.name, base.fingerprint, base.config.hidden_size, base.config.vocab_size),
         score=model.weights.score(),
         prompt=schema,
@@ -143,17 +142,12 @@ def _manifest(
         customers=tuple(
             DemoCustomer(
                 customer_id=shop.log.customer_ids[customer],
-                as_of=moment_text(demo_moment(shop)),
+                as_of=utc_moment(demo_moment(shop)),
                 attributes=dict(shop.log.attributes.get(shop.log.customer_ids[customer], ())),
             )
             for customer in demo_customers
         ),
     )
-
-
-def moment_text(moment: float) -> str:
-    """RFC 3339, whole seconds, UTC."""
-    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def demo_moment(shop: Shop) -> float:

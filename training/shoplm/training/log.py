@@ -9,11 +9,10 @@ from __future__ import annotations
 import codecs
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import polars as pl
-from shoplm.history import MAX_ATTRIBUTE_BYTES, MAX_ATTRIBUTES
+from shoplm.history import MAX_ATTRIBUTE_BYTES, MAX_ATTRIBUTES, utc_moment
 from shoplm.training.log_checks import check_end, check_kinds
 from shoplm.training.log_columns import (
     cleaned_events,
@@ -100,7 +99,7 @@ def read_log(
     if not len(clean):
         problems.append(Problem("events", "-", len(raw_events), "no usable row is left", "repair the file", fatal=True))
     elif clean["time"].n_unique() == 1:
-        found = f"all events are at {datetime.fromtimestamp(clean['time'][0], UTC).isoformat()}"
+        found = f"all events are at {utc_moment(clean['time'][0])}"
         done = "give a log with a duration: there is no later event to learn from"
         problems.append(Problem("events", "time", len(clean), found, done, fatal=True))
     if any(problem.fatal for problem in problems):

@@ -18,6 +18,7 @@ from shoplm.engine.load import load_backend
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import BundleError, ConfigurationError
 from shoplm.features import FEATURE_VERSION
+from shoplm.history import utc_moment
 from shoplm.model.base import Base, bundle_base, resolve_base
 from shoplm.model.origin import Origin
 from shoplm.readout.habits import load_habits
@@ -25,7 +26,7 @@ from shoplm.readout.rebuy import load_rebuy
 from shoplm.training import pipeline
 from shoplm.training.adapt.causal import CPU
 from shoplm.training.adapt.kept import measure_adapter
-from shoplm.training.bundle_writer import Identity, choose_demo_customers, moment_text, write_bundle
+from shoplm.training.bundle_writer import Identity, choose_demo_customers, write_bundle
 from shoplm.training.card import render_card
 from shoplm.training.card_explanations import record
 from shoplm.training.catalogue import ShopItems, choose_items
@@ -157,7 +158,7 @@ class Run:
             ("events", f"{len(shop.log.events):,}"),
             ("items with a token of their own", f"{len(shop.items.row_item):,}"),
             ("product types", f"{len(shop.items.types):,}"),
-            ("training ends", moment_text(shop.timeline.test_at)),
+            ("training ends", utc_moment(shop.timeline.test_at)),
         ]
 
     def _scratch_estimate(self, scratch: ScratchRun) -> list[tuple[str, str]]:
@@ -366,7 +367,7 @@ def shop_of_bundle(folder: Path, manifest: ShopManifest, log: ShopLog) -> Shop:
     if abs(timeline.test_at - until) > 1.0:
         raise BundleError(
             f"{folder} was trained until {manifest.trained_until}, but this log would be cut at "
-            f"{moment_text(timeline.test_at)}; evaluate with the files that it was trained on"
+            f"{utc_moment(timeline.test_at)}; evaluate with the files that it was trained on"
         )
     items = choose_items(log, timeline.test_at)
     if _row_ids(items) != read_catalog(folder).item_ids:

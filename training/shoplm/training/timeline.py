@@ -12,10 +12,9 @@ is the one that was measured.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from shoplm.errors import ConfigurationError
-from shoplm.history import SECONDS_PER_DAY
+from shoplm.history import SECONDS_PER_DAY, utc_moment
 
 HORIZONS = (7, 14, 30)  # days
 TRAIN_CUTOFFS = 4
@@ -64,9 +63,7 @@ def make_timeline(start: float, end: float) -> Timeline:
     The longest horizon is the longest that fits five times. Raises ConfigurationError where all events are at one time.
     """
     if not end > start:
-        raise ConfigurationError(
-            f"all events are at {datetime.fromtimestamp(start, UTC).isoformat()}: there is no later one to learn from"
-        )
+        raise ConfigurationError(f"all events are at {utc_moment(start)}: there is no later one to learn from")
     end = end + 1.0
     days = (end - start) / SECONDS_PER_DAY
     horizons = tuple(horizon for horizon in HORIZONS if days >= _WINDOWS * horizon)

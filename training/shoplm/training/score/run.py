@@ -6,7 +6,6 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from shoplm.api.shop import Served, Shop, load_served
 from shoplm.config import ServerConfig
 from shoplm.engine.client import EngineClient
 from shoplm.errors import ConfigurationError
-from shoplm.history import EVENT_KINDS
+from shoplm.history import EVENT_KINDS, utc_moment
 from shoplm.model.base import Base
 from shoplm.training.problems import Problem
 from shoplm.training.score.parts import PART_QUESTIONS, Parts
@@ -64,7 +63,7 @@ async def score(
         """A run that goes on must see customers from the moment that it began with."""
         as_of, goes_on = parts.open(_fingerprint(*whole, fingerprint), request.as_of, now)
         if goes_on:
-            seen = "" if request.as_of is not None else f", which sees customers from {_text(as_of)}"
+            seen = "" if request.as_of is not None else f", which sees customers from {utc_moment(as_of)}"
             say(f"going on with the run that was stopped{seen}; --no-resume starts anew")
         return as_of
 
@@ -109,7 +108,3 @@ async def _answer(scorer: Scorer, questions: Questions, parts: Parts, progress: 
 def _fingerprint(served: Served, shop: Shop, request: ScoreRequest, asked: str) -> str:
     parts = (served.cache_root, msgspec.to_builtins(shop.manifest), asked, request.count, request.timezone)
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
-
-
-def _text(moment: float) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")
