@@ -22,7 +22,6 @@ from shoplm.training import pipeline
 from shoplm.training.adapt.scratch_model import ScratchSize
 from shoplm.training.adopting import adopt_tensors, bundled_adopt, fit_adopt, shop_tables
 from shoplm.training.evaluation import TUNE_EXAMPLES, tuning_window
-from shoplm.training.examples import ranking_examples
 from shoplm.training.habits import shop_habits
 from shoplm.training.labels import next_basket
 from shoplm.training.log import ShopLog
@@ -148,15 +147,7 @@ def test_another_future_leaves_a_base_from_nothing_as_it_is(
 
 def test_labels_of_every_use_end_before_the_next_begins(shop: Shop) -> None:
     table, timeline = states(shop), shop.timeline
-    kind = shop.items.label_kind
-    train = ranking_examples(
-        table,
-        table.where(Task.RECOMMEND, Use.ITEM_TRAIN),
-        shop.histories,
-        kind,
-        before=timeline.tuned_at,
-        decay_days=30.0,
-    )
+    train = shop.training_examples(table, 30.0)
     tune = tuning_window(shop, table, torch.zeros(len(shop.items.row_item)), 0).examples
     assert len(train) > 0 and 0 < len(tune) <= TUNE_EXAMPLES
     assert train.label_time.max() < timeline.tuned_at <= tune.moment.min()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from shoplm.api.core import Context, Core
 from shoplm.api.customers import MAX_ID_BYTES
 from shoplm.api.explanations import Asked, Explainer, Explanation
@@ -38,33 +39,17 @@ class RecommendationService(RecommendationServiceServicer):
         excluded = excluded_rows(request.filter, shop.catalog, history, config, violations, warnings)
         violations.raise_if_any()
         count = min(request.count or DEFAULT_COUNT, len(shop.catalog))
-        own = self._core.own_items(history)
         select = Select(
             count=count,
             # A search narrower than its answer might not fill it.
             beam_width=min(max(request.beam_width or config.default_beam_width, count), config.max_beam_width),
             item_filter=item_filter,
             exclude_items=excluded,
-            own_items=own.items,
-            own_counts=own.counts,
-            own_terms=own.terms,
-            popularity_only=not shop.knows(history),
         )
-        work, finished, selected = await self._select(
-            select, history, context, warnings, allow_degraded=request.allow_degraded
-        )
-        usage = self._core.usage(work, finished.cached_tokens, finished.completion_tokens)
-        why = await self._explain(request.explain, work, finished, selected, history, context, warnings)
-        usage.explanation_tokens = why.tokens
-        degradations = (*why.degraded, *finished.degraded)
-        return pb.RecommendResponse(
-            items=_items(shop, select, selected, history, request.explain, why),
-            model=self._core.served.model_version,
-            usage=usage,
-            degraded=bool(degradations),
-            warnings=self._core.warned(_SERVICE, warnings),
-            degradations=self._core.degraded(degradations),
-        )
+        response = pb.RecommendResponse()
+        await self._answer(response, request, select, history, context, warnings)
+        response.degraded = bool(response.degradations)
+        return response
 
     async def Rank(self, request: pb.RankRequest, context: Context) -> pb.RankResponse:
         shop = self._core.shop()
@@ -83,11 +68,24 @@ class RecommendationService(RecommendationServiceServicer):
             return pb.RankResponse(
                 model=self._core.served.model_version, usage=Usage(), warnings=self._core.warned(_SERVICE, warnings)
             )
-        own = self._core.own_items(history)
-        select = Select(
-            count=len(candidates),
-            beam_width=0,
-            candidates=candidates,
+        select = Select(count=len(candidates), beam_width=0, candidates=candidates)
+        response = pb.RankResponse()
+        await self._answer(response, request, select, history, context, warnings)
+        return response
+
+    async def _answer(
+        self,
+        response: pb.RecommendResponse | pb.RankResponse,
+        request: pb.RecommendRequest | pb.RankRequest,
+        wanted: Select,
+        history: History,
+        context: Context,
+        warnings: Warnings,
+    ) -> None:
+        """Fill the response to a selection, which knows nothing of the customer yet."""
+        core, shop, own = self._core, self._core.shop(), self._core.own_items(history)
+        select = msgspec.structs.replace(
+            wanted,
             own_items=own.items,
             own_counts=own.counts,
             own_terms=own.terms,
@@ -96,16 +94,13 @@ class RecommendationService(RecommendationServiceServicer):
         work, finished, selected = await self._select(
             select, history, context, warnings, allow_degraded=request.allow_degraded
         )
-        usage = self._core.usage(work, finished.cached_tokens, finished.completion_tokens)
+        core.fill_usage(response.usage, work, finished.cached_tokens, finished.completion_tokens)
         why = await self._explain(request.explain, work, finished, selected, history, context, warnings)
-        usage.explanation_tokens = why.tokens
-        return pb.RankResponse(
-            items=_items(shop, select, selected, history, request.explain, why),
-            model=self._core.served.model_version,
-            usage=usage,
-            warnings=self._core.warned(_SERVICE, warnings),
-            degradations=self._core.degraded((*why.degraded, *finished.degraded)),
-        )
+        response.usage.explanation_tokens = why.tokens
+        response.items.extend(_items(shop, select, selected, history, request.explain, why))
+        response.model.CopyFrom(core.served.model_version)
+        response.warnings.extend(core.warned(_SERVICE, warnings))
+        response.degradations.extend(core.degraded((*why.degraded, *finished.degraded)))
 
     async def _explain(
         self,

@@ -90,6 +90,10 @@ class ModelConfig:
         """Query heads that share one key-value head."""
         return self.num_heads // self.num_kv_heads
 
+    def context_tokens(self, most: int | None) -> int:
+        """Positions that are served: the model's, or `most` of them."""
+        return min(most or self.max_positions, self.max_positions)
+
     def kv_page_bytes(self, page_size: int, item_bytes: int) -> int:
         """Bytes of one page of `page_size` tokens: keys and values of all layers, `item_bytes` a number."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * page_size * item_bytes

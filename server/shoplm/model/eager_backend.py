@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
-from shoplm.batch import Batch, RowOutput, StepResult
+from numpy.typing import NDArray
+from shoplm.batch import Batch, StepResult
 from shoplm.model.backend import BackendInfo, Finished, Handle
-from shoplm.model.readouts import Readouts
+from shoplm.model.readouts import Readouts, TextHead, output_tokens
 from shoplm.request import Select
 from torch import Tensor
 
@@ -71,6 +73,7 @@ class EagerBackend(LocalBackend):
     """A backend that runs each step within `submit`, and reads it out on the host."""
 
     checks_drafts = True
+    _head: TextHead
 
     @abstractmethod
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
@@ -79,9 +82,16 @@ class EagerBackend(LocalBackend):
 
     def _start(self, batch: Batch) -> Handle:
         start = time.perf_counter()
-        outputs = self._run(batch)
+        readouts = self._readouts
+        lineages = readouts.lineages(batch)
+        first, read = output_tokens(batch)
+        hidden = self._forward(batch, readouts.tokens(batch), read, lineages)
+        outputs = readouts.read(batch.rows, first, hidden, self._head)
         return Finished(StepResult(outputs, time.perf_counter() - start))
 
     @abstractmethod
-    def _run(self, batch: Batch) -> tuple[RowOutput, ...]:
-        """Forward pass and readouts; one output per row."""
+    def _forward(
+        self, batch: Batch, tokens: NDArray[np.int64], read: NDArray[np.int64], lineages: dict[int, NDArray[np.int64]]
+    ) -> Tensor:
+        """Hidden states [R, H] of the tokens `read` [R]. `tokens` [T] are the batch's, all known; `lineages` as
+        `Readouts.lineages` gives them."""

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from shoplm.batch import Batch, RowOutput
+from numpy.typing import NDArray
+from shoplm.batch import Batch
 from shoplm.errors import ConfigurationError
 from shoplm.model.attention_plan import plan_attention
 from shoplm.model.config import ModelConfig
@@ -14,7 +15,7 @@ from shoplm.model.decoder import Decoder, StepInputs
 from shoplm.model.eager_backend import EagerBackend
 from shoplm.model.kv_pool import KVPool
 from shoplm.model.linear import Linear
-from shoplm.model.readouts import Readouts, output_tokens
+from shoplm.model.readouts import Readouts
 from shoplm.model.shop_weights import NamedTrie, ShopWeights
 from shoplm.model.weights import DecoderWeights
 from shoplm.readout.sampling import argmax
@@ -46,13 +47,9 @@ class TorchBackend(EagerBackend):
         if dtype not in (torch.bfloat16, torch.float32):
             raise ConfigurationError(f"dtype {dtype} is not supported on a CPU: use bfloat16 or float32")
         readouts = Readouts(
-            shop,
-            tries,
-            text_tokens=len(weights.embedding),
-            hidden_size=config.hidden_size,
-            state_slots=state_slots,
+            shop, tries, text_tokens=len(weights.embedding), hidden_size=config.hidden_size, state_slots=state_slots
         )
-        positions = min(max_context_tokens or config.max_positions, config.max_positions)
+        positions = config.context_tokens(max_context_tokens)
         with torch.no_grad():
             shop_rows = readouts.take_input_rows(dtype)
             self._decoder = Decoder(config, weights, shop_rows, positions + readouts.beam_steps)
@@ -84,10 +81,10 @@ class TorchBackend(EagerBackend):
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
         self._pool.copy_pages(sources, targets)
 
-    def _run(self, batch: Batch) -> tuple[RowOutput, ...]:
+    def _forward(
+        self, batch: Batch, tokens: NDArray[np.int64], read: NDArray[np.int64], lineages: dict[int, NDArray[np.int64]]
+    ) -> Tensor:
         config = self._decoder.config
-        lineages = self._readouts.lineages(batch)
-        first, outputs = output_tokens(batch)
         plans = {
             window: plan_attention(
                 batch, lineages, self._pool, window=window, group=config.query_group, dtype=self._pool.keys.dtype
@@ -95,14 +92,13 @@ class TorchBackend(EagerBackend):
             for window in set(config.sliding_windows)
         }
         inputs = StepInputs(
-            tokens=torch.from_numpy(self._readouts.tokens(batch)),
+            tokens=torch.from_numpy(tokens),
             positions=torch.from_numpy(batch.positions.astype(np.int64)),
             write_rows=self._pool.token_major(torch.from_numpy(batch.slots.astype(np.int64))),
             plans=plans,
-            outputs=torch.from_numpy(outputs),
+            outputs=torch.from_numpy(read),
         )
-        hidden = self._decoder.forward(inputs, self._pool)
-        return self._readouts.read(batch.rows, first, hidden, self._head)
+        return self._decoder.forward(inputs, self._pool)
 
 
 class _Head(Linear):

@@ -73,7 +73,7 @@ class TritonBackend(LocalBackend):
         _check_supported(config, dtype, page_size)
         check_fp8("weight_format", weight_format, self._device)
         pool_dtype = kv_dtype(kv_format, dtype, self._device)
-        positions = min(max_context_tokens or config.max_positions, config.max_positions)
+        positions = config.context_tokens(max_context_tokens)
         self._max_step_tokens = max_step_tokens
         readouts = Readouts(
             shop, tries, text_tokens=len(weights.embedding), hidden_size=config.hidden_size, state_slots=state_slots

@@ -13,13 +13,13 @@ the net that reads the items alone is computed once. Training gives at most 100,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from shoplm.readout.tensors import Read, check_shapes, whole
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -66,9 +66,7 @@ class Adopt:
             "weight": (self.weight.shape, (units, len(OWN_FEATURES) + len(ITEM_FEATURES))),
             "out": (self.out.shape, (units,)),
         }
-        for name, (found, expected) in shapes.items():
-            if found != expected:
-                raise ValueError(f"adopt.{name} has shape {found}, expected {expected}")
+        check_shapes("adopt", shapes)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -131,21 +129,14 @@ def adopt_arrays(adopt: Adopt) -> dict[str, NDArray[Any]]:
     return {f"adopt.{name}": np.ascontiguousarray(array) for name, array in found.items()}
 
 
-def adopt_of(read: Callable[[str], NDArray[Any] | None]) -> Adopt | None:
-    """From a bundle: `read` gives a tensor of weights.safetensors, None where it is not there; None where none is.
-    Raises ValueError where the tensors do not fit together."""
-    found = {name: read(f"adopt.{name}") for name in (*_PLAIN, *_IN_STEPS, *(f"{each}_step" for each in _IN_STEPS))}
-    found["out_bias"] = read("adopt.out_bias")
-    missing = [f"adopt.{name}" for name, tensor in found.items() if tensor is None]
-    if len(missing) == len(found):
+def adopt_of(read: Read) -> Adopt | None:
+    """From a bundle; None where it has none. Raises ValueError where the tensors do not fit together."""
+    found = whole(read, "adopt", (*_PLAIN, *_IN_STEPS, *(f"{each}_step" for each in _IN_STEPS), "out_bias"))
+    if found is None:
         return None
-    if missing:
-        raise ValueError(f"{', '.join(missing)}: not there, but the other tensors of adopt are")
-    there = {name: np.asarray(tensor) for name, tensor in found.items()}
     for name in _IN_STEPS:
-        steps, size = there[name], there.pop(f"{name}_step")
-        if size.shape != steps.shape[:1]:
-            raise ValueError(f"adopt.{name}_step has shape {size.shape}, expected {steps.shape[:1]}")
-        there[name] = from_steps(steps, size)
-    types, out_bias = there.pop("types").astype(np.int32), float(there.pop("out_bias")[0])
-    return Adopt(**{name: each.astype(np.float32) for name, each in there.items()}, types=types, out_bias=out_bias)
+        steps, size = found[name], found.pop(f"{name}_step")
+        check_shapes("adopt", {f"{name}_step": (size.shape, steps.shape[:1])})
+        found[name] = from_steps(steps, size)
+    types, out_bias = found.pop("types").astype(np.int32), float(found.pop("out_bias")[0])
+    return Adopt(**{name: each.astype(np.float32) for name, each in found.items()}, types=types, out_bias=out_bias)

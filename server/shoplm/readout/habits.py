@@ -13,19 +13,17 @@ bought for the first time (`shoplm.readout.adopt`), its weighted value is the go
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from shoplm.bundle import ScoreWeights, ShopManifest
-from shoplm.errors import BundleError
 from shoplm.readout.adopt import Adopt, adopt_of
 from shoplm.readout.ranking import best
 from shoplm.readout.rebuy import OwnItems
+from shoplm.readout.tensors import Read, opened, whole
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -213,17 +211,13 @@ class HabitTable:
         return found
 
 
-def habit_table(score: ScoreWeights, read: Callable[[str], NDArray[Any] | None]) -> HabitTable:
-    """From a bundle: `read` gives a tensor of weights.safetensors, None where it is not there. Raises ValueError where
-    the tensors do not fit together or with the weights."""
+def habit_table(score: ScoreWeights, read: Read) -> HabitTable:
+    """From a bundle. Raises ValueError where the tensors do not fit together or with the weights."""
     loyalty = read("loyalty")
-    parts = [read(f"neighbours.{name}") for name in ("starts", "items", "strengths")]
-    starts, items, strengths = parts
     neighbours = None
-    if starts is not None and items is not None and strengths is not None:
+    if found := whole(read, "neighbours", ("starts", "items", "strengths")):
+        starts, items, strengths = found.values()
         neighbours = Neighbours(starts.astype(np.int64), items.astype(np.int32), strengths.astype(np.float32))
-    elif any(part is not None for part in parts):
-        raise ValueError("neighbours.starts, neighbours.items and neighbours.strengths are not all there")
     return HabitTable(
         score.repeat_weight,
         score.loyalty_weight,
@@ -237,14 +231,9 @@ def habit_table(score: ScoreWeights, read: Callable[[str], NDArray[Any] | None])
 
 def load_habits(bundle: Path, manifest: ShopManifest) -> HabitTable:
     """Of a bundle's folder. Raises BundleError."""
-    path = bundle / "weights.safetensors"
-    try:
-        with safe_open(path, framework="numpy") as weights:
-            known = set(weights.keys())
-            table = habit_table(manifest.score, lambda name: weights.get_tensor(name) if name in known else None)
-            table.check(*weights.get_slice("popularity").get_shape())
-    except (OSError, SafetensorError, ValueError) as error:
-        raise BundleError(f"{path}: {error}") from error
+    with opened(bundle) as (read, items):
+        table = habit_table(manifest.score, read)
+        table.check(items)
     return table
 
 

@@ -9,17 +9,15 @@ customers do with the item. Weighted, it is a part of the repeat term of a score
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from shoplm.bundle import ShopManifest
-from shoplm.errors import BundleError
 from shoplm.history import SECONDS_PER_DAY, History
+from shoplm.readout.tensors import Read, check_shapes, opened, whole
 
 Floats = NDArray[np.float32]
 
@@ -76,9 +74,7 @@ class Rebuy:
             "weight": (self.weight.shape, (units, features)),
             "out": (self.out.shape, (units,)),
         }
-        for name, (found, expected) in shapes.items():
-            if found != expected:
-                raise ValueError(f"rebuy.{name} has shape {found}, expected {expected}")
+        check_shapes("rebuy", shapes)
 
     def features(self, history: History) -> tuple[NDArray[np.int32], Floats]:
         """Own item rows [N], ascending, and their features [N, H + I]."""
@@ -159,31 +155,21 @@ def _grouped(
     return keys, start, group, pairs % visits
 
 
-def rebuy_of(read: Callable[[str], NDArray[Any] | None]) -> Rebuy | None:
-    """From a bundle: `read` gives a tensor of weights.safetensors, None where it is not there; None where none is.
-    Raises ValueError where the tensors do not fit together."""
-    found = {name: read(f"rebuy.{name}") for name in _TENSORS}
-    missing = [f"rebuy.{name}" for name, tensor in found.items() if tensor is None]
-    if len(missing) == len(_TENSORS):
+def rebuy_of(read: Read) -> Rebuy | None:
+    """From a bundle; None where it has none. Raises ValueError where the tensors do not fit together."""
+    found = whole(read, "rebuy", _TENSORS)
+    if found is None:
         return None
-    if missing:
-        raise ValueError(f"{', '.join(missing)}: not there, but the other tensors of rebuy are")
-    floats = {name: np.asarray(found[name], np.float32) for name in ("items", "weight", "bias", "out")}
-    return Rebuy(**floats, types=np.asarray(found["types"], np.int32), out_bias=float(np.asarray(found["out_bias"])[0]))
+    types, out_bias = found.pop("types").astype(np.int32), float(found.pop("out_bias")[0])
+    return Rebuy(**{name: each.astype(np.float32) for name, each in found.items()}, types=types, out_bias=out_bias)
 
 
 def load_rebuy(bundle: Path, manifest: ShopManifest) -> Rebuy | None:
     """Of a bundle's folder; None where it has none. Raises BundleError."""
-    path = bundle / "weights.safetensors"
-    try:
-        with safe_open(path, framework="numpy") as weights:
-            known = set(weights.keys())
-            rebuy = rebuy_of(lambda name: weights.get_tensor(name) if name in known else None)
-            (items,) = weights.get_slice("popularity").get_shape()
+    with opened(bundle) as (read, items):
+        rebuy = rebuy_of(read)
         if rebuy is None and manifest.score.rebuy_weight:
             raise ValueError(f"rebuy_weight is {manifest.score.rebuy_weight}, but no rebuy tensors are there")
         if rebuy is not None and len(rebuy.items) != items:
             raise ValueError(f"rebuy.items is of {len(rebuy.items)} items, expected {items}")
-    except (OSError, SafetensorError, ValueError) as error:
-        raise BundleError(f"{path}: {error}") from error
     return rebuy

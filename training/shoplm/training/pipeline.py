@@ -21,7 +21,6 @@ from shoplm.training.adopting import bundled_adopt, fit_adopt
 from shoplm.training.campaigns import fit_campaigns
 from shoplm.training.catalogue import ShopItems, choose_items
 from shoplm.training.evaluation import tuning_window
-from shoplm.training.examples import ranking_examples
 from shoplm.training.formats import UNROUNDED, Formats
 from shoplm.training.habits import bundled_habits, shop_habits
 from shoplm.training.heads import Standard, joined
@@ -188,14 +187,7 @@ def fit(
     window = tuning_window(shop, table, popularity, seed, habits, rebuy, adopt)
     watch.say("tuning the weights of counting and popularity")
     count = tune(window, None, Weights(model=0.0, repeat=1.0, popularity=0.05, decay_days=120.0))
-    examples = ranking_examples(
-        table,
-        table.where(Task.RECOMMEND, Use.ITEM_TRAIN),
-        shop.histories,
-        shop.items.label_kind,
-        before=shop.timeline.tuned_at,
-        decay_days=count.decay_days,
-    )
+    examples = shop.training_examples(table, count.decay_days)
     watch.say(f"fitting output rows on {len(examples):,} baskets")
     states = torch.from_numpy(table.hidden[window.examples.sample])
     fitted_steps = 0

@@ -31,9 +31,7 @@ from shoplm.training.adapt.causal import CPU, trunk_dtype
 from shoplm.training.adapt.saved_base import check_place
 from shoplm.training.adapt.scratch_model import INPUT_ROWS, SIZES, ScratchModel, ScratchSize
 from shoplm.training.adapt.trainer import AdaptSettings, JointTrainer
-from shoplm.training.examples import ranking_examples
 from shoplm.training.ranker import CountPrior
-from shoplm.training.samples import Task, Use
 from shoplm.training.shop import Shop
 from shoplm.training.watch import Watch
 from tokenizers import ByteLevelBPETokenizer
@@ -160,14 +158,7 @@ class ScratchRun:
         shop = self._shop
         order = np.random.default_rng(self._seed).permutation(len(shop.histories))[:_PRIOR_CUSTOMERS]
         table = shop.bare_table(order)
-        examples = ranking_examples(
-            table,
-            table.where(Task.RECOMMEND, Use.ITEM_TRAIN),
-            shop.histories,
-            shop.items.label_kind,
-            before=shop.timeline.tuned_at,
-            decay_days=DECAY_DAYS,
-        )
+        examples = shop.training_examples(table, DECAY_DAYS)
         kept = (pl.col("time") < shop.timeline.tuned_at) & (pl.col("kind") == int(shop.items.label_kind))
         events = shop.log.events.filter(kept)["item"].to_numpy()
         counts = np.bincount(events, minlength=len(shop.log.item_ids))[shop.items.row_item]

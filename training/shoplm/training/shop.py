@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from shoplm.features import dense_features
 from shoplm.training.campaigns import Campaigns
 from shoplm.training.catalogue import ShopItems
+from shoplm.training.examples import Examples, ranking_examples
 from shoplm.training.histories import Histories
 from shoplm.training.log import ShopLog
 from shoplm.training.samples import HiddenTable, Task, Use, campaign_starts, samples_of
@@ -67,6 +68,17 @@ class Shop:
                 for customer in customers
                 for sample in samples_of(self.histories[int(customer)], self.timeline, self.starts[int(customer)])
             ]
+        )
+
+    def training_examples(self, table: HiddenTable, decay_days: float) -> Examples:
+        """What was bought next before `tuned_at`, of the table's samples that train items."""
+        return ranking_examples(
+            table,
+            table.where(Task.RECOMMEND, Use.ITEM_TRAIN),
+            self.histories,
+            self.items.label_kind,
+            before=self.timeline.tuned_at,
+            decay_days=decay_days,
         )
 
     def campaign_rows(self, table: HiddenTable, part: str) -> Campaigns:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from shoplm.batch import Batch, RowOutput
+from numpy.typing import NDArray
+from shoplm.batch import Batch
 from shoplm.model.config import ModelConfig
 from shoplm.model.eager_backend import EagerBackend
 from shoplm.model.native.build import NativeUnavailableError
@@ -14,7 +16,7 @@ from shoplm.model.native.head import NativeHead
 from shoplm.model.native.library import NativeLibrary, best_library
 from shoplm.model.native.linear import WeightFormat
 from shoplm.model.native.pool import NativePool
-from shoplm.model.readouts import Readouts, output_tokens
+from shoplm.model.readouts import Readouts
 from shoplm.model.shop_weights import NamedTrie, ShopWeights
 from shoplm.model.weights import DecoderWeights
 from torch import Tensor
@@ -56,7 +58,7 @@ class NativeBackend(EagerBackend):
         readouts = Readouts(
             shop, tries, text_tokens=len(weights.embedding), hidden_size=config.hidden_size, state_slots=state_slots
         )
-        positions = min(max_context_tokens or config.max_positions, config.max_positions)
+        positions = config.context_tokens(max_context_tokens)
         pool = NativePool(library.instructions, config, pages=pages, page_size=page_size, kv_format=kv_format)
         with torch.no_grad():
             shop_rows = readouts.take_input_rows(torch.bfloat16)
@@ -83,8 +85,7 @@ class NativeBackend(EagerBackend):
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
         self._decoder.pool.copy_pages(sources, targets)
 
-    def _run(self, batch: Batch) -> tuple[RowOutput, ...]:
-        lineages = self._readouts.lineages(batch)
-        first, outputs = output_tokens(batch)
-        hidden = self._decoder.forward(batch, self._readouts.tokens(batch), outputs, lineages)
-        return self._readouts.read(batch.rows, first, hidden, self._head)
+    def _forward(
+        self, batch: Batch, tokens: NDArray[np.int64], read: NDArray[np.int64], lineages: dict[int, NDArray[np.int64]]
+    ) -> Tensor:
+        return self._decoder.forward(batch, tokens, read, lineages)

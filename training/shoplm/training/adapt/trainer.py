@@ -30,7 +30,6 @@ from shoplm.training.adapt.model import JointModel, TalkingModel
 from shoplm.training.adapt.replay import Replay
 from shoplm.training.adapt.tensors import Branch, pass_inputs
 from shoplm.training.adapt.validation import BasketValidation
-from shoplm.training.examples import ranking_examples
 from shoplm.training.labels import behaviour
 from shoplm.training.packing import pack_samples
 from shoplm.training.ranker import basket_loss
@@ -231,14 +230,7 @@ class JointTrainer:
         shop = self._shop
         table = HiddenTable.bare([(customer, sample) for sample in samples])
         parts = []
-        examples = ranking_examples(
-            table,
-            table.where(Task.RECOMMEND, Use.ITEM_TRAIN),
-            shop.histories,
-            shop.items.label_kind,
-            before=shop.timeline.tuned_at,
-            decay_days=self.settings.decay_days,
-        )
+        examples = shop.training_examples(table, self.settings.decay_days)
         if len(examples):
             logits = self.model.item_logits(hidden[torch.from_numpy(examples.sample)])
             loss = basket_loss(logits, self.model.repeat_weight, examples, np.arange(len(examples)))
