@@ -38,12 +38,17 @@ def logged(form: str, root: logging.Logger, log: logging.Logger | None = None, e
     return stream.getvalue()
 
 
-def test_json_is_one_ascii_line_with_all_fields(root: logging.Logger) -> None:
+@pytest.fixture
+def page_17() -> Iterator[None]:
+    """A call of that request id."""
     token = request_id.set("page-17")
-    try:
-        line = logged("json", root)
-    finally:
-        request_id.reset(token)
+    yield
+    request_id.reset(token)
+
+
+@pytest.mark.usefixtures("page_17")
+def test_json_is_one_ascii_line_with_all_fields(root: logging.Logger) -> None:
+    line = logged("json", root)
     assert line.count("\n") == 1
     assert line.rstrip("\n").isascii()
     assert line.rstrip("\n").isprintable()
@@ -54,12 +59,9 @@ def test_json_is_one_ascii_line_with_all_fields(root: logging.Logger) -> None:
     assert fields["time"].endswith("Z")
 
 
+@pytest.mark.usefixtures("page_17")
 def test_text_is_one_printable_line(root: logging.Logger) -> None:
-    token = request_id.set("page-17")
-    try:
-        line = logged("text", root)
-    finally:
-        request_id.reset(token)
+    line = logged("text", root)
     assert line.count("\n") == 1
     assert line.rstrip("\n").isprintable()
     assert r"said a\nb\r\x1b[31mred\x00\u2028\u202eend\ud800" in line

@@ -376,23 +376,28 @@ def test_a_second_signal_stops_at_once_although_a_call_runs(shop_folders: ShopFo
     assert engine.cancelled
 
 
-def test_a_port_that_is_taken_is_said_before_anything_is_loaded(
-    serve_scripted: Serve, shop_folders: ShopFolders
-) -> None:
-    taken = serve_scripted().server.server
-    engine = ScriptedEngine()
+def start(config: ServerConfig, engine: ScriptedEngine) -> None:
+    """A server that is closed again; raises what its start raises."""
 
-    async def start(*flags: str) -> None:
-        server = Server(shop_folders.config(*flags), lambda *_: engine)
+    async def starting() -> None:
+        server = Server(config, lambda *_: engine)
         try:
             await server.start()
         finally:
             await server.close(0)
 
+    asyncio.run(starting())
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(
+    serve_scripted: Serve, shop_folders: ShopFolders
+) -> None:
+    taken = serve_scripted().server.server
+    engine = ScriptedEngine()
     with pytest.raises(TransientError, match=rf"127\.0\.0\.1:{taken.port}.*--port"):
-        asyncio.run(start("--port", str(taken.port)))
+        start(shop_folders.config("--port", str(taken.port)), engine)
     with pytest.raises(TransientError, match=rf"127\.0\.0\.1:{taken.metrics_port}.*--metrics-port"):
-        asyncio.run(start("--metrics-port", str(taken.metrics_port)))
+        start(shop_folders.config("--metrics-port", str(taken.metrics_port)), engine)
     assert engine.ready is None
 
 
@@ -422,17 +427,10 @@ def test_an_engine_too_small_for_the_bundles_histories_is_refused(shop_folders: 
             assert self.ready is not None
             self.ready = msgspec.structs.replace(self.ready, max_context_tokens=100)
 
-    async def start() -> None:
-        server = Server(shop_folders.config(), lambda *_: Small())
-        try:
-            await server.start()
-        finally:
-            await server.close(0)
-
     with pytest.raises(
         ConfigurationError, match=r"at most 100 tokens, .* raise max_context_tokens \(0\) or kv_cache_mib"
     ):
-        asyncio.run(start())
+        start(shop_folders.config(), Small())
 
 
 def test_a_bundle_of_another_base_is_refused(shop_folders: ShopFolders, tmp_path: Path) -> None:
@@ -440,16 +438,8 @@ def test_a_bundle_of_another_base_is_refused(shop_folders: ShopFolders, tmp_path
     config = json.loads((other.folder / "config.json").read_text())
     (other.folder / "config.json").write_text(json.dumps({**config, "rope_theta": 500.0}))
     flags = ("--base", str(other.folder), "--bundle", str(shop_folders.bundle), "--port", "0", "--metrics-port", "0")
-
-    async def start() -> None:
-        server = Server(load_config(flags, {}), lambda *_: ScriptedEngine())
-        try:
-            await server.start()
-        finally:
-            await server.close(0)
-
     with pytest.raises(BundleError, match=r"was trained on base .* not on other"):
-        asyncio.run(start())
+        start(load_config(flags, {}), ScriptedEngine())
 
 
 def test_the_ready_text_is_three_calls_to_copy(serve_scripted: Serve) -> None:

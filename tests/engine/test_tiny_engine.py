@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from greedy_reference import greedy_answers
 from real_engine import Answer, answer, answers, assert_same, request, running, tasks
 from shoplm.engine.client import EngineClient
 from shoplm.engine.spec import EngineSpec
@@ -20,7 +20,6 @@ from shoplm.errors import (
     OverloadedError,
 )
 from shoplm.request import Embed, Generate, Request, Select, StepStats, TokensOutput, token_ids
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 TinyModel = Callable[[str], Path]
 LENGTHS = (1, 2, 15, 16, 17, 31, 33, 64, 90, 150)
@@ -38,18 +37,7 @@ def prompts() -> tuple[tuple[int, ...], ...]:
 
 @lru_cache
 def reference(folder: Path) -> tuple[tuple[int, ...], ...]:
-    """Greedy continuations by transformers."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    found = []
-    with torch.inference_mode():
-        for prompt in prompts():
-            tokens = list(prompt)
-            for _ in range(NEW_TOKENS):
-                tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
-            found.append(tuple(tokens[len(prompt) :]))
-    return tuple(found)
+    return tuple(greedy_answers(folder, prompts(), NEW_TOKENS))
 
 
 def spec(folder: Path, **fields: object) -> EngineSpec:

@@ -6,8 +6,11 @@ summary says so: half the tests of a process cannot use the interpreter while th
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +73,21 @@ def _patch_once() -> None:
 
     interpreter._LangPatchScope = Scope
     interpreter._patch_lang = patch_once
+
+
+@pytest.fixture(scope="session")
+def launches_of() -> Callable[[str], dict[str, Any]]:
+    """What Triton's launcher would compile, from a script of this folder in a process that does not interpret."""
+
+    def run(script: str) -> dict[str, Any]:
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        finished = subprocess.run(
+            [sys.executable, str(FOLDER / script)], env=environment, capture_output=True, text=True, check=False
+        )
+        assert finished.returncode == 0, finished.stderr
+        return dict(json.loads(finished.stdout))
+
+    return run
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -209,15 +205,8 @@ def test_empty_step() -> None:
 
 
 @pytest.fixture(scope="module")
-def recording() -> dict[str, Any]:
-    """What Triton's launcher would compile, from a process that does not interpret (see launch_recorder.py)."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("launch_recorder.py")
-    finished = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert finished.returncode == 0, finished.stderr
-    return dict(json.loads(finished.stdout))
+def recording(launches_of: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    return launches_of("launch_recorder.py")
 
 
 def test_other_lengths_compile_nothing(recording: dict[str, Any]) -> None:

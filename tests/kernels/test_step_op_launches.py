@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 
 @pytest.fixture(scope="module")
-def recording() -> dict[str, Any]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("step_op_launches.py")
-    finished = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert finished.returncode == 0, finished.stderr
-    return dict(json.loads(finished.stdout))
+def recording(launches_of: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    return launches_of("step_op_launches.py")
 
 
 def test_other_lengths_compile_nothing(recording: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from greedy_reference import greedy_answers
 from shoplm.batch import Batch, PredictReadout, Row, SampleReadout
 from shoplm.engine.direct import DirectRunner
 from shoplm.errors import BundleError, ConfigurationError
@@ -18,7 +19,6 @@ from shoplm.model.shop_weights import random_trie
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.weights import load_weights
 from shoplm.request import Embed, Generate, Sampling, Select, Task
-from transformers import AutoModelForCausalLM
 
 TinyModel = Callable[[str], Path]
 PROMPT_LENGTHS = (1, 2, 15, 16, 17, 33, 64, 150)  # the longest is more than one block of queries
@@ -33,16 +33,7 @@ def prompts() -> list[list[int]]:
 
 @lru_cache
 def reference(folder: Path) -> list[tuple[int, ...]]:
-    """Greedy continuations by transformers, end of sequence ignored."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    answers = []
-    with torch.inference_mode():
-        for prompt in prompts():
-            tokens = list(prompt)
-            for _ in range(NEW_TOKENS):
-                tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
-            answers.append(tuple(tokens[len(prompt) :]))
-    return answers
+    return greedy_answers(folder, prompts(), NEW_TOKENS)
 
 
 def make_backend(folder: Path, *, page_size: int = 16, tokens: int = 1024, poison: bool = True) -> TorchBackend:

@@ -177,8 +177,7 @@ def test_guesses_stop_where_the_pages_do() -> None:
     for name, first in (("one", 0), ("two", 20)):
         simulation.submit(_chat(name, list(range(first, first + 4)), Generate(14)))
     simulation.run()
-    for name in simulation.records:
-        simulation.check_answer(name)
+    simulation.check_answers()
     assert simulation.engine.scheduler.stats.accepted_tokens > 0
     simulation.check_idle()
 
@@ -191,8 +190,7 @@ def test_who_waits_for_a_first_result_comes_before_guesses() -> None:
     simulation.step()
     assert simulation.engine.scheduler.stats.drafted_tokens == seen
     simulation.run()
-    for name in simulation.records:
-        simulation.check_answer(name)
+    simulation.check_answers()
 
 
 def test_who_searches_is_not_kept_waiting_by_guesses() -> None:
@@ -204,8 +202,7 @@ def test_who_searches_is_not_kept_waiting_by_guesses() -> None:
         simulation.step()
         assert simulation.engine.scheduler.stats.drafted_tokens == seen
     simulation.run()
-    for name in simulation.records:
-        simulation.check_answer(name)
+    simulation.check_answers()
     assert simulation.engine.scheduler.stats.drafted_tokens > seen
 
 

@@ -344,6 +344,11 @@ class Simulation:
         elif isinstance(record.end, FinishedOutput):
             assert expected == (record.end.selected or record.end.values)
 
+    def check_answers(self) -> None:
+        """`check_answer` of every request."""
+        for request_id in self.records:
+            self.check_answer(request_id)
+
     def check_idle(self) -> None:
         """Every page is free or cached, every queue empty, and the cache can be emptied."""
         scheduler = self.engine.scheduler

@@ -161,8 +161,7 @@ def test_refused_work_is_never_computed_and_no_step_exceeds_its_budget(seed: int
     assert computed <= admitted
     served = [end for end in ends.values() if isinstance(end, FinishedOutput)]
     assert len(served) > 200
-    for name in crowd.simulation.records:
-        crowd.simulation.check_answer(name)
+    crowd.simulation.check_answers()
     crowd.simulation.check_idle()
 
 

@@ -134,8 +134,7 @@ def test_random_load_loses_nothing(
     stats = simulation.engine.scheduler.stats
     preemptions = stats.preemptions
     simulation.run()
-    for request_id in simulation.records:
-        simulation.check_answer(request_id)
+    simulation.check_answers()
     ends = Counter(
         "served" if isinstance(record.end, FinishedOutput) else record.end.reason
         for record in simulation.records.values()
