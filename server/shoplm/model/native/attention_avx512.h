@@ -64,14 +64,17 @@ inline Floats own_value(const Pool<bf16>& pool, int64_t slot, int64_t head, int6
     return _mm512_castsi512_ps(offset % 2 ? _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000))) : _mm512_slli_epi32(pairs, 16));
 }
 
+// What lies at `next` as these do at `blocks` is fetched meanwhile: pages are too short for the hardware to see what comes.
 template <int QUERIES, class Number>
-inline void score_keys(const bf16* queries, int64_t d, const Number* const* blocks, float* scores, int64_t stride) {
+inline void score_keys(const bf16* queries, int64_t d, const Number* const* blocks, const Number* const* next, float* scores, int64_t stride) {
     Floats of[QUERIES][4];
 #pragma GCC unroll 4
     for (int q = 0; q < QUERIES; ++q) of[q][0] = of[q][1] = of[q][2] = of[q][3] = zero();
     for (int64_t i = 0; i < d; i += 2) {
         const int64_t at = i * LANES;
         const __m512bh keys[4] = {load_pairs(blocks[0] + at), load_pairs(blocks[1] + at), load_pairs(blocks[2] + at), load_pairs(blocks[3] + at)};
+#pragma GCC unroll 4
+        for (int block = 0; block < 4; ++block) _mm_prefetch(reinterpret_cast<const char*>(next[block] + at), _MM_HINT_T0);
 #pragma GCC unroll 4
         for (int q = 0; q < QUERIES; ++q) {
             const __m512bh pair = splat_pair(queries + q * d + i);
@@ -89,16 +92,19 @@ inline void score_keys(const bf16* queries, int64_t d, const Number* const* bloc
 template <class BlockAt>
 inline void score_all(const bf16* queries, int count, int64_t d, int64_t keys, const BlockAt& block_at, float* scores, int64_t stride) {
     for (int64_t key = 0; key < keys; key += KEYS_TOGETHER) {
-        decltype(block_at(0)) blocks[4];
-        for (int64_t block = 0; block < 4; ++block) blocks[block] = block_at(std::min(key + block * LANES, keys - 1));
+        decltype(block_at(0)) blocks[4], next[4];
+        for (int64_t block = 0; block < 4; ++block) {
+            blocks[block] = block_at(std::min(key + block * LANES, keys - 1));
+            next[block] = block_at(std::min(key + KEYS_TOGETHER + block * LANES, keys - 1));
+        }
         for (int q = 0; q < count; q += 4) {
             const bf16* from = queries + q * d;
             float* to = scores + q * stride + key;
             switch (count - q) {
-                case 1: score_keys<1>(from, d, blocks, to, stride); break;
-                case 2: score_keys<2>(from, d, blocks, to, stride); break;
-                case 3: score_keys<3>(from, d, blocks, to, stride); break;
-                default: score_keys<4>(from, d, blocks, to, stride);
+                case 1: score_keys<1>(from, d, blocks, next, to, stride); break;
+                case 2: score_keys<2>(from, d, blocks, next, to, stride); break;
+                case 3: score_keys<3>(from, d, blocks, next, to, stride); break;
+                default: score_keys<4>(from, d, blocks, next, to, stride);
             }
         }
     }
@@ -112,10 +118,13 @@ inline void add_values(const bf16* shares, int64_t stride, int64_t d, int64_t ke
     for (int q = 0; q < QUERIES; ++q)
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) of[q][v] = zero();
-    auto add_pair = [&](int64_t key, const auto* values, bool both) __attribute__((always_inline)) {
+    auto add_pair = [&](int64_t key, const auto* values, const auto* next, bool both) __attribute__((always_inline)) {
         __m512bh rows[VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) rows[v] = both ? load_pairs(values + v * LANES * 2) : load_first_of_pairs(values + v * LANES * 2);
+        for (int v = 0; v < VECTORS; ++v) {
+            rows[v] = both ? load_pairs(values + v * LANES * 2) : load_first_of_pairs(values + v * LANES * 2);
+            _mm_prefetch(reinterpret_cast<const char*>(next + v * LANES * 2), _MM_HINT_T0);
+        }
 #pragma GCC unroll 4
         for (int q = 0; q < QUERIES; ++q) {
             const __m512bh pair = splat_pair(shares + q * stride + key);
@@ -125,10 +134,11 @@ inline void add_values(const bf16* shares, int64_t stride, int64_t d, int64_t ke
     };
     for (int64_t block = 0; block < keys; block += LANES) {
         const auto* values = block_at(block);
+        const auto* next = block_at(std::min(block + LANES, keys - 1));
         const int64_t end = std::min(keys - block, static_cast<int64_t>(LANES));
         int64_t key = 0;
-        for (; key + 1 < end; key += 2) add_pair(block + key, values + key * d, true);
-        if (key < end) add_pair(block + key, values + key * d, false);
+        for (; key + 1 < end; key += 2) add_pair(block + key, values + key * d, next + key * d, true);
+        if (key < end) add_pair(block + key, values + key * d, next + key * d, false);
     }
 #pragma GCC unroll 4
     for (int q = 0; q < QUERIES; ++q)
