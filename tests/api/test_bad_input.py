@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import math
+import string
 import time
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import pytest
@@ -312,6 +315,21 @@ def test_all_problems_are_reported_at_once_but_not_without_end(scripted_shop: Sc
     fields = refused(scripted_shop, recommendation_pb2.RecommendRequest(customer=customer, count=999))
     assert len(fields) == 16
     assert "485 more problems" in list(fields.values())[-1]
+
+
+@pytest.mark.parametrize("value", ["没有这样的类别" * 8, "%" * 60, '"\\\n' * 20])
+def test_a_refusal_fits_into_the_trailers_that_clients_take(scripted_shop: Scripted, value: str) -> None:
+    """Java's clients answer INTERNAL without details where headers have more than 8 KiB, each counted with 32 bytes."""
+    asked = recommendation_pb2.ItemFilter(include_categories=[value] * 99)
+    wrong = recommendation_pb2.RecommendRequest(count=5000, filter=asked)
+    with pytest.raises(grpc.RpcError) as raised:
+        scripted_shop.server.recommendation.Recommend(wrong, metadata=(("x-request-id", "i" * 128),))
+    trailers = {":status": "200", "content-type": "application/grpc", "grpc-status": "3"}
+    trailers["grpc-message"] = quote(raised.value.details(), safe=string.punctuation.replace("%", "") + " ")
+    for key, content in raised.value.trailing_metadata():
+        trailers[key] = base64.b64encode(content).decode() if isinstance(content, bytes) else content
+    assert sum(len(key) + len(content) + 32 for key, content in trailers.items()) < 8192
+    assert len(bad_fields(raised.value)) > 2
 
 
 def test_every_refusal_carries_a_reason_for_machines(scripted_shop: Scripted) -> None:

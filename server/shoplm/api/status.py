@@ -32,8 +32,10 @@ from shoplm.errors import (
 DOMAIN = "shoplm"
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+# The message goes out twice and the details in base64: in all well below 8 KiB of headers, the most that Java's clients
+# take. More than that is an INTERNAL error without a word to them.
 MAX_MESSAGE_CHARACTERS = 1024
-MAX_DETAILS_BYTES = 4096
+MAX_VIOLATIONS_BYTES = 2560
 
 CODES: dict[type[ShopLMError], grpc.StatusCode] = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -89,7 +91,7 @@ def _bad_request(error: InvalidRequestError) -> error_details_pb2.BadRequest:
     """The violations that fit; the first always does."""
     detail = error_details_pb2.BadRequest()
     for field, text in error.violations:
-        if detail.field_violations and detail.ByteSize() + len(field) + len(text) > MAX_DETAILS_BYTES:
+        if detail.field_violations and detail.ByteSize() + len(field) + len(text) > MAX_VIOLATIONS_BYTES:
             break
         detail.field_violations.add(field=field, description=text)
     return detail
