@@ -1,18 +1,24 @@
-"""The Python of docs/clients.md runs as it is written."""
+"""The Python and the JavaScript of docs/clients.md run as they are written."""
 
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 from canned_server import ANSWER, CannedServer
+from node_client import FOLDER, TEST_SECONDS, install, needs_node
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "clients.md"
 
 
+def examples(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
 def test_examples_run_in_order(server: CannedServer, capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    blocks = examples("python")
     assert len(blocks) >= 5
     namespace: dict[str, object] = {"__name__": "docs"}
     for block in blocks:
@@ -21,3 +27,20 @@ def test_examples_run_in_order(server: CannedServer, capsys: pytest.CaptureFixtu
     assert "".join(ANSWER) in printed
     assert "('count', '1000000 is over the limit of 100')" in printed
     namespace["client"].close()  # type: ignore[attr-defined]
+
+
+@needs_node
+def test_the_example_for_node_runs(server: CannedServer) -> None:
+    install()
+    (code,) = examples("js")
+    done = subprocess.run(
+        ["node", "--input-type=module"],  # in the package, whose name stands for itself
+        input=code.replace("127.0.0.1:50051", server.address),
+        cwd=FOLDER,
+        capture_output=True,
+        text=True,
+        timeout=TEST_SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "".join(ANSWER) in done.stdout
+    assert "1000000 is over the limit of 100" in done.stdout

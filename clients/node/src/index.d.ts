@@ -94,7 +94,7 @@ export interface ChatOptions extends WorkOptions {
   topK?: number;
   topP?: number;
   seed?: number;
-  stop?: string[];
+  stop?: string | string[];
   grounding?: boolean;
   /** Rather a shorter answer than a refusal when the server is busy. */
   allowDegraded?: boolean;
@@ -266,6 +266,7 @@ export class Client {
   predict(request: PredictRequest): Promise<Predictions>;
   getModel(options?: CallOptions): Promise<ModelInfo>;
   chat(messages: string | Message[], options?: ChatOptions): ChatStream;
+  /** Rejects with UnavailableError where no server accepts a connection in time. */
   waitUntilReady(timeoutMs?: number): Promise<void>;
   close(): void;
 }

@@ -6,7 +6,7 @@ import { fileURLToPath } from 'node:url';
 import grpc from '@grpc/grpc-js';
 import loader from '@grpc/proto-loader';
 
-import { errorFromRpc } from './errors.js';
+import { errorFromRpc, UnavailableError } from './errors.js';
 import * as wire from './wire.js';
 
 export * from './errors.js';
@@ -16,7 +16,10 @@ const PRIORITY_KEY = 'x-priority';
 const MOST_PRIORITY = 100;
 const TENANT_KEY = 'x-tenant-id'; // the server's default for its tenant_metadata_key
 const TENANT = /^[A-Za-z0-9._:/+=@-]{1,128}$/;
+const LOOPBACK = /^(dns:(\/\/\/)?|ipv[46]:)?(localhost|127(\.\d+){3}|\[::1\])(:\d+)?$/;
 const SERVICES = ['recommendation', 'chat', 'prediction', 'model'];
+const CERTIFICATES = ['tls', 'rootCertificates', 'certificateChain', 'privateKey'];
+const OPTIONS = ['token', 'tenant', 'timeoutMs', ...CERTIFICATES, 'retries', 'roundRobin'];
 
 // A published package carries the contract inside; in the repository it lies beside the clients.
 const inside = fileURLToPath(new URL('../protos', import.meta.url));
@@ -136,7 +139,8 @@ export class Client {
    * @param {import('./index.js').ClientOptions} [options]
    */
   constructor(address = '127.0.0.1:50051', options = {}) {
-    const { token, tenant, timeoutMs, retries = true, roundRobin = false } = options;
+    const { token, tenant, timeoutMs, retries = true, roundRobin = false } = wire.only(options, OPTIONS, 'the options');
+    if (typeof timeoutMs === 'object') wire.only(timeoutMs, SERVICES, 'timeoutMs');
     if (tenant !== undefined && !TENANT.test(tenant)) {
       throw new RangeError(`tenant must be 1 to 128 letters, digits or ._:/+=@-, not ${String(tenant)}`);
     }
@@ -153,6 +157,8 @@ export class Client {
       'grpc.enable_retries': retries ? 1 : 0,
       'grpc.keepalive_time_ms': 60_000,
       'grpc.keepalive_timeout_ms': 10_000,
+      // A proxy would look for the server on its own machine.
+      ...(LOOPBACK.test(address) && { 'grpc.enable_http_proxy': 0 }),
     };
     const channel = new grpc.Channel(address, credentials, channelOptions);
     const stub = (service) => new service(address, credentials, { channelOverride: channel });
@@ -199,11 +205,12 @@ export class Client {
     return new ChatStream(call, requestId);
   }
 
-  /** Resolves when the server accepts connections; rejects after `timeoutMs`. */
+  /** Resolves when the server accepts connections; rejects with UnavailableError after `timeoutMs`. */
   async waitUntilReady(timeoutMs = 30_000) {
     const deadline = Date.now() + checkTimeout('timeoutMs', timeoutMs);
     await new Promise((resolve, reject) => {
-      this.#stubs.model.waitForReady(deadline, (error) => (error ? reject(error) : resolve(undefined)));
+      const nobody = () => new UnavailableError(`no server accepted a connection within ${timeoutMs} ms`, { code: grpc.status.UNAVAILABLE });
+      this.#stubs.model.waitForReady(deadline, (error) => (error ? reject(nobody()) : resolve(undefined)));
     });
   }
 

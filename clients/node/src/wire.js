@@ -27,6 +27,30 @@ function positive(value, name) {
   return value;
 }
 
+/** Refuses keys that a request does not have: one misspelt must not be left out in silence. */
+export function only(value, keys, name) {
+  if (value === null || typeof value !== 'object') throw new TypeError(`${name} must be an object, not ${String(value)}`);
+  const unknown = Object.keys(value).find((key) => !keys.includes(key));
+  if (unknown !== undefined) throw new TypeError(`${name} has no '${unknown}'; it has ${keys.join(', ')}`);
+  return value;
+}
+
+function list(value, name) {
+  if (!Array.isArray(value)) throw new TypeError(`${name} must be an array, not ${String(value)}`);
+  return value;
+}
+
+const CUSTOMER = ['id', 'events', 'attributes', 'asOf'];
+const EVENT = ['itemId', 'time', 'type', 'quantity', 'price', 'basketId'];
+const FILTER_LISTS = ['includeCategories', 'excludeCategories', 'excludeItemIds'];
+const FILTER = [...FILTER_LISTS, 'excludePurchased', 'minPrice', 'maxPrice', 'inStockOnly'];
+const RECOMMEND = ['customer', 'count', 'filter', 'beamWidth', 'explain', 'allowDegraded'];
+const RANK = ['customer', 'itemIds', 'explain', 'allowDegraded'];
+const PREDICT = ['customer', 'targets', 'explain', 'allowDegraded'];
+const TARGET = ['kind', 'horizonDays', 'campaignType'];
+const MESSAGE = ['role', 'content'];
+const SAMPLING = ['maxTokens', 'temperature', 'topK', 'topP', 'seed', 'stop'];
+const CHAT = ['customer', ...SAMPLING, 'grounding', 'allowDegraded'];
 export const EVENT_TYPES = ['view', 'cart', 'purchase', 'return'];
 export const TARGET_KINDS = ['purchase', 'purchase_count', 'spend', 'churn', 'coupon_redemption'];
 
@@ -36,60 +60,84 @@ export function customerMessage(customer) {
   if (customer === null || typeof customer !== 'object') {
     throw new TypeError(`customer must be an id or an object, not ${String(customer)}`);
   }
+  only(customer, CUSTOMER, 'customer');
   return {
     customerId: customer.id,
     attributes: customer.attributes,
     asOf: customer.asOf === undefined ? undefined : timestamp(customer.asOf, 'customer.asOf'),
-    events: (customer.events ?? []).map((event, index) => ({
-      itemId: event.itemId,
-      type: enumName('EVENT_TYPE', event.type ?? 'purchase', EVENT_TYPES, `customer.events[${index}].type`),
-      time: timestamp(event.time, `customer.events[${index}].time`),
-      quantity: event.quantity ?? 1,
-      price: event.price,
-      basketId: event.basketId,
-    })),
+    events: list(customer.events ?? [], 'customer.events').map((event, index) =>
+      eventMessage(event, `customer.events[${index}]`),
+    ),
   };
 }
 
-export function recommendRequest({ customer, count, filter, beamWidth, explain, allowDegraded }) {
+function eventMessage(event, name) {
+  only(event, EVENT, name);
+  return {
+    itemId: event.itemId,
+    type: enumName('EVENT_TYPE', event.type ?? 'purchase', EVENT_TYPES, `${name}.type`),
+    time: timestamp(event.time, `${name}.time`),
+    quantity: event.quantity ?? 1,
+    price: event.price,
+    basketId: event.basketId,
+  };
+}
+
+function filterMessage(filter) {
+  only(filter, FILTER, 'filter');
+  for (const name of FILTER_LISTS) if (filter[name] !== undefined) list(filter[name], `filter.${name}`);
+  return filter;
+}
+
+export function recommendRequest(request) {
+  const { customer, count, filter, beamWidth, explain, allowDegraded } = only(request, RECOMMEND, 'the request');
   return {
     customer: customerMessage(customer),
     count: positive(count, 'count'),
     beamWidth: positive(beamWidth, 'beamWidth'),
-    filter,
+    filter: filter === undefined ? undefined : filterMessage(filter),
     explain,
     allowDegraded,
   };
 }
 
-export function rankRequest({ customer, itemIds, explain, allowDegraded }) {
-  if (!Array.isArray(itemIds)) throw new TypeError('itemIds must be an array of item ids');
-  return { customer: customerMessage(customer), itemIds, explain, allowDegraded };
+export function rankRequest(request) {
+  const { customer, itemIds, explain, allowDegraded } = only(request, RANK, 'the request');
+  return { customer: customerMessage(customer), itemIds: list(itemIds, 'itemIds'), explain, allowDegraded };
 }
 
-export function predictRequest({ customer, targets = [], explain, allowDegraded }) {
+export function predictRequest(request) {
+  const { customer, targets = [], explain, allowDegraded } = only(request, PREDICT, 'the request');
   return {
     customer: customerMessage(customer),
     explain,
     allowDegraded,
-    targets: targets.map((target, index) => ({
-      kind: enumName('TARGET_KIND', target.kind, TARGET_KINDS, `targets[${index}].kind`),
-      horizonDays: positive(target.horizonDays, `targets[${index}].horizonDays`),
-      campaignType: target.campaignType,
-    })),
+    targets: list(targets, 'targets').map((target, index) => targetMessage(target, `targets[${index}]`)),
   };
 }
 
-export function chatRequest(messages, { customer, maxTokens, temperature, topK, topP, seed, stop, grounding, allowDegraded }) {
+function targetMessage(target, name) {
+  only(target, TARGET, name);
+  return {
+    kind: enumName('TARGET_KIND', target.kind, TARGET_KINDS, `${name}.kind`),
+    horizonDays: positive(target.horizonDays, `${name}.horizonDays`),
+    campaignType: target.campaignType,
+  };
+}
+
+export function chatRequest(messages, request) {
+  only(request, CHAT, 'the options');
+  const { customer, maxTokens, temperature, topK, topP, seed, stop = [], grounding, allowDegraded } = request;
+  const turns = typeof messages === 'string' ? [{ role: 'user', content: messages }] : list(messages, 'messages');
   return {
     customer: customer === undefined ? undefined : customerMessage(customer),
-    messages: typeof messages === 'string' ? [{ role: 'user', content: messages }] : messages,
+    messages: turns.map((message, index) => only(message, MESSAGE, `messages[${index}]`)),
     maxTokens: positive(maxTokens, 'maxTokens'),
     temperature,
     topK: positive(topK, 'topK'),
     topP,
     seed,
-    stop,
+    stop: typeof stop === 'string' ? [stop] : list(stop, 'stop'),
     grounding: grounding === undefined ? undefined : grounding ? 'GROUNDING_ON' : 'GROUNDING_OFF',
     allowDegraded,
   };

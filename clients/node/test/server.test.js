@@ -104,6 +104,40 @@ test('arguments that cannot be sent are refused at once', async () => {
   await assert.rejects(client.predict({ customer, targets: [{ kind: /** @type {any} */ ('luck') }] }), RangeError);
 });
 
+test('keys that a request does not have are refused, not left out', async () => {
+  const customer = model.demoCustomerIds[0];
+  const misspelt = /** @type {any[]} */ ([
+    { customer, cuont: 3 },
+    { customer, filter: { categories: ['x'] } },
+    { customer: { id: customer, event: [] } },
+    { customer: { events: [{ item_id: 'x', time: new Date() }] } },
+  ]);
+  for (const request of misspelt) await assert.rejects(client.recommend(request), { name: 'TypeError', message: / has no '/ });
+  await assert.rejects(client.rank(/** @type {any} */ ({ customer, itemIds: [], filter: {} })), /has no 'filter'/);
+  const days = /** @type {any} */ ([{ kind: 'purchase', days: 7 }]);
+  await assert.rejects(client.predict({ customer, targets: days }), /targets\[0\] has no 'days'/);
+  assert.throws(() => client.chat(/** @type {any} */ ([{ role: 'user', text: 'hi' }])), /messages\[0\] has no 'text'/);
+  assert.throws(() => client.chat('hi', /** @type {any} */ ({ max_tokens: 3 })), /has no 'max_tokens'/);
+  assert.throws(() => new Client(address, /** @type {any} */ ({ timeout: 3 })), /has no 'timeout'/);
+  assert.throws(() => new Client(address, { timeoutMs: /** @type {any} */ ({ chats: 3 }) }), /has no 'chats'/);
+});
+
+test('what must be an array is not one string', async () => {
+  const customer = model.demoCustomerIds[0];
+  const filter = /** @type {any} */ ({ includeCategories: 'x' });
+  await assert.rejects(client.recommend({ customer, filter }), /filter.includeCategories must be an array, not x/);
+  assert.throws(() => client.chat(/** @type {any} */ ({ role: 'user', content: 'hi' })), /messages must be an array/);
+  assert.ok(await client.chat('hi', { stop: 'never said', maxTokens: 2 }).text());
+});
+
+test('no proxy is asked for the own machine', async () => {
+  process.env.http_proxy = 'http://127.0.0.1:1';
+  const local = new Client(address, { retries: false });
+  assert.ok(await local.getModel());
+  local.close();
+  delete process.env.http_proxy;
+});
+
 test('a deadline that cannot be met is told', async () => {
   await assert.rejects(client.chat('Count to a thousand.', { timeoutMs: 0.001 }).text(), DeadlineExceededError);
 });
@@ -119,5 +153,6 @@ test('a signal cancels', async () => {
 test('no server is unavailable', async () => {
   const nobody = new Client('127.0.0.1:1', { retries: false });
   await assert.rejects(nobody.getModel(), UnavailableError);
+  await assert.rejects(nobody.waitUntilReady(100), UnavailableError);
   nobody.close();
 });
