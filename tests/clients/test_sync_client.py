@@ -158,8 +158,8 @@ def test_unavailable_is_retried_with_the_same_request_id(server: CannedServer) -
         assert client.recommend("flaky-3", request_id="again").items
         assert server.record.attempts["again"] == 4
         with pytest.raises(UnavailableError):
-            client.predict("flaky-4", request_id="too often")
-        assert server.record.attempts["too often"] == 4
+            client.predict("flaky-4", request_id="too-often")
+        assert server.record.attempts["too-often"] == 4
         assert client.chat("hi", customer="flaky-1", request_id="chat").text() == "".join(ANSWER)
         assert server.record.attempts["chat"] == 2
 
@@ -293,6 +293,7 @@ def test_no_proxy_is_asked_for_the_own_machine(server: CannedServer, monkeypatch
         (lambda: Timeouts(chat_seconds=0), "chat_seconds=0"),
         (lambda: Timeouts.of(float("nan")), "timeout=nan"),
         (lambda: Connection(address=""), "address is empty"),
+        (lambda: Connection(address="http://127.0.0.1:50051"), "must be host:port without http://"),
         (lambda: Connection(token="a\nb"), "token must be"),
     ],
 )
@@ -313,8 +314,6 @@ def test_zero_is_refused_rather_than_sent_as_the_default(server: CannedServer) -
             client.recommend("7", count=0)
         with pytest.raises(ValueError, match="count=99999999999 must be at most 4294967295"):
             client.recommend("7", count=99_999_999_999)
-        with pytest.raises(TypeError, match="one string"):
-            client.rank("7", "milk")
         with pytest.raises(TypeError, match="customer must be"):
             client.recommend(7)  # type: ignore[arg-type]
     assert not server.record.attempts

@@ -15,7 +15,7 @@ const DEFAULT_TIMEOUTS_MS = { recommendation: 10_000, chat: 120_000, prediction:
 const PRIORITY_KEY = 'x-priority';
 const MOST_PRIORITY = 100;
 const TENANT_KEY = 'x-tenant-id'; // the server's default for its tenant_metadata_key
-const TENANT = /^[A-Za-z0-9._:/+=@-]{1,128}$/;
+const NAME = /^[A-Za-z0-9._:/+=@-]{1,128}$/; // what servers take as a tenant or a request id
 const LOOPBACK = /^(dns:(\/\/\/)?|ipv[46]:)?(localhost|127(\.\d+){3}|\[::1\])(:\d+)?$/;
 const SERVICES = ['recommendation', 'chat', 'prediction', 'model'];
 const CERTIFICATES = ['tls', 'rootCertificates', 'certificateChain', 'privateKey'];
@@ -141,7 +141,7 @@ export class Client {
   constructor(address = '127.0.0.1:50051', options = {}) {
     const { token, tenant, timeoutMs, retries = true, roundRobin = false } = wire.only(options, OPTIONS, 'the options');
     if (typeof timeoutMs === 'object') wire.only(timeoutMs, SERVICES, 'timeoutMs');
-    if (tenant !== undefined && !TENANT.test(tenant)) {
+    if (tenant !== undefined && !NAME.test(tenant)) {
       throw new RangeError(`tenant must be 1 to 128 letters, digits or ._:/+=@-, not ${String(tenant)}`);
     }
     this.#token = token;
@@ -224,6 +224,9 @@ export class Client {
   }
 
   #metadata(requestId, priority) {
+    if (!NAME.test(requestId)) {
+      throw new RangeError(`requestId must be 1 to 128 letters, digits or ._:/+=@-, not ${String(requestId)}`);
+    }
     const metadata = new grpc.Metadata();
     metadata.set('x-request-id', requestId);
     if (this.#tenant !== undefined) metadata.set(TENANT_KEY, this.#tenant);

@@ -127,7 +127,11 @@ test('what must be an array is not one string', async () => {
   const filter = /** @type {any} */ ({ includeCategories: 'x' });
   await assert.rejects(client.recommend({ customer, filter }), /filter.includeCategories must be an array, not x/);
   assert.throws(() => client.chat(/** @type {any} */ ({ role: 'user', content: 'hi' })), /messages must be an array/);
-  assert.ok(await client.chat('hi', { stop: 'never said', maxTokens: 2 }).text());
+  await client.chat('hi', { stop: 'one string is one stop string', maxTokens: 2 }).text();
+});
+
+test('a request id that servers do not take is refused', async () => {
+  await assert.rejects(client.getModel({ requestId: 'a b' }), /requestId must be 1 to 128 letters.* not a b/);
 });
 
 test('no proxy is asked for the own machine', async () => {

@@ -12,6 +12,7 @@ from shoplm.client.channel import (
     Connection,
     Timeouts,
     check_priority,
+    check_request_id,
     check_timeout,
     new_request_id,
 )
@@ -88,6 +89,8 @@ class ClientBase:
             check_timeout("timeout", timeout)
         if priority is not None:
             check_priority(priority)
+        if request_id is not None:
+            check_request_id(request_id)
         call_id = request_id or new_request_id()
         seconds = default_seconds if timeout is None else timeout
         return Terms(seconds, call_id, self._connection.metadata(call_id, priority))

@@ -14,7 +14,7 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 PRIORITY_KEY = "x-priority"
 MOST_PRIORITY = 100
 TENANT_KEY = "x-tenant-id"  # the server's default for its tenant_metadata_key
-_TENANT = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_NAME = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")  # what servers take as a tenant or a request id
 _LOCAL = r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?"
 _LOOPBACK = re.compile(rf"(ipv[46]:|dns:(///)?)?{_LOCAL}(,{_LOCAL})*")
 _SERVICES = ("RecommendationService", "ChatService", "PredictionService", "ModelService")
@@ -61,6 +61,12 @@ def check_priority(priority: int) -> None:
     """Raise ValueError unless it is a whole number that servers take."""
     if not isinstance(priority, int) or abs(priority) > MOST_PRIORITY:
         raise ValueError(f"priority={priority!r} must be a whole number from -{MOST_PRIORITY} to {MOST_PRIORITY}")
+
+
+def check_request_id(request_id: str) -> None:
+    """Raise ValueError unless servers take it: they would make another, or gRPC send none."""
+    if not (isinstance(request_id, str) and _NAME.fullmatch(request_id)):
+        raise ValueError(f"request_id={request_id!r} must be 1 to 128 letters, digits or ._:/+=@-")
 
 
 def service_config(*, retries: bool, round_robin: bool, health_checks: bool) -> str:
@@ -119,9 +125,11 @@ class Connection:
     def __post_init__(self) -> None:
         if not self.address:
             raise ValueError('address is empty; pass "host:port", for example "127.0.0.1:50051"')
+        if re.match(r"(https?|grpcs?)://", self.address):
+            raise ValueError(f"address={self.address!r} must be host:port without {self.address.split('//')[0]}//")
         if self.token is not None and not (self.token and self.token.isascii() and self.token.isprintable()):
             raise ValueError("token must be printable ASCII and not empty; leave it out for a server without tokens")
-        if self.tenant is not None and not _TENANT.fullmatch(self.tenant):
+        if self.tenant is not None and not _NAME.fullmatch(self.tenant):
             raise ValueError(f"tenant={self.tenant!r} must be 1 to 128 letters, digits or ._:/+=@-")
         if (self.certificate_chain is None) != (self.private_key is None):
             raise ValueError("certificate_chain and private_key come together: give both or none")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from typing import TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from shoplm.client.types import Customer, Event, ItemFilter, Message, Target, TargetKind
+from shoplm.client.types import Customer, Event, ItemFilter, Message, Target, TargetKind, check_string
 from shoplm.v1 import chat_pb2, prediction_pb2, recommendation_pb2, shop_pb2
 
 _MOST_UNSIGNED = 2**32 - 1  # of a uint32 on the wire
+
+
+Item = TypeVar("Item")
 
 
 def timestamp(moment: datetime) -> Timestamp:
@@ -37,9 +41,11 @@ def customer_message(customer: str | Customer) -> shop_pb2.Customer:
         return shop_pb2.Customer(customer_id=customer)
     if not isinstance(customer, Customer):
         raise TypeError(f"customer must be an id or a shoplm.client.Customer, not {type(customer).__name__}")
+    for name, value in customer.attributes.items():
+        check_string(f"customer.attributes of {name!r}", value)
     return shop_pb2.Customer(
         customer_id=customer.id,
-        events=[event_message(event) for event in customer.events],
+        events=[event_message(event) for event in _all("customer.events", customer.events, Event)],
         attributes=dict(customer.attributes),
         as_of=None if customer.as_of is None else timestamp(customer.as_of),
     )
@@ -68,10 +74,11 @@ def rank_request(
     customer: str | Customer, item_ids: Sequence[str], explain: bool, allow_degraded: bool
 ) -> recommendation_pb2.RankRequest:
     """A RankRequest."""
-    if isinstance(item_ids, str):
-        raise TypeError(f"item_ids must be a sequence of ids, not one string: {item_ids!r}")
     return recommendation_pb2.RankRequest(
-        customer=customer_message(customer), item_ids=item_ids, explain=explain, allow_degraded=allow_degraded
+        customer=customer_message(customer),
+        item_ids=_all("item_ids", item_ids, str),
+        explain=explain,
+        allow_degraded=allow_degraded,
     )
 
 
@@ -81,7 +88,7 @@ def predict_request(
     """A PredictRequest; no targets means every target of the bundle."""
     return prediction_pb2.PredictRequest(
         customer=customer_message(customer),
-        targets=[_target_message(target) for target in targets],
+        targets=[_target_message(target) for target in _all("targets", targets, Target)],
         explain=explain,
         allow_degraded=allow_degraded,
     )
@@ -109,7 +116,10 @@ def chat_request(
         switch = chat_pb2.GROUNDING_ON if grounding else chat_pb2.GROUNDING_OFF
     return chat_pb2.ChatRequest(
         customer=None if customer is None else customer_message(customer),
-        messages=[chat_pb2.Message(role=message.role, content=message.content) for message in messages],
+        messages=[
+            chat_pb2.Message(role=message.role, content=message.content)
+            for message in _all("messages", messages, Message)
+        ],
         max_tokens=_unsigned("max_tokens", max_tokens),
         temperature=temperature,
         top_k=_unsigned("top_k", top_k),
@@ -132,11 +142,24 @@ def _unsigned(name: str, value: int | None) -> int:
     return value
 
 
+def _all(name: str, values: Sequence[Item], kind: type[Item]) -> Sequence[Item]:
+    """The values of a field that has several; TypeError for others, and for a string, which has characters."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence of {kind.__name__}, not one: {values!r}")
+    values = list(values)
+    for index, value in enumerate(values):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}[{index}] must be of type {kind.__name__}, not {type(value).__name__}: {value!r}")
+    return values
+
+
 def _filter_message(item_filter: ItemFilter) -> recommendation_pb2.ItemFilter:
+    if not isinstance(item_filter, ItemFilter):
+        raise TypeError(f"filter must be a shoplm.client.ItemFilter, not {type(item_filter).__name__}")
     return recommendation_pb2.ItemFilter(
-        include_categories=item_filter.include_categories,
-        exclude_categories=item_filter.exclude_categories,
-        exclude_item_ids=item_filter.exclude_item_ids,
+        include_categories=_all("filter.include_categories", item_filter.include_categories, str),
+        exclude_categories=_all("filter.exclude_categories", item_filter.exclude_categories, str),
+        exclude_item_ids=_all("filter.exclude_item_ids", item_filter.exclude_item_ids, str),
         exclude_purchased=item_filter.exclude_purchased,
         min_price=item_filter.min_price,
         max_price=item_filter.max_price,

@@ -79,6 +79,12 @@ def _check_moment(name: str, value: datetime) -> None:
         )
 
 
+def check_string(name: str, value: str) -> None:
+    """Raise TypeError unless it is one: protobuf would not say of which field."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, not {type(value).__name__}: {value!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One entry of a customer's history. `time` must carry a time zone; `quantity` is above 0; `price` is of one unit,
@@ -92,6 +98,7 @@ class Event:
     basket_id: str = ""
 
     def __post_init__(self) -> None:
+        check_string("Event.item_id", self.item_id)
         _check_moment("Event.time", self.time)
         object.__setattr__(self, "type", EventType(self.type))
 
@@ -109,6 +116,7 @@ class Customer:
     as_of: datetime | None = None
 
     def __post_init__(self) -> None:
+        check_string("Customer.id", self.id)
         if self.as_of is not None:
             _check_moment("Customer.as_of", self.as_of)
 
