@@ -59,6 +59,7 @@ INFLUENCES = [
 USAGE = shop_pb2.Usage(prompt_tokens=120, cached_tokens=96, history_tokens=100)
 ANSWER = ("Returns", " are", " free", " for", " 30", " days ", "✓")
 ITEMS = ("milk", "bread", "coffee", "apples", "rice")
+ENDLESS = ("hang", "Tell me everything")  # how a message begins whose answer only a cancellation ends
 Context = Any  # grpc.aio.ServicerContext; its generic arguments differ per method
 
 
@@ -196,7 +197,7 @@ class Services(
         try:
             for token in tokens:
                 yield chat_pb2.ChatResponse(delta=token)
-            if request.messages and request.messages[-1].content == "hang":
+            if request.messages and request.messages[-1].content.startswith(ENDLESS):
                 await asyncio.Event().wait()
         except (asyncio.CancelledError, GeneratorExit):  # cancelled while waiting, or while sending
             self.record.cancelled.set()
