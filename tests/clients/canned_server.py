@@ -157,7 +157,6 @@ class Services(
             items=[_item(name, rank, request.explain) for rank, name in enumerate(ITEMS[:count])],
             model=VERSION,
             usage=USAGE,
-            degraded=request.allow_degraded,
             degradations=[shop_pb2.DEGRADATION_NARROWER_BEAMS] if request.allow_degraded else [],
             warnings=[shop_pb2.Warning(code="EMPTY_HISTORY", message="no events", count=1)],
         )

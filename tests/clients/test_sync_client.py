@@ -47,7 +47,6 @@ def test_recommend_returns_dataclasses(server: CannedServer) -> None:
     first = answer.items[0]
     assert [reason.kind for reason in first.reasons] == [ReasonKind.MODEL, ReasonKind.REPEAT]
     assert sum(reason.contribution for reason in first.reasons) == pytest.approx(first.score)
-    assert answer.degraded
     assert (answer.model.bundle, answer.usage.cached_tokens) == ("canned", 96)
     assert answer.warnings[0].code == "EMPTY_HISTORY"
     assert answer.raw.items[0].title == "Milk"

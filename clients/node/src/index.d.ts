@@ -168,9 +168,7 @@ export interface Ranking extends Answer {
   degradations: Degradation[];
 }
 
-export interface Recommendations extends Ranking {
-  degraded: boolean;
-}
+export type Recommendations = Ranking;
 
 export interface Prediction {
   target: Omit<Target, 'kind'> & { kind: TargetKind | 'unspecified' };

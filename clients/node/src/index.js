@@ -173,7 +173,7 @@ export class Client {
   /** The best items for a customer, best first. */
   async recommend({ timeoutMs, requestId, signal, priority, ...request }) {
     const terms = { timeoutMs, requestId, signal, priority };
-    return wire.recommendationsFrom(await this.#unary('recommendation', 'recommend', wire.recommendRequest(request), terms));
+    return wire.rankingFrom(await this.#unary('recommendation', 'recommend', wire.recommendRequest(request), terms));
   }
 
   /** The given items with their scores for a customer, best first. */

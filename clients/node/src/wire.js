@@ -185,8 +185,6 @@ export const rankingFrom = (message) => ({
   ...common(message),
 });
 
-export const recommendationsFrom = (message) => ({ ...rankingFrom(message), degraded: message.degraded });
-
 export const predictionsFrom = (message) => ({
   predictions: message.predictions.map((prediction) => ({
     target: target(prediction.target),

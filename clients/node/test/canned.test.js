@@ -76,7 +76,7 @@ test('influences come with items and predictions', options, async () => {
 
 test('what was taken from an answer has a name', options, async () => {
   const answer = await client.recommend({ customer: '7', allowDegraded: true });
-  assert.deepEqual([answer.degraded, answer.degradations], [true, ['narrower_beams']]);
+  assert.deepEqual(answer.degradations, ['narrower_beams']);
   const ranked = await client.rank({ customer: '7', itemIds: ['milk'], explain: true, allowDegraded: true });
   assert.deepEqual(ranked.degradations, ['no_explanation']);
   assert.deepEqual((await client.rank({ customer: '7', itemIds: ['milk'] })).degradations, []);

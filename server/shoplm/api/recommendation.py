@@ -48,7 +48,6 @@ class RecommendationService(RecommendationServiceServicer):
         )
         response = pb.RecommendResponse()
         await self._answer(response, request, select, history, context, warnings)
-        response.degraded = bool(response.degradations)
         return response
 
     async def Rank(self, request: pb.RankRequest, context: Context) -> pb.RankResponse:

@@ -87,7 +87,7 @@ class Caller:
                 answer = await method(request, timeout=deadline_seconds, metadata=self._metadata)
                 outcome.prompt_tokens = answer.usage.prompt_tokens
                 outcome.cached_tokens = answer.usage.cached_tokens
-                outcome.degraded = getattr(answer, "degraded", False)
+                outcome.degraded = bool(answer.degradations)
         except grpc.aio.AioRpcError as error:
             outcome.code, outcome.message = error.code(), error.details() or ""
         outcome.end = time.perf_counter()

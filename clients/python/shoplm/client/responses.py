@@ -53,7 +53,6 @@ def recommendations(message: recommendation_pb2.RecommendResponse) -> Recommenda
         items=tuple(_item(item) for item in message.items),
         model=_version(message.model),
         usage=_usage(message.usage),
-        degraded=message.degraded,
         degradations=_degradations(message.degradations),
         warnings=_warnings(message.warnings),
         raw=message,

@@ -231,7 +231,6 @@ class Recommendations:
     items: tuple[RecommendedItem, ...]
     model: ModelVersion
     usage: Usage
-    degraded: bool
     degradations: tuple[Degradation, ...]
     warnings: tuple[ResponseWarning, ...]
     raw: recommendation_pb2.RecommendResponse = field(repr=False, compare=False)
