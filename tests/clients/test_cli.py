@@ -40,6 +40,20 @@ def test_recommend_shows_items_with_reasons(server: CannedServer) -> None:
     assert "coffee" not in result.stdout
 
 
+def test_reasons_keep_their_lines_in_a_narrow_terminal(server: CannedServer) -> None:
+    environment = {"COLUMNS": "80", "SHOPLM_ADDRESS": server.address}
+    for verb, shown in (("recommend", "-1.50  Goes with what was bought last."), ("predict", "-0.50  spends little")):
+        result = CliRunner().invoke(application, [verb, "--customer", "7", "--explain"], env=environment)
+        assert shown in result.stdout
+
+
+def test_filters_reach_the_wire(server: CannedServer) -> None:
+    result = run(server, "recommend", "--customer", "7", "--min-price", "1.5", "--max-price", "3", "--in-stock")
+    assert result.exit_code == 0, result.stderr
+    sent = server.record.last_request.filter
+    assert (sent.min_price, sent.max_price, sent.in_stock_only) == (1.5, 3.0, True)
+
+
 def test_demo_customer_is_the_default_and_said_on_stderr(server: CannedServer) -> None:
     result = run(server, "recommend", "--json")
     assert server.record.last_request.customer.customer_id == "demo-1"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from canned_server import ANSWER, CannedServer
 from node_client import FOLDER, TEST_SECONDS, install, needs_node
+from shoplm.client.customer_file import read_customer
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "clients.md"
 
@@ -44,3 +45,10 @@ def test_the_example_for_node_runs(server: CannedServer) -> None:
     assert done.returncode == 0, done.stderr
     assert "".join(ANSWER) in done.stdout
     assert "1000000 is over the limit of 100" in done.stdout
+
+
+def test_the_customer_of_the_shell_is_one(tmp_path: Path) -> None:
+    (content,) = [block for block in examples("json") if "customer_id" in block]
+    (tmp_path / "customer.json").write_text(content)
+    customer = read_customer(tmp_path / "customer.json")
+    assert (customer.id, customer.events[0].item_id, customer.attributes) == ("4711", "1082185", {"age": "35-44"})

@@ -48,7 +48,9 @@ def recommend(
     count: Annotated[int, typer.Option(min=1, help="How many items.")] = 10,
     category: Annotated[list[str] | None, typer.Option(help="Only this category; may be repeated.")] = None,
     exclude_category: Annotated[list[str] | None, typer.Option(help="Not this category; may be repeated.")] = None,
+    min_price: Annotated[float | None, typer.Option(help="Lowest price.")] = None,
     max_price: Annotated[float | None, typer.Option(help="Highest price.")] = None,
+    in_stock: Annotated[bool, typer.Option("--in-stock", help="Only what the catalogue marks as in stock.")] = False,
     new_only: Annotated[bool, typer.Option("--new-only", help="Leave out what the customer has bought.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say why.")] = False,
     allow_degraded: AllowDegraded = False,
@@ -58,8 +60,10 @@ def recommend(
     item_filter = ItemFilter(
         include_categories=category or (),
         exclude_categories=exclude_category or (),
+        min_price=min_price,
         max_price=max_price,
         exclude_purchased=new_only,
+        in_stock_only=in_stock,
     )
     whom = _customer(client, customer, history)
     answer = client.recommend(whom, count=count, filter=item_filter, explain=explain, allow_degraded=allow_degraded)
@@ -76,7 +80,10 @@ def predict(
     history: HistoryFile = None,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="KIND, KIND:DAYS or coupon_redemption:TYPE, such as purchase:7; may be repeated."),
+        typer.Option(
+            help="purchase, purchase_count, spend or churn, with :DAYS where not 30, or coupon_redemption:TYPE; may be "
+            "repeated."
+        ),
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say what moved each prediction.")] = False,
     allow_degraded: AllowDegraded = False,

@@ -46,14 +46,15 @@ def open_client(
     tenant: Annotated[
         str | None, typer.Option(envvar="SHOPLM_TENANT", help="As whom, where tenants share the server.")
     ] = None,
-    tls: Annotated[bool, typer.Option("--tls", help="Encrypt the connection.")] = False,
+    tls: Annotated[bool, typer.Option("--tls", envvar="SHOPLM_TLS", help="Encrypt the connection.")] = False,
     ca_file: Annotated[Path | None, _file("SHOPLM_CA_FILE", "Trust this certificate (PEM); encrypts.")] = None,
     cert_file: Annotated[
         Path | None, _file("SHOPLM_CERT_FILE", "The certificate to show (PEM), for mutual TLS.")
     ] = None,
     key_file: Annotated[Path | None, _file("SHOPLM_KEY_FILE", "The key of --cert-file (PEM).")] = None,
     timeout: Annotated[
-        float | None, typer.Option(help="Seconds to wait for the answer; the server sees the deadline.")
+        float | None,
+        typer.Option(help="Seconds to wait for the answer, default 10, in chat 120; the server sees them."),
     ] = None,
 ) -> Client:
     """The client that the connection's options describe; ValueError says what is wrong with them."""

@@ -15,6 +15,7 @@ from shoplm.client.types import (
     ModelVersion,
     Prediction,
     Predictions,
+    Reason,
     Recommendations,
     ResponseWarning,
     Target,
@@ -32,34 +33,31 @@ _PHRASES = {
 
 
 def recommendations(console: Console, answer: Recommendations) -> None:
-    """A table of the items, with their reasons where there are some."""
-    explained = any(item.reasons for item in answer.items)
-    table = Table("#", "item", "title", "category", "price", "score", *(["why"] if explained else []), box=None)
+    """A table of the items, and below it their reasons where there are some."""
+    table = Table("#", "item", "title", "category", "price", "score", box=None)
     for name in ("#", "price", "score"):
         next(column for column in table.columns if column.header == name).justify = "right"
     for rank, item in enumerate(answer.items, start=1):
         price = "" if item.price is None else f"{item.price:.2f}"
-        row = [str(rank), escape(item.item_id), escape(item.title), escape(item.category), price, f"{item.score:.2f}"]
-        if explained:
-            terms = [f"{reason.contribution:+.2f}  {escape(reason.text)}" for reason in item.reasons]
-            row.append("\n".join([*terms, *_influences(item.influences)]))
-        table.add_row(*row)
+        names = (escape(item.item_id), escape(item.title), escape(item.category))
+        table.add_row(str(rank), *names, price, f"{item.score:.2f}")
     console.print(table)
+    for rank, item in enumerate(answer.items, start=1):
+        _why(console, f"{rank}  {escape(item.title)}", item.reasons, item.influences)
     _degradations(console, answer.degradations)
     _notes(console, answer.model, answer.usage, answer.warnings)
 
 
 def predictions(console: Console, answer: Predictions) -> None:
-    """A table of the predictions beside what all customers do."""
-    explained = any(prediction.influences for prediction in answer.predictions)
-    why = ["moved by"] if explained else []
-    table = Table("the customer …", "prediction", "90 % interval", "all customers", *why, box=None)
+    """A table of the predictions beside what all customers do, and below it what moved them where that was asked."""
+    table = Table("the customer …", "prediction", "90 % interval", "all customers", box=None)
     for column in table.columns[1:4]:
         column.justify = "right"
     for prediction in answer.predictions:
-        moved = ["\n".join(_influences(prediction.influences))] if explained else []
-        table.add_row(_phrase(prediction.target), *_values(prediction), *moved)
+        table.add_row(_phrase(prediction.target), *_values(prediction))
     console.print(table)
+    for prediction in answer.predictions:
+        _why(console, _phrase(prediction.target), (), prediction.influences)
     _degradations(console, answer.degradations)
     _notes(console, answer.model, answer.usage, answer.warnings)
 
@@ -103,8 +101,18 @@ def model_info(console: Console, answer: ModelInfo) -> None:
     console.print(table)
 
 
-def _influences(influences: Sequence[Influence]) -> list[str]:
-    return [f"[dim]{influence.effect:+.2f}  {escape(influence.text)}[/dim]" for influence in influences]
+def _why(console: Console, what: str, reasons: Sequence[Reason], influences: Sequence[Influence]) -> None:
+    """Lines below the table: beside it they would be a column of a few letters in a terminal of 80."""
+    if not (reasons or influences):
+        return
+    lines = Table.grid(padding=(0, 2, 0, 0))
+    lines.add_column(justify="right", width=9)
+    lines.add_column()
+    for reason in reasons:
+        lines.add_row(f"{reason.contribution:+.2f}", escape(reason.text))
+    for influence in influences:
+        lines.add_row(f"{influence.effect:+.2f}", escape(influence.text), style="dim")
+    console.print(f" [bold]{what}[/bold]", lines)
 
 
 def _phrase(target: Target) -> str:
