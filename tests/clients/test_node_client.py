@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import tarfile
+from pathlib import Path
+
 from canned_server import CannedServer
-from node_client import FOLDER, needs_node, run_node_tests
+from node_client import FOLDER, INSTALL_SECONDS, TEST_SECONDS, install, needs_node, run_node_tests
 from shoplm.v1 import shop_pb2
 
 
@@ -22,6 +26,22 @@ def test_node_client_against_the_canned_server(server: CannedServer) -> None:
     assert filtered.customer.events[0].price == 16_777_217.0  # which fp32 does not have
     assert filtered.customer.events[0].type == shop_pb2.EVENT_TYPE_PURCHASE
     assert (filtered.filter.max_price, filtered.filter.in_stock_only) == (3.49, True)
+
+
+@needs_node
+def test_the_package_carries_the_contract_and_leaves_none_behind(tmp_path: Path) -> None:
+    """A copy that stays in the repository would be read instead of the protos from then on."""
+    install()
+    pack = ["npm", "pack", "--pack-destination", str(tmp_path)]
+    subprocess.run(pack, cwd=FOLDER, capture_output=True, check=True, timeout=INSTALL_SECONDS)
+    assert not (FOLDER / "protos").exists()
+    (packed,) = tmp_path.glob("*.tgz")
+    with tarfile.open(packed) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tmp_path / "package" / "node_modules").symlink_to(FOLDER / "node_modules")
+    code = "const { Client } = await import('./src/index.js'); new Client().close();"
+    use = ["node", "--input-type=module", "--eval", code]
+    subprocess.run(use, cwd=tmp_path / "package", check=True, timeout=TEST_SECONDS)
 
 
 def test_lock_file_names_no_registry() -> None:
