@@ -8,7 +8,17 @@ from datetime import UTC, datetime
 
 import pytest
 from canned_server import CannedServer
-from shoplm.client import Client, Customer, Event, InvalidArgumentError, ItemFilter, Message, Target, TargetKind
+from shoplm.client import (
+    AsyncClient,
+    Client,
+    Customer,
+    Event,
+    InvalidArgumentError,
+    ItemFilter,
+    Message,
+    Target,
+    TargetKind,
+)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +56,21 @@ def test_a_request_id_that_servers_do_not_take_is_refused(server: CannedServer, 
     with Client(server.address) as client, pytest.raises(ValueError, match="must be 1 to 128 letters"):
         client.get_model(request_id=request_id)
     assert not server.record.attempts
+
+
+async def test_a_closed_client_makes_no_calls(server: CannedServer) -> None:
+    blocking, fresh, used = Client(server.address), AsyncClient(server.address), AsyncClient(server.address)
+    await used.get_model(request_id="first")
+    blocking.close()
+    await fresh.close()
+    await used.close()
+    for client in (blocking, fresh, used):
+        with pytest.raises(ValueError, match="the client is closed"):
+            client.chat("hi")
+    for asynchronous in (fresh, used):
+        with pytest.raises(ValueError, match="the client is closed"):
+            await asynchronous.get_model()
+    assert list(server.record.attempts) == ["first"]
 
 
 def test_answers_and_errors_go_through_pickle(server: CannedServer) -> None:

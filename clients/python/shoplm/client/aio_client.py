@@ -194,7 +194,8 @@ class AsyncClient(ClientBase):
             raise self._nobody_there(timeout) from error
 
     async def close(self) -> None:
-        """Close the connection; running calls are cancelled."""
+        """Close the connection; running calls are cancelled, and further ones raise ValueError."""
+        self._is_closed = True
         if "_channel" in self.__dict__:
             await self._channel.close(grace=None)
 

@@ -77,6 +77,7 @@ class ClientBase:
             health_checks=health_checks,
         )
         self.timeouts = Timeouts.of(timeout)
+        self._is_closed = False
         self._open()
 
     def _open(self) -> None:
@@ -85,6 +86,8 @@ class ClientBase:
     def _terms(
         self, timeout: float | None, default_seconds: float, request_id: str | None, priority: int | None
     ) -> Terms:
+        if self._is_closed:
+            raise ValueError("the client is closed")
         if timeout is not None:
             check_timeout("timeout", timeout)
         if priority is not None:

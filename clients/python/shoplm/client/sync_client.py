@@ -172,7 +172,8 @@ class Client(ClientBase):
             raise self._nobody_there(timeout) from error
 
     def close(self) -> None:
-        """Close the connection; running calls are cancelled."""
+        """Close the connection; running calls are cancelled, and further ones raise ValueError."""
+        self._is_closed = True
         self._channel.close()
 
     def __enter__(self) -> Self:
