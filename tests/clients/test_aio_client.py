@@ -41,12 +41,13 @@ async def test_all_services_answer(server: CannedServer) -> None:
 
 async def test_errors_are_mapped_as_in_the_blocking_client(server: CannedServer) -> None:
     async with AsyncClient(server.address) as client:
+        await client.wait_until_ready()  # else a busy machine's deadline passes before there is a connection
         with pytest.raises(InvalidArgumentError) as caught:
             await client.recommend("7", count=101)
         with pytest.raises(OverloadedError):
             await client.chat("hi", customer="refused").text()
         with pytest.raises(DeadlineExceededError):
-            await client.recommend("slow", timeout=0.2)
+            await client.recommend("slow", timeout=0.5)
         assert await asyncio.to_thread(server.record.cancelled.wait, 10)
     assert caught.value.violations[0].field == "count"
 
