@@ -134,6 +134,25 @@ def test_late_work_without_a_deadline_waits_no_longer_than_its_share_of_the_queu
     assert crowd.simulation.clock.now - started < 2 * work / 0.15 + 1.0
 
 
+@pytest.mark.parametrize("within_seconds", [0.2, 0.5])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_who_has_waited_for_half_of_its_time_has_a_share_however_far_its_deadline_is(
+    seed: int, within_seconds: float
+) -> None:
+    crowd = Crowd(SchedulingPolicy(), seed)
+    crowd.keep_waiting({(Service.PREDICTION, ""): 5}, 2.0)
+    started = crowd.simulation.clock.now
+    far = [crowd.submit(Service.PREDICTION, deadline_seconds=started + 30.0) for _ in range(20)]
+    # More work than the engine can do, all of it due before the far deadlines.
+    while any(crowd.simulation.records[name].end is None for name in far):
+        for _ in range(3):
+            crowd.submit(Service.PREDICTION, deadline_seconds=crowd.simulation.clock.now + within_seconds)
+        crowd.simulation.step()
+    assert all(isinstance(crowd.simulation.records[name].end, FinishedOutput) for name in far)
+    work = sum(len(crowd.simulation.records[name].request.tokens) * 1e-3 for name in far)
+    assert crowd.simulation.clock.now - started < 15.0 + 1.5 * work / 0.15
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_refused_work_is_never_computed_and_no_step_exceeds_its_budget(seed: int) -> None:
     crowd = Crowd(SchedulingPolicy(), seed)

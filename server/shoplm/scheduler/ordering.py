@@ -1,14 +1,16 @@
 """Who comes next: the queue of requests that wait, and the rank of prompts beside it.
 
 By slack: what can still be on time comes before what is late, by when it is due; late work gets what is left, oldest
-first, and a share of its own, so that it never starves. Services that are ahead of their share come last; the tenants
-of a service take turns. Requests whose prefix is cached are due a little earlier: served now, it need not be computed
-again. By arrival: first come, first served.
+first, and a share of its own, so that it never starves. So does what has missed its target and is due at a later
+deadline, once half of its time is over. Services that are ahead of their share come last; the tenants of a service take
+turns. Requests whose prefix is cached are due a little earlier: served now, it need not be computed again. By arrival:
+first come, first served.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Protocol
@@ -21,6 +23,7 @@ from shoplm.scheduler.sequence import Sequence
 
 PRIORITY_SECONDS = 10.0  # by which one level of priority is due earlier, among the requests of a tenant
 LATE_SHARE = 0.15  # of the time, for late work while work that can be on time would take all of it
+PATIENT_SHARE = 0.15  # the same for what has waited for half of its time, while work that is due before it would
 _MOST_CREDIT_SECONDS = 0.2
 _MOST_AFFINITY_SECONDS = 0.25
 
@@ -56,8 +59,12 @@ class Order(Protocol):
         """Whether it has missed what it was due at; it is ordered by its deadline then, or as late work."""
         ...
 
-    def spent(self, seconds: Mapping[Tenant, float], late_seconds: float) -> None:
-        """Seconds of a step, by whom they were given to, and how many of them went to late work."""
+    def has_credit(self, sequence: Sequence) -> bool:
+        """Whether it has missed its target and waited for half of its time, and comes first by the share of such."""
+        ...
+
+    def spent(self, seconds: Mapping[Tenant, float], late_seconds: float, credited_seconds: float) -> None:
+        """Seconds of a step, by whom they were given to; how many of them went to late work, and to who had credit."""
         ...
 
 
@@ -91,7 +98,10 @@ class ArrivalOrder:
     def overdue(self, sequence: Sequence, now: float) -> bool:
         return False
 
-    def spent(self, seconds: Mapping[Tenant, float], late_seconds: float) -> None:
+    def has_credit(self, sequence: Sequence) -> bool:
+        return False
+
+    def spent(self, seconds: Mapping[Tenant, float], late_seconds: float, credited_seconds: float) -> None:
         """Nobody has a share."""
 
 
@@ -106,7 +116,10 @@ class SlackOrder:
         self._tickets = count(1)
         self._timely = {service: _Turns(share) for service, share in shares.services.items()}
         self._late = {service: _Turns(share) for service, share in shares.services.items()}
+        self._patient = {service: _Turns(share) for service, share in shares.services.items()}  # timely ones, too
         self._late_credit = 0.0  # seconds of steps that late work is owed
+        self._patient_credit = 0.0  # the same of those that have waited for half of their time
+        self._now = 0.0  # when the step is planned
         self._ahead: frozenset[Service] = frozenset()
         self._held: set[Service] = set()
 
@@ -117,6 +130,8 @@ class SlackOrder:
         if sequence.is_late:
             self._late[request.service].push(sequence, request.arrival_seconds - earlier)
         else:
+            if sequence.patient_until < math.inf:
+                self._patient[request.service].push(sequence, sequence.patient_until)
             cached = self._forecast.cost.work_seconds(sequence.expected_cached, 0, 0)
             earlier += min(cached, _MOST_AFFINITY_SECONDS)
             self._timely[request.service].push(sequence, sequence.due_seconds - earlier)
@@ -125,13 +140,14 @@ class SlackOrder:
         sequence.ticket = 0
 
     def open(self, now: float) -> None:
+        self._now = now
         self._shares.settle()
         self._ahead = self._shares.ahead()
         self._held.clear()
         for service, share in self._shares.services.items():
             if not share.waiting:
-                self._timely[service].clear()
-                self._late[service].clear()
+                for turns in (self._timely, self._patient, self._late):
+                    turns[service].clear()
 
     def peek(self, now: float) -> Sequence | None:
         best: Sequence | None = None
@@ -139,11 +155,11 @@ class SlackOrder:
         for service, share in self._shares.services.items():
             if not share.waiting or service in self._held:
                 continue
-            timely, late = self._timely[service], self._late[service]
-            for head in (self._timely_head(service, now), late.head()):
+            timely, patient, late = self._timely[service], self._patient[service], self._late[service]
+            for head in (self._timely_head(service, now), patient.head(), late.head()):
                 if head is not None and (best is None or self.before(head, best)):
                     best = head
-            share.begin_turn((timely.virtual, late.virtual))
+            share.begin_turn((timely.virtual, patient.virtual, late.virtual))
         return best
 
     def hold(self, sequence: Sequence) -> None:
@@ -164,7 +180,12 @@ class SlackOrder:
         ahead = sequence.request.service in self._ahead
         if sequence.is_late:
             return (ahead, 2 if self._late_credit <= 0 else 0, sequence.request.arrival_seconds)
+        if self.has_credit(sequence):
+            return (ahead, 0, sequence.request.arrival_seconds)
         return (ahead, 1, sequence.due_seconds)
+
+    def has_credit(self, sequence: Sequence) -> bool:
+        return sequence.patient_until <= self._now and self._patient_credit > 0
 
     def overdue(self, sequence: Sequence, now: float) -> bool:
         limit = sequence.limit_seconds
@@ -174,16 +195,18 @@ class SlackOrder:
             sequence.is_late = True
         elif limit > sequence.due_seconds:
             sequence.due_seconds = limit
+            sequence.patient_until = 0.5 * (sequence.request.arrival_seconds + limit)
         else:
             return False  # a lost cause, which is the scheduler's to give up
         self._moved(sequence)
         return True
 
-    def spent(self, seconds: Mapping[Tenant, float], late_seconds: float) -> None:
+    def spent(self, seconds: Mapping[Tenant, float], late_seconds: float, credited_seconds: float) -> None:
         for tenant, part in seconds.items():
             self._shares.charge(tenant, part)
-        self._late_credit += LATE_SHARE * sum(seconds.values()) - late_seconds
-        self._late_credit = min(max(self._late_credit, -_MOST_CREDIT_SECONDS), _MOST_CREDIT_SECONDS)
+        total = sum(seconds.values())
+        self._late_credit = _bounded(self._late_credit + LATE_SHARE * total - late_seconds)
+        self._patient_credit = _bounded(self._patient_credit + PATIENT_SHARE * total - credited_seconds)
 
     def _timely_head(self, service: Service, now: float) -> Sequence | None:
         """The first that can be on time. One that has missed its target but not its deadline is due at that one."""
@@ -238,6 +261,10 @@ class _Turns:
     def virtual(self) -> float | None:
         """Virtual time of the tenant whose turn it is, as of the last `head`; None: nobody waits."""
         return self._tenants[0][0] if self._tenants else None
+
+
+def _bounded(credit_seconds: float) -> float:
+    return min(max(credit_seconds, -_MOST_CREDIT_SECONDS), _MOST_CREDIT_SECONDS)
 
 
 def _head(heap: list[tuple[float, int, Sequence]]) -> Sequence | None:

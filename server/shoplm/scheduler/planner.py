@@ -214,7 +214,7 @@ class Planner:
         spent: defaultdict[Tenant, float] = defaultdict(float)
         answers_of = served.charge(spent, each)
         late = served.late_seconds(each)
-        tokens, keys, reads = len(served.starts), served.keys, 0
+        tokens, keys, reads, credited = len(served.starts), served.keys, 0, 0.0
         for row in rows:
             sequence, count, read, drafted = row.sequence, row.count, row.keys, len(row.draft)
             sequence.unread += not row.draws
@@ -229,11 +229,13 @@ class Planner:
             spent[sequence.tenant] += seconds
             if sequence.is_late:
                 late += seconds
+            elif self._order.has_credit(sequence):
+                credited += seconds
             self._prospects.progressed(sequence)
             tokens += count
             keys += read
             reads += 1 + drafted
         load = StepLoad(tokens, keys, len(served.starts) + reads)
-        self._order.spent(spent, late)
+        self._order.spent(spent, late, credited)
         self._prospects.planned(now)
         return Plan(tuple(rows), tuple(served.sequences), tuple(served.starts), answers_of, load, now)

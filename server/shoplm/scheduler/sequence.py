@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ class Sequence:
     lacks_since: float | None = None  # when it was its turn and there was no room for it; None: not yet, or it runs
     tenant: Tenant | None = None  # whom its work is charged to
     is_late: bool = False  # it has missed its target and nobody set a deadline: it gets what others leave, and a share
+    patient_until: float = math.inf  # past it, what has missed its target and is due at its deadline has a share, too
     foreseen_seconds: float = 0.0  # from its arrival to its first result, as it was predicted when it was let in
     work_seconds: float = 0.0  # what it counts in the backlog until its first result
     work_bucket: int | None = None  # where it counts; None: nowhere
