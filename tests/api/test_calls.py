@@ -232,6 +232,19 @@ def test_what_a_caller_says_twice_is_refused(scripted_shop: Scripted, key: str, 
     assert bad_fields(failed) == {f"metadata[{key}]": "is there twice"}
 
 
+def test_strangers_take_nobodys_place(serve_scripted: Serve) -> None:
+    scripted = serve_scripted("--auth-tokens", "one", "--max-concurrent-calls", "1")
+    scripted.engine.holds = True
+    metadata = (("authorization", "Bearer one"),)
+    running = scripted.server.recommendation.Recommend.future(RECOMMEND, metadata=metadata, timeout=TIMEOUT_SECONDS)
+    scripted.server.wait_until(scripted.engine.started.is_set)
+    call = scripted.server.channel.unary_stream("/shoplm.v1.RecommendationService/Recommend", None, None)
+    failed = failure(lambda: list(call(b"", timeout=TIMEOUT_SECONDS)))
+    assert failed.code() is grpc.StatusCode.UNAUTHENTICATED
+    scripted.server.run(_release(scripted))
+    assert running.result().items
+
+
 def test_nothing_is_read_of_a_stranger(serve_scripted: Serve) -> None:
     """Who is refused while the message is still to come has not had it read: a call of a kind that never sends it."""
     scripted = serve_scripted("--auth-tokens", "one")

@@ -154,14 +154,14 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         error = UnauthenticatedError("send a valid token in the metadata: authorization: Bearer <token>")
 
         async def refuse(_: object, context: Context) -> None:
-            async def body(_: _Call) -> None:
-                raise error
-
+            # It is none of the calls in flight: strangers take nobody's place.
+            identifier = _request_id(context.invocation_metadata() or ())
             self._strange.add(_loggable(error))
             if method is None:
-                await _abort(context, status_of(error), _request_id(context.invocation_metadata() or ()))
+                await _abort(context, status_of(error), identifier)
             else:
-                await self._serve(method, self._counts[method], context, body)
+                call = _Call(self._metrics, method, self._counts[method], identifier, self._max_message_bytes)
+                await self._fail(call, context, error)
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 

@@ -16,7 +16,7 @@ from shoplm.api.core import Context, Core
 from shoplm.api.warnings import Warnings
 from shoplm.attribution import Floats, Forks, Part, likeliest, parts_for, visit_parts
 from shoplm.bundle import HeadSpec
-from shoplm.errors import ExpiredError, OverloadedError
+from shoplm.errors import EngineUnavailableError, ExpiredError, OverloadedError
 from shoplm.features import FEATURE_GROUPS, dense_features, feature_groups
 from shoplm.history import History, utc_day
 from shoplm.prompt import SUFFIX_TOKENS, Prefix
@@ -74,7 +74,7 @@ class Explainer:
         return min(core.config.explanation_forks, forks - 1 - len(FEATURE_GROUPS))
 
     def dropped(self, service: Service, columns: int) -> Explanation:
-        """None, where the answer would not be in time with it; also counted in the metrics."""
+        """None, where the answer would not be in time with it, or the engine was lost; also counted in the metrics."""
         degradation = Degradation.NO_EXPLANATION
         self._core.metrics.degraded.labels(service.value, degradation.value).inc()
         return Explanation([()] * columns, degraded=(degradation,))
@@ -140,7 +140,7 @@ class Explainer:
             request = _in_reserve(request)
         try:
             finished = await core.engine.run(request)
-        except (OverloadedError, ExpiredError):
+        except (OverloadedError, ExpiredError, EngineUnavailableError):
             if not asked.allow_degraded:
                 raise
             return None, 0
