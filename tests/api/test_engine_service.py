@@ -97,6 +97,19 @@ def test_an_unset_seed_is_a_seed(real_shop: ServerThread) -> None:
     assert answers[0] == answers[1] == answers[2]
 
 
+def test_beams_that_no_step_holds_are_refused_by_name(serve_scripted: Serve) -> None:
+    scripted = serve_scripted("--engine-api", "--max-step-tokens", "100")
+    ready = scripted.engine.ready
+    assert ready is not None
+    scripted.engine.ready = msgspec.structs.replace(ready, tries={"toy": 8}, trie_depths={"toy": 3})
+    search = pb.SearchRequest(token_ids=PROMPT, trie="toy", count=3, beam_width=69)  # and 32 items that ride along
+    with pytest.raises(grpc.RpcError) as raised:
+        scripted.server.engine_api.Search(search)
+    assert bad_fields(raised.value) == {"beam_width": "is 69, at most 68 is allowed (max_beam_width, max_step_tokens)"}
+    search.beam_width = 68
+    assert scripted.server.engine_api.Search(search).hits
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [

@@ -26,6 +26,8 @@ from shoplm.prompt import Prefix
 from shoplm.readout.answers import last_purchase
 from shoplm.readout.rebuy import OwnItems
 from shoplm.request import (
+    NEAR_LANES,
+    OWN_LANES,
     Degradation,
     FinishedOutput,
     ReadyOutput,
@@ -56,6 +58,10 @@ class Engine(Protocol):
 
     def generate(self, request: Request) -> AsyncGenerator[TokensOutput | FinishedOutput]:
         """Submits; the last item is the FinishedOutput. Closing or cancelling it cancels the request."""
+        ...
+
+    def answered(self, request_id: str) -> None:
+        """Before the generator is closed: the caller has all it wanted, and the request counts as finished."""
         ...
 
     async def run(self, request: Request) -> FinishedOutput:
@@ -107,6 +113,11 @@ class Core:
         config, shop = self.config, self.served.shop
         one_token = shop is None or shop.manifest.depth == 1
         return config.max_candidates if one_token else min(config.max_candidates, config.max_step_tokens)
+
+    def max_beam_width(self, depth: int) -> int:
+        """The widest search over codes of so many tokens. A step holds its beams, and the items that ride along."""
+        most, lanes = self.config.max_beam_width, OWN_LANES + NEAR_LANES
+        return most if depth == 1 else min(most, self.config.max_step_tokens - lanes)
 
     def check_chat(self) -> None:
         """Raises NotServingError where the base has no words."""

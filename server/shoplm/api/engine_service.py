@@ -58,7 +58,9 @@ class EngineService(EngineServiceServicer):
         if request.count < 1:
             violations.add("count", "is 0, expected at least 1")
         violations.at_most("count", request.count, config.max_count, "max_count")
-        violations.at_most("beam_width", request.beam_width, config.max_beam_width, "max_beam_width")
+        violations.raise_if_any()
+        widest = self._core.max_beam_width(ready.trie_depths[request.trie])
+        violations.at_most("beam_width", request.beam_width, widest, "max_beam_width, max_step_tokens")
         violations.raise_if_any()
         self._core.check_prompt("token_ids", len(request.token_ids), produced=ready.trie_depths[request.trie] - 1)
         task = Select(

@@ -25,7 +25,7 @@ class ModelService(ModelServiceServicer):
                 max_history_tokens=shop.manifest.prompt.history_budget_tokens if shop is not None else 0,
                 max_events=config.max_events,
                 max_count=config.max_count,
-                max_beam_width=config.max_beam_width,
+                max_beam_width=core.max_beam_width(shop.manifest.depth if shop is not None else 1),
                 max_completion_tokens=config.max_completion_tokens,
                 max_message_bytes=config.max_message_bytes,
                 max_candidates=core.max_candidates,

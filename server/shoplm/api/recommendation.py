@@ -34,7 +34,8 @@ class RecommendationService(RecommendationServiceServicer):
         violations, warnings = Violations(), Warnings()
         history = self._core.customers.read(request.customer, violations, warnings)
         violations.at_most("count", request.count, config.max_count, "max_count")
-        violations.at_most("beam_width", request.beam_width, config.max_beam_width, "max_beam_width")
+        widest = self._core.max_beam_width(shop.manifest.depth)
+        violations.at_most("beam_width", request.beam_width, widest, "max_beam_width, max_step_tokens")
         item_filter = read_filter(request.filter, shop.catalog, config, violations)
         excluded = excluded_rows(request.filter, shop.catalog, history, config, violations, warnings)
         violations.raise_if_any()
@@ -42,7 +43,7 @@ class RecommendationService(RecommendationServiceServicer):
         select = Select(
             count=count,
             # A search narrower than its answer might not fill it.
-            beam_width=min(max(request.beam_width or config.default_beam_width, count), config.max_beam_width),
+            beam_width=min(max(request.beam_width or config.default_beam_width, count), widest),
             item_filter=item_filter,
             exclude_items=excluded,
         )
