@@ -326,7 +326,10 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """Compute no more of it. `answered`: its caller has all that was wanted, so it counts as finished."""
+
     request_id: str
+    answered: bool = False
 
 
 class Drain(msgspec.Struct, frozen=True, tag=True):

@@ -35,6 +35,7 @@ class ScriptedEngine:
         self.process_id: int | None = None
         self.requests: list[Request] = []
         self.cancelled: list[str] = []
+        self.satisfied: list[str] = []  # ids of requests whose callers had all they wanted
         self.answer: Sequence[Sequence[int]] = ((7,), (8,), (9,))  # tokens of each output
         self.error: Exception | None = None
         self.errors: list[Exception] = []  # of the next requests, one each
@@ -95,6 +96,9 @@ class ScriptedEngine:
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled.append(request.request_id)
             raise
+
+    def answered(self, request_id: str) -> None:
+        self.satisfied.append(request_id)
 
     async def run(self, request: Request) -> FinishedOutput:
         async for output in self.generate(request):

@@ -86,7 +86,7 @@ def test_a_stop_string_ends_the_work_in_the_engine(serve_scripted: Serve) -> Non
     deltas, summary = answer(scripted, ask(stop=["|"]))
     assert deltas == ["a"]
     assert summary.usage.completion_tokens == 2
-    assert scripted.engine.cancelled == [scripted.engine.requests[0].request_id]
+    assert scripted.engine.satisfied == [scripted.engine.requests[0].request_id]
 
 
 def test_the_answer_is_cut_to_the_context(serve_scripted: Serve) -> None:

@@ -171,6 +171,20 @@ def test_a_cancelled_writer_is_taken_over(steps: int, pipeline_depth: int) -> No
     simulation.check_idle()
 
 
+def test_an_answer_of_which_the_caller_has_all_it_wanted_counts_as_finished() -> None:
+    simulation = simulate()
+    simulation.submit(request("chat", range(20), Generate(200)))
+    while len(simulation.records["chat"].tokens) < 5:
+        simulation.step()
+    simulation.engine.cancel("chat", answered=True)
+    simulation.engine.cancel("chat", answered=True)  # the end was under way
+    simulation.step()
+    end = simulation.records["chat"].end
+    assert isinstance(end, FinishedOutput) and 5 <= end.completion_tokens == len(simulation.records["chat"].tokens)
+    assert not any(simulation.engine.scheduler.stats.failures.values())
+    simulation.check_idle()
+
+
 @pytest.mark.parametrize("holder", [{"priority": -1}, {"priority": 100}, {"tenant": "another"}])
 def test_whoever_waits_for_a_page_lends_its_place_to_whoever_computes_it(holder: dict[str, Any]) -> None:
     """A stream of work would come before the holder, and is less urgent than who waits for it."""

@@ -103,6 +103,7 @@ class ChatService(ChatServiceServicer):
                 if text := answer.stops.push(answer.decoder.push(output.tokens)):
                     yield text
                 if answer.stops.stopped is not None:
+                    self._core.engine.answered(work.request_id)
                     return
 
     async def _prompt(self, turn: _Turn, prefix: Prefix) -> tuple[tuple[int, ...], list[Passage]]:

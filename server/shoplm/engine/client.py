@@ -96,6 +96,12 @@ class EngineClient(ABC):
         finally:
             self._leave(request.request_id, call)
 
+    def answered(self, request_id: str) -> None:
+        """The caller has all it wanted of an answer: no more is computed, and the request counts as finished."""
+        call = self._calls.pop(request_id, None)
+        if call is not None and not call.has_ended:
+            self._send(Cancel(request_id, answered=True))
+
     async def run(self, request: Request) -> FinishedOutput:
         """Submit a request and wait for its end."""
         call = self._submit(request)

@@ -48,9 +48,12 @@ class Engine:
         """Queue a request; a refusal is among the next step's outputs."""
         self.scheduler.admit(request, self._clock())
 
-    def cancel(self, request_id: str) -> None:
-        """Drop a request; its pages are free when this returns."""
-        self.scheduler.cancel(request_id)
+    def cancel(self, request_id: str, *, answered: bool = False) -> None:
+        """Drop a request; its pages are free when this returns. With `answered` it counts as finished."""
+        if answered:
+            self.scheduler.finish(request_id, self._clock())
+        else:
+            self.scheduler.cancel(request_id)
 
     @property
     def is_idle(self) -> bool:

@@ -117,8 +117,8 @@ class _Loop:
             match message:
                 case Submit(request=request):
                     self._engine.submit(request)
-                case Cancel(request_id=request_id):
-                    self._engine.cancel(request_id)
+                case Cancel(request_id=request_id, answered=answered):
+                    self._engine.cancel(request_id, answered=answered)
                 case Drain():
                     self._draining = True
         return True

@@ -144,6 +144,13 @@ class Scheduler:
         if sequence is not None:
             self._fail(sequence, Refusal(FailureKind.CANCELLED, "CANCELLED", "cancelled by the caller"))
 
+    def finish(self, request_id: str, now: float) -> None:
+        """The caller has read all of the answer that it wanted: a stop string. Unknown ids are ignored."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and sequence.first_seconds is not None:
+            self._end(sequence)
+            self._outcomes.finished(sequence, now)
+
     def fail(self, plan: Plan, message: str, now: float) -> None:
         """The step raised: its requests fail, the others go on."""
         self._passed(now)
