@@ -14,6 +14,7 @@ import typer
 from canned_server import ANSWER, TOKEN, CannedServer
 from shoplm.client.cli import parse_target, register
 from shoplm.client.types import Target, TargetKind
+from shoplm.v1 import shop_pb2
 from typer.testing import CliRunner, Result
 
 application = typer.Typer()
@@ -76,6 +77,11 @@ def test_history_file_is_sent(server: CannedServer, tmp_path: Path) -> None:
     run(server, "predict", "--history", str(path))
     sent = server.record.last_request.customer
     assert (sent.events[0].HasField("quantity"), sent.events[0].quantity) == (True, 0.0)  # the server's to refuse
+
+    del event["type"]
+    path.write_text(json.dumps({"events": [event]}))
+    run(server, "predict", "--history", str(path))
+    assert server.record.last_request.customer.events[0].type == shop_pb2.EVENT_TYPE_UNSPECIFIED  # the server warns
 
     path.write_text(json.dumps({"events": [{"item_id": "milk"}]}))
     result = run(server, "predict", "--history", str(path))

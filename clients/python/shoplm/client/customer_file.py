@@ -10,8 +10,8 @@ from google.protobuf.json_format import ParseDict, ParseError
 from shoplm.client.types import Customer, Event, EventType
 from shoplm.v1 import shop_pb2
 
-_TYPES: dict[int, EventType] = {shop_pb2.EventType.Value(f"EVENT_TYPE_{kind.name}"): kind for kind in EventType}
-_TYPES[shop_pb2.EVENT_TYPE_UNSPECIFIED] = EventType.PURCHASE
+_TYPES: dict[int, EventType | None] = {shop_pb2.EventType.Value(f"EVENT_TYPE_{kind.name}"): kind for kind in EventType}
+_TYPES[shop_pb2.EVENT_TYPE_UNSPECIFIED] = None
 
 
 def read_customer(path: Path, customer_id: str | None = None) -> Customer:

@@ -27,7 +27,9 @@ def event_message(event: Event) -> shop_pb2.Event:
     """The protobuf form of an event."""
     return shop_pb2.Event(
         item_id=event.item_id,
-        type=shop_pb2.EventType.Value(f"EVENT_TYPE_{event.type.name}"),
+        type=shop_pb2.EventType.Value(
+            "EVENT_TYPE_UNSPECIFIED" if event.type is None else f"EVENT_TYPE_{event.type.name}"
+        ),
         time=timestamp(event.time),
         quantity=event.quantity,
         price=event.price,

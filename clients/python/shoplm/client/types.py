@@ -88,11 +88,12 @@ def check_string(name: str, value: str) -> None:
 @dataclass(frozen=True, slots=True)
 class Event:
     """One entry of a customer's history. `time` must carry a time zone; `quantity` is above 0; `price` is of one unit,
-    None if unknown."""
+    None if unknown. A `type` of None is not known: the server reads it as a purchase, with the warning
+    UNTYPED_EVENT."""
 
     item_id: str
     time: datetime
-    type: EventType = EventType.PURCHASE
+    type: EventType | None = EventType.PURCHASE
     quantity: float = 1.0
     price: float | None = None
     basket_id: str = ""
@@ -100,7 +101,8 @@ class Event:
     def __post_init__(self) -> None:
         check_string("Event.item_id", self.item_id)
         _check_moment("Event.time", self.time)
-        object.__setattr__(self, "type", EventType(self.type))
+        if self.type is not None:
+            object.__setattr__(self, "type", EventType(self.type))
 
 
 @dataclass(frozen=True, slots=True)
