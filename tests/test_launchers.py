@@ -62,3 +62,15 @@ def test_a_cache_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "file").touch()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
     assert f"but {tmp_path}/file cannot be written to: set TRITON_CACHE_DIR" in missing()
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobodys() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobodys)
+    for name in ("SHOPLM_CACHE", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert "set TRITON_CACHE_DIR" in missing()
+    lines, fine = doctor.report()
+    assert not fine and any(line.startswith("FAIL") and "SHOPLM_CACHE" in line for line in lines)

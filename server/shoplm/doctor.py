@@ -39,8 +39,7 @@ def report() -> tuple[list[str], bool]:
         True,
         f"disk: {free_gb:.0f} GB free here; an install with CUDA torch takes up to {DISK_GB} GB",
     )
-    cache = Path(os.environ.get("SHOPLM_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    say(os.access(cache if cache.exists() else cache.parent, os.W_OK), True, f"cache for base models: {cache}")
+    say(*_cache())
     for port, purpose in PORTS.items():
         with socket.socket() as probe:
             free = probe.connect_ex(("127.0.0.1", port)) != 0
@@ -55,6 +54,15 @@ def report() -> tuple[list[str], bool]:
     found = "a C compiler, Python.h and a folder for what is compiled"
     say(missing is None, False, f"launching Triton kernels, on a GPU only: {missing or found}")
     return lines, fine
+
+
+def _cache() -> tuple[bool, bool, str]:
+    """Whether base models can be kept, that they must be, and where."""
+    try:
+        cache = Path(os.environ.get("SHOPLM_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # this user has no home
+        return False, True, "cache for base models: there is no home directory; name a folder in SHOPLM_CACHE"
+    return os.access(cache if cache.exists() else cache.parent, os.W_OK), True, f"cache for base models: {cache}"
 
 
 def main() -> int:

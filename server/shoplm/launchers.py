@@ -54,8 +54,11 @@ def _refusal(compiler: str, headers: Path) -> str | None:
 
 def _missing_cache() -> str | None:
     named = os.environ.get("TRITON_CACHE_DIR")
-    home = Path(os.environ.get("TRITON_HOME") or Path.home())
-    folder = Path(named).absolute() if named else home.absolute() / ".triton" / "cache"
+    try:
+        folder = Path(named) if named else Path(os.environ.get("TRITON_HOME") or Path.home()) / ".triton" / "cache"
+    except RuntimeError:
+        return "Triton keeps what it compiles in this user's home, and there is none: set TRITON_CACHE_DIR to a folder"
+    folder = folder.absolute()
     existing = next(each for each in (folder, *folder.parents) if each.exists())
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         return None

@@ -164,3 +164,20 @@ def _tensors(weights: DecoderWeights) -> list[torch.Tensor]:
         fields = (getattr(layer, name) for name in layer.__slots__)
         tensors += [tensor for tensor in fields if isinstance(tensor, torch.Tensor)]
     return tensors
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_refused(checkpoint: Path, value: float) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][0, :2] = torch.tensor([value, -value])
+
+    _edit(checkpoint, damage)
+    with pytest.raises(BaseModelError, match=f"tensor {name} in .* has values that are not finite"):
+        load_weights(checkpoint, ModelConfig.from_folder(checkpoint))
+
+
+def test_large_values_whose_sum_is_not_finite_are_fine(checkpoint: Path) -> None:
+    _edit(checkpoint, lambda tensors: tensors["model.norm.weight"][:4].fill_(3e38))
+    assert load_weights(checkpoint, ModelConfig.from_folder(checkpoint)).final_norm[3] == torch.tensor(3e38)

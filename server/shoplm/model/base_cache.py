@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from shoplm.errors import BaseModelError, ConfigurationError, TransientError
 from shoplm.model.config import read_json
+from shoplm.model.weight_files import CONVERTED
 
 CONVERSION = 1  # raise it when the conversion's result changes: converted folders of another number are not used
-_MARKER = "shoplm-base.json"
 _PARTIAL = "partial-"
 _SAMPLE_BYTES, _SAMPLES = 16 * 1024, 256
 _BLOCK_BYTES = 1024 * 1024
@@ -93,21 +93,21 @@ def file_fingerprint(path: Path) -> str:
 def converted(folder: Path) -> bool:
     """Whether this folder holds a whole converted model: every file has the size that it had when it was made."""
     try:
-        if not (folder / _MARKER).is_file():
+        if not (folder / CONVERTED).is_file():
             return False
     except PermissionError as error:
         raise BaseModelError(
             f"{folder} cannot be read by this user: {error.strerror}; make it readable, or set SHOPLM_CACHE to a folder"
         ) from error
-    files = read_json(folder / _MARKER)["files"]
+    files = read_json(folder / CONVERTED)["files"]
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items())
 
 
 def recorded_identity(folder: Path) -> tuple[str, str] | None:
     """Name and fingerprint of a converted model; None for a folder that is not one of ours."""
-    if not (folder / _MARKER).is_file():
+    if not (folder / CONVERTED).is_file():
         return None
-    marker = read_json(folder / _MARKER)
+    marker = read_json(folder / CONVERTED)
     return str(marker["name"]), str(marker["fingerprint"])
 
 
@@ -152,7 +152,7 @@ def _convert(source: Path, folder: Path, name: str, fingerprint: str, console: C
             convert_gguf(source, work, report)
         files = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
         marker = {"name": name, "fingerprint": f"{fingerprint}-v{CONVERSION}", "files": files}
-        (work / _MARKER).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
+        (work / CONVERTED).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
         work.chmod(0o755)  # tempfile's are for their maker alone, but an image's maker is seldom the user who serves
         if folder.exists():  # damaged: `converted` said no
             shutil.rmtree(folder)

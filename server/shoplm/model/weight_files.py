@@ -9,6 +9,7 @@ from shoplm.errors import BaseModelError
 from shoplm.model.config import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
+CONVERTED = "shoplm-base.json"  # marks a folder that a GGUF file was converted into, each tensor checked
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:

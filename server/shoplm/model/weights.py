@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from shoplm.errors import BaseModelError
 from shoplm.model.adapter import Adapter, LowRankPath
 from shoplm.model.config import ModelConfig
-from shoplm.model.weight_files import weight_files
+from shoplm.model.weight_files import CONVERTED, weight_files
 
 _SHOWN_NAMES = 4
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")  # written by old versions; computed from the config here
@@ -89,7 +89,7 @@ def load_weights(
     """Reads model.safetensors, or the shards that model.safetensors.index.json lists, and merges the adapter, or keeps
     it `apart`.
 
-    Raises BaseModelError where files or tensors are missing, damaged, of another shape, or left over.
+    Raises BaseModelError where files or tensors are missing, damaged, not finite, of another shape, or left over.
     """
     with ExitStack() as stack:
         reader = _Reader(stack, folder, dtype, torch.device(device), adapter, apart=apart)
@@ -151,6 +151,7 @@ class _Reader:
     ) -> None:
         self._folder, self._dtype, self._device = folder, dtype, device
         self._adapter, self._apart = adapter, apart
+        self._is_checked = (folder / CONVERTED).is_file()
         self._files: dict[str, Any] = {}  # tensor name -> open file
         for path in weight_files(folder):
             try:
@@ -221,4 +222,11 @@ class _Reader:
             )
         if not tensor.is_floating_point():
             raise BaseModelError(f"tensor {name} in {self._folder} has dtype {tensor.dtype}, not a floating-point one")
+        if not self._is_checked:
+            self._check(name, tensor)
         return tensor if self._adapter is None or self._apart else self._adapter.merge(name, tensor)
+
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        # A sum is not finite if a part of it is not, and costs half of what it takes to look at each.
+        if not bool(torch.isfinite(tensor.sum(dtype=torch.float32))) and not bool(torch.isfinite(tensor).all()):
+            raise BaseModelError(f"tensor {name} in {self._folder} has values that are not finite: it is damaged")
