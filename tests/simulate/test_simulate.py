@@ -216,3 +216,8 @@ def test_what_the_command_cannot_use_is_one_line_and_exit_code_2(arguments: tupl
     code, output = run_command(*arguments)
     assert code == 2
     assert output.startswith("shoplm simulate: ") and output.count("\n") == 1
+
+
+def test_no_fleet_is_busier_than_all_the_time() -> None:
+    patient = [Arrival(0.001 * number, Service.PREDICTION, number, history_tokens=200) for number in range(50)]
+    assert 0.9 < fleet().run(patient).utilisation <= 1.0

@@ -53,13 +53,16 @@ class Fleet:
 
     def _serve(self, parts: Sequence[Sequence[Arrival]], end: float) -> FleetResult:
         outcomes: list[Outcome] = []
-        busy = 0.0
+        busy, served = 0.0, end
         for index, part in enumerate(parts):
             replica = Replica(self.config, self.curve, self.capacity, noise=self.noise, seed=self.seed + index)
             outcomes += replica.run(part)
             busy += replica.backend.busy_seconds
+            served = max(served, replica.clock.now)
         whole = max(end, 1e-9) * len(parts)
-        return FleetResult(outcomes, self.config.policy, whole, self.replicas / self.simulated, busy / whole)
+        # What is left when the trace ends is served beyond it.
+        utilisation = busy / (max(served, 1e-9) * len(parts))
+        return FleetResult(outcomes, self.config.policy, whole, self.replicas / self.simulated, utilisation)
 
     def run_split(self, arrivals: Iterable[Arrival]) -> FleetResult:
         """The static split: three engines, one for each service, each on a third of the machine and its memory."""
