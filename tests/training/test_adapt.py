@@ -221,6 +221,14 @@ def test_a_tuned_base_replaces_no_other_things(shell: Shell, bundle: Path, tmp_p
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["base", "mine.txt"]
 
 
+def test_an_adapter_of_another_run_is_not_overwritten(shell: Shell, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    said = shell("adapt", "--bundle", bundle, "--out", tmp_path, "--steps", 1, code=2)
+    assert "no checkpoint beside it" in " ".join(said.split())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["adapter", "adapter_config.json"]
+
+
 def test_an_adapter_is_kept_at_the_strength_that_keeps_chat() -> None:
     class Shifted:
         """Talks like the base, but for what the adapter takes from the logit of the right token."""

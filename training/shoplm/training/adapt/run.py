@@ -11,7 +11,7 @@ import torch
 from shoplm.bundle import read_manifest
 from shoplm.catalog.items import read_catalog
 from shoplm.engine.shop_texts import token_texts
-from shoplm.errors import BundleError
+from shoplm.errors import BundleError, ConfigurationError
 from shoplm.model.base import resolve_base
 from shoplm.model.chat_template import ChatTemplate
 from shoplm.model.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ from shoplm.training.adapt.kept import (
 from shoplm.training.adapt.model import AdaptedModel, TalkingModel, TunedModel
 from shoplm.training.adapt.replay import Replay, replays_of
 from shoplm.training.adapt.saved_base import check_place
-from shoplm.training.adapt.trainer import AdaptSettings, JointTrainer, Talk
+from shoplm.training.adapt.trainer import CHECKPOINT, AdaptSettings, JointTrainer, Talk
 from shoplm.training.log import ShopLog
 from shoplm.training.ranker import OutputRows
 from shoplm.training.report import ChatKept
@@ -57,11 +57,13 @@ class AdaptRun:
     """One run: everything is loaded here, trained in `train`, weighed and measured in `finish`."""
 
     def __init__(self, request: AdaptRequest, log: ShopLog, watch: Watch) -> None:
-        """Raises BundleError where bundle, base and log do not belong together, ConfigurationError where a tuned base
-        would replace other things."""
+        """Raises BundleError where bundle, base and log do not belong together, ConfigurationError where the
+        result would replace other things."""
         self._request, self._watch = request, watch
         if request.rank is None:  # before hours of training, not at the first checkpoint
             check_place(request.out / TunedModel.saved_as, TunedModel.origin)
+        else:
+            _check_adapter_place(request.out)
         manifest = read_manifest(request.bundle)
         base = self._base = resolve_base(request.base)
         if manifest.base.fingerprint != base.fingerprint:
@@ -144,6 +146,16 @@ class AdaptRun:
             ends,
             seed=seed,
             progress=lambda done, total: self._watch.advance(f"the base's answers for {name}", done, total),
+        )
+
+
+def _check_adapter_place(out: Path) -> None:
+    """Raises ConfigurationError where an adapter is there that no run in this folder goes on with."""
+    folder = out / AdaptedModel.saved_as
+    if folder.exists() and not (out / CHECKPOINT).exists():
+        raise ConfigurationError(
+            f"{folder} is there, and no checkpoint beside it that this run could go on from: its files would be lost; "
+            "name another --out"
         )
 
 

@@ -39,6 +39,7 @@ from shoplm.training.watch import LOSS, NDCG, Watch
 from torch import Tensor
 from torch.nn import functional
 
+CHECKPOINT = "checkpoint.pt"  # in the folder of the run
 CHECKPOINT_STEPS = 25
 STAGE = "training steps"
 
@@ -276,12 +277,12 @@ class JointTrainer:
         }
         temporary = self._folder / ".checkpoint.partial"
         torch.save(state, temporary)
-        temporary.replace(self._folder / "checkpoint.pt")
+        temporary.replace(self._folder / CHECKPOINT)
         self.model.save(self._folder / self.model.saved_as)
 
     def resume(self) -> int:
         """Go on from the checkpoint, if there is one; how many tokens were trained on before."""
-        path = self._folder / "checkpoint.pt"
+        path = self._folder / CHECKPOINT
         if not path.exists():
             return 0
         state = torch.load(path, map_location="cpu", weights_only=True)
