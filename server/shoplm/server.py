@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
@@ -266,8 +268,7 @@ async def serve(config: ServerConfig, make_engine: EngineFactory = engine_proces
         await _unless(first, server.start())
         if first.is_set():
             return 0
-        sys.stdout.write(ready_text(server, time.monotonic() - started))
-        sys.stdout.flush()
+        _say(ready_text(server, time.monotonic() - started))
         await _unless(first, server.engine_ended.wait())
         if server.engine_ended.is_set():
             lame_duck_seconds = 0.0  # no call could be answered
@@ -323,6 +324,17 @@ async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | Non
         if not task.done():
             task.cancel()
             await asyncio.wait((task,))
+
+
+def _say(text: str) -> None:
+    """To standard output, which nobody needs: a full disk, or a reader that has gone, ends no server."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        log.warning("what is said once ready cannot be written: %s", error.strerror)
+        with Path(os.devnull).open("wb") as nowhere:  # where what is buffered goes at the end
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def ready_text(server: Server, seconds: float) -> str:

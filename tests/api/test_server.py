@@ -278,6 +278,24 @@ def _signalled(capsys: pytest.CaptureFixture[str], config: ServerConfig, *signal
     return asyncio.run(run())
 
 
+def test_a_server_whose_ready_line_cannot_be_written_serves(
+    shop_folders: ShopFolders, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> int:
+        serving = asyncio.create_task(
+            serve(shop_folders.config("--lame-duck-seconds", "0"), lambda *_: ScriptedEngine())
+        )
+        while "cannot be written: No space left" not in caplog.text:
+            assert not serving.done()
+            await asyncio.sleep(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return await asyncio.wait_for(serving, TIMEOUT_SECONDS)
+
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert asyncio.run(run()) == 0
+
+
 @pytest.fixture
 def hangups_count() -> Iterator[None]:
     """Also where the tests run under `nohup`."""
