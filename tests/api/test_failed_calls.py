@@ -10,7 +10,8 @@ import pytest
 from served_shop import Serve
 from shoplm.api.failed_calls import FailedCalls
 from shoplm.errors import EngineUnavailableError
-from shoplm.v1 import chat_pb2
+from shoplm.logs import request_id
+from shoplm.v1 import chat_pb2, model_pb2
 
 CALLS = 20
 
@@ -33,6 +34,15 @@ def test_many_lost_calls_are_one_line_and_all_in_the_metric(
     assert said[0] == "calls end with UNAVAILABLE: the engine is not running"
     assert len(said) < CALLS / 2  # on a machine that is slow, also a number every five seconds
     assert f'reason="ENGINE_UNAVAILABLE",service="chat"}} {CALLS}.0' in scripted.server.get("/metrics")[2]
+
+
+def test_a_strangers_line_has_its_request_id(serve_scripted: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[str, str | None]] = []
+    monkeypatch.setattr(FailedCalls, "add", lambda _, why, **__: said.append((why, request_id.get())))
+    scripted = serve_scripted("--auth-tokens", "one")
+    with pytest.raises(grpc.RpcError):
+        scripted.server.model.GetModel(model_pb2.GetModelRequest(), metadata=(("x-request-id", "mine"),))
+    assert [identifier for _, identifier in said] == ["mine"]
 
 
 def test_many_strangers_are_one_line(serve_scripted: Serve, caplog: pytest.LogCaptureFixture) -> None:

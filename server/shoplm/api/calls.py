@@ -156,6 +156,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         async def refuse(_: object, context: Context) -> None:
             # It is none of the calls in flight: strangers take nobody's place.
             identifier = _request_id(context.invocation_metadata() or ())
+            request_id.set(identifier)
             self._strange.add(_loggable(error))
             if method is None:
                 await _abort(context, status_of(error), identifier)
