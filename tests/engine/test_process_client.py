@@ -364,6 +364,18 @@ async def test_an_engine_that_is_loading_is_not_waited_for(tmp_path: Path) -> No
     assert not process.is_running()
 
 
+async def test_a_long_load_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervisor, "_LONG_LOAD_SECONDS", 0.01)
+    client = NeverLoaded(spec(tmp_path))
+    starting = asyncio.create_task(client.start())
+    while caplog.text.count("the engine has been loading for 0 s") < 2:  # noqa: ASYNC110 - the log alone tells of it
+        await asyncio.sleep(0.01)
+    starting.cancel()
+    await client.close()
+
+
 PARENT = """
 import asyncio, sys, time
 from shoplm.engine.supervisor import ProcessEngineClient

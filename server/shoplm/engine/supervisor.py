@@ -15,6 +15,7 @@ from shoplm.errors import BundleChangedError, EngineUnavailableError, ShopLMErro
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.1, 10.0
 _LOOKS = 10  # for a sign of life, in the time that an engine may be silent
 _TIMES_FIRST_LOAD = 10.0  # that a later one may take
+_LONG_LOAD_SECONDS = 60.0  # after each of which it is said that an engine is still loading
 
 log = logging.getLogger("shoplm.engine")
 
@@ -56,6 +57,13 @@ class ProcessEngineClient(EngineClient):
         self._load_seconds = asyncio.get_running_loop().time() - begun
         self._watcher = asyncio.create_task(self._watch())
         self._watcher.add_done_callback(self._watched)
+
+    async def _launch(self) -> None:
+        telling = asyncio.create_task(_tell_of_a_long_load())
+        try:
+            await super()._launch()
+        finally:
+            telling.cancel()
 
     def _open_channel(self) -> socket.socket:
         self._process, self._started = self._started or EngineProcess(self.program), None
@@ -178,3 +186,11 @@ class ProcessEngineClient(EngineClient):
             self._kill()
             await self._process.wait()
         await self._early_death
+
+
+async def _tell_of_a_long_load() -> None:
+    """The first load may take as long as it needs, so whoever waits for it is told that nothing else has happened."""
+    begun = asyncio.get_running_loop().time()
+    while True:
+        await asyncio.sleep(_LONG_LOAD_SECONDS)
+        log.warning("the engine has been loading for %.0f s", asyncio.get_running_loop().time() - begun)
