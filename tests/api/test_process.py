@@ -245,6 +245,13 @@ def test_a_server_that_cannot_start_says_why_in_one_line(flags: list[str], messa
     assert ended.stdout == ""
 
 
+def test_too_few_open_files_to_start_with_are_one_line() -> None:
+    command = ["sh", "-c", 'ulimit -n 20; exec "$@"', "sh", *SERVE, *SMALL]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr == "shoplm serve: 20 open files are allowed (ulimit -n), and a server needs 64 at least\n"
+
+
 def test_a_server_that_does_not_start_leaves_no_engine_behind() -> None:
     mark = f"SHOPLM_TEST_MARK_{os.getpid()}"
     command = [*SERVE, "--port", "99999"]
