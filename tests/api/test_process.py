@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -24,6 +25,8 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from served_shop import ShopFolders
 from server_thread import TIMEOUT_SECONDS, detail
+from shoplm.errors import ConfigurationError
+from shoplm.open_files import raise_limit
 from shoplm.v1 import chat_pb2, recommendation_pb2, shop_pb2
 from shoplm.v1.chat_pb2_grpc import ChatServiceStub
 from shoplm.v1.recommendation_pb2_grpc import RecommendationServiceStub
@@ -245,11 +248,13 @@ def test_a_server_that_cannot_start_says_why_in_one_line(flags: list[str], messa
     assert ended.stdout == ""
 
 
-def test_too_few_open_files_to_start_with_are_one_line() -> None:
-    command = ["sh", "-c", 'ulimit -n 20; exec "$@"', "sh", *SERVE, *SMALL]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
-    assert ended.returncode == 2
-    assert ended.stderr == "shoplm serve: 20 open files are allowed (ulimit -n), and a server needs 64 at least\n"
+def test_too_few_open_files_to_start_with_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (20, 20))
+    with pytest.raises(ConfigurationError, match=r"20 open files are allowed \(ulimit -n\)"):
+        raise_limit()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (20, resource.RLIM_INFINITY))
+    raise_limit()
 
 
 def test_a_server_that_does_not_start_leaves_no_engine_behind() -> None:
