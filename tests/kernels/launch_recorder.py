@@ -234,7 +234,7 @@ def cell_mismatches() -> list[str]:
         }
         cells: list[AotCell] = [prefill_cell(shape, ARCH)]
         cells += [split_cell(shape, ARCH, short=short) for short in (False, True)]
-        cells += [split_cell(shape, ARCH, short=False, walks=True)] * may_walk(shape.head_dim, shape.quantised)
+        cells += [split_cell(shape, ARCH, short=False, walks=True)] * may_walk(ARCH, shape.head_dim, shape.quantised)
         cells += [cell for width in (256, 64 // shape.group) for cell in beam_cells(shape, ARCH, max_width=width)]
         for op_cells in (merge_cells, forks_cells, span_mass_cells):
             cells += [cell for cell in op_cells(ARCH, full=False) if cell.variant.endswith(shape.variant)]

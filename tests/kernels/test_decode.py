@@ -93,8 +93,11 @@ def test_window(short: bool, window: int) -> None:
     check_attention(case, window=window, mask=tokens_of(case, short=short))
 
 
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]], ids=str)
 @pytest.mark.parametrize("window", [None, 150])
-def test_programs_that_walk_over_splits_change_no_bit(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+def test_programs_that_walk_over_splits_change_no_bit(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, shape: Shape
+) -> None:
     """A program for each of up to 15 splits, and two and three programs that walk over them."""
     lengths = [1, SPLIT, SPLIT + 1, 3 * SPLIT, 15 * SPLIT - 7]
     found = []
@@ -102,7 +105,7 @@ def test_programs_that_walk_over_splits_change_no_bit(monkeypatch: pytest.Monkey
     for programs in (16, 2, 3):
         monkeypatch.setattr(decode, "MOST_SPLIT_PROGRAMS", programs)
         torch.manual_seed(0)
-        case = make_case(Shape(64, 4, 2, 16), [(1, kv_len) for kv_len in lengths])
+        case = make_case(shape, [(1, kv_len) for kv_len in lengths])
         partials = run_split(case, short=False, window=window)
         check_attention(case, window=window)
         found.append((case.out.nan_to_num(9.0), case.lse.nan_to_num(9.0), partials.count))
@@ -110,7 +113,10 @@ def test_programs_that_walk_over_splits_change_no_bit(monkeypatch: pytest.Monkey
         assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
 
 
-def test_a_long_row_does_not_multiply_the_programs_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=str)
+def test_a_long_row_does_not_multiply_the_programs_of_all(
+    monkeypatch: pytest.MonkeyPatch, kv_dtype: torch.dtype | None
+) -> None:
     """Few rows have a program for each split that there may be; of many each has 16 per KV head."""
     grids: list[tuple[int, ...]] = []
     walks: list[bool] = []
@@ -121,7 +127,7 @@ def test_a_long_row_does_not_multiply_the_programs_of_all(monkeypatch: pytest.Mo
             return lambda *_, **keywords: walks.append(keywords["WALKS"])
 
     monkeypatch.setattr(decode, "_split_kernel", Recorded())
-    shape = Shape(64, 1, 8, 16)
+    shape = Shape(64, 1, 8, 16, torch.float16, kv_dtype)
     for rows, splits in ((1, 70), (2, 70), (100, 70), (100, 16)):
         case = make_case(shape, [(1, splits * SPLIT)] + [(1, 1)] * (rows - 1))
         partials = Partials.allocate(rows, splits, shape.kv_heads, 1, 64, torch.device("cpu"))

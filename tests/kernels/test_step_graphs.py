@@ -93,6 +93,19 @@ def test_steps_of_prompts_alone_are_captured_up_to_where_their_work_is_what_cost
         assert (found and found.row_tokens) == taken
 
 
+def test_searches_go_on_in_a_graph_whatever_is_read_beside_them() -> None:
+    buckets = graph_buckets(replace(LIMITS, max_step_tokens=1024))
+    for answers, chunks, lanes in itertools.product((0, 1, 40), ((100,), (300,), (40,) * 8), (10, 128, 500)):
+        rows, tokens = answers + len(chunks), answers + sum(chunks)
+        step = need(
+            row_tokens=tokens, rows=rows, query_len=max(chunks), groups=4, lane_tokens=lanes, lanes=128, steps=1,
+            outputs=rows + lanes,
+        )  # fmt: skip
+        taken = smallest_cover(buckets, step)
+        assert taken is not None, step
+        assert taken.row_tokens + taken.lane_tokens <= 1024
+
+
 def test_a_long_prompt_chunk_and_too_many_rows_are_not_captured() -> None:
     buckets = graph_buckets(LIMITS)
     assert smallest_cover(buckets, need(row_tokens=514, rows=2, query_len=513)) is None
@@ -146,6 +159,18 @@ def test_padded_steps_with_long_chunks_equal_the_torch_backend(taken: list[StepB
     jobs: list[tuple[list[int], Task]] = [(list(range(5)), Generate(3)), (list(range(75)), Embed())]
     expected, found = (run(each, 40, jobs)[1] for each in (reference, backend))
     assert [step and step.query_len for step in taken] == [40, 35, 1]
+    for one, other in zip(expected, found, strict=True):
+        assert_same(one, other)
+
+
+def test_padded_steps_of_long_chunks_and_searches_equal_the_torch_backend(taken: list[StepBounds | None]) -> None:
+    bounds = {"max_mixed_prompt_tokens": 40, "max_step_tokens": 80}
+    reference, backend = backends(traits=False, layers=1, graph_seconds=600.0, **bounds)
+    jobs: list[tuple[list[int], Task]] = [
+        (list(range(5)), Generate(3)), (list(range(21)), Select(6, 4, trie="deep")), (list(range(75)), Embed())
+    ]  # fmt: skip
+    expected, found = (run(each, 40, jobs)[1] for each in (reference, backend))
+    assert [step and (step.query_len, step.groups) for step in taken] == [(40, 0), (35, 1), (1, 1)]
     for one, other in zip(expected, found, strict=True):
         assert_same(one, other)
 

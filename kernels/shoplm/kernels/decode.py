@@ -13,7 +13,7 @@ So a row's result does not depend on its neighbours, bit for bit. A row with a s
 The grid is made for the longest row of a step, and has a program for each of its splits in all other rows too. Where
 the longest row of a server may have more than MOST_SPLIT_PROGRAMS of them, fewer programs walk over the splits of a row
 of one token (WALKS). The loop costs registers, so it is another specialisation, chosen by the workspace and not by a
-step, and not for quantised pools and heads of 256, which have none to spare.
+step, and only where there are registers to spare.
 
 Source: Flash-Decoding (Dao et al. 2023); fixed split length after "batch invariant" kernels (He et al. 2025).
 """
@@ -31,6 +31,7 @@ from shoplm.kernels.tile_config import (
     MAX_WIDE_SPLITS,
     SHORT_ROWS,
     TileConfig,
+    arch_of,
     padded_head_dim,
     split_tokens,
     tile_config,
@@ -190,9 +191,9 @@ def _split_kernel(
         )  # fmt: skip
 
 
-def may_walk(head_dim: int, quantised: bool) -> bool:
-    """Whether the loop over splits compiles without a spilled register on every architecture."""
-    return head_dim <= 128 and not quantised
+def may_walk(arch: int, head_dim: int, quantised: bool) -> bool:
+    """Whether the loop over splits compiles without a spilled register on this architecture."""
+    return 90 <= arch < 100 if quantised else head_dim <= 128
 
 
 def split_attention(
@@ -218,7 +219,8 @@ def split_attention(
     """
     packed = partials.out.shape[3]
     q_blocks = -(-packed // tile.block_m)
-    walks = max_splits == 0 and partials.splits > MOST_SPLIT_PROGRAMS and may_walk(kv.head_dim, kv.quantised)
+    many = max_splits == 0 and partials.splits > MOST_SPLIT_PROGRAMS
+    walks = many and may_walk(arch_of(kv.k.device), kv.head_dim, kv.quantised)
     programs = splits
     if walks:
         programs = min(splits, max(MOST_SPLIT_PROGRAMS, WALKING_PROGRAMS // (kv.kv_heads * q_blocks * rows.rows)))
@@ -259,6 +261,6 @@ def aot_cells(arch: int, *, full: bool = False) -> list[AotCell]:
     tokens += [
         split_cell(shape, arch, short=False, walks=True)
         for shape in shapes
-        if may_walk(shape.head_dim, shape.quantised)
+        if may_walk(arch, shape.head_dim, shape.quantised)
     ]
     return tokens + [split_cell(shape, arch, short=True) for shape in (shapes if full else shapes[::2])]

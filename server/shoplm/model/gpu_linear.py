@@ -58,9 +58,15 @@ class Fp8Linear:
             product = (values.float() * scale) @ (self._values.float() * self._scale).t()
             result = product.to(states.dtype)
         else:
-            # bf16 is the one result with row scales that torch has on every card.
+            # bf16 is the one result with row scales that torch has on every card. Fast sums would keep 14 bits on an
+            # H100, where the quality gate has measured those of fp32.
             result = torch._scaled_mm(
-                values, self._values.t(), scale_a=scale, scale_b=self._scale.t(), out_dtype=torch.bfloat16
+                values,
+                self._values.t(),
+                scale_a=scale,
+                scale_b=self._scale.t(),
+                out_dtype=torch.bfloat16,
+                use_fast_accum=False,
             ).to(states.dtype)
         return result if self._bias is None else result + self._bias
 

@@ -55,6 +55,7 @@ def graph_buckets(limits: GraphLimits) -> tuple[StepBounds, ...]:
     buckets = [_bounds(limits, kv_len, rows, rows, 1) for kv_len in contexts for rows in _up_to(DECODE_ROWS, limits)]
     buckets += [bounds for kv_len in contexts for bounds in _with_chunks(limits, kv_len)]
     query_len = max(1, SHORT_ROWS // limits.query_group)  # longer chunks take the prefill kernel
+    lane_sizes = sorted({min(size, limits.max_step_tokens) for size in LANE_TOKENS[1:-1]}) if limits.steps else []
     for kv_len in contexts:
         if limits.steps:
             for tokens in sorted(
@@ -64,9 +65,10 @@ def graph_buckets(limits: GraphLimits) -> tuple[StepBounds, ...]:
         for tokens in SHORT_TOKENS:
             short = _bounds(limits, kv_len, tokens, min(tokens, limits.rows), query_len)
             buckets.append(short)
-            if limits.steps:
-                for lanes in sorted({min(size, limits.max_step_tokens) for size in LANE_TOKENS[1:-1]}):
-                    buckets.append(_with_searches(short, limits, lanes))
+            buckets += [_with_searches(short, limits, lanes) for lanes in lane_sizes]
+    for kv_len in contexts:
+        for chunks in _beside_searches(limits, kv_len):
+            buckets += [_with_searches(chunks, limits, lanes) for lanes in lane_sizes]
     return tuple(dict.fromkeys(buckets))
 
 
@@ -95,6 +97,13 @@ def _with_chunks(limits: GraphLimits, kv_len: int) -> list[StepBounds]:
     for tokens in sorted({min(size, most) for size in PROMPT_TOKENS}):
         buckets += [_bounds(limits, kv_len, tokens, min(rows, tokens), tokens) for rows in _up_to(PROMPTS, limits)]
     return buckets
+
+
+def _beside_searches(limits: GraphLimits, kv_len: int) -> list[StepBounds]:
+    """Chunks of prompts of any length, and chats: what is read and answered while searches go on."""
+    sizes = sorted({min(size, limits.max_step_tokens) for size in (SHORT_TOKENS[-1], *PROMPT_TOKENS)} - {0})
+    rows = min(MIXED_ROWS[1] + PROMPTS[0], limits.rows)
+    return [_bounds(limits, kv_len, tokens, min(rows, tokens), tokens) for tokens in sizes]
 
 
 def _up_to(sizes: Sequence[int], limits: GraphLimits) -> list[int]:
