@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from shoplm.catalog.items import Catalog
+from shoplm.catalog.items import Catalog, Told
 from shoplm.followup import question_of
 from shoplm.grounding import MAX_HABITS, Grounding
 from shoplm.history import EventKind, History, build_history
@@ -24,6 +24,7 @@ def grounding() -> Grounding:
         in_stock=np.ones(len(_TITLES), bool),
         type_texts=[],
         rare={},
+        told=(Told("Reading glasses, 2.0", "Optics", 4.5), Told("Bread", "Other", 9.0)),
     )
     return Grounding(Knowledge([_RETURNS]), catalog, "EUR", decay_days=30.0)
 
@@ -45,6 +46,13 @@ def _history(items: list[int]) -> History:
 
 def _titles(passages: list[Passage]) -> list[str]:
     return [passage.title for passage in passages]
+
+
+def test_items_that_are_not_recommended_are_found_too(grounding: Grounding) -> None:
+    glasses = grounding.search("Have you got reading glasses?", None, 2)[0]
+    assert (glasses.title, glasses.text) == ("Reading glasses, 2.0", "category Optics, price 4.50 EUR")
+    assert grounding.search("I need bread", None, 2)[0].text == "category Pantry, price 2.00 EUR"  # rows come first
+    assert max(grounding.told_rows) < len(_TITLES)
 
 
 def test_an_item_is_found_by_its_name(grounding: Grounding) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
+from collections.abc import Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -35,15 +37,16 @@ class Grounding:
         self._catalog = catalog
         self._currency = currency
         self._decay_days = decay_days
-        self._titles: dict[Words, int] = {}  # of several items with one title the first row speaks
+        # Places in the catalogue: rows, and behind them what is told of the other items.
+        self._titles: dict[Words, int] = {}  # of several items with one title the first speaks
         self._names: dict[Words, list[int]] = {}  # a name is a title up to its first comma
-        for row, title in enumerate(catalog.titles):
+        for place, (title, price) in enumerate(_told(catalog)):
             words = _words(title)
-            if words and words not in self._titles and np.isfinite(catalog.prices[row]):
-                self._titles[words] = row
-                rows = self._names.setdefault(_words(title.split(",")[0]), [])
-                if len(rows) < _MAX_ITEMS:
-                    rows.append(row)
+            if words and words not in self._titles and math.isfinite(price):
+                self._titles[words] = place
+                places = self._names.setdefault(_words(title.split(",")[0]), [])
+                if len(places) < _MAX_ITEMS:
+                    places.append(place)
         self._rows_of_names = list(self._names.values())
         self._index = WordIndex([" ".join(name) for name in self._names]) if self._names else None
         self._asking = frozenset(self._index.words(_ASKING)) if self._index is not None else frozenset[str]()
@@ -87,15 +90,17 @@ class Grounding:
     @property
     def told_rows(self) -> list[int]:
         """Rows of the items that have a title of their own and a price."""
-        return list(self._titles.values())
+        return [row for row in self._titles.values() if row < len(self._catalog)]
 
     def rows_of_name(self, name: str) -> list[int]:
         """Items whose title begins with this name, up to its first comma; the first few in the catalogue's order."""
         return self._names[_words(name)]
 
     def item(self, row: int) -> Passage:
-        """What the catalogue says of the item."""
+        """What the catalogue says of the item, or behind the last row of one that is not recommended."""
         catalog = self._catalog
+        if row >= len(catalog):
+            return item_passage(*catalog.told[row - len(catalog)], self._currency)
         return item_passage(catalog.titles[row], catalog.categories[row], float(catalog.prices[row]), self._currency)
 
 
@@ -110,6 +115,12 @@ def _find(words: Words, known: dict[Words, Found], least: int) -> list[Found]:
                 used.update(range(start, start + length))
                 found.append(value)
     return found
+
+
+def _told(catalog: Catalog) -> Iterator[tuple[str, float]]:
+    """Titles and prices of the rows, then of the other items that chat tells of."""
+    yield from zip(catalog.titles, catalog.prices.tolist(), strict=True)
+    yield from ((item.title, item.price) for item in catalog.told)
 
 
 def _words(text: str) -> Words:

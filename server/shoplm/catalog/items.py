@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -24,6 +25,14 @@ _COLUMNS = {
 }
 
 
+class Told(NamedTuple):
+    """What chat may say of an item that is not recommended."""
+
+    title: str
+    category: str
+    price: float
+
+
 @dataclass(frozen=True)
 class Catalog:
     """Columns of the items that have a row of their own [N], in row order, and where the rare ones map to."""
@@ -35,6 +44,7 @@ class Catalog:
     in_stock: NDArray[np.bool_]
     type_texts: list[str]  # what the type is, in words: its input embedding is made from this
     rare: dict[str, int]  # item_id -> product type index, for known items without a row
+    told: tuple[Told, ...] = ()  # of the items without a row one for each title, with a price, that no row has with one
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -86,6 +96,8 @@ def read_catalog(folder: Path) -> Catalog:
     if with_row["row"].to_list() != list(range(len(with_row))):
         raise BundleError(f"{path}: column row is not 0..{len(with_row) - 1}, each once")
     without = items.filter(pl.col("row").is_null() & pl.col("type_index").is_not_null())
+    others = items.filter(pl.col("row").is_null() & pl.col("price").is_not_nan())
+    others = others.join(with_row.drop_nulls("price"), on="title", how="anti").unique("title", keep="first", maintain_order=True)
     return Catalog(
         item_ids=with_row["item_id"].to_list(),
         titles=with_row["title"].to_list(),
@@ -94,4 +106,5 @@ def read_catalog(folder: Path) -> Catalog:
         in_stock=with_row["in_stock"].fill_null(True).to_numpy().astype(np.bool_),
         type_texts=[f" {text}" for text in types["description"].to_list()],
         rare=dict(zip(without["item_id"].to_list(), without["type_index"].to_list(), strict=True)),
+        told=tuple(Told(*row) for row in others.select("title", "category", "price").iter_rows()),
     )
