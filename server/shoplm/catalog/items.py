@@ -97,7 +97,8 @@ def read_catalog(folder: Path) -> Catalog:
         raise BundleError(f"{path}: column row is not 0..{len(with_row) - 1}, each once")
     without = items.filter(pl.col("row").is_null() & pl.col("type_index").is_not_null())
     others = items.filter(pl.col("row").is_null() & pl.col("price").is_not_nan())
-    others = others.join(with_row.drop_nulls("price"), on="title", how="anti").unique("title", keep="first", maintain_order=True)
+    others = others.join(with_row.drop_nulls("price"), on="title", how="anti")
+    others = others.unique("title", keep="first", maintain_order=True)
     return Catalog(
         item_ids=with_row["item_id"].to_list(),
         titles=with_row["title"].to_list(),
