@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator
 from typing import TypeVar
 
 import numpy as np
-from shoplm.catalog.items import Catalog
+from shoplm.catalog.items import Catalog, Told
 from shoplm.history import History
 from shoplm.retrieval import Knowledge, Passage, WordIndex, habits_passage, item_passage
 
@@ -37,17 +36,18 @@ class Grounding:
         self._catalog = catalog
         self._currency = currency
         self._decay_days = decay_days
-        # Places in the catalogue: rows, and behind them what is told of the other items.
+        # By place: the items of the rows, and behind them those that are not recommended.
+        self._told = [*map(Told, catalog.titles, catalog.categories, catalog.prices.tolist()), *catalog.told]
         self._titles: dict[Words, int] = {}  # of several items with one title the first speaks
         self._names: dict[Words, list[int]] = {}  # a name is a title up to its first comma
-        for place, (title, price) in enumerate(_told(catalog)):
-            words = _words(title)
-            if words and words not in self._titles and math.isfinite(price):
+        for place, item in enumerate(self._told):
+            words = _words(item.title)
+            if words and words not in self._titles and math.isfinite(item.price):
                 self._titles[words] = place
-                places = self._names.setdefault(_words(title.split(",")[0]), [])
+                places = self._names.setdefault(_words(item.title.split(",")[0]), [])
                 if len(places) < _MAX_ITEMS:
                     places.append(place)
-        self._rows_of_names = list(self._names.values())
+        self._places_of_names = list(self._names.values())
         self._index = WordIndex([" ".join(name) for name in self._names]) if self._names else None
         self._asking = frozenset(self._index.words(_ASKING)) if self._index is not None else frozenset[str]()
 
@@ -58,15 +58,15 @@ class Grounding:
         words = _words(question)
         titled = _find(words, self._titles, _LEAST_TITLE_WORDS)
         if titled:
-            return [self.item(row) for row in titled][:count]
-        rows = _find(words, self._names, 1) or self._worded(question)
-        named = [self.item(row) for row in itertools.chain.from_iterable(rows)]
+            return [self.item(place) for place in titled][:count]
+        places = _find(words, self._names, 1) or self._worded(question)
+        named = [self.item(place) for place in itertools.chain.from_iterable(places)]
         habits = [] if history is None else self._habits(words, history)
         found = [*habits, *named[:_MAX_ITEMS][: max(count - 1, 0)]]
         return (found + self._knowledge.search(question, count))[:count]
 
     def _worded(self, question: str) -> list[list[int]]:
-        """Rows of the names that hold every word of the question but those that ask, the closest first."""
+        """Places of the names that hold every word of the question but those that ask, the closest first."""
         index = self._index
         if index is None:
             return []
@@ -74,7 +74,7 @@ class Grounding:
         if not wanted or index.known(wanted) != wanted:
             return []
         best = np.argsort(-index.scores(wanted), kind="stable")[:_MAX_TRIED].tolist()
-        return [self._rows_of_names[at] for at in best if index.holds(at, wanted)]
+        return [self._places_of_names[at] for at in best if index.holds(at, wanted)]
 
     def habits(self, history: History) -> list[Passage]:
         """What the customer buys most; nothing where nothing is known."""
@@ -96,12 +96,9 @@ class Grounding:
         """Items whose title begins with this name, up to its first comma; the first few in the catalogue's order."""
         return self._names[_words(name)]
 
-    def item(self, row: int) -> Passage:
-        """What the catalogue says of the item, or behind the last row of one that is not recommended."""
-        catalog = self._catalog
-        if row >= len(catalog):
-            return item_passage(*catalog.told[row - len(catalog)], self._currency)
-        return item_passage(catalog.titles[row], catalog.categories[row], float(catalog.prices[row]), self._currency)
+    def item(self, place: int) -> Passage:
+        """What the catalogue says of the item: of a row, or behind the last one of one that is not recommended."""
+        return item_passage(*self._told[place], self._currency)
 
 
 def _find(words: Words, known: dict[Words, Found], least: int) -> list[Found]:
@@ -115,12 +112,6 @@ def _find(words: Words, known: dict[Words, Found], least: int) -> list[Found]:
                 used.update(range(start, start + length))
                 found.append(value)
     return found
-
-
-def _told(catalog: Catalog) -> Iterator[tuple[str, float]]:
-    """Titles and prices of the rows, then of the other items that chat tells of."""
-    yield from zip(catalog.titles, catalog.prices.tolist(), strict=True)
-    yield from ((item.title, item.price) for item in catalog.told)
 
 
 def _words(text: str) -> Words:

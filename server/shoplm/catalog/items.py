@@ -26,7 +26,7 @@ _COLUMNS = {
 
 
 class Told(NamedTuple):
-    """What chat may say of an item that is not recommended."""
+    """What chat may say of an item."""
 
     title: str
     category: str
