@@ -113,13 +113,15 @@ def expected_answer(
 
 @dataclass(frozen=True, slots=True)
 class CostCurve:
-    """Seconds of a step: a constant, and a part per token."""
+    """Seconds of a step: a constant, a part per token and a part per key that a token reads."""
 
     step_seconds: float = 1e-3
     token_seconds: float = 1e-4
+    key_seconds: float = 0.0
 
     def of(self, batch: Batch) -> float:
-        return self.step_seconds + self.token_seconds * len(batch.tokens)
+        keys = sum(row.query_len * row.kv_len for row in batch.rows)
+        return self.step_seconds + self.token_seconds * len(batch.tokens) + self.key_seconds * keys
 
 
 @dataclass(slots=True)

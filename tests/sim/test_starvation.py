@@ -1,4 +1,5 @@
-"""A request that needs nearly all pages beside a stream of small ones, which would take each page as it comes free."""
+"""Who waits although there is time or room: a large request beside a stream of small ones, which would take each page
+as it comes free, and what has missed its target beside an answer that goes on."""
 
 from __future__ import annotations
 
@@ -98,3 +99,30 @@ def test_nobody_leaves_pages_to_a_chat_that_has_room_and_waits_for_time(
     monkeypatch.setattr(scheduler._budgeter, "may_answer", lambda sequence, answers: sequence is not chat)
     simulation.step()
     assert (simulation.records["small"].end is not None) == has_room
+
+
+@pytest.mark.parametrize("history", [64, 1024])
+def test_what_has_missed_its_target_goes_on_beside_an_answer(history: int) -> None:
+    """The least chunk of a prompt that reads much costs more than the least part of a step, yet it is begun."""
+    backend = CheckingBackend(
+        Clock(), pages=200, page_size=16, max_context_tokens=2048, cost=CostCurve(5.5e-3, 1.35e-3, 3e-7)
+    )
+    simulation = Simulation(backend, SchedulerConfig())
+    known = token_ids(range(1_000, 1_000 + history))
+
+    def predict(name: str, own: int) -> None:
+        tokens = known + token_ids(range(own, own + 24))
+        simulation.submit(Request(name, Service.PREDICTION, tokens, Predict(()), simulation.clock.now))
+
+    predict("first", 5_000)
+    simulation.run()
+    simulation.submit(Request("chat", Service.CHAT, token_ids(range(20)), Generate(400), simulation.clock.now))
+    for _ in range(12):
+        simulation.step()
+    begun = simulation.clock.now
+    for number in range(4):  # together they take longer than the target of all but the first
+        predict(f"late{number}", 6_000 + 100 * number)
+    while not all(simulation.records[f"late{number}"].end for number in range(4)):
+        simulation.step()
+    assert simulation.records["chat"].end is None
+    assert simulation.clock.now < begun + 0.5

@@ -145,9 +145,9 @@ class Planner:
         now: float,
     ) -> None:
         """Chunks of prompts: running ones and, in the same order, newly started ones, `waiting` first."""
-        at = 0
+        at, first = 0, True
         to_come = set(prompts)
-        while budget.prompt_tokens > 0 and budget.tokens > 0 and (budget.seconds > 0 or not budget.used):
+        while budget.prompt_tokens > 0 and budget.tokens > 0 and (budget.seconds > 0 or first):
             running = prompts[at] if at < len(prompts) else None
             if waiting is not None and (running is None or self._order.before(waiting, running)):
                 if self._start(waiting, now):
@@ -166,9 +166,10 @@ class Planner:
                 continue
             within = self._budgeter.tokens_within(budget.seconds, running.computed)
             if within < min(LEAST_CHUNK, running.pending):
-                if budget.used:
+                if not first:
                     return  # nobody is started for whom there is no time
-                within = LEAST_CHUNK
+                within = LEAST_CHUNK  # whoever comes first goes on in each step, however much it reads
+            first = False
             most = min(budget.tokens, budget.prompt_tokens, within)
             again = self._memory.is_known(running)  # all of it, but for the hidden state that the task reads
             row = next_tokens(running, 1 if again else min(self._memory.computable(running), most), again=again)
