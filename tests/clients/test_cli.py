@@ -48,6 +48,16 @@ def test_reasons_keep_their_lines_in_a_narrow_terminal(server: CannedServer) -> 
         assert shown in result.stdout
 
 
+def test_rank_shows_the_named_items(server: CannedServer) -> None:
+    result = run(server, "rank", "coffee", "milk", "--customer", "7", "--explain")
+    assert result.exit_code == 0, result.stderr
+    assert list(server.record.last_request.item_ids) == ["coffee", "milk"] and server.record.last_request.explain
+    assert "Coffee" in result.stdout and "Milk" in result.stdout
+    as_json = run(server, "rank", "coffee", "--json")
+    assert "demo-1" in as_json.stderr and json.loads(as_json.stdout)["items"][0]["item_id"] == "coffee"
+    assert run(server, "rank", "--customer", "7").exit_code == 2  # no items
+
+
 def test_filters_reach_the_wire(server: CannedServer) -> None:
     result = run(server, "recommend", "--customer", "7", "--min-price", "1.5", "--max-price", "3", "--in-stock")
     assert result.exit_code == 0, result.stderr
@@ -177,6 +187,16 @@ def test_the_tenant_is_sent_and_a_smaller_answer_says_so(server: CannedServer) -
     assert metadata["x-tenant-id"] == "blue"
     spoken = run(server, "chat", "hi", "--allow-degraded")
     assert "fewer tokens" in spoken.stderr
+
+
+@pytest.mark.parametrize("verb", [["recommend"], ["rank", "milk"], ["predict"], ["chat", "hi"]])
+def test_the_priority_is_sent(server: CannedServer, verb: list[str]) -> None:
+    result = run(server, *verb, "--customer", "7", "--priority", "-3")
+    assert result.exit_code == 0, result.stderr
+    (metadata,) = server.record.metadata.values()
+    assert metadata["x-priority"] == "-3"
+    refused = run(server, *verb, "--customer", "7", "--priority", "101")
+    assert refused.exit_code == 2 and "101" in refused.stderr
 
 
 def test_targets_are_parsed() -> None:

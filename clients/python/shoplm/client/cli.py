@@ -1,4 +1,4 @@
-"""The client's command-line verbs: `recommend`, `chat`, `predict` and `model`. Need only the client, no server.
+"""The client's command-line verbs: `recommend`, `rank`, `chat`, `predict` and `model`. Need only the client, no server.
 
 Answers go to stdout (readable, or JSON with `--json`), everything else to stderr. Exit codes:
 
@@ -35,6 +35,9 @@ CustomerId = Annotated[str | None, typer.Option("--customer", help="Whom; left o
 AllowDegraded = Annotated[
     bool, typer.Option("--allow-degraded", help="Rather a smaller answer than a refusal when the server is busy.")
 ]
+Priority = Annotated[
+    int | None, typer.Option(help="Before (above 0) or behind the other requests of the same tenant, where they wait.")
+]
 HistoryFile = Annotated[
     Path | None, typer.Option("--history", help="A customer with events: JSON of shoplm.v1.Customer.", dir_okay=False)
 ]
@@ -54,6 +57,7 @@ def recommend(
     new_only: Annotated[bool, typer.Option("--new-only", help="Leave out what the customer has bought.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say why.")] = False,
     allow_degraded: AllowDegraded = False,
+    priority: Priority = None,
     as_json: Json = False,
 ) -> None:
     """Recommend items to a customer."""
@@ -66,7 +70,29 @@ def recommend(
         in_stock_only=in_stock,
     )
     whom = _customer(client, customer, history)
-    answer = client.recommend(whom, count=count, filter=item_filter, explain=explain, allow_degraded=allow_degraded)
+    answer = client.recommend(
+        whom, count=count, filter=item_filter, explain=explain, allow_degraded=allow_degraded, priority=priority
+    )
+    if as_json:
+        _print_json(answer.raw)
+    else:
+        render.recommendations(_stdout(), answer)
+
+
+@connected
+def rank(
+    client: Client,
+    items: Annotated[list[str], typer.Argument(help="Ids of the items.", metavar="ITEM…")],
+    customer: CustomerId = None,
+    history: HistoryFile = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say why.")] = False,
+    allow_degraded: AllowDegraded = False,
+    priority: Priority = None,
+    as_json: Json = False,
+) -> None:
+    """Put items of your choice in a customer's order, best first."""
+    whom = _customer(client, customer, history)
+    answer = client.rank(whom, items, explain=explain, allow_degraded=allow_degraded, priority=priority)
     if as_json:
         _print_json(answer.raw)
     else:
@@ -87,12 +113,13 @@ def predict(
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say what moved each prediction.")] = False,
     allow_degraded: AllowDegraded = False,
+    priority: Priority = None,
     as_json: Json = False,
 ) -> None:
     """Predict what a customer will do; without --target, everything the shop can predict."""
     targets = [parse_target(text) for text in target or ()]
     whom = _customer(client, customer, history)
-    answer = client.predict(whom, targets, explain=explain, allow_degraded=allow_degraded)
+    answer = client.predict(whom, targets, explain=explain, allow_degraded=allow_degraded, priority=priority)
     if as_json:
         _print_json(answer.raw)
     else:
@@ -116,6 +143,7 @@ def chat(
         typer.Option(help="Use the shop's texts, named items, own purchases; left out: if there is a bundle."),
     ] = None,
     allow_degraded: AllowDegraded = False,
+    priority: Priority = None,
     as_json: Json = False,
 ) -> None:
     """Chat with the shop's assistant; the answer appears as it is made."""
@@ -131,6 +159,7 @@ def chat(
             seed=seed,
             grounding=grounding,
             allow_degraded=allow_degraded,
+            priority=priority,
         ) as answer:
             said = []
             for delta in answer:
@@ -159,7 +188,7 @@ def model(
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to an application."""
-    for verb in (recommend, chat, predict, model):
+    for verb in (recommend, rank, chat, predict, model):
         app.command()(verb)
 
 

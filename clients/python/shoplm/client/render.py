@@ -15,6 +15,7 @@ from shoplm.client.types import (
     ModelVersion,
     Prediction,
     Predictions,
+    Ranking,
     Reason,
     Recommendations,
     ResponseWarning,
@@ -32,7 +33,7 @@ _PHRASES = {
 }
 
 
-def recommendations(console: Console, answer: Recommendations) -> None:
+def recommendations(console: Console, answer: Recommendations | Ranking) -> None:
     """A table of the items, and below it their reasons where there are some."""
     table = Table("#", "item", "title", "category", "price", "score", box=None)
     for name in ("#", "price", "score"):
