@@ -37,7 +37,8 @@ class Grounding:
         self._currency = currency
         self._decay_days = decay_days
         # By place: the items of the rows, and behind them those that are not recommended.
-        self._told = [*map(Told, catalog.titles, catalog.categories, catalog.prices.tolist()), *catalog.told]
+        rows = zip(catalog.titles, catalog.categories, catalog.prices.tolist(), catalog.in_stock.tolist(), strict=True)
+        self._told = [*itertools.starmap(Told, rows), *catalog.told]
         self._titles: dict[Words, int] = {}  # of several items with one title the first speaks
         self._names: dict[Words, list[int]] = {}  # a name is a title up to its first comma
         for place, item in enumerate(self._told):
@@ -54,24 +55,33 @@ class Grounding:
     def search(self, question: str, history: History | None, count: int) -> list[Passage]:
         """At most `count` passages, the surest first: an item whose whole title is in the question stands alone; else
         the customer's purchases, items by their names, and the shop's texts. Where no name is in the question, an item
-        counts whose name holds all that the question asks for (`gasoline` finds `Gasoline-reg unleaded`)."""
+        counts whose name holds all that the question asks for (`gasoline` finds `Gasoline-reg unleaded`). Where the
+        items hold all of that, texts that share no more than words such as `sell` with the question are left out."""
         words = _words(question)
         titled = _find(words, self._titles, _LEAST_TITLE_WORDS)
         if titled:
             return [self.item(place) for place in titled][:count]
-        places = _find(words, self._names, 1) or self._worded(question)
-        named = [self.item(place) for place in itertools.chain.from_iterable(places)]
+        wanted = self._wanted(question)
+        places = _find(words, self._names, 1) or self._worded(wanted)
+        named = [self.item(place) for place in itertools.chain.from_iterable(places)][:_MAX_ITEMS]
         habits = [] if history is None else self._habits(words, history)
-        found = [*habits, *named[:_MAX_ITEMS][: max(count - 1, 0)]]
-        return (found + self._knowledge.search(question, count))[:count]
+        found = [*habits, *named[: max(count - 1, 0)]]
+        aside = self._asking if named and self._hold(named, wanted) else frozenset[str]()
+        return (found + self._knowledge.search(question, count, aside))[:count]
 
-    def _worded(self, question: str) -> list[list[int]]:
-        """Places of the names that hold every word of the question but those that ask, the closest first."""
+    def _wanted(self, question: str) -> list[str]:
+        """Stems of the question's words that could name an item."""
+        return [] if self._index is None else [w for w in self._index.asked(question) if w not in self._asking]
+
+    def _hold(self, items: list[Passage], wanted: list[str]) -> bool:
+        """Whether each of these words stands in the title of one of the items."""
         index = self._index
-        if index is None:
-            return []
-        wanted = [word for word in index.asked(question) if word not in self._asking]
-        if not wanted or index.known(wanted) != wanted:
+        return index is not None and set(wanted) <= set(index.words(" ".join(item.title for item in items)))
+
+    def _worded(self, wanted: list[str]) -> list[list[int]]:
+        """Places of the names that hold all of these words, the closest first."""
+        index = self._index
+        if index is None or not wanted or index.known(wanted) != wanted:
             return []
         best = np.argsort(-index.scores(wanted), kind="stable")[:_MAX_TRIED].tolist()
         return [self._places_of_names[at] for at in best if index.holds(at, wanted)]

@@ -39,9 +39,11 @@ class Passage:
         return f"{self.title}: {self.text}"
 
 
-def item_passage(title: str, category: str, price: float, currency: str) -> Passage:
-    """What the catalogue says of an item, as a passage."""
-    return Passage(ITEMS_SOURCE, title, f"category {category}, price {price:.2f} {currency}")
+def item_passage(title: str, category: str, price: float, in_stock: bool, currency: str) -> Passage:
+    """What the catalogue says of an item, as a passage. That it is sold is said in so many words: a small model that
+    has learnt to decline what is not sold does not conclude it from a price."""
+    sold = "yes, we sell it" if in_stock else "yes, we sell it, but it is out of stock"
+    return Passage(ITEMS_SOURCE, title, f"{sold}, category {category}, price {price:.2f} {currency}")
 
 
 def habits_passage(titles: Sequence[str]) -> Passage:
@@ -105,18 +107,19 @@ class Knowledge:
     def __len__(self) -> int:
         return len(self.passages)
 
-    def search(self, query: str, count: int) -> list[Passage]:
+    def search(self, query: str, count: int, aside: frozenset[str] = frozenset()) -> list[Passage]:
         """At most `count` passages that share a word with the query, best first; ties in the order of the texts. Those
         that are far behind the best one are left out: they would only distract.
 
         Words such as `how` and `you` count only where the query asks for something that no text speaks of: a model that
-        is shown what does not answer says so, and one that is shown nothing makes something up.
+        is shown what does not answer says so, and one that is shown nothing makes something up. Where something else
+        answers already, they do not count, nor do those whose stems are in `aside`.
         """
         index = self._index
         if index is None or count <= 0:
             return []
-        asked = index.asked(query)
-        known = index.known(asked) or (index.known(index.words(query)) if asked else [])
+        asked = [word for word in index.asked(query) if word not in aside]
+        known = index.known(asked) or (index.known(index.words(query)) if asked and not aside else [])
         if not known:
             return []
         scores = index.scores(known)

@@ -31,6 +31,7 @@ class Told(NamedTuple):
     title: str
     category: str
     price: float
+    in_stock: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def read_catalog(folder: Path) -> Catalog:
     others = items.filter(pl.col("row").is_null() & pl.col("price").is_not_nan())
     others = others.join(with_row.drop_nulls("price"), on="title", how="anti")
     others = others.unique("title", keep="first", maintain_order=True)
+    told = others.select("title", "category", "price", pl.col("in_stock").fill_null(True))
     return Catalog(
         item_ids=with_row["item_id"].to_list(),
         titles=with_row["title"].to_list(),
@@ -107,5 +109,5 @@ def read_catalog(folder: Path) -> Catalog:
         in_stock=with_row["in_stock"].fill_null(True).to_numpy().astype(np.bool_),
         type_texts=[f" {text}" for text in types["description"].to_list()],
         rare=dict(zip(without["item_id"].to_list(), without["type_index"].to_list(), strict=True)),
-        told=tuple(Told(*row) for row in others.select("title", "category", "price").iter_rows()),
+        told=tuple(Told(*row) for row in told.iter_rows()),
     )
