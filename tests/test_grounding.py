@@ -56,6 +56,14 @@ def test_items_that_are_not_recommended_are_found_too(grounding: Grounding) -> N
     assert max(grounding.told_rows) < len(_TITLES)
 
 
+def test_who_asks_for_more_than_an_item_is_is_not_told_that_it_is_sold(grounding: Grounding) -> None:
+    assert (
+        grounding.search("Do you sell bread knives?", None, 2)[0].text
+        == "out of stock, category Pantry, price 2.00 EUR"
+    )
+    assert grounding.search("What do olive oil lamps cost?", None, 2)[0].text == "category Pantry, price 6.99 EUR"
+
+
 def test_an_item_is_found_by_its_name(grounding: Grounding) -> None:
     found = grounding.search("What does OLIVE OIL cost?", _history([]), 4)
     assert _titles(found) == [

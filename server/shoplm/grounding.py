@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 from shoplm.catalog.items import Catalog, Told
 from shoplm.history import History
-from shoplm.retrieval import Knowledge, Passage, WordIndex, habits_passage, item_passage
+from shoplm.retrieval import ITEMS_SOURCE, Knowledge, Passage, WordIndex, habits_passage
 
 MAX_HABITS = 5
 _MAX_ITEMS = 2  # of one name
@@ -20,8 +20,8 @@ _LEAST_TITLE_WORDS = 2  # a title of one word may be any word of a question
 _WORD = re.compile(r"\w+")
 _HABIT_WORDS = frozenset(("bought", "favorite", "favourite", "most", "often", "purchases", "usual", "usually"))
 _OWN_WORDS = frozenset(("i", "my", "me"))
-_ASKING = """aisle buy carry category cheap cost costs department expensive find get got keep like look looking much
-need offer please price prices sell shelf shop stock store want"""  # words that ask for an item, and name none
+_ASKING = """aisle available buy carry category cheap cost costs department expensive find get got keep like look
+looking much need offer please price prices sell shelf shop show sold stock store today want"""  # words that ask for an item, and name none
 
 Words = tuple[str, ...]
 Found = TypeVar("Found")
@@ -62,21 +62,22 @@ class Grounding:
         if titled:
             return [self.item(place) for place in titled][:count]
         wanted = self._wanted(question)
-        places = _find(words, self._names, 1) or self._worded(wanted)
-        named = [self.item(place) for place in itertools.chain.from_iterable(places)][:_MAX_ITEMS]
+        places = list(itertools.chain.from_iterable(_find(words, self._names, 1) or self._worded(wanted)))[:_MAX_ITEMS]
+        whole = self._hold(places, wanted)
         habits = [] if history is None else self._habits(words, history)
-        found = [*habits, *named[: max(count - 1, 0)]]
-        aside = self._asking if named and self._hold(named, wanted) else frozenset[str]()
-        return (found + self._knowledge.search(question, count, aside))[:count]
+        found = [*habits, *[self.item(place, is_wanted=whole) for place in places][: max(count - 1, 0)]]
+        texts = self._knowledge.search(question, count, aside=self._asking if whole else frozenset())
+        return (found + texts)[:count]
 
     def _wanted(self, question: str) -> list[str]:
         """Stems of the question's words that could name an item."""
         return [] if self._index is None else [w for w in self._index.asked(question) if w not in self._asking]
 
-    def _hold(self, items: list[Passage], wanted: list[str]) -> bool:
-        """Whether each of these words stands in the title of one of the items."""
-        index = self._index
-        return index is not None and set(wanted) <= set(index.words(" ".join(item.title for item in items)))
+    def _hold(self, places: list[int], wanted: list[str]) -> bool:
+        """Whether there are items, and each of these words stands in the title of one of them."""
+        if self._index is None or not places:
+            return False
+        return set(wanted) <= set(self._index.words(" ".join(self._told[place].title for place in places)))
 
     def _worded(self, wanted: list[str]) -> list[list[int]]:
         """Places of the names that hold all of these words, the closest first."""
@@ -106,9 +107,17 @@ class Grounding:
         """Items whose title begins with this name, up to its first comma; the first few in the catalogue's order."""
         return self._names[_words(name)]
 
-    def item(self, place: int) -> Passage:
-        """What the catalogue says of the item: of a row, or behind the last one of one that is not recommended."""
-        return item_passage(*self._told[place], self._currency)
+    def item(self, place: int, *, is_wanted: bool = True) -> Passage:
+        """What the catalogue says of the item: of a row, or behind the last one of one that is not recommended.
+
+        Unless it `is_wanted`, the question asks for more than the item is, as for `train tickets` where there are
+        `Tickets`. That what is wanted is sold is said in so many words: a small model that has learnt to decline what
+        is not sold does not conclude it from a price."""
+        item = self._told[place]
+        facts = ["yes, we sell it"] if is_wanted else []
+        facts += [] if item.in_stock else ["but it is out of stock" if is_wanted else "out of stock"]
+        facts += [f"category {item.category}", f"price {item.price:.2f} {self._currency}"]
+        return Passage(ITEMS_SOURCE, item.title, ", ".join(facts))
 
 
 def _find(words: Words, known: dict[Words, Found], least: int) -> list[Found]:

@@ -39,13 +39,6 @@ class Passage:
         return f"{self.title}: {self.text}"
 
 
-def item_passage(title: str, category: str, price: float, in_stock: bool, currency: str) -> Passage:
-    """What the catalogue says of an item, as a passage. That it is sold is said in so many words: a small model that
-    has learnt to decline what is not sold does not conclude it from a price."""
-    sold = "yes, we sell it" if in_stock else "yes, we sell it, but it is out of stock"
-    return Passage(ITEMS_SOURCE, title, f"{sold}, category {category}, price {price:.2f} {currency}")
-
-
 def habits_passage(titles: Sequence[str]) -> Passage:
     """What the customer buys most, best first, as a passage."""
     return Passage("customer", "What this customer often buys", "; ".join(titles))
