@@ -16,16 +16,18 @@ FILES = {
     for folder in (ROOT / "server", ROOT / "kernels", ROOT / "training", ROOT / "clients/python")
     for file in (folder / "shoplm").rglob("*.py")
 }
-_PLAIN = """attribution batch cache catalog engine features followup grounding history kernels model prompt readout
-    request retrieval scheduler simulate vocabulary"""
+_PLAIN = """attribution batch bundle_check cache catalog demo_customers engine features followup grounding history
+    kernels model prompt raw_events readout request retrieval scheduler served simulate training vocabulary"""
 # What is never loaded with these parts of `shoplm`, nor by what they import. Imports within functions do not count.
 WITHOUT = {
-    "torch": """api attribution batch bundle bundle_cli cache call_metrics catalog client config features followup
-        grounding histograms history launchers metrics prompt request retrieval scheduler server simulate vocabulary""",
+    "torch": """api attribution batch bundle bundle_cli cache call_metrics catalog client config demo_customers features
+        followup grounding histograms history launchers metrics prompt raw_events request retrieval scheduler served
+        server simulate vocabulary""",
     "triton": "launchers",
     "numpy": "cache client request scheduler",
     "asyncio": "cache scheduler",
     "grpc": "catalog engine kernels model readout training",
+    "shoplm.api": "bundle_check engine model readout simulate training",
     "shoplm.v1": _PLAIN,
     "google": _PLAIN,
 }

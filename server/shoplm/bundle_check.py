@@ -13,9 +13,9 @@ import polars as pl
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from shoplm.api.demo import read_demo_customers
 from shoplm.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ShopManifest, file_hash, read_manifest
 from shoplm.catalog.items import read_catalog
+from shoplm.demo_customers import read_demo_customers
 from shoplm.errors import BundleError, ConfigurationError
 from shoplm.features import FEATURE_NAMES, FEATURE_VERSION
 from shoplm.model.adapter import read_adapter

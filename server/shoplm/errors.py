@@ -3,7 +3,7 @@
     ShopLMError
     ├── InvalidRequestError      a field of a request is wrong      -> INVALID_ARGUMENT + BadRequest
     ├── UnauthenticatedError     no or a wrong token                -> UNAUTHENTICATED
-    ├── NotServingError          this server has no such service    -> UNIMPLEMENTED / FAILED_PRECONDITION
+    ├── NotServingError          this server has no such service    -> FAILED_PRECONDITION
     ├── ExpiredError             the deadline passed in the queue   -> DEADLINE_EXCEEDED
     ├── CancelledByCallerError   the caller has gone                -> CANCELLED
     ├── RetryableError           worth trying again                 -> + RetryInfo

@@ -27,7 +27,6 @@ from shoplm.api.customers import CustomerReader
 from shoplm.api.grpc_server import GrpcServer
 from shoplm.api.health import Health
 from shoplm.api.probes import ProbeServer
-from shoplm.api.shop import Served, load_served, server_version
 from shoplm.bundle import manifest_hash, read_manifest
 from shoplm.collector import keep_loaded
 from shoplm.config import ServerConfig
@@ -43,6 +42,7 @@ from shoplm.model.origin import Origin
 from shoplm.open_files import raise_limit
 from shoplm.prompt import SUFFIX_TOKENS
 from shoplm.request import StepStats
+from shoplm.served import Served, load_served, server_version
 
 EXIT_CALLS_CUT, EXIT_CONFIGURATION, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_TRANSIENT = 75  # EX_TEMPFAIL of sysexits.h: start me again
@@ -237,10 +237,8 @@ class Server:
 
     def _describe(self, engine: ManagedEngine) -> None:
         assert self.served is not None
-        model = self.served.model_version
         backend = engine.ready.backend if engine.ready is not None else ""
-        info = ModelInfo(model.bundle, model.version, model.base_model, backend, server_version())
-        self.metrics.describe(info)
+        self.metrics.describe(ModelInfo(*self.served.model_version, backend, server_version()))
 
 
 async def serve(config: ServerConfig, make_engine: EngineFactory = engine_process) -> int:

@@ -12,11 +12,11 @@ import polars as pl
 import pytest
 from safetensors.numpy import load_file, save_file
 from served_shop import ShopFolders
-from shoplm.api.demo import read_demo_customers
 from shoplm.bundle import ShopManifest, file_hash, read_manifest, write_manifest
 from shoplm.bundle_check import check_bundle
 from shoplm.bundle_cli import bundle
 from shoplm.catalog.items import read_catalog
+from shoplm.demo_customers import read_demo_customers
 from shoplm.errors import BundleError
 from shoplm.model.base import resolve_base
 from tiny_shop import ITEMS

@@ -9,11 +9,11 @@ from served_shop import ShopFolders
 from shoplm.api.caller import Caller, caller
 from shoplm.api.customers import CustomerReader
 from shoplm.api.recent import Memo, Read, RecentCustomers
-from shoplm.api.shop import load_served
 from shoplm.api.validation import Violations
 from shoplm.api.warnings import Warnings
 from shoplm.history import History
 from shoplm.model.base import resolve_base
+from shoplm.served import load_served
 from shoplm.v1 import shop_pb2
 from tiny_shop import DEMO_CUSTOMER, item_id
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import typer
 from safetensors.torch import load_file
-from shoplm.api.shop import load_served
 from shoplm.bundle import read_manifest
 from shoplm.catalog.items import read_catalog
 from shoplm.errors import BundleError, ConfigurationError
 from shoplm.model.base import bundle_base
 from shoplm.model.origin import Origin
+from shoplm.served import load_served
 from shoplm.training import pipeline
 from shoplm.training.adapt import trainer
 from shoplm.training.adapt.scratch_model import SIZES, ScratchSize

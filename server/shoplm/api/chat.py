@@ -80,7 +80,7 @@ class ChatService(ChatServiceServicer):
                 finish_reason=_FINISH[answer.finish_reason],
                 usage=core.usage(work, answer.cached_tokens, answer.completion_tokens),
                 citations=[pb.Citation(source=each.source, title=each.title, text=each.text) for each in passages],
-                model=core.served.model_version,
+                model=core.model_version,
                 warnings=core.warned(_SERVICE, warnings),
                 degradations=core.degraded(answer.degraded),
             )

@@ -13,7 +13,6 @@ import grpc.aio
 from shoplm.api.caller import caller
 from shoplm.api.customers import CustomerReader
 from shoplm.api.recent import Memo
-from shoplm.api.shop import Served, Shop
 from shoplm.api.warnings import Warnings
 from shoplm.config import ServerConfig
 from shoplm.errors import EngineUnavailableError, InvalidRequestError, NotServingError
@@ -37,6 +36,7 @@ from shoplm.request import (
     TokensOutput,
     token_ids,
 )
+from shoplm.served import Served, Shop
 from shoplm.v1 import shop_pb2
 
 _DEGRADATIONS = {
@@ -79,6 +79,11 @@ class Core:
     metrics: Metrics
     customers: CustomerReader
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    @cached_property
+    def model_version(self) -> shop_pb2.ModelVersion:
+        """What every response names."""
+        return shop_pb2.ModelVersion(**self.served.model_version._asdict())
 
     @cached_property
     def prefix(self) -> Memo[History, Prefix]:

@@ -9,13 +9,13 @@ import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 from numpy.typing import NDArray
 from shoplm.api.caller import caller
-from shoplm.api.demo import RawEvents, resolve_items
 from shoplm.api.recent import Read, RecentCustomers
-from shoplm.api.shop import Shop
 from shoplm.api.validation import Violations, quote
 from shoplm.api.warnings import Warnings
 from shoplm.catalog.items import Catalog
 from shoplm.history import EVENT_KINDS, MAX_ATTRIBUTE_BYTES, MAX_ATTRIBUTES, SECONDS_PER_DAY, EventKind, History
+from shoplm.raw_events import RawEvents, resolve_items
+from shoplm.served import Shop
 from shoplm.v1 import shop_pb2
 
 _MOST_TIMES_EVENTS = 20  # max_events: more are not even looked at, to find the newest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shoplm.api.core import Context, Core
 from shoplm.api.prediction import target_message
-from shoplm.api.shop import server_version
+from shoplm.served import server_version
 from shoplm.v1 import model_pb2 as pb
 from shoplm.v1.model_pb2_grpc import ModelServiceServicer
 
@@ -19,7 +19,7 @@ class ModelService(ModelServiceServicer):
         core = self._core
         config, shop = core.config, core.served.shop
         response = pb.GetModelResponse(
-            model=core.served.model_version,
+            model=core.model_version,
             limits=pb.Limits(
                 max_context_tokens=core.ready().max_context_tokens,
                 max_history_tokens=shop.manifest.prompt.history_budget_tokens if shop is not None else 0,

@@ -101,7 +101,7 @@ class PredictionService(PredictionServiceServicer):
     def _template(self, targets: Sequence[_Target]) -> bytes:
         """What every answer for these targets says. It is parsed sooner than it is put together field by field."""
         predictions = [target.constant for target in targets]
-        return pb.PredictResponse(predictions=predictions, model=self._core.served.model_version).SerializeToString()
+        return pb.PredictResponse(predictions=predictions, model=self._core.model_version).SerializeToString()
 
     def _asked(self, targets: Sequence[pb.Target], violations: Violations) -> tuple[_Target, ...]:
         if not violations.length("targets", targets, self._core.config.max_targets, "max_targets"):

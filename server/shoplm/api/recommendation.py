@@ -8,11 +8,11 @@ from shoplm.api.customers import MAX_ID_BYTES
 from shoplm.api.explanations import Asked, Explainer, Explanation
 from shoplm.api.filters import excluded_rows, read_filter
 from shoplm.api.reasons import reasons
-from shoplm.api.shop import Shop
 from shoplm.api.validation import Violations
 from shoplm.api.warnings import Warnings
 from shoplm.history import History
 from shoplm.request import FinishedOutput, Request, Select, SelectOutput, Service
+from shoplm.served import Shop
 from shoplm.v1 import recommendation_pb2 as pb
 from shoplm.v1.recommendation_pb2_grpc import RecommendationServiceServicer
 from shoplm.v1.shop_pb2 import Usage
@@ -66,7 +66,7 @@ class RecommendationService(RecommendationServiceServicer):
         warnings.add("UNKNOWN_ITEM", found.count(None))
         if not candidates:
             return pb.RankResponse(
-                model=self._core.served.model_version, usage=Usage(), warnings=self._core.warned(_SERVICE, warnings)
+                model=self._core.model_version, usage=Usage(), warnings=self._core.warned(_SERVICE, warnings)
             )
         select = Select(count=len(candidates), beam_width=0, candidates=candidates)
         response = pb.RankResponse()
@@ -98,7 +98,7 @@ class RecommendationService(RecommendationServiceServicer):
         why = await self._explain(request.explain, work, finished, selected, history, context, warnings)
         response.usage.explanation_tokens = why.tokens
         response.items.extend(_items(shop, select, selected, history, request.explain, why))
-        response.model.CopyFrom(core.served.model_version)
+        response.model.CopyFrom(core.model_version)
         response.warnings.extend(core.warned(_SERVICE, warnings))
         response.degradations.extend(core.degraded((*why.degraded, *finished.degraded)))
 

@@ -9,7 +9,6 @@ import grpc.aio
 import numpy as np
 from numpy.typing import NDArray
 from shoplm.api.customers import CustomerReader
-from shoplm.api.shop import Served, Shop
 from shoplm.api.validation import Violations
 from shoplm.api.warnings import Warnings
 from shoplm.config import ServerConfig
@@ -18,6 +17,7 @@ from shoplm.errors import ConfigurationError
 from shoplm.history import EventKind, History, utc_day
 from shoplm.model.config import ModelConfig
 from shoplm.prompt import Prefix, Visit
+from shoplm.served import Served, Shop
 from shoplm.server import EngineFactory, Server, engine_process
 from shoplm.v1 import prediction_pb2, recommendation_pb2, shop_pb2
 from shoplm.v1.prediction_pb2_grpc import PredictionServiceStub

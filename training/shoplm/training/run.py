@@ -11,7 +11,6 @@ import msgspec
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from shoplm.api.shop import load_served
 from shoplm.bundle import ShopManifest, read_manifest
 from shoplm.catalog.items import read_catalog
 from shoplm.engine.load import load_backend
@@ -23,6 +22,7 @@ from shoplm.model.base import Base, bundle_base, resolve_base
 from shoplm.model.origin import Origin
 from shoplm.readout.habits import load_habits
 from shoplm.readout.rebuy import load_rebuy
+from shoplm.served import load_served
 from shoplm.training import pipeline
 from shoplm.training.adapt.causal import CPU
 from shoplm.training.adapt.kept import measure_adapter

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from shoplm.api.demo import RawEvents, resolve_items
 from shoplm.catalog.items import Catalog
 from shoplm.history import EventKind, History
+from shoplm.raw_events import RawEvents, resolve_items
 from shoplm.training.log import read_table
 from shoplm.training.log_columns import cleaned_events, text_column, time_column
 from shoplm.training.problems import LogError, Problem

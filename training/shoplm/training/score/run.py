@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from shoplm.api.shop import Served, Shop, load_served
 from shoplm.config import ServerConfig
 from shoplm.engine.client import EngineClient
 from shoplm.errors import ConfigurationError
 from shoplm.history import EVENT_KINDS, utc_moment
 from shoplm.model.base import Base
+from shoplm.served import Served, Shop, load_served
 from shoplm.training.problems import Problem
 from shoplm.training.score.parts import PART_QUESTIONS, Parts
 from shoplm.training.score.questions import Questions, read_questions

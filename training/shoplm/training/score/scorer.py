@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import polars as pl
-from shoplm.api.shop import Served, Shop
 from shoplm.bundle import HeadSpec
 from shoplm.features import dense_features
 from shoplm.history import History
 from shoplm.readout.answers import Answer, answer, applies, seconds_since_purchase, usual
 from shoplm.readout.targets import PROBABILITIES
 from shoplm.request import FinishedOutput, Predict, Request, Select, Service, Task, token_ids
+from shoplm.served import Served, Shop
 from shoplm.training.score.questions import Question, Questions
 
 IN_FLIGHT = 64  # questions the engine has at once: enough to fill its steps, few enough for its queue

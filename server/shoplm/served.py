@@ -1,4 +1,4 @@
-"""What the API process knows about what is served: metadata, tokenizer, catalogue, demo customers. No torch."""
+"""What is served, but for the model itself: metadata, tokenizer, catalogue, demo customers. No torch, no protobuf."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from shoplm.api.demo import DemoHistory, read_demo_customers
 from shoplm.bundle import HeadSpec, ShopManifest, read_manifest
 from shoplm.catalog.items import Catalog, read_catalog
+from shoplm.demo_customers import DemoHistory, read_demo_customers
 from shoplm.errors import BundleError
 from shoplm.features import FEATURE_VERSION, kinds_in
 from shoplm.grounding import Grounding
@@ -26,13 +26,12 @@ from shoplm.readout.habits import HabitTable, load_habits
 from shoplm.readout.rebuy import OwnItems, Rebuy, load_rebuy, own_items
 from shoplm.readout.targets import check_spec
 from shoplm.retrieval import Knowledge, read_knowledge
-from shoplm.v1 import shop_pb2
 from shoplm.vocabulary import ShopVocabulary
 
 
 @dataclass(frozen=True)
 class Shop:
-    """A bundle, as far as the API needs it."""
+    """A bundle, as far as it can be read without torch."""
 
     manifest: ShopManifest
     catalog: Catalog
@@ -68,6 +67,14 @@ class Shop:
         return self.manifest.targets
 
 
+class ModelVersion(NamedTuple):
+    """What every answer names. Without a bundle, the first two are empty."""
+
+    bundle: str
+    version: str
+    base_model: str
+
+
 @dataclass(frozen=True)
 class Served:
     """The base model's text side and, where there is one, the shop."""
@@ -77,13 +84,11 @@ class Served:
     prompts: PromptBuilder
     shop: Shop | None
 
-    @cached_property
-    def model_version(self) -> shop_pb2.ModelVersion:
-        """What every response names."""
+    @property
+    def model_version(self) -> ModelVersion:
         if self.shop is None:
-            return shop_pb2.ModelVersion(base_model=self.base.name)
-        manifest = self.shop.manifest
-        return shop_pb2.ModelVersion(bundle=manifest.name, version=manifest.version, base_model=self.base.name)
+            return ModelVersion("", "", self.base.name)
+        return ModelVersion(self.shop.manifest.name, self.shop.manifest.version, self.base.name)
 
     @cached_property
     def cache_root(self) -> str:
@@ -104,7 +109,7 @@ def server_version() -> str:
 
 
 def load_served(base: Base, bundle: Path | None, *, verify: bool = True) -> Served:
-    """Read what the API needs. Raises BaseModelError and BundleError naming what cannot be used."""
+    """Read base and bundle. Raises BaseModelError and BundleError naming what cannot be used."""
     tokenizer = Tokenizer.from_folder(base.folder)
     template = ChatTemplate.from_folder(base.folder)
     if bundle is None:
