@@ -49,7 +49,7 @@ from shoplm.engine.supervisor import ProcessEngineClient
 from shoplm.model.backend import BackendInfo, Finished
 from shoplm.model.base import Base
 from shoplm.request import Select
-from shoplm.server import serve
+from shoplm.serve import serve
 from shoplm.v1 import chat_pb2, model_pb2, prediction_pb2, shop_pb2
 
 PREDICT = "/shoplm.v1.PredictionService/Predict"

@@ -18,7 +18,7 @@ from shoplm.api.status import CODES
 from shoplm.config import ServerConfig
 from shoplm.errors import DrainingError, ShopLMError
 from shoplm.metrics import Metrics
-from shoplm.server import EXIT_CONFIGURATION
+from shoplm.serve import EXIT_CONFIGURATION
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 RULES = DEPLOY / "prometheus" / "shoplm.rules.yml"

@@ -21,8 +21,8 @@ _PLAIN = """attribution batch bundle_check cache catalog demo_customers engine f
 # What is never loaded with these parts of `shoplm`, nor by what they import. Imports within functions do not count.
 WITHOUT = {
     "torch": """api attribution batch bundle bundle_cli cache call_metrics catalog client config demo_customers features
-        followup grounding histograms history launchers metrics prompt raw_events request retrieval scheduler served
-        server simulate vocabulary""",
+        followup grounding histograms history launchers metrics prompt raw_events request retrieval scheduler serve
+        served server simulate vocabulary""",
     "triton": "launchers",
     "numpy": "cache client request scheduler",
     "asyncio": "cache scheduler",

@@ -43,7 +43,7 @@ def _serve(arguments: list[str]) -> int:
     try:
         if not _SHOWS.intersection(arguments):
             engine = import_module("shoplm.engine.launch").EngineProcess()
-        code: int = import_module("shoplm.server").serve_command(arguments, engine)
+        code: int = import_module("shoplm.serve").serve_command(arguments, engine)
     except ModuleNotFoundError as error:
         return _missing("serve", error, "server")
     finally:

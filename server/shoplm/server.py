@@ -1,6 +1,6 @@
-"""Starts everything, says that it is ready, and stops without failing a call.
+"""The API process: starts everything, and stops without failing a call.
 
-The API process: gRPC, metrics and probes on one event loop. The engine is a process of its own behind its client.
+gRPC, metrics and probes are on one event loop. The engine is a process of its own behind its client.
 """
 
 from __future__ import annotations
@@ -8,19 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import shlex
-import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import msgspec
-from shoplm.address import address
 from shoplm.api.calls import Calls
 from shoplm.api.core import Core, Engine
 from shoplm.api.customers import CustomerReader
@@ -30,25 +25,19 @@ from shoplm.api.probes import ProbeServer
 from shoplm.bundle import manifest_hash, read_manifest
 from shoplm.collector import keep_loaded
 from shoplm.config import ServerConfig
-from shoplm.config_sources import load_config
 from shoplm.engine.launch import EngineProcess
 from shoplm.engine.shop_texts import ShopTexts
 from shoplm.engine.supervisor import ProcessEngineClient
 from shoplm.errors import ConfigurationError, TransientError
-from shoplm.logs import configure_logs
 from shoplm.metrics import Metrics, ModelInfo
 from shoplm.model.base import Base, bundle_base
 from shoplm.model.origin import Origin
-from shoplm.open_files import raise_limit
 from shoplm.prompt import SUFFIX_TOKENS
 from shoplm.request import StepStats
 from shoplm.served import Served, load_served, server_version
 
-EXIT_CALLS_CUT, EXIT_CONFIGURATION, EXIT_INTERRUPTED = 1, 2, 130
-EXIT_TRANSIENT = 75  # EX_TEMPFAIL of sysexits.h: start me again
-_FLUSH_SECONDS = 1.0  # for the last bytes of calls that have just ended
+FLUSH_SECONDS = 1.0  # for the last bytes of calls that have just ended
 _QUIET_SECONDS, _LONGEST_QUIET_SECONDS = 0.005, 2.0  # without a new call, before the port closes
-_DEFAULT_ADDRESS = ("127.0.0.1", 50051)  # the command-line client's own
 
 log = logging.getLogger("shoplm.server")
 T = TypeVar("T")
@@ -117,7 +106,7 @@ class Server:
         self.port = self._grpc.port
         if config.bundle is not None:
             read_manifest(config.bundle, verify=False)  # what is none must not wait for a base
-        base = await _in_daemon(partial(bundle_base, config.bundle, config.base))
+        base = await run_in_daemon_thread(partial(bundle_base, config.bundle, config.base))
         # The engine loads weights while this process reads metadata; bad metadata need not wait for the weights.
         reading = asyncio.create_task(asyncio.to_thread(load_served, base, config.bundle, verify=config.verify_bundle))
         texts = asyncio.create_task(self._shop_texts(reading))
@@ -187,7 +176,7 @@ class Server:
             async with asyncio.timeout(seconds):
                 await asyncio.sleep(min(lame_duck_seconds, seconds / 2))
                 await self._last_calls(calls)
-                self._run(self._grpc.stop(seconds + _FLUSH_SECONDS))
+                self._run(self._grpc.stop(seconds + FLUSH_SECONDS))
                 await calls.idle()
         if calls.in_flight:
             log.warning("drain_seconds are over", extra={"calls": calls.in_flight})
@@ -203,7 +192,7 @@ class Server:
             async with asyncio.timeout(_LONGEST_QUIET_SECONDS):
                 await calls.quiet(_QUIET_SECONDS)
 
-    async def close(self, grace_seconds: float = _FLUSH_SECONDS) -> None:
+    async def close(self, grace_seconds: float = FLUSH_SECONDS) -> None:
         """Stop everything that was started, cancelling what runs after the grace period."""
         self.draining = True
         if self._grpc is not None:
@@ -232,7 +221,7 @@ class Server:
         task.add_done_callback(self._tasks.discard)
 
     def _engine_end(self, why: TransientError) -> None:
-        log.error("the engine is not started again: %s; the server ends with status %d", why, EXIT_TRANSIENT)
+        log.error("the engine is not started again: %s; the server ends", why)
         self.engine_ended.set()
 
     def _describe(self, engine: ManagedEngine) -> None:
@@ -241,148 +230,17 @@ class Server:
         self.metrics.describe(ModelInfo(*self.served.model_version, backend, server_version()))
 
 
-async def serve(config: ServerConfig, make_engine: EngineFactory = engine_process) -> int:
-    """Serve until a signal. Returns the exit code: 0, or 1 if calls were cut after `drain_seconds`; 75 if the engine
-    cannot come back, but a new server may; a second signal stops at once (130). Raises as `Server.start`."""
-    started = time.monotonic()
-    first, second = asyncio.Event(), asyncio.Event()
-    lame_duck_seconds = config.lame_duck_seconds
-
-    def take(number: signal.Signals) -> None:
-        nonlocal lame_duck_seconds
-        if number is not signal.SIGTERM:  # of a terminal, where somebody waits and no balancer
-            lame_duck_seconds = 0.0
-        # A terminal that goes may send its signal twice.
-        (second if first.is_set() and number is not signal.SIGHUP else first).set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, take, number)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as `nohup` leaves it
-        loop.add_signal_handler(signal.SIGHUP, take, signal.SIGHUP)
-    server = Server(config, make_engine)
-    grace_seconds = 0.0
-    try:
-        await _unless(first, server.start())
-        if first.is_set():
-            return 0
-        _say(ready_text(server, time.monotonic() - started))
-        await _unless(first, server.engine_ended.wait())
-        if server.engine_ended.is_set():
-            lame_duck_seconds = 0.0  # no call could be answered
-        drained = await _unless(second, server.drain(config.drain_seconds, lame_duck_seconds))
-        if second.is_set():
-            return EXIT_INTERRUPTED
-        grace_seconds = _FLUSH_SECONDS
-        if server.engine_ended.is_set():
-            return EXIT_TRANSIENT
-        return 0 if drained else EXIT_CALLS_CUT
-    finally:
-        await server.close(grace_seconds)
-
-
-async def _in_daemon(work: Callable[[], T]) -> T:
-    """As `asyncio.to_thread`, in a thread that the end of the process does not wait for: a base is downloaded and
-    converted for minutes, and what is made of it is kept whole or not at all."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if done.done():  # cancelled
-            return
-        if error is None:
-            done.set_result(cast(T, result))
-        else:
-            done.set_exception(error)
+async def run_in_daemon_thread(work: Callable[[], T]) -> T:
+    """As `asyncio.to_thread`, but the process may end before `work` does: a base is downloaded and converted for
+    minutes, and what is made of it is kept whole or not at all."""
+    outcome: Future[T] = Future()
+    outcome.set_running_or_notify_cancel()
 
     def run() -> None:
-        result, error = None, None
         try:
-            result = work()
-        except BaseException as caught:
-            error = caught
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(settle, result, error)
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return await done
-
-
-async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`, or None if the event comes first: the work is cancelled then."""
-    task = asyncio.create_task(work)
-    waiting = asyncio.create_task(event.wait())
-    try:
-        await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        return None
-    finally:
-        waiting.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait((task,))
-
-
-def _say(text: str) -> None:
-    """To standard output, which nobody needs: a full disk, or a reader that has gone, ends no server."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        log.warning("what is said once ready cannot be written: %s", error.strerror)
-        with Path(os.devnull).open("wb") as nowhere:  # where what is buffered goes at the end
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-
-
-def ready_text(server: Server, seconds: float) -> str:
-    """The ready line, and a call to copy for each service that answers."""
-    config, served = server.config, server.served
-    assert served is not None
-    shop = served.shop
-    what = served.base.name
-    if shop is not None:
-        what = f"{shop.manifest.title} ({shop.manifest.name} {shop.manifest.version}) on {what}"
-    grpc = address(config.host, server.port)
-    lines = [
-        f"ShopLM {server_version()} is ready after {seconds:.1f} s: {what}",
-        f"  gRPC {grpc}   metrics http://{address(config.metrics_host, server.metrics_port)}/metrics",
-        "Try, in another terminal:",
-    ]
-    where = "" if (config.host, server.port) == _DEFAULT_ADDRESS else f" --address {grpc}"
-    customer = f" --customer {shlex.quote(next(iter(shop.demo)))}" if shop is not None and shop.demo else ""
-    if shop is not None:
-        lines.append(f"  shoplm recommend{customer}{where}")
-        lines.append(f"  shoplm predict{customer}{where}")
-    if served.base.origin is not Origin.SCRATCH:
-        question = "How can I return something?" if shop is not None and len(shop.knowledge) else "What can you do?"
-        lines.append(f"  shoplm chat{customer}{where} {shlex.quote(question)}")
-    return "\n".join(lines) + "\n"
-
-
-def serve_command(arguments: Sequence[str], engine: EngineProcess | None = None) -> int:
-    """`shoplm serve`: flags in, exit code out. `--print-config` shows the settings and where to put them. `engine` is
-    the process that will load, if it was started already."""
-    flags = [argument for argument in arguments if argument != "--print-config"]
-    try:
-        config = load_config(flags)
-        if len(flags) < len(arguments):
-            sys.stdout.write(config.to_toml())
-            return 0
-        configure_logs(config.log_level, config.log_format)
-        raise_limit()
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(serve(config, partial(engine_process, started=engine)))
-    except ConfigurationError as error:
-        sys.stderr.write(f"shoplm serve: {error}\n")
-        return EXIT_TRANSIENT if isinstance(error, TransientError) else EXIT_CONFIGURATION
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop where it is installed: everywhere but on Windows."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
+    return await asyncio.wrap_future(outcome)

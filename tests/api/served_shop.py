@@ -10,6 +10,11 @@ from scripted_engine import ScriptedEngine
 from server_thread import ServerThread
 from shoplm.config import ServerConfig
 from shoplm.config_sources import load_config
+from shoplm.v1 import chat_pb2, recommendation_pb2, shop_pb2
+from tiny_shop import DEMO_CUSTOMER
+
+RECOMMEND = recommendation_pb2.RecommendRequest(customer=shop_pb2.Customer(customer_id=DEMO_CUSTOMER))
+ASK = chat_pb2.ChatRequest(messages=[chat_pb2.Message(role="user", content="hello")])
 
 
 @dataclass(frozen=True)

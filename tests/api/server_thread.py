@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 import grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from shoplm.config import ServerConfig
 from shoplm.server import EngineFactory, Server
 from shoplm.v1.chat_pb2_grpc import ChatServiceStub
@@ -22,6 +23,7 @@ from shoplm.v1.prediction_pb2_grpc import PredictionServiceStub
 from shoplm.v1.recommendation_pb2_grpc import RecommendationServiceStub
 
 T = TypeVar("T")
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 TIMEOUT_SECONDS = 30.0  # of what takes milliseconds: a test fails instead of hanging
 START_SECONDS = 120.0  # of a server, which may load a base and an engine, on a machine that may be busy
 
@@ -67,6 +69,12 @@ class ServerThread:
                 await asyncio.sleep(0)
 
         self.run(turns())
+
+    def health(self, service: str = "") -> int:
+        """The health status of one service, or of the server."""
+        stub = health_pb2_grpc.HealthStub(self.channel)
+        status: int = stub.Check(health_pb2.HealthCheckRequest(service=service)).status
+        return status
 
     def raw(self, path: str, data: bytes, metadata: tuple[tuple[str, str], ...] = ()) -> bytes:
         """A unary call of bytes, as a client without our protos could send."""

@@ -1,4 +1,4 @@
-"""Calls without an engine, without a token or with a mistake are told of by their number."""
+"""What the log says of calls that fail: their number, and never what was in them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from served_shop import Serve
 from shoplm.api.failed_calls import FailedCalls
 from shoplm.errors import EngineUnavailableError
 from shoplm.logs import request_id
-from shoplm.v1 import chat_pb2, model_pb2
+from shoplm.v1 import chat_pb2, model_pb2, shop_pb2
 
 CALLS = 20
 
@@ -87,3 +87,31 @@ async def test_the_number_of_the_others_is_told_once_and_then_it_begins_anew(cap
         assert warnings(caplog) == ["calls end with UNAVAILABLE: gone", "2 more calls ended with UNAVAILABLE"]
         lost.add("gone again")
         assert warnings(caplog)[2:] == ["calls end with UNAVAILABLE: gone again"]
+
+
+def test_of_a_request_the_log_names_the_refused_fields_and_nothing_else(
+    serve_scripted: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    scripted = serve_scripted()
+    secret, path = "my secret words", "/shoplm.v1.ChatService/Chat"
+    said = [chat_pb2.Message(role="user", content=secret)]
+    refused = [
+        chat_pb2.ChatRequest(messages=[chat_pb2.Message(role=f"a\nFAKE LINE\x1b[2J{secret}", content=secret)]),
+        chat_pb2.ChatRequest(messages=said, customer=shop_pb2.Customer(customer_id=secret * 100)),
+        chat_pb2.ChatRequest(messages=said, customer=shop_pb2.Customer(attributes={"age": secret * 100})),
+        chat_pb2.ChatRequest(messages=said, stop=[secret * 100]),
+    ]
+    sent = [request.SerializeToString() for request in refused]
+    sent.append(chat_pb2.ChatRequest(messages=said).SerializeToString().replace(b"my", b"\xff\xfe"))
+    with caplog.at_level(logging.DEBUG, "shoplm"):
+        for data in sent:
+            with pytest.raises(grpc.RpcError) as raised:
+                scripted.server.raw(path, data)
+            assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        list(scripted.server.chat.Chat(chat_pb2.ChatRequest(messages=said)))
+    messages = [record.getMessage() for record in caplog.records]
+    assert "refused because of messages[0].role" in messages
+    assert "refused because of messages[0].content" in messages
+    assert all(message.isprintable() for message in messages)
+    assert not any("secret" in message for message in messages)
+    assert {record.name for record in caplog.records} >= {"shoplm.api"}
