@@ -42,7 +42,7 @@ from shoplm.batch import Batch, PredictReadout, Row, RowOutput, SampleReadout, S
 from shoplm.bench.report import machine, write_json_of
 from shoplm.config import ServerConfig
 from shoplm.config_sources import load_config
-from shoplm.engine.process import listen
+from shoplm.engine.process import read_start_input
 from shoplm.engine.process import run as run_engine
 from shoplm.engine.spec import EngineSpec
 from shoplm.engine.supervisor import ProcessEngineClient
@@ -329,7 +329,7 @@ def _null_engine(config: ServerConfig, base: Base, _: object) -> NullEngine:
 def main() -> int:
     if sys.argv[1:2] == ["engine"]:
         step_seconds, connection = 1e-3 * float(sys.argv[2]), socket.socket(fileno=int(sys.argv[3]))
-        spec = listen().spec.result()
+        spec = read_start_input().spec.result()
         return 0 if spec is None else run_engine(connection, spec, lambda spec: NullBackend(spec, step_seconds))
     if sys.argv[1:2] == ["serve"]:
         NullEngine.program = (sys.executable, str(Path(__file__).resolve()), "engine", sys.argv[2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from shoplm.catalog.items import Catalog, Told
+from shoplm.catalog.items import Catalog, ItemFacts
 from shoplm.followup import question_of
 from shoplm.grounding import MAX_HABITS, Grounding
 from shoplm.history import EventKind, History, build_history
@@ -24,7 +24,7 @@ def grounding() -> Grounding:
         in_stock=np.array([title != "Bread" for title in _TITLES]),
         type_texts=[],
         rare={},
-        told=(Told("Reading glasses, 2.0", "Optics", 4.5), Told("Bread", "Other", 9.0)),
+        rare_facts=(ItemFacts("Reading glasses, 2.0", "Optics", 4.5), ItemFacts("Bread", "Other", 9.0)),
     )
     return Grounding(Knowledge([_RETURNS]), catalog, "EUR", decay_days=30.0)
 
@@ -53,7 +53,7 @@ def test_items_that_are_not_recommended_are_found_too(grounding: Grounding) -> N
     assert (glasses.title, glasses.text) == ("Reading glasses, 2.0", "yes, we sell it, category Optics, price 4.50 EUR")
     bread = grounding.search("I need bread", None, 2)[0]  # rows come first
     assert bread.text == "yes, we sell it, but it is out of stock, category Pantry, price 2.00 EUR"
-    assert max(grounding.told_rows) < len(_TITLES)
+    assert max(grounding.rows_with_facts) < len(_TITLES)
 
 
 def test_who_asks_for_more_than_an_item_is_is_not_told_that_it_is_sold(grounding: Grounding) -> None:

@@ -8,7 +8,7 @@ import re
 from typing import TypeVar
 
 import numpy as np
-from shoplm.catalog.items import Catalog, Told
+from shoplm.catalog.items import Catalog, ItemFacts
 from shoplm.history import History
 from shoplm.retrieval import ITEMS_SOURCE, Knowledge, Passage, WordIndex, habits_passage
 
@@ -36,12 +36,12 @@ class Grounding:
         self._catalog = catalog
         self._currency = currency
         self._decay_days = decay_days
-        # By place: the items of the rows, and behind them those that are not recommended.
+        # By place: the items of the rows, and behind them the rare ones, which are not recommended.
         rows = zip(catalog.titles, catalog.categories, catalog.prices.tolist(), catalog.in_stock.tolist(), strict=True)
-        self._told = [*itertools.starmap(Told, rows), *catalog.told]
+        self._facts = [*itertools.starmap(ItemFacts, rows), *catalog.rare_facts]
         self._titles: dict[Words, int] = {}  # of several items with one title the first speaks
         self._names: dict[Words, list[int]] = {}  # a name is a title up to its first comma
-        for place, item in enumerate(self._told):
+        for place, item in enumerate(self._facts):
             words = _words(item.title)
             if words and words not in self._titles and math.isfinite(item.price):
                 self._titles[words] = place
@@ -77,7 +77,7 @@ class Grounding:
         """Whether there are items, and each of these words stands in the title of one of them."""
         if self._index is None or not places:
             return False
-        return set(wanted) <= set(self._index.words(" ".join(self._told[place].title for place in places)))
+        return set(wanted) <= set(self._index.words(" ".join(self._facts[place].title for place in places)))
 
     def _worded(self, wanted: list[str]) -> list[list[int]]:
         """Places of the names that hold all of these words, the closest first."""
@@ -99,7 +99,7 @@ class Grounding:
         return self.habits(history) if asked & _HABIT_WORDS and asked & _OWN_WORDS else []
 
     @property
-    def told_rows(self) -> list[int]:
+    def rows_with_facts(self) -> list[int]:
         """Rows of the items that have a title of their own and a price."""
         return [row for row in self._titles.values() if row < len(self._catalog)]
 
@@ -108,12 +108,12 @@ class Grounding:
         return self._names[_words(name)]
 
     def item(self, place: int, *, is_wanted: bool = True) -> Passage:
-        """What the catalogue says of the item: of a row, or behind the last one of one that is not recommended.
+        """What the catalogue says of the item at a place: a row, or behind the last row a rare item.
 
         Unless it `is_wanted`, the question asks for more than the item is, as for `train tickets` where there are
         `Tickets`. That what is wanted is sold is said in so many words: a small model that has learnt to decline what
         is not sold does not conclude it from a price."""
-        item = self._told[place]
+        item = self._facts[place]
         facts = ["yes, we sell it"] if is_wanted else []
         facts += [] if item.in_stock else ["but it is out of stock" if is_wanted else "out of stock"]
         facts += [f"category {item.category}", f"price {item.price:.2f} {self._currency}"]

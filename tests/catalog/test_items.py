@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import polars as pl
-from shoplm.catalog.items import Told, read_catalog
+from shoplm.catalog.items import ItemFacts, read_catalog
 
 
 def test_of_items_without_a_row_chat_is_told_what_no_row_says(tmp_path: Path) -> None:
@@ -34,4 +34,4 @@ def test_of_items_without_a_row_chat_is_told_what_no_row_says(tmp_path: Path) ->
     pl.DataFrame({"description": ["goods"]}).write_parquet(tmp_path / "types.parquet")
     catalog = read_catalog(tmp_path)
     assert catalog.titles == ["Bread", "Tea"]
-    assert catalog.told == (Told("Irons, national brand", "Goods", 9.99), Told("Tea", "Goods", 3.0))
+    assert catalog.rare_facts == (ItemFacts("Irons, national brand", "Goods", 9.99), ItemFacts("Tea", "Goods", 3.0))

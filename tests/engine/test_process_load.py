@@ -126,7 +126,7 @@ def test_an_engine_that_nobody_wants_ends_at_once() -> None:
 
 def test_an_engine_that_is_told_nothing_ends() -> None:
     started = EngineProcess()
-    started.tell(b"")
+    started.send_shop_texts(b"")
     assert asyncio.run(started.wait()) == 0
     started.discard()
 

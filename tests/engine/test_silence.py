@@ -10,16 +10,16 @@ def test_an_engine_that_owes_nothing_may_be_silent() -> None:
     assert [silence.look(calls_wait=False) for _ in range(3)] == [0, 0, 0]
 
 
-def test_looks_without_a_word_add_up_until_something_is_heard() -> None:
+def test_looks_without_a_word_add_up_until_something_is_received() -> None:
     silence = Silence()
     assert [silence.look(calls_wait=True) for _ in range(3)] == [1, 2, 3]
-    silence.heard()
+    silence.received()
     assert [silence.look(calls_wait=True) for _ in range(2)] == [0, 1]
 
 
 def test_calls_that_come_and_go_between_looks_count() -> None:
     silence = Silence()
-    silence.told()  # of a request, and then of its end
+    silence.sent()  # of a request, and then of its end
     assert [silence.look(calls_wait=False) for _ in range(2)] == [1, 2]
-    silence.heard()
+    silence.received()
     assert [silence.look(calls_wait=False) for _ in range(2)] == [0, 0]

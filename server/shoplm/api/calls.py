@@ -69,8 +69,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             method: metrics.calls.method(method.label, method.grpc_type, method.grpc_service, method.name)
             for method in METHODS.values()
         }
-        self._strange = FailedCalls("UNAUTHENTICATED")
-        self._failed = {code: FailedCalls(code.name, level) for code, level in _TOLD.items()}
+        self._unauthenticated = FailedCalls("UNAUTHENTICATED")
+        self._failed = {code: FailedCalls(code.name, level) for code, level in _LOG_LEVELS.items()}
         self._idle = asyncio.Event()
         self._idle.set()
         self._last_arrival = 0.0  # monotonic seconds
@@ -157,7 +157,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             # It is none of the calls in flight: strangers take nobody's place.
             identifier = _request_id(context.invocation_metadata() or ())
             request_id.set(identifier)
-            self._strange.add(_loggable(error))
+            self._unauthenticated.add(_loggable(error))
             if method is None:
                 await _abort(context, status_of(error), identifier)
             else:
@@ -289,7 +289,7 @@ def has_expired(remaining: float | None, elapsed: float) -> bool:
 
 # Every call at INFO would cost more than serving some of them, and a line for each refusal under load would add to the
 # load. The metrics count them; `FailedCalls` tells of these, and of calls without a token.
-_TOLD = {
+_LOG_LEVELS = {
     grpc.StatusCode.UNAVAILABLE: logging.WARNING,
     grpc.StatusCode.INVALID_ARGUMENT: logging.INFO,
     grpc.StatusCode.FAILED_PRECONDITION: logging.INFO,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from shoplm.api.core import Context, Core
-from shoplm.api.validation import Violations, quote, told_from
+from shoplm.api.validation import Violations, quote, shown_outside
 from shoplm.api.warnings import Warnings
 from shoplm.errors import NotServingError
 from shoplm.followup import question_of
@@ -143,7 +143,9 @@ class ChatService(ChatServiceServicer):
         if request.HasField("temperature"):
             violations.number("temperature", request.temperature, 0.0, MAX_TEMPERATURE)
         if request.HasField("top_p") and not 0.0 < request.top_p <= 1.0:
-            violations.add("top_p", f"is {told_from(request.top_p, 0.0, 1.0)}, expected a number above 0 and up to 1")
+            violations.add(
+                "top_p", f"is {shown_outside(request.top_p, 0.0, 1.0)}, expected a number above 0 and up to 1"
+            )
         if violations.length("stop", request.stop, config.max_stop_strings, "max_stop_strings"):
             for index, stop in enumerate(request.stop):
                 violations.text(f"stop[{index}]", stop, MAX_STOP_BYTES, required=True)

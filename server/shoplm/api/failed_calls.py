@@ -1,5 +1,5 @@
-"""Tells of calls that end with one status, where a line for each would say no more: while there is no engine that is
-every call, and a stranger without a token, or a client that is wrong, may call as often as it likes."""
+"""Few log lines for many failed calls. Without an engine every call fails, and a client that is wrong, or has no token,
+may call as often as it likes: a line for each call would say no more, and fill the disk."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ class FailedCalls:
         self._status = status
         self._level = level
         self._seconds = seconds
-        self._untold = 0
+        self._unreported = 0
         self._is_counting = False
 
     def add(self, why: str, **fields: str) -> None:
         """One more, in the task that serves it. The fields go with its line."""
         if self._is_counting:
-            self._untold += 1
+            self._unreported += 1
             return
         log.log(self._level, "calls end with %s: %s", self._status, why, extra=fields)
         self._is_counting = True
         # In a context of its own: the number has no request id.
-        asyncio.get_running_loop().call_later(self._seconds, self._tell, context=Context())
+        asyncio.get_running_loop().call_later(self._seconds, self._report, context=Context())
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         self._is_counting = False
-        if self._untold:
-            log.log(self._level, "%d more calls ended with %s", self._untold, self._status)
-            self._untold = 0
+        if self._unreported:
+            log.log(self._level, "%d more calls ended with %s", self._unreported, self._status)
+            self._unreported = 0

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from shoplm.api.customers import MAX_AMOUNT, MAX_ID_BYTES
-from shoplm.api.validation import Violations, nearest, quote, told_from
+from shoplm.api.validation import Violations, nearest, quote, shown_outside
 from shoplm.api.warnings import Warnings
 from shoplm.catalog.items import Catalog
 from shoplm.config import ServerConfig
@@ -36,9 +36,10 @@ def read_filter(
         for name, value in zip(_PRICES, (low, high), strict=True)
     ]
     if all(in_range) and low is not None and high is not None and low > high:
-        limit = told_from(high, low, MAX_AMOUNT)
+        limit = shown_outside(high, low, MAX_AMOUNT)
         violations.add(
-            "filter.min_price", f"is {told_from(low, 0.0, high)}, above max_price {limit}: no item can pass the filter"
+            "filter.min_price",
+            f"is {shown_outside(low, 0.0, high)}, above max_price {limit}: no item can pass the filter",
         )
     return ItemFilter(include, exclude, low, high, message.in_stock_only)
 

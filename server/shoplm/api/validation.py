@@ -28,7 +28,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {quote(near[0])}?" if near else ""
 
 
-def told_from(value: float, low: float, high: float) -> str:
+def shown_outside(value: float, low: float, high: float) -> str:
     """A number outside of [low, high], short, but with as many digits as it takes to see that it is outside."""
     shown = [f"{value:g}", f"{value:.9g}", f"{value:.17g}"]
     return next((each for each in shown if not low <= float(each) <= high), shown[-1])
@@ -87,7 +87,7 @@ class Violations:
         if math.isfinite(value) and low <= value <= high and not (above and value == low):
             return True
         span = f"above {low:g} and up to {high:g}" if above else f"from {low:g} to {high:g}"
-        self.add(field, f"is {told_from(value, low, high)}, expected a number {span}")
+        self.add(field, f"is {shown_outside(value, low, high)}, expected a number {span}")
         return False
 
     def at_most(self, field: str, count: int, limit: int, setting: str) -> bool:

@@ -76,7 +76,7 @@ def bench(
     """
     console = Console()
     machine = report.machine()
-    with _errors_told():
+    with _errors_as_exit_codes():
         settings = LoadSettings(
             rate=rate,
             seconds=seconds,
@@ -129,7 +129,7 @@ def _check_writable(path: Path) -> None:
 
 
 @contextmanager
-def _errors_told() -> Iterator[None]:
+def _errors_as_exit_codes() -> Iterator[None]:
     """What can go wrong becomes one line on stderr and an exit code: 2 for a wrong option, 1 for the rest."""
     try:
         yield

@@ -116,7 +116,7 @@ async def _sweep(
     async def one(index: int, load: LoadSettings) -> Window:
         return await observe_load(servers[index], target.token, shop, load, trace)
 
-    def told(index: int, settings: LoadSettings, windows: Sequence[Window]) -> report.LoadResult:
+    def summary(index: int, settings: LoadSettings, windows: Sequence[Window]) -> report.LoadResult:
         result = load_result(settings, windows)
         shares = ", ".join(f"{name} {s.in_time / max(s.offered, 1):.0%}" for name, s in result.services.items())
         shown = (
@@ -140,11 +140,11 @@ async def _sweep(
             for index, found in enumerate(windows):
                 found.append(await one(index, load))
         longest = max(longest, time.monotonic() - begun)
-        return tuple(told(index, replace(settings, rate=rate), found) for index, found in enumerate(windows))
+        return tuple(summary(index, replace(settings, rate=rate), found) for index, found in enumerate(windows))
 
     async def probe(rate: float) -> bool:
         load = replace(next_load(rate), seconds=min(PROBE_SECONDS, settings.seconds))
-        return is_carried(told(0, load, [await one(0, load)]))
+        return is_carried(summary(0, load, [await one(0, load)]))
 
     def has_time(more: int) -> bool:
         each = longest or rounds * len(servers) * (settings.warmup_seconds + 1.5 * settings.seconds)

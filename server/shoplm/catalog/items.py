@@ -25,7 +25,7 @@ _COLUMNS = {
 }
 
 
-class Told(NamedTuple):
+class ItemFacts(NamedTuple):
     """What chat may say of an item."""
 
     title: str
@@ -45,7 +45,7 @@ class Catalog:
     in_stock: NDArray[np.bool_]
     type_texts: list[str]  # what the type is, in words: its input embedding is made from this
     rare: dict[str, int]  # item_id -> product type index, for known items without a row
-    told: tuple[Told, ...] = ()  # of the items without a row one for each title, with a price, that no row has with one
+    rare_facts: tuple[ItemFacts, ...] = ()  # of items without a row that have a price, one for each title no row has
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -100,7 +100,7 @@ def read_catalog(folder: Path) -> Catalog:
     others = items.filter(pl.col("row").is_null() & pl.col("price").is_not_nan())
     others = others.join(with_row.drop_nulls("price"), on="title", how="anti")
     others = others.unique("title", keep="first", maintain_order=True)
-    told = others.select("title", "category", "price", pl.col("in_stock").fill_null(True))
+    facts = others.select("title", "category", "price", pl.col("in_stock").fill_null(True))
     return Catalog(
         item_ids=with_row["item_id"].to_list(),
         titles=with_row["title"].to_list(),
@@ -109,5 +109,5 @@ def read_catalog(folder: Path) -> Catalog:
         in_stock=with_row["in_stock"].fill_null(True).to_numpy().astype(np.bool_),
         type_texts=[f" {text}" for text in types["description"].to_list()],
         rare=dict(zip(without["item_id"].to_list(), without["type_index"].to_list(), strict=True)),
-        told=tuple(Told(*row) for row in told.iter_rows()),
+        rare_facts=tuple(ItemFacts(*row) for row in facts.iter_rows()),
     )

@@ -198,7 +198,7 @@ class EngineClient(ABC):
         """Wait for the end of the engine, which has been told to drain."""
 
     def _send(self, message: Submit | Cancel | Drain) -> None:
-        self._silence.told()
+        self._silence.sent()
         # What one turn of the event loop has to say goes out at its end, at the cost of one system call. While there is
         # much to say, which the engine hears between its steps only, that is done once in a while.
         if not self._unsent:
@@ -215,7 +215,7 @@ class EngineClient(ABC):
             self._transport.write(b"".join(unsent))
 
     def _take(self, output: EngineOutput) -> None:
-        self._silence.heard()
+        self._silence.received()
         if isinstance(output, StepTokensOutput):
             for request_id, token in zip(output.request_ids, output.tokens, strict=True):
                 if (call := self._calls.get(request_id)) is not None:

@@ -41,15 +41,15 @@ class EngineProcess:
         return self._process.pid
 
     def load(self, spec: bytes) -> None:
-        """Tell it what to load, an `EngineSpec` as JSON. Whether it still lives, `wait` tells."""
+        """Send what to load, an `EngineSpec` as JSON. An engine that has died is no error here; `wait` returns then."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(spec + b"\n")
             self._process.stdin.flush()
 
-    def tell(self, shop_texts: bytes) -> None:
-        """`ShopTexts` as MessagePack, or nothing: the engine reads for itself what it needs of the bundle. Waits until
-        it has taken them."""
+    def send_shop_texts(self, shop_texts: bytes) -> None:
+        """`ShopTexts` as MessagePack; where that is empty, the engine reads what it needs from the bundle. Blocks until
+        the engine has taken them."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
             stdin.write(shop_texts)

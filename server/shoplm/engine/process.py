@@ -80,7 +80,7 @@ class _Loop:
         self._channel = channel
         self._draining = False
         self._reported = 0.0
-        self._has_news = True  # of what no report has told yet: the pages of an engine without work, too
+        self._has_news = True  # what no report has said yet; before any work, the number of free pages
 
     def run(self) -> None:
         """Until drained and idle, or the other side has gone."""
@@ -103,7 +103,7 @@ class _Loop:
         return StatsOutput(self._engine.report())
 
     def _wait(self) -> None:
-        """For a message; what there is to tell is told before, and then nothing is done until one comes."""
+        """Block until there is a message. Before that, report what has not been reported yet."""
         if self._has_news and not self._channel.wait(REPORT_SECONDS):
             self._channel.send([self._report()])
         self._channel.wait(None)
@@ -130,39 +130,39 @@ def main() -> int:
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))
-    told = listen()
+    start = read_start_input()
     from shoplm.engine.load import load_backend  # seconds, in which the API process finds out what to load
 
-    spec = told.spec.result()
+    spec = start.spec.result()
     if spec is None:
         return 0
     configure_logs(spec.log_level, spec.log_format)
     try:
-        return run(connection, spec, partial(load_backend, shop_texts=told.shop_texts.result))
+        return run(connection, spec, partial(load_backend, shop_texts=start.shop_texts.result))
     except Exception:
         log.exception("the engine failed")
         return 1
 
 
-class Told(NamedTuple):
-    """What comes by the standard input."""
+class StartInput(NamedTuple):
+    """What the API process writes to the standard input."""
 
     spec: Future[EngineSpec | None]  # None: the API process has gone without a word
     shop_texts: Future[ShopTexts | None]  # None: it has none to give
 
 
-def listen() -> Told:
-    """In a thread that an engine which cannot load does not wait for."""
-    told = Told(Future(), Future())
+def read_start_input() -> StartInput:
+    """Read in a daemon thread: an engine that cannot load ends without waiting for the rest of the input."""
+    start = StartInput(Future(), Future())
 
     def run() -> None:
         # Unbuffered: an interpreter that ends would wait for a buffer's lock.
         with FileIO(sys.stdin.fileno(), closefd=False) as source:
-            _settle(told.spec, source.readline, partial(msgspec.json.decode, type=EngineSpec))
-            _settle(told.shop_texts, source.readall, partial(msgspec.msgpack.decode, type=ShopTexts))
+            _settle(start.spec, source.readline, partial(msgspec.json.decode, type=EngineSpec))
+            _settle(start.shop_texts, source.readall, partial(msgspec.msgpack.decode, type=ShopTexts))
 
     Thread(target=run, daemon=True).start()
-    return told
+    return start
 
 
 def _settle(future: Future[T | None], read: Callable[[], bytes | None], decode: Callable[[bytes], T]) -> None:

@@ -35,14 +35,14 @@ class ProcessEngineClient(EngineClient):
     ) -> None:
         """An engine that owes something and says nothing for `hang_seconds` is killed, and one that is started again
         and takes much longer to load than the first did; 0: however long it takes. `started` is the first one's
-        process; `shop_texts` what `EngineProcess.tell` takes, once it is known."""
+        process; `shop_texts` what `EngineProcess.send_shop_texts` takes, once it is known."""
         super().__init__(spec)
         self._shop_texts = shop_texts
         self._hang_seconds = hang_seconds
         self._load_seconds = 0.0  # of the first engine
         self._started = started
         self._process: EngineProcess | None = None
-        self._telling: asyncio.Task[None] | None = None
+        self._sending: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._closing = False
 
@@ -59,11 +59,11 @@ class ProcessEngineClient(EngineClient):
         self._watcher.add_done_callback(self._watched)
 
     async def _launch(self) -> None:
-        telling = asyncio.create_task(_tell_of_a_long_load())
+        reminders = asyncio.create_task(_log_long_load())
         try:
             await super()._launch()
         finally:
-            telling.cancel()
+            reminders.cancel()
 
     def _open_channel(self) -> socket.socket:
         self._process, self._started = self._started or EngineProcess(self.program), None
@@ -73,7 +73,7 @@ class ProcessEngineClient(EngineClient):
         process, link, loaded = self._process, self._link, self._loaded
         assert process is not None and link is not None and loaded is not None
         process.load(msgspec.json.encode(self.spec))
-        self._telling = asyncio.create_task(self._tell(process))
+        self._sending = asyncio.create_task(self._send_shop_texts(process))
 
         async def died() -> None:
             code = await process.wait()
@@ -83,13 +83,13 @@ class ProcessEngineClient(EngineClient):
 
         self._early_death = asyncio.create_task(died())
 
-    async def _tell(self, process: EngineProcess) -> None:
+    async def _send_shop_texts(self, process: EngineProcess) -> None:
         texts = b""
         if (known := self._shop_texts) is not None:
             await asyncio.wait((known,))
             if not known.cancelled() and known.exception() is None:
                 texts = known.result()
-        await asyncio.to_thread(process.tell, texts)
+        await asyncio.to_thread(process.send_shop_texts, texts)
 
     @property
     def _is_loading(self) -> bool:
@@ -172,8 +172,8 @@ class ProcessEngineClient(EngineClient):
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.wait((self._watcher,))
-        if self._telling is not None:
-            self._telling.cancel()
+        if self._sending is not None:
+            self._sending.cancel()
         if self._process is None:
             return
         if self._is_loading:  # it has nothing to finish, and reads no message before it has loaded
@@ -188,7 +188,7 @@ class ProcessEngineClient(EngineClient):
         await self._early_death
 
 
-async def _tell_of_a_long_load() -> None:
+async def _log_long_load() -> None:
     """The first load may take as long as it needs, so whoever waits for it is told that nothing else has happened."""
     begun = asyncio.get_running_loop().time()
     while True:

@@ -54,7 +54,7 @@ def simulate(
 
     Prints for each load what each service gets in time, its latencies, and what an answer in time costs.
     """
-    with _errors_told():
+    with _errors_as_exit_codes():
         targets = {
             Service.RECOMMENDATION: recommendation_target,
             Service.PREDICTION: prediction_target,
@@ -204,7 +204,7 @@ def _page(results: dict[float, FleetResult], rate: float, warm_up: float) -> str
 
 
 @contextmanager
-def _errors_told() -> Iterator[None]:
+def _errors_as_exit_codes() -> Iterator[None]:
     """What the caller can mend becomes one line and exit code 2."""
     try:
         yield

@@ -207,14 +207,16 @@ def _attributes(
         theirs = unique[0, "customer_id"]
         found = f"no id of the events, which are such as {customer_ids[0]!r}; these are such as {theirs!r}"
         problems.append(Problem("customers", "customer_id", len(unique), found, "no customer has a profile"))
-    names = _telling(unique, sorted(name for name in frame.columns if name not in COLUMNS["customers"]), problems)
+    names = _usable_attributes(
+        unique, sorted(name for name in frame.columns if name not in COLUMNS["customers"]), problems
+    )
     return {
         row["customer_id"]: tuple((name, row[name]) for name in names if row[name] is not None)
         for row in unique.iter_rows(named=True)
     }
 
 
-def _telling(customers: pl.DataFrame, names: list[str], problems: list[Problem]) -> list[str]:
+def _usable_attributes(customers: pl.DataFrame, names: list[str], problems: list[Problem]) -> list[str]:
     """The attributes that say something of others, too, and that a server takes."""
     note = Notes("customers", problems)
     kept: list[str] = []

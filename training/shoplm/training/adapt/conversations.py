@@ -79,7 +79,7 @@ class FactWriter:
 
     def __init__(self, catalog: Catalog, knowledge: Knowledge, currency: str) -> None:
         self._grounding = Grounding(knowledge, catalog, currency, decay_days=1.0)
-        self._rows = self._grounding.told_rows
+        self._rows = self._grounding.rows_with_facts
         self._catalog = catalog
         self._knowledge = knowledge.passages
         self._currency = currency

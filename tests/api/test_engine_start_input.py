@@ -39,16 +39,16 @@ def test_codes_of_several_tokens_have_no_texts(shop_folders: ShopFolders) -> Non
     assert ShopTexts.of(manifest, read_catalog(shop_folders.bundle), tokenizer).tokens is None
 
 
-async def test_an_engine_that_is_told_reads_no_catalogue(shop_folders: ShopFolders, tmp_path: Path) -> None:
-    """One that nobody tells reads it, and one whose API process could not read it."""
+async def test_an_engine_that_is_sent_texts_reads_no_catalogue(shop_folders: ShopFolders, tmp_path: Path) -> None:
+    """One that is sent none reads it, and one whose API process could not read it."""
     bundle = Path(shutil.copytree(shop_folders.bundle, tmp_path / "bundle"))
     texts = msgspec.msgpack.encode(read_shop_texts(bundle, shop_folders.base))
     (bundle / "items.parquet").write_bytes(b"rubbish")
     spec = EngineSpec(str(shop_folders.base), str(bundle), dtype="float32", threads=1, kv_cache_bytes=4 << 20)
-    told, failed = (asyncio.get_running_loop().create_future() for _ in range(2))
-    asyncio.get_running_loop().call_later(0.5, told.set_result, texts)
+    sent, failed = (asyncio.get_running_loop().create_future() for _ in range(2))
+    asyncio.get_running_loop().call_later(0.5, sent.set_result, texts)
     failed.set_exception(OSError("cannot be read"))
-    await _start(ProcessEngineClient(spec, shop_texts=told))
+    await _start(ProcessEngineClient(spec, shop_texts=sent))
     for nothing in (None, failed):
         with pytest.raises(ConfigurationError, match=r"items\.parquet"):
             await _start(ProcessEngineClient(spec, shop_texts=nothing))
@@ -64,6 +64,6 @@ async def _start(client: ProcessEngineClient) -> None:
 
 def test_an_engine_ends_where_its_orders_break_off() -> None:
     started = EngineProcess()
-    started.tell(b'{"base_folder"')
+    started.send_shop_texts(b'{"base_folder"')
     assert asyncio.run(asyncio.wait_for(started.wait(), START_SECONDS)) == 1
     started.discard()
