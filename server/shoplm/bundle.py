@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from shoplm.errors import BundleError
@@ -190,13 +190,9 @@ def read_manifest(folder: Path, *, verify: bool = True) -> ShopManifest:
 
 def write_manifest(folder: Path, manifest: ShopManifest) -> None:
     """Write shop.toml, atomically."""
-    text = _to_toml(msgspec.to_builtins(manifest))
+    import tomli_w  # needed for training only
+
+    text = tomli_w.dumps(msgspec.to_builtins(manifest))
     temporary = folder / ".shop.toml.partial"
     temporary.write_text(text, "utf-8")
     temporary.replace(folder / "shop.toml")
-
-
-def _to_toml(data: dict[str, Any]) -> str:
-    import tomli_w
-
-    return tomli_w.dumps(data)

@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def load_config(
         for name, value in _read_toml(path).items():
             values[name], origin[name] = value, f"{path}: {name}"
     for name, value in _read_environment(environment).items():
-        values[name], origin[name] = value, f"{ENVIRONMENT_PREFIX}{name.upper()}"
+        values[name], origin[name] = value, _variable(name)
     for name, value in _read_flags(rest).items():
         values[name], origin[name] = value, _flag(name)
     try:
@@ -56,7 +56,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         values = tomllib.loads(read_file("config", path).decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: {error}") from error
-    _refuse_unknown(values, lambda name: f"{path}: {name}", str)
+    _refuse_unknown(values, str, where=f"{path}: ")
     return values
 
 
@@ -69,11 +69,9 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         linked = _SERVICE_LINK.fullmatch(name) or _SERVICE_LINK_VALUE.match(value)
         if name not in OTHER_VARIABLES and not linked:
             ours[name.lower()] = value
-    _refuse_unknown(
-        ours, lambda name: f"{ENVIRONMENT_PREFIX}{name.upper()}", lambda name: f"{ENVIRONMENT_PREFIX}{name.upper()}"
-    )
+    _refuse_unknown(ours, _variable)
     source = EnvSettingsSource(ServerConfig)
-    source.env_vars = {f"{ENVIRONMENT_PREFIX}{name}".lower(): value for name, value in ours.items()}
+    source.env_vars = {_variable(name).lower(): value for name, value in ours.items()}
     try:
         return source()
     except SettingsError as error:
@@ -108,13 +106,12 @@ def _read_flags(arguments: Sequence[str]) -> dict[str, Any]:
         raise ConfigurationError(str(error)) from error
 
 
-def _refuse_unknown(names: Iterable[str], where: Any, written: Any) -> None:
-    known = list(ServerConfig.model_fields)
-    for name in names:
+def _refuse_unknown(names: Iterable[str], written: Callable[[str], str], where: str = "") -> None:
+    """Raises ConfigurationError for the first that is no setting. `written` is a setting's name in this source."""
+    known = list(map(written, ServerConfig.model_fields))
+    for name in map(written, names):
         if name not in known:
-            raise ConfigurationError(
-                f"{where(name)}: no such setting{_nearest(written(name), [written(each) for each in known])}"
-            )
+            raise ConfigurationError(f"{where}{name}: no such setting{_nearest(name, known)}")
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -134,6 +131,10 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
         value = "" if secret else f" is {ascii(problem['input'])[:80]}"
         lines.append(f"{origin.get(name, name)}{value}: {text}")
     return "; ".join(lines)
+
+
+def _variable(name: str) -> str:
+    return f"{ENVIRONMENT_PREFIX}{name.upper()}"
 
 
 def _flag(name: str) -> str:

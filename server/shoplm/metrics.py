@@ -7,7 +7,7 @@ run on the event loop; a scrape reads from another thread, which prometheus-clie
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics
 from prometheus_client.gc_collector import GCCollector
@@ -108,7 +108,8 @@ class Metrics:
         self.engine_failures = self._counter(
             "shoplm_engine_failures",
             "Requests that ended without an answer: cancelled, expired, overloaded, unavailable (engine lost), ….",
-            *("service", "kind"),
+            "service",
+            "kind",
         )
         self.engine_submitted = self._counter(
             "shoplm_engine_submitted",
@@ -145,8 +146,9 @@ class Metrics:
 
     def _define_model(self) -> None:
         self.model_info = self._gauge(
-            *("shoplm_model_info", "What is served; always 1."),
-            *("bundle", "version", "base_model", "backend", "server_version"),
+            "shoplm_model_info",
+            "What is served; always 1.",
+            *(each.name for each in fields(ModelInfo)),
         )
         self.start_seconds = self._gauge("shoplm_start_duration_seconds", "From the start of the server to ready.")
         # Series that exist from the start: a rate over a series that appears with its first error misses that error.
@@ -167,7 +169,7 @@ class Metrics:
     def describe(self, info: ModelInfo) -> None:
         """Set `shoplm_model_info` to what is served now."""
         self.model_info.clear()
-        self.model_info.labels(info.bundle, info.version, info.base_model, info.backend, info.server_version).set(1)
+        self.model_info.labels(*astuple(info)).set(1)
 
     def watch_engine(self, process_id: Callable[[], int | None]) -> None:
         """Add memory, CPU and open files of the process that is the engine at the time of a scrape."""

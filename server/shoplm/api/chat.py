@@ -66,11 +66,8 @@ class ChatService(ChatServiceServicer):
         tokens, passages = await self._prompt(turn, prefix)
         room = core.ready().max_context_tokens - len(tokens)
         task = Generate(min(turn.max_tokens, room), turn.sampling, core.served.tokenizer.end_token_ids)
-        work = core.request(
-            *(_SERVICE, tokens[len(prefix.tokens) :], task, context),
-            prefix=prefix,
-            allow_degraded=request.allow_degraded,
-        )
+        suffix = tokens[len(prefix.tokens) :]
+        work = core.request(_SERVICE, suffix, task, context, prefix=prefix, allow_degraded=request.allow_degraded)
         answer = _Answer(StreamDecoder(core.served.tokenizer), StopStrings(turn.stops))
         async with aclosing(self._deltas(work, answer)) as deltas:
             async for delta in deltas:

@@ -82,12 +82,9 @@ class Explainer:
     async def items(self, asked: Asked, rows: Sequence[int]) -> Explanation:
         """What moved the score of each of these items."""
         history, prompts = asked.history, self._core.served.prompts
-        most = self._room(asked.prefix)
-        parts = parts_for(
-            *(rows, history, prompts.visits(history, asked.prefix), self._core.shop().catalog.categories),
-            items=most - most // 4,
-            lately=most // 4,
-        )
+        most, visits = self._room(asked.prefix), prompts.visits(history, asked.prefix)
+        categories = self._core.shop().catalog.categories
+        parts = parts_for(rows, history, visits, categories, items=most - most // 4, lately=most // 4)
         forks = Forks.of(history, asked.prefix, parts, prompts.recommend_suffix)
         read, tokens = await self._read(asked, forks, ItemScores(tuple(rows)))
         if read is None:
@@ -132,7 +129,10 @@ class Explainer:
         """What each fork read, and tokens; None where the caller is better off without."""
         core = self._core
         request = core.request(
-            *(asked.service, forks.tokens[len(asked.prefix.tokens) :], forks.task(reads), asked.context),
+            asked.service,
+            forks.tokens[len(asked.prefix.tokens) :],
+            forks.task(reads),
+            asked.context,
             prefix=asked.prefix,
             allow_degraded=asked.allow_degraded,
         )

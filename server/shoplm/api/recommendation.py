@@ -11,7 +11,7 @@ from shoplm.api.reasons import reasons
 from shoplm.api.validation import Violations
 from shoplm.api.warnings import Warnings
 from shoplm.history import History
-from shoplm.request import FinishedOutput, Request, Select, SelectOutput, Service
+from shoplm.request import FinishedOutput, Select, SelectOutput, Service
 from shoplm.served import Shop
 from shoplm.v1 import recommendation_pb2 as pb
 from shoplm.v1.recommendation_pb2_grpc import RecommendationServiceServicer
@@ -83,7 +83,8 @@ class RecommendationService(RecommendationServiceServicer):
         warnings: Warnings,
     ) -> None:
         """Fill the response to a selection, which knows nothing of the customer yet."""
-        core, shop, own = self._core, self._core.shop(), self._core.own_items(history)
+        core, shop = self._core, self._core.shop()
+        own, prefix = core.own_items(history), core.prefix(history)
         select = msgspec.structs.replace(
             wanted,
             own_items=own.items,
@@ -91,11 +92,20 @@ class RecommendationService(RecommendationServiceServicer):
             own_terms=own.terms,
             popularity_only=not shop.knows(history),
         )
-        work, finished, selected = await self._select(
-            select, history, context, warnings, allow_degraded=request.allow_degraded
-        )
+        warnings.add("HISTORY_TRUNCATED", prefix.truncated_baskets)
+        warnings.add("EMPTY_HISTORY", int(select.popularity_only))
+        suffix = core.served.prompts.recommend_suffix(history)
+        core.check_prompt("customer", len(prefix.tokens) + len(suffix), shop.manifest.depth - 1)
+        work = core.request(_SERVICE, suffix, select, context, prefix=prefix, allow_degraded=request.allow_degraded)
+        finished = await core.engine.run(work)
+        selected = finished.selected
+        if selected is None:
+            raise RuntimeError("the engine answered a selection without items")
         core.fill_usage(response.usage, work, finished.cached_tokens, finished.completion_tokens)
-        why = await self._explain(request.explain, work, finished, selected, history, context, warnings)
+        why = Explanation([()] * len(selected.items))
+        if request.explain and selected.items:
+            asked = Asked(_SERVICE, history, prefix, context, request.allow_degraded)
+            why = await self._explain(asked, finished, selected, warnings)
         response.usage.explanation_tokens = why.tokens
         response.items.extend(_items(shop, select, selected, history, request.explain, why))
         response.model.CopyFrom(core.model_version)
@@ -103,51 +113,14 @@ class RecommendationService(RecommendationServiceServicer):
         response.degradations.extend(core.degraded((*why.degraded, *finished.degraded)))
 
     async def _explain(
-        self,
-        wanted: bool,
-        work: Request,
-        finished: FinishedOutput,
-        selected: SelectOutput,
-        history: History,
-        context: Context,
-        warnings: Warnings,
+        self, asked: Asked, finished: FinishedOutput, selected: SelectOutput, warnings: Warnings
     ) -> Explanation:
         """What moved the model's terms of the selected items."""
-        if not (
-            wanted
-            and selected.items
-            and self._explainer.can_explain(history, self._core.prefix(history), warnings, items=True)
-        ):
+        if not self._explainer.can_explain(asked.history, asked.prefix, warnings, items=True):
             return Explanation([()] * len(selected.items))
         if finished.degraded:  # there was no time for the answer itself
             return self._explainer.dropped(_SERVICE, len(selected.items))
-        asked = Asked(_SERVICE, history, self._core.prefix(history), context, work.allow_degraded)
         return await self._explainer.items(asked, selected.items)
-
-    async def _select(
-        self,
-        select: Select,
-        history: History,
-        context: Context,
-        warnings: Warnings,
-        *,
-        allow_degraded: bool,
-    ) -> tuple[Request, FinishedOutput, SelectOutput]:
-        core = self._core
-        prefix = core.prefix(history)
-        warnings.add("HISTORY_TRUNCATED", prefix.truncated_baskets)
-        warnings.add("EMPTY_HISTORY", int(select.popularity_only))
-        suffix = core.served.prompts.recommend_suffix(history)
-        core.check_prompt("customer", len(prefix.tokens) + len(suffix), core.shop().manifest.depth - 1)
-        work = core.request(
-            *(_SERVICE, suffix, select, context),
-            prefix=prefix,
-            allow_degraded=allow_degraded,
-        )
-        finished = await core.engine.run(work)
-        if finished.selected is None:
-            raise RuntimeError("the engine answered a selection without items")
-        return work, finished, finished.selected
 
 
 def _items(

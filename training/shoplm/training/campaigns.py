@@ -13,7 +13,7 @@ from shoplm.bundle import HeadSpec
 from shoplm.readout.targets import logit
 from shoplm.training import stumps
 from shoplm.training.calibration import platt, with_line
-from shoplm.training.heads import Head, HeadData, Standard, Strength, campaign_loss, fit_head
+from shoplm.training.heads import Head, HeadData, Loss, Standard, Strength, campaign_loss, fit_head
 from shoplm.training.predictions import FEWEST_EVENTS, draft
 
 FEWEST_ROWS = 30  # customers reached by campaigns; with fewer there is no target
@@ -120,9 +120,11 @@ def _fit(
     outcome = torch.from_numpy(rows.redeemed.astype(np.float32))
     first = torch.zeros(len(rows), dtype=torch.long)
     start = [float(logit(np.array([rows.redeemed.mean()]))[0])]
-    linear, found = fit_head(
-        *(data, 1, lambda at: campaign_loss(first[at], outcome[at])), initial=start, seed=seed, strength=strength
-    )
+
+    def loss_of(at: NDArray[np.intp]) -> Loss:
+        return campaign_loss(first[at], outcome[at])
+
+    linear, found = fit_head(data, 1, loss_of, initial=start, seed=seed, strength=strength)
     if len(rows) < stumps.FEWEST_ROWS or rows.redeemed.all() or not rows.redeemed.any():
         return linear, found
     steps, width = stumps.fit_stumps(data.standard, rows.redeemed, seed), data.standard.shape[1]

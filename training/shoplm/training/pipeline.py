@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
-from numpy.typing import NDArray
 from shoplm.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PromptSchema, file_hash
 from shoplm.catalog.items import Catalog, read_catalog
 from shoplm.errors import ConfigurationError
@@ -48,8 +47,8 @@ from shoplm.training.watch import LOSS, NDCG, Watch
 
 # The likeliest weight of counting spreads chances over all that customers may buy; ranking ten items well takes more.
 _REPEAT_FACTORS = (1.0, 2.0, 3.0, 4.0)
-# A value of the net is below 0 for most own items, yet they lead most lists, which are of ten.
 _LISTED_VALUES = 50  # of an attribute, at most: of more than these, no list
+# A value of the net is below 0 for most own items, yet they lead most lists, which are of ten.
 _START = Weights(model=0.2, repeat=0.0, popularity=0.0, decay_days=120.0, rebuy=1.0, own=8.0)
 ROWS_STAGE = "output rows"
 HIDDEN_SHARE = 0.7  # of the minutes, for hidden states; the rest fits and measures
@@ -211,7 +210,7 @@ def fit(
         examples,
         embeddings,
         shop.items.row_types,
-        _counts_before(shop, shop.timeline.tuned_at),
+        shop.row_counts_before(shop.timeline.tuned_at),
         settings=settings,
         seed=seed,
         validate=validate,
@@ -253,10 +252,3 @@ def fit_predictor(shop: Shop, table: HiddenTable, seed: int) -> Predictor | None
     if not specs:
         return None
     return Predictor(standard, joined(heads, len(FEATURE_NAMES)), tuple(specs), scales)
-
-
-def _counts_before(shop: Shop, until: float) -> NDArray[np.int64]:
-    kept = (pl.col("time") < until) & (pl.col("kind") == int(shop.items.label_kind))
-    events = shop.log.events.filter(kept)
-    counts = np.bincount(events["item"].to_numpy(), minlength=len(shop.log.item_ids))
-    return counts[shop.items.row_item].astype(np.int64)

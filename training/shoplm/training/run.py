@@ -202,7 +202,7 @@ class Run:
         report = measure(shop, table, read, fitted.model, request.seed, watch.say)
         if request.adapter is not None:
             chat = measure_adapter(
-                *(shop, self._catalog, base, self._schema, request.adapter, request.work, request.seed, watch)
+                shop, self._catalog, base, self._schema, request.adapter, request.work, request.seed, watch
             )
             report = msgspec.structs.replace(report, chat=chat)
         card = render_card(

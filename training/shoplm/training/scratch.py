@@ -16,7 +16,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import polars as pl
 import torch
 from safetensors.torch import load_file
 from shoplm.bundle import PromptSchema
@@ -159,10 +158,7 @@ class ScratchRun:
         order = np.random.default_rng(self._seed).permutation(len(shop.histories))[:_PRIOR_CUSTOMERS]
         table = shop.bare_table(order)
         examples = shop.training_examples(table, DECAY_DAYS)
-        kept = (pl.col("time") < shop.timeline.tuned_at) & (pl.col("kind") == int(shop.items.label_kind))
-        events = shop.log.events.filter(kept)["item"].to_numpy()
-        counts = np.bincount(events, minlength=len(shop.log.item_ids))[shop.items.row_item]
-        return CountPrior.fit(examples, counts.astype(np.int64), self._seed)
+        return CountPrior.fit(examples, shop.row_counts_before(shop.timeline.tuned_at), self._seed)
 
 
 def write_tokenizer(folder: Path, texts: Sequence[str]) -> None:

@@ -60,6 +60,12 @@ class Shop:
         result: NDArray[np.float32] = np.log(shares).astype(np.float32)
         return result
 
+    def row_counts_before(self, until: float) -> NDArray[np.int64]:
+        """Label events of each row before `until` (Unix seconds): [rows]."""
+        kept = (pl.col("time") < until) & (pl.col("kind") == int(self.items.label_kind))
+        items = self.log.events.filter(kept)["item"].to_numpy()
+        return np.bincount(items, minlength=len(self.log.item_ids))[self.items.row_item].astype(np.int64)
+
     def bare_table(self, customers: NDArray[np.integer]) -> HiddenTable:
         """All samples of these customers, with hidden states of width 0: for baselines."""
         return HiddenTable.bare(
