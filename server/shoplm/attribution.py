@@ -58,7 +58,7 @@ def visit_parts(visits: Sequence[Visit]) -> list[Part]:
 def likeliest(
     parts: Sequence[Part], history: History, most: int, weight: Callable[[int], float] = lambda event: 1.0
 ) -> list[Part]:
-    """At most so many parts, those first that tend to matter: named often and lately, times an event's `weight`."""
+    """At most `most` parts, those first that tend to matter: named often and lately, times an event's `weight`."""
 
     def total(part: Part) -> float:
         age = (history.as_of - history.time[list(part.events)]) / SECONDS_PER_DAY
@@ -141,7 +141,7 @@ class Forks:
         return Forks(tuple(kept), tuple(histories), tokens, len(suffixes[0]))
 
     def repeated(self, count: int) -> Forks:
-        """With so many more forks of the whole history at the end."""
+        """Add `count` forks of the whole history at the end."""
         nothing = Part(False, (), ())
         suffix = self.tokens[len(self.tokens) - self.suffix_tokens * len(self.histories) :][: self.suffix_tokens]
         return Forks(

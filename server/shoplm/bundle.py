@@ -151,7 +151,8 @@ def file_hash(path: Path) -> str:
 
 
 def manifest_hash(folder: Path) -> str:
-    """Of a bundle's shop.toml, which holds the hashes of its other files. Raises OSError where it cannot be read."""
+    """SHA-256 of a bundle's shop.toml, which holds the hashes of its other files. Raises OSError where it cannot be
+    read."""
     return file_hash(folder / "shop.toml")
 
 

@@ -127,5 +127,5 @@ class CallMetrics(Collector):
 
 
 def _camel(code: grpc.StatusCode) -> str:
-    """As the gRPC ecosystem's metrics write codes: OK, InvalidArgument, …"""
+    """The code as gRPC's own metrics write it: OK, InvalidArgument, …"""
     return "OK" if code is grpc.StatusCode.OK else "".join(part.capitalize() for part in code.name.split("_"))

@@ -49,7 +49,7 @@ def _split(value: object) -> object:
 
 
 def _split_secrets(value: object) -> object:
-    """As `_split`. An empty text is a secret that was forgotten, and no wish to do without."""
+    """Like `_split`, but refuses an empty text: a secret was forgotten, nobody wished to do without one."""
     if isinstance(value, str) and not value.strip(", "):
         raise ValueError("is empty: name a token, or leave the setting out for no authentication")
     return _split(value)
@@ -347,7 +347,8 @@ class ServerConfig(BaseSettings):
             return self.host != "localhost"
 
     def to_toml(self) -> str:
-        """As a settings file, each with its description; secrets as asterisks. What `--print-config` shows."""
+        """Write all settings as a file, each with its description, secrets as asterisks: what `--print-config`
+        shows."""
         lines = []
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)

@@ -185,7 +185,7 @@ class Metrics:
         self._engine_was_up = serving
 
     def _forget_engine(self) -> None:
-        """What it held is gone with it."""
+        """Count the requests that a lost engine held as failed."""
         for service, count in self._in_engine.items():
             if count > 0:
                 self.engine_failures.labels(service, FailureKind.UNAVAILABLE.value).inc(count)
@@ -232,7 +232,7 @@ class Metrics:
         self._set_gauges(stats)
 
     def _follow_requests(self, stats: StepStats) -> None:
-        """Into the engine and out of it."""
+        """Keep count of the requests that are in the engine."""
         for service, count in stats.submitted.items():
             self._in_engine[service] += count
         for service, values in stats.total_seconds.items():

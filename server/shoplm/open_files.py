@@ -11,8 +11,8 @@ LEAST = 64  # a server that nobody calls has thirty open
 
 
 def raise_limit() -> None:
-    """To what the system allows: a connection takes a descriptor, and where none is left the probes fail, too. Raises
-    ConfigurationError where there are too few to start with."""
+    """Raise the limit of open files to what the system allows. Each connection takes a descriptor, and where none is
+    left the probes fail, too. Raises ConfigurationError where there are too few to start with."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # macOS names no limit and takes none
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

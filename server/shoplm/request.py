@@ -163,7 +163,7 @@ class Request(msgspec.Struct, frozen=True):
 
 
 def forks_start(tokens: int, task: Explain) -> int:
-    """Where the forks begin in a prompt of so many tokens."""
+    """The token at which the forks begin, in a prompt of so many tokens."""
     return tokens - task.suffix_tokens * len(task.hidden)
 
 
@@ -312,7 +312,7 @@ EngineOutput = TokensOutput | StepTokensOutput | FinishedOutput | FailedOutput |
 
 
 def by_request(outputs: Iterable[EngineOutput]) -> Iterator[CallOutput]:
-    """What is said of requests, each token as an output of its request."""
+    """The outputs that belong to a request, each token of a step as an output of its own."""
     for output in outputs:
         if isinstance(output, StepTokensOutput):
             for request_id, token in zip(output.request_ids, output.tokens, strict=True):

@@ -35,7 +35,7 @@ class Passage:
 
     @property
     def line(self) -> str:
-        """As it stands in a prompt."""
+        """The passage as it stands in a prompt."""
         return f"{self.title}: {self.text}"
 
 

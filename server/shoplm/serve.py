@@ -90,7 +90,7 @@ async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | Non
 
 
 def _say(text: str) -> None:
-    """To standard output, which nobody needs: a full disk, or a reader that has gone, ends no server."""
+    """Write to standard output. The server goes on where that fails: a full disk, or a reader that has gone."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

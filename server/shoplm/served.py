@@ -104,7 +104,7 @@ class Served:
 
 
 def server_version() -> str:
-    """Of the installed distribution."""
+    """The version of the installed distribution."""
     return version("shoplm")
 
 

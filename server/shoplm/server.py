@@ -47,7 +47,7 @@ class ManagedEngine(Engine, Protocol):
     """`shoplm.engine.client.EngineClient`, as far as the server needs it."""
 
     async def start(self) -> None:
-        """Until ready. Raises ConfigurationError if it cannot load."""
+        """Start the engine and wait until it is ready. Raises ConfigurationError if it cannot load."""
         ...
 
     def on_stats(self, callback: Callable[[StepStats], None]) -> None: ...
@@ -98,8 +98,8 @@ class Server:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Until calls are served. Raises ConfigurationError, TransientError where another start may succeed; `close`
-        cleans up then, too."""
+        """Returns once calls are served. Raises ConfigurationError, TransientError where another start may succeed;
+        call `close` then, too."""
         config = self.config
         self.metrics_port = await self._probes.start(config.metrics_host, config.metrics_port)
         self._grpc = GrpcServer(config, self.metrics)
@@ -163,7 +163,7 @@ class Server:
             )
 
     async def drain(self, seconds: float, lame_duck_seconds: float = 0.0) -> bool:
-        """Send callers elsewhere and let running calls finish. Whether all did within `seconds`; those that did not are
+        """Send callers elsewhere and let running calls finish. Returns whether all did within `seconds`; the others are
         ended. New calls are taken for `lame_duck_seconds` more, half of `seconds` at most."""
         self.draining = True
         if self._health is not None:
@@ -231,7 +231,7 @@ class Server:
 
 
 async def run_in_daemon_thread(work: Callable[[], T]) -> T:
-    """As `asyncio.to_thread`, but the process may end before `work` does: a base is downloaded and converted for
+    """Like `asyncio.to_thread`, but the process may end before `work` does: a base is downloaded and converted for
     minutes, and what is made of it is kept whole or not at all."""
     outcome: Future[T] = Future()
     outcome.set_running_or_notify_cancel()

@@ -103,7 +103,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             task.cancel()
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
-        """Generated code says what a service handles."""
+        """Called by generated code, with the handlers of one service."""
         for name, handler in handlers.items():
             path = f"/{service}/{name}"
             method = METHODS.get(path)
@@ -111,7 +111,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             self._refusals[path] = self._refusal(method)
 
     def add_generic_rpc_handlers(self, handlers: object) -> None:
-        """Generated code says it again."""
+        """Called by generated code too; the handlers are known already."""
 
     def service(self, handler_call_details: Any) -> Handler | None:
         path: str = handler_call_details.method
@@ -150,7 +150,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         return grpc.unary_unary_rpc_method_handler(serve_unary, None, handler.response_serializer)
 
     def _refusal(self, method: Method | None) -> Handler:
-        """Of a kind for which gRPC reads no message before the handler asks for it: a stranger's are not read."""
+        """The handler of calls without a valid token. It is of a kind for which gRPC reads no message before the
+        handler asks for one, so a stranger's messages are not read."""
         error = UnauthenticatedError("send a valid token in the metadata: authorization: Bearer <token>")
 
         async def refuse(_: object, context: Context) -> None:
@@ -297,7 +298,7 @@ _LOG_LEVELS = {
 
 
 def _loggable(error: Exception) -> str:
-    """What the log may hold of an error: of a refused field its path, since its value may be somebody's data."""
+    """The error as it may be logged. Of a refused field only the path: its value may be somebody's data."""
     if isinstance(error, InvalidRequestError):
         return f"refused because of {', '.join(field for field, _ in error.violations)}"
     return str(error) or type(error).__name__

@@ -39,7 +39,7 @@ class Method:
 
     @property
     def grpc_type(self) -> str:
-        """As the gRPC ecosystem's metrics name it."""
+        """The kind of call, as gRPC's own metrics name it."""
         return "server_stream" if self.streams else "unary"
 
 

@@ -1,7 +1,7 @@
-"""What was computed lately of a customer, for the other calls of a page view, which send the same customer again.
+"""Caches of what was computed for recent customers: the calls of one page view send the same customer several times.
 
-Only what cannot have changed is reused: an answer is the same with and without, but for `now`, which is told to the
-second. For one event loop, not for threads.
+Only what cannot have changed is reused, so answers are the same with and without, except that calls within one second
+share their `now`. For one event loop, not for threads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from shoplm.history import History
 from shoplm.v1 import shop_pb2
 
 MAX_EVENTS = 500_000  # kept in all, about 50 bytes each
-MOMENT_SECONDS = 1.0  # that are one moment for who names none: the calls of a page view share what the moment goes into
+MOMENT_SECONDS = 1.0  # calls that name no moment share one for so long, and with it all that depends on the moment
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -40,13 +40,14 @@ class RecentCustomers:
 
     @staticmethod
     def key(customer: shop_pb2.Customer, tenant: str) -> bytes:
-        """Of a message; tenants share nothing."""
+        """The key of a customer message. Tenants share nothing."""
         digest = hashlib.blake2b(tenant.encode() + b"\0", digest_size=16)
         digest.update(customer.SerializeToString(deterministic=True))
         return digest.digest()
 
     def get(self, key: bytes, now: float) -> Read | None:
-        """What was read, as of `now` (Unix seconds), or up to a second before, where the message names no moment."""
+        """What was read of the message, None if it is not kept. If the message names no moment, the history is that of
+        `now` (Unix seconds), or of up to a second before."""
         read = self._entries.get(key)
         if read is None:
             return None
@@ -59,7 +60,7 @@ class RecentCustomers:
         return read
 
     def put(self, key: bytes, read: Read) -> None:
-        """Keep it. A history of now must hold every event of its message, none of them in the future."""
+        """Keep what was read. A history of now must hold every event of its message, none of them in the future."""
         before = self._entries.pop(key, None)
         self._entries[key] = read
         self._events += _size(read) - (0 if before is None else _size(before))

@@ -49,8 +49,8 @@ class _Files:
         return grpc.ssl_server_certificate_configuration([(key, chain)], client_ca)
 
     def changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """Of each handshake, by a thread of gRPC's: what the files hold if they were changed. Those that cannot be used
-        are told of once, and the ones before stay in force."""
+        """Called by a thread of gRPC's at each handshake. Returns what the files hold if they have changed. Files that
+        cannot be used are logged once, and the ones before stay in force."""
         if self._stamp() == self._read:
             return None
         try:

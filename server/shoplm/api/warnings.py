@@ -41,5 +41,5 @@ class Warnings:
         return list(self._counts)
 
     def messages(self) -> list[shop_pb2.Warning]:
-        """As responses carry them, in the order in which they were first noted."""
+        """The warnings as responses carry them, in the order in which they were first noted."""
         return [shop_pb2.Warning(code=code, message=TEXTS[code], count=count) for code, count in self._counts.items()]

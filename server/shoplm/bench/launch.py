@@ -25,7 +25,7 @@ class LaunchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """Where it listens and its process; None where there are no metrics, or the process is not to be seen."""
+    """A server's addresses and process; None where there are no metrics, or the process is not to be seen."""
 
     address: str
     metrics_url: str | None

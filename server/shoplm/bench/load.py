@@ -29,7 +29,7 @@ class LoadRun:
 
     @classmethod
     def joined(cls, runs: Sequence[LoadRun]) -> LoadRun:
-        """As if the windows had been one."""
+        """Several windows as one."""
         return cls(
             outcomes=tuple(outcome for run in runs for outcome in run.outcomes),
             measured_seconds=sum(run.measured_seconds for run in runs),

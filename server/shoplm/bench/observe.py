@@ -32,7 +32,7 @@ class StepComposition:
 
     @classmethod
     def joined(cls, parts: Sequence[StepComposition]) -> StepComposition:
-        """Of all windows together."""
+        """The sum over all windows."""
         tokens: Counter[str] = Counter()
         rows: Counter[str] = Counter()
         for part in parts:
@@ -59,7 +59,7 @@ class ProcessUse:
 
     @classmethod
     def joined(cls, parts: Sequence[ProcessUse]) -> ProcessUse:
-        """Of all windows together."""
+        """The sum over all windows."""
         return cls(
             processes=max(part.processes for part in parts),
             cpu_seconds=sum(part.cpu_seconds for part in parts),

@@ -61,7 +61,7 @@ class Report:
 
 
 def send_lag(run: LoadRun) -> Distribution:
-    """By how much requests were sent after their time, in seconds."""
+    """How many seconds after their time requests were sent."""
     return distribution([outcome.sent - outcome.intended for outcome in run.outcomes if outcome.measured])
 
 

@@ -61,7 +61,7 @@ def build_batch(plan: Plan, page_size: int) -> Batch:
 
 
 def _slots(pages: Seq[int], first: int, count: int, page_size: int) -> NDArray[np.int64]:
-    """Where the keys and values of so many tokens of these pages go, from the `first` on."""
+    """Pool slots of `count` tokens of these pages, from the `first` on."""
     if count <= _FEW_TOKENS:  # arrays take longer to begin than few tokens to end
         return np.array([_slot(pages, at, page_size) for at in range(first, first + count)], np.int64)
     page, offset = np.divmod(np.arange(first, first + count), page_size)

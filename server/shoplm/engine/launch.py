@@ -55,15 +55,15 @@ class EngineProcess:
             stdin.write(shop_texts)
 
     async def wait(self) -> int:
-        """Its exit code, once it has ended."""
+        """Wait for its end; returns the exit code."""
         return await asyncio.to_thread(self._process.wait)
 
     def kill(self) -> None:
-        """At once, whatever it is doing."""
+        """Kill it at once, whatever it is doing."""
         self._process.kill()
 
     def discard(self) -> None:
-        """Nobody wants it: end it and wait for that."""
+        """End a process that is not wanted, and wait for its end."""
         self.connection.close()
         self.kill()
         self._process.communicate()

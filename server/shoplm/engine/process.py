@@ -67,7 +67,7 @@ def run(connection: socket.socket, spec: EngineSpec, load: Callable[[EngineSpec]
 
 
 def _give_back_memory() -> None:
-    """What loading freed, glibc keeps for later: here hundreds of megabytes, which nobody will ask for again."""
+    """Return what loading freed to the system. glibc would keep hundreds of megabytes that nobody asks for again."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -83,7 +83,7 @@ class _Loop:
         self._has_news = True  # what no report has said yet; before any work, the number of free pages
 
     def run(self) -> None:
-        """Until drained and idle, or the other side has gone."""
+        """Run until drained and idle, or the other side has gone."""
         engine = self._engine
         while not (self._draining and engine.is_idle):
             if engine.is_idle:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ShopTexts(msgspec.Struct, frozen=True):
-    """Of one bundle, as plain data."""
+    """The texts and columns of one bundle, as plain data."""
 
     categories: list[str]  # of each item row
     prices: list[float]  # NaN where unknown

@@ -142,7 +142,7 @@ class ProcessEngineClient(EngineClient):
             callback(error)
 
     async def _launch_again(self) -> None:
-        """As `_launch`. Raises EngineUnavailableError, the engine killed, where it takes too long to load."""
+        """Like `_launch`. Raises EngineUnavailableError, the engine killed, where it takes too long to load."""
         limit = max(self._hang_seconds, _TIMES_FIRST_LOAD * self._load_seconds)
         try:
             async with asyncio.timeout(limit if self._hang_seconds else None):
@@ -189,7 +189,7 @@ class ProcessEngineClient(EngineClient):
 
 
 async def _log_long_load() -> None:
-    """The first load may take as long as it needs, so whoever waits for it is told that nothing else has happened."""
+    """Log each minute that the engine is still loading: the first load may take as long as it needs."""
     begun = asyncio.get_running_loop().time()
     while True:
         await asyncio.sleep(_LONG_LOAD_SECONDS)

@@ -67,8 +67,8 @@ class Adapter:
         return weight if change is None else change.add_to(weight)
 
     def path(self, rows: Mapping[str, int], inputs: int) -> LowRankPath | None:
-        """Of a product whose weight is these tensors [rows, inputs], one below the other, in fp32; None where nothing
-        is changed. Raises as `merge`."""
+        """What is added to a product whose weight stacks these tensors [rows, inputs], in fp32; None where nothing is
+        changed. Raises as `merge`."""
         changes = [(size, self._change(name, (size, inputs))) for name, size in rows.items()]
         downs = [change.down.float() for _, change in changes if change is not None]
         if not downs:

@@ -49,7 +49,7 @@ class PackagedModel:
 
     @property
     def folder_name(self) -> str:
-        """Of the converted model in the cache."""
+        """The converted model's folder in the cache."""
         return f"{self.name}-{self.sha256[:12]}-v{CONVERSION}"
 
 

@@ -21,7 +21,7 @@ class Origin(StrEnum):
 
 
 def read_origin(folder: Path) -> Origin:
-    """Of the base in that folder. Raises BaseModelError."""
+    """Read the origin of the base in a folder. Raises BaseModelError."""
     value = read_json(folder / "config.json").get(_KEY, Origin.TEXT.value)
     try:
         return Origin(value)

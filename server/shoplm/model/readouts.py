@@ -117,7 +117,8 @@ class Readouts:
         return self._selector(select.trie).lanes(select)
 
     def lineages(self, batch: Batch) -> dict[int, NDArray[np.int64]]:
-        """By state slot of a beam row, [step, lanes]: the lane at each step that a lane descends from."""
+        """The lineage of each beam row, by its state slot. [step, lanes]: the lane at each step that a lane descends
+        from."""
         return {
             row.state_slot: self._selector(row.readout.select.trie).lineage(row.state_slot)
             for row in batch.rows
@@ -233,7 +234,7 @@ def output_tokens(batch: Batch) -> tuple[dict[int, int], NDArray[np.int64]]:
 
 
 def _places(rows: Sequence[Row], chosen: Sequence[int]) -> list[_Place]:
-    """Where these rows draw."""
+    """The places at which these rows draw a token."""
     places = []
     for index in chosen:
         readout = rows[index].readout

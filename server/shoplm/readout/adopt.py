@@ -121,7 +121,7 @@ def from_steps(steps: NDArray[np.int8], size: Floats) -> Floats:
 
 
 def adopt_arrays(adopt: Adopt) -> dict[str, NDArray[Any]]:
-    """As a bundle keeps them: what items draw each other by, in 8 bits."""
+    """The tensors that a bundle stores. The factors are rounded to 8 bits."""
     found = {name: getattr(adopt, name) for name in _PLAIN}
     for name in _IN_STEPS:
         found[name], found[f"{name}_step"] = in_steps(getattr(adopt, name))
@@ -130,7 +130,7 @@ def adopt_arrays(adopt: Adopt) -> dict[str, NDArray[Any]]:
 
 
 def adopt_of(read: Read) -> Adopt | None:
-    """From a bundle; None where it has none. Raises ValueError where the tensors do not fit together."""
+    """Read the net of a bundle; None where it has none. Raises ValueError where the tensors do not fit together."""
     found = whole(read, "adopt", (*_PLAIN, *_IN_STEPS, *(f"{each}_step" for each in _IN_STEPS), "out_bias"))
     if found is None:
         return None

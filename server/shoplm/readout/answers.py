@@ -68,7 +68,7 @@ def score_of(spec: HeadSpec, values: Sequence[float]) -> float:
 
 
 def seconds_since_purchase(history: History) -> float:
-    """From the last purchase to `as_of`; infinite where there is none."""
+    """Seconds from the last purchase to `as_of`; infinite where there is none."""
     return history.as_of - last_purchase(history)
 
 

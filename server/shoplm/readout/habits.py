@@ -212,7 +212,7 @@ class HabitTable:
 
 
 def habit_table(score: ScoreWeights, read: Read) -> HabitTable:
-    """From a bundle. Raises ValueError where the tensors do not fit together or with the weights."""
+    """Read a bundle's table. Raises ValueError where the tensors do not fit together or with the weights."""
     loyalty = read("loyalty")
     neighbours = None
     if found := whole(read, "neighbours", ("starts", "items", "strengths")):
@@ -230,7 +230,7 @@ def habit_table(score: ScoreWeights, read: Read) -> HabitTable:
 
 
 def load_habits(bundle: Path, manifest: ShopManifest) -> HabitTable:
-    """Of a bundle's folder. Raises BundleError."""
+    """Load the table from a bundle's folder. Raises BundleError."""
     with opened(bundle) as (read, items):
         table = habit_table(manifest.score, read)
         table.check(items)

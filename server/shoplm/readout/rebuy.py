@@ -82,7 +82,7 @@ class Rebuy:
         return rows, np.concatenate((values, self.items[rows]), axis=1)
 
     def log_odds(self, features: Floats) -> Floats:
-        """Of items with these `features` [N, H + I]: [N]."""
+        """Log-odds [N] of items with these `features` [N, H + I]."""
         units = np.maximum(features @ self.weight.T + self.bias, 0.0)
         result: Floats = (units @ self.out + self.out_bias).astype(np.float32)
         return result
@@ -156,7 +156,7 @@ def _grouped(
 
 
 def rebuy_of(read: Read) -> Rebuy | None:
-    """From a bundle; None where it has none. Raises ValueError where the tensors do not fit together."""
+    """Read the net of a bundle; None where it has none. Raises ValueError where the tensors do not fit together."""
     found = whole(read, "rebuy", _TENSORS)
     if found is None:
         return None
@@ -165,7 +165,7 @@ def rebuy_of(read: Read) -> Rebuy | None:
 
 
 def load_rebuy(bundle: Path, manifest: ShopManifest) -> Rebuy | None:
-    """Of a bundle's folder; None where it has none. Raises BundleError."""
+    """Load the net from a bundle's folder; None where it has none. Raises BundleError."""
     with opened(bundle) as (read, items):
         rebuy = rebuy_of(read)
         if rebuy is None and manifest.score.rebuy_weight:

@@ -122,7 +122,7 @@ class FleetResult:
         )
 
     def services(self, warm_up: float = 0.0) -> dict[Service, ServiceResult]:
-        """Of all services."""
+        """Results of all services."""
         return {service: self.service(service, warm_up) for service in Service}
 
     def goodput(self, warm_up: float = 0.0) -> float:

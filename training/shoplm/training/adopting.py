@@ -48,8 +48,8 @@ class ShopTables:
 
 
 def fit_adopt(shop: Shop, table: HiddenTable, seed: int) -> Adopt | None:
-    """From next baskets before `tuned_at`, with the shop's tables as they were at the cut before each, and those of
-    `tuned_at` in the result; None where there are too few. `table` may be bare."""
+    """Fit the net to next baskets before `tuned_at`, with the shop's tables as they were at the cut before each, and
+    those of `tuned_at` in the result; None where there are too few. `table` may be bare."""
     examples = basket_examples(shop, table, MOST_EXAMPLES, seed)
     if len(examples) < FEWEST_EXAMPLES:
         return None
@@ -61,19 +61,19 @@ def fit_adopt(shop: Shop, table: HiddenTable, seed: int) -> Adopt | None:
 
 
 def bundled_adopt(shop: Shop, adopt: Adopt | None, weight: float, seed: int) -> Adopt | None:
-    """As a bundle keeps it: with the shop's tables as they were at `test_at`; None where its weight is 0."""
+    """The net that a bundle stores: with the shop's tables as they were at `test_at`; None where its weight is 0."""
     if adopt is None or not weight:
         return None
     return replace(adopt, **vars(shop_tables(shop, shop.timeline.test_at, seed)))
 
 
 def adopt_tensors(adopt: Adopt) -> dict[str, Tensor]:
-    """As a bundle keeps them."""
+    """The tensors that a bundle stores."""
     return {name: torch.from_numpy(array) for name, array in adopt_arrays(adopt).items()}
 
 
 def shop_tables(shop: Shop, until: float, seed: int) -> ShopTables:
-    """From the purchases before `until` (Unix seconds) alone."""
+    """The shop's tables, from the purchases before `until` (Unix seconds) alone."""
     bought, items = purchases_before(shop, until), len(shop.items.row_item)
     chosen, found = item_factors(bought.customer, bought.item, items, seed)
     factors = np.zeros((items, found.shape[1]), np.float32)
@@ -150,7 +150,7 @@ def _shares(
 
 
 def _stored(values: Floats) -> Floats:
-    """As they come out of a bundle."""
+    """The values, rounded as a bundle stores them."""
     return from_steps(*in_steps(values))
 
 
@@ -201,7 +201,7 @@ class _Data:
         )
 
     def loss(self, values: Tensor, owner: Tensor, rows: Tensor, chosen: Tensor) -> Tensor:
-        """As `fit_item_net` takes it."""
+        """The loss for `fit_item_net`."""
         bought, counted = torch.from_numpy(self.bought)[rows].float(), torch.from_numpy(self.counted)[rows]
         return _loss(values, owner, bought, counted, torch.from_numpy(self.again)[chosen])
 

@@ -142,7 +142,8 @@ def _model(base: Base, schema: PromptSchema, weights: Weights, hidden_scales: di
 
 
 def _origin(base: Base, schema: PromptSchema) -> Origin:
-    """Of what is served: a published base that was adapted is one. Only an adapted one can talk behind item tokens."""
+    """The origin of what is served. A published base that was adapted counts as adapted: only such a one can talk
+    behind item tokens."""
     return Origin.ADAPTED if schema.chat_reads_item_tokens else base.origin
 
 

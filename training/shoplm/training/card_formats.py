@@ -25,7 +25,7 @@ def record(folder: Path, formats: Formats, customers: int, costs: Sequence[Loss]
 
 
 def section(formats: Formats, customers: int, costs: Sequence[Loss]) -> str:
-    """As text."""
+    """The section as text."""
     parts = {"weights": formats.weights, "keys and values": formats.kv or "model"}
     rounded = {what: format.upper() for what, format in parts.items() if format != "model"}
     heading = " and ".join(f"{what} in {format}" for what, format in rounded.items())

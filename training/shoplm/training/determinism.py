@@ -10,7 +10,8 @@ import torch
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Without this, threads add up the gradients of shared items in the order in which they happen to come."""
+    """Make torch deterministic. Without this, threads add up the gradients of shared items in the order in which they
+    happen to come."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:

@@ -160,8 +160,8 @@ def measure_explanations(
     seed: int,
     advance: Advance,
 ) -> ExplanationResult:
-    """Of customers drawn at random, seen from the moment when the test begins. `backend` serves the bundle, and
-    `randomised` the same with weights that `shuffled` gave it."""
+    """Measure explanations for random customers, seen from the moment when the test begins. `backend` serves the
+    bundle, and `randomised` the same with weights that `shuffled` gave it."""
     measured = Measured(Asker(backend), Asker(randomised), builder, catalog, manifest, habits, rebuy)
     generator = np.random.default_rng(seed)
     found, done = _Found(predictions={spec.label: [] for spec in _targets(manifest)}), 0

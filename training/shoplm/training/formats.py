@@ -17,7 +17,7 @@ class Formats:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The formats in words."""
         parts = [f"weights {self.weights}"] if self.weights != "model" else []
         parts += [f"keys and values {self.kv}"] if self.kv not in (None, "model") else []
         return ", ".join(parts) + (" of the CPU" if self.of_cpu else "")

@@ -43,13 +43,13 @@ _BLOCK = 256  # rows of S in memory at once
 
 @dataclass(frozen=True)
 class ShopHabits:
-    """As they were at a moment."""
+    """What the shop's customers did with its items, up to a moment."""
 
     loyalty: NDArray[np.float32]  # [items]
     neighbours: Neighbours
 
     def tensors(self) -> dict[str, Tensor]:
-        """As a bundle keeps them."""
+        """The tensors that a bundle stores."""
         return {
             "loyalty": torch.from_numpy(self.loyalty),
             "neighbours.starts": torch.from_numpy(self.neighbours.starts.astype(np.int32)),
@@ -67,7 +67,7 @@ class PastPurchases(NamedTuple):
 
 
 def purchases_before(shop: Shop, until: float) -> PastPurchases:
-    """Of items with a row, before `until` (Unix seconds), in the log's order."""
+    """Purchases of items with a row, before `until` (Unix seconds), in the log's order."""
     known = (pl.col("time") < until) & (pl.col("kind") == int(shop.items.label_kind))
     bought = shop.log.events.filter(known).select("customer", "time", "item")
     visits = bought.filter(pl.Series(shop.items.has_row[bought["item"].to_numpy()])).unique(maintain_order=True)
@@ -76,20 +76,20 @@ def purchases_before(shop: Shop, until: float) -> PastPurchases:
 
 
 def shop_habits(shop: Shop, until: float, seed: int) -> ShopHabits:
-    """From the purchases before `until` (Unix seconds) alone."""
+    """The habits in the purchases before `until` (Unix seconds) alone."""
     customer, item, _ = purchases_before(shop, until)
     count = len(shop.items.row_item)
     return ShopHabits(loyalty(customer, item, count), neighbours(customer, item, count, seed))
 
 
 def bundled_habits(shop: Shop, goes_with: float, seed: int) -> ShopHabits:
-    """As they were at `test_at`, without neighbours where these have no weight."""
+    """The habits that a bundle stores: up to `test_at`, without neighbours where these have no weight."""
     found = shop_habits(shop, shop.timeline.test_at, seed)
     return found if goes_with else replace(found, neighbours=Neighbours.none(len(found.loyalty)))
 
 
 def read_habits(score: ScoreWeights, tensors: Mapping[str, Tensor]) -> ShopHabits:
-    """Of a bundle. One of format 1 has none: its weights of them are 0."""
+    """The habits of a bundle. One of format 1 has none: its weights of them are 0."""
     items = len(tensors["popularity"])
     table = habit_table(score, lambda name: tensors[name].numpy() if name in tensors else None)
     table.check(items)
@@ -98,7 +98,7 @@ def read_habits(score: ScoreWeights, tensors: Mapping[str, Tensor]) -> ShopHabit
 
 
 def loyalty(customer: NDArray[np.integer], item: NDArray[np.integer], items: int) -> NDArray[np.float32]:
-    """[items], from purchases: who bought what, once per visit."""
+    """Loyalty of each item [items], from purchases: who bought what, once per visit."""
     purchases = np.bincount(item, minlength=items)
     pairs = np.unique(np.stack([customer, item]), axis=1)
     customers = np.bincount(pairs[1], minlength=items)
@@ -108,7 +108,7 @@ def loyalty(customer: NDArray[np.integer], item: NDArray[np.integer], items: int
 
 
 def neighbours(customer: NDArray[np.integer], item: NDArray[np.integer], items: int, seed: int) -> Neighbours:
-    """From who bought what; repetitions count once."""
+    """Neighbours of all items, from who bought what; repetitions count once."""
     chosen, found = item_factors(customer, item, items, seed)
     return _largest(found, chosen, items) if len(chosen) > 1 else Neighbours.none(items)
 

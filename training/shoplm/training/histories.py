@@ -54,7 +54,7 @@ class Histories:
         return self._built(customer, rows, moment)
 
     def _built(self, customer: int, rows: slice | NDArray[np.intp], as_of: float | None) -> History:
-        """From some of the customer's events; `as_of` None: just after them."""
+        """The history of some of the customer's events; `as_of` None: just after them."""
         columns = {name: values[rows] for name, values in self._columns.items()}
         return build_history(
             **columns,

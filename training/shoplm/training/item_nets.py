@@ -27,7 +27,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ItemNet:
-    """On features as they are, or standardised, as each member is fitted."""
+    """A net, on features as they are; its members are fitted on standardised ones."""
 
     weight: Floats  # [U, F]
     bias: Floats  # [U]
@@ -38,7 +38,8 @@ class ItemNet:
 def fit_item_net(
     features: Floats, lengths: NDArray[np.int64], loss: Loss, *, members: int, units: int, seed: int
 ) -> ItemNet:
-    """From `features` [N, F] of all examples' items, one example after another, `lengths` [examples] of each."""
+    """Fit a net to `features` [N, F] of all examples' items, one example after another, `lengths` [examples] of
+    each."""
     mean, scale = features.mean(axis=0), features.std(axis=0)
     # A constant says nothing, and may say anything of an item unlike those of the training.
     inverse = np.where(scale > _LEAST_DEVIATION, 1.0 / np.maximum(scale, _LEAST_DEVIATION), 0.0).astype(np.float32)

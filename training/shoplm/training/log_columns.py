@@ -49,7 +49,7 @@ def flag_column(name: str) -> pl.Expr:
 
 
 def note_unknown_flags(note: Notes, frame: pl.DataFrame, name: str, done: str) -> None:
-    """Of cells that say something, but neither true nor false."""
+    """Note the cells that are not empty and neither true nor false."""
     odd = frame.filter(text_column(name).is_not_null() & flag_column(name).is_null())[name]
     if len(odd):
         note.add(name, len(odd), f"neither true nor false, such as {str(odd[0])!r}", done)

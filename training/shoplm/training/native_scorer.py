@@ -37,7 +37,8 @@ class NativeScorer:
         self._head = PackedLinear(library, weights.lm_head, format=min(format, WeightFormat.INT8))
 
     def nats(self, tokens: Sequence[int], first: int = 1) -> float:
-        """Of `tokens` from the `first` on, each behind those before it; at most as many as were asked for."""
+        """Negative log-likelihood of `tokens` from the `first` on, each behind those before it; at most
+        `most_tokens`."""
         text, at = np.array(tokens, np.int64), np.arange(len(tokens))
         row = Row(0, 0, len(text), self._pages, kv_len=len(text))
         batch = Batch(text.astype(np.int32), at.astype(np.int32), at, (row,))

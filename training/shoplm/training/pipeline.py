@@ -147,8 +147,8 @@ def hidden_states(
 def compute_states(
     states: HiddenStates, customers: int, minutes: float | None, progress: Progress
 ) -> tuple[HiddenTable, int]:
-    """As many customers' states as fit into the time, and how many that is. `progress` gets as many customers for the
-    whole as are likely to fit."""
+    """Hidden states of as many customers as fit into the time, and how many that is. The total that `progress` is given
+    is the number of customers that are likely to fit."""
     begun = time.monotonic()
     deadline = None if minutes is None else begun + HIDDEN_SHARE * 60.0 * minutes
     found = 0  # from an earlier run

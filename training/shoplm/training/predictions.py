@@ -227,8 +227,9 @@ def _with_no_state(rows: Observed, train: Observed) -> Observed:
 
 
 def _calibrated(specs: Sequence[HeadSpec], unseen: NDArray[np.float64], rows: Observed) -> list[HeadSpec]:
-    """With parameters from `unseen` [N, P], the values of heads that did not know the rows' customers. Chances of a
-    purchase grow with the horizon; where that takes lines of their own from them, churn is what the longest leaves."""
+    """The specs with parameters fitted to `unseen` [N, P], the values of heads that did not know the rows' customers.
+    Chances of a purchase grow with the horizon; where that takes lines of their own from them, churn is what the
+    longest leaves."""
     found = []
     for spec in specs:
         inside = rows.population(spec)

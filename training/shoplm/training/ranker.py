@@ -60,8 +60,8 @@ class OutputRows:
         return OutputRows(self.rows * factor, self.bias * factor)
 
     def rounded(self, centre: Tensor) -> OutputRows:
-        """As it is stored, in fp16. The states' mean `centre` [H] is large against their spread, so the bias takes up
-        what rounding the rows would shift it by."""
+        """Rounded as it is stored, in fp16. The states' mean `centre` [H] is large against their spread, so the bias
+        takes up what rounding the rows would shift it by."""
         rows = self.rows.half().float()
         return OutputRows(rows, self.bias + (self.rows - rows) @ centre)
 

@@ -31,8 +31,8 @@ Floats = NDArray[np.float32]
 
 
 def fit_rebuy(shop: Shop, table: HiddenTable, seed: int) -> Rebuy | None:
-    """From next baskets before `tuned_at`, with the items' features as they were at the cut before each, and those of
-    `tuned_at` in the result; None where there are too few. `table` may be bare."""
+    """Fit the net to next baskets before `tuned_at`, with the items' features as they were at the cut before each, and
+    those of `tuned_at` in the result; None where there are too few. `table` may be bare."""
     examples, cuts = basket_examples(shop, table, MOST_EXAMPLES, seed), np.array(shop.timeline.train_at)
     data = _Data.of(shop, examples, cuts)
     if len(data.lengths) < FEWEST_EXAMPLES or not data.bought.any():
@@ -52,7 +52,7 @@ def basket_examples(shop: Shop, table: HiddenTable, most: int, seed: int) -> Exa
 
 
 def bundled_rebuy(shop: Shop, rebuy: Rebuy | None, weights: Weights) -> Rebuy | None:
-    """As a bundle of these weights keeps it: with `own` in its values and the items' features as they were at
+    """The net that a bundle of these weights stores: with `own` in its values and the items' features as they were at
     `test_at`; None where it does not count."""
     if rebuy is None or not weights.rebuy:
         return None
@@ -61,7 +61,7 @@ def bundled_rebuy(shop: Shop, rebuy: Rebuy | None, weights: Weights) -> Rebuy | 
 
 
 def rebuy_tensors(rebuy: Rebuy) -> dict[str, Tensor]:
-    """As a bundle keeps them."""
+    """The tensors that a bundle stores."""
     arrays = {name: getattr(rebuy, name) for name in ("items", "types", "weight", "bias", "out")}
     named = {f"rebuy.{name}": torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     return {**named, "rebuy.out_bias": torch.tensor([rebuy.out_bias])}
@@ -124,7 +124,7 @@ class _Data:
         )
 
     def loss(self, values: Tensor, owner: Tensor, rows: Tensor, chosen: Tensor) -> Tensor:
-        """As `fit_item_net` takes it."""
+        """The loss for `fit_item_net`."""
         bought = torch.from_numpy(self.bought)[rows].float()
         return _loss(values, owner, bought, torch.from_numpy(self.others)[chosen])
 

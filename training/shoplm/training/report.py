@@ -33,7 +33,7 @@ class Difference(msgspec.Struct, frozen=True):
 
     @property
     def verdict(self) -> str:
-        """Of ours minus another's."""
+        """How ours compares with the other, in words."""
         if self.mean is None:
             return "not measured against"
         if self.low is None or self.high is None:
@@ -146,7 +146,7 @@ class ChatKept(msgspec.Struct, frozen=True):
 
     @property
     def increase(self) -> float:
-        """Of the adapted base over the base, without a history: .05 is five per cent."""
+        """Share by which the adapter raises the perplexity without a history: .05 is five per cent."""
         return self.adapted / self.base - 1.0
 
 

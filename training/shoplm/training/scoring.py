@@ -43,7 +43,7 @@ class Logits(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Of the terms. `model` is multiplied into the output rows when the bundle is written."""
+    """Weights of a score's terms. `model` is multiplied into the output rows when the bundle is written."""
 
     model: float
     repeat: float

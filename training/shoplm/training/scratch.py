@@ -119,7 +119,7 @@ class ScratchRun:
         )
 
     def train(self, minutes: float | None, watch: Watch) -> Scratch:
-        """As many steps as fit into the share of the minutes; at most `EPOCHS` passes over the customers."""
+        """Train as many steps as fit into the share of the minutes; at most `EPOCHS` passes over the customers."""
         deadline = None if minutes is None else time.monotonic() + MINUTES_SHARE * 60.0 * minutes
         path = self.folder / "plan.json"
         plan = msgspec.json.decode(path.read_bytes(), type=Plan) if path.exists() else self._plan(deadline)
@@ -134,11 +134,11 @@ class ScratchRun:
         return Scratch(replace(base, name=base.origin.value), load_file(self.folder / INPUT_ROWS)["input_rows"])
 
     def seconds_per_step(self) -> float:
-        """On this machine; the model and the random draws are left as they were."""
+        """Seconds of a training step on this machine; the model and the random draws are left as they were."""
         return self._trainer(1).seconds_per_step()
 
     def epoch_steps(self) -> int:
-        """Of the whole run where time does not matter."""
+        """Steps of the whole run where time does not matter."""
         return max(EPOCHS * len(self._shop.histories) // _SETTINGS.passes_per_step, FEWEST_STEPS)
 
     def _plan(self, deadline: float | None) -> Plan:

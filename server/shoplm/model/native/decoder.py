@@ -71,7 +71,7 @@ class _Layer:
 
 
 def _interleaved(rows: Tensor) -> Tensor:
-    """Of gate and up [2 I, in]: 16 rows of gate, then the 16 of up: one panel holds both factors of its products."""
+    """Interleave the rows of gate and up [2 I, in]: 16 of gate, then 16 of up, so that one panel holds both factors."""
     parts = rows.view(2, -1, 16, rows.shape[1])
     return parts.transpose(0, 1).reshape(rows.shape)
 
@@ -190,7 +190,8 @@ def _row_table(
 
 
 def _bits(hidden: NDArray[np.bool_], group: int) -> NDArray[np.uint16]:
-    """From [tokens, keys] to [blocks of 16 queries, keys], flat; bit i is a block's query i, tokens times group."""
+    """Pack a mask [tokens, keys] into [blocks of 16 queries, keys], flat; bit i is a block's query i, tokens times
+    group."""
     queries = np.repeat(hidden, group, axis=0)
     blocks = np.zeros((-(-len(queries) // 16) * 16, hidden.shape[1]), np.bool_)
     blocks[: len(queries)] = queries

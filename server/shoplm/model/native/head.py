@@ -44,5 +44,5 @@ class NativeHead:
 
 
 def _largest_norm(weight: Tensor) -> float:
-    """Of a row."""
+    """The largest norm of a row."""
     return float(torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).max())

@@ -57,7 +57,8 @@ class InstructionSet(StrEnum):
 
     @property
     def compiler_flags(self) -> tuple[str, ...]:
-        """Beside those of all. They name extensions and no CPU, which would bring more than is looked for."""
+        """Compiler flags beside the common ones. They name extensions and no CPU, which would bring more than is looked
+        for."""
         match self:
             case InstructionSet.AMX:
                 return (*self.extensions.values(), "-mtune=sapphirerapids", "-DSHOPLM_AVX512")

@@ -24,7 +24,7 @@ class WeightFormat(IntEnum):
 
     @property
     def bits(self) -> int:
-        """Of a weight."""
+        """Bits of one weight."""
         return 16 >> self
 
 

@@ -21,7 +21,7 @@ class WeightMemory:
         self._chunk = torch.empty(0, dtype=torch.uint8)
 
     def take(self, size: int) -> Tensor:
-        """So many bytes, which begin at a cache line."""
+        """Take `size` bytes that begin at a cache line."""
         taken = -(-size // _ALIGNMENT) * _ALIGNMENT
         if taken > len(self._chunk):
             self._chunk = _reserve(max(taken, _CHUNK))

@@ -35,7 +35,8 @@ _STAGE = "chat kept"
 def measure_adapter(
     shop: Shop, catalog: Catalog, base: Base, schema: PromptSchema, adapter: Path, work: Path, seed: int, watch: Watch
 ) -> ChatKept:
-    """Of the adapter in that folder, which was trained with `seed`. The base's answers are kept in `work`."""
+    """What the adapter in a folder, trained with `seed`, left of ordinary talk. The base's answers are kept in
+    `work`."""
     tokenizer = Tokenizer.from_folder(base.folder)
     vocabulary = shop.items.vocabulary(base.config.vocab_size)
     builder = PromptBuilder(tokenizer, ChatTemplate.from_folder(base.folder), schema, vocabulary)
@@ -73,7 +74,7 @@ def held_out(
 
 
 def some_prefixes(shop: Shop, builder: PromptBuilder, seed: int) -> list[tuple[int, ...]]:
-    """Of a few customers, as they were when the test began."""
+    """Prefixes of a few customers, as they were when the test began."""
     histories, until = shop.histories, shop.timeline.test_at
     chosen = np.random.default_rng(seed + 1).choice(len(histories), min(_CUSTOMERS, len(histories)), replace=False)
     return [builder.prefix(histories[customer].before(until)).tokens for customer in chosen.tolist()]

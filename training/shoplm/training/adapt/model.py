@@ -43,7 +43,7 @@ class JointModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where everything of it lies, and what it returns."""
+        """The device of the model's tensors and of what it returns."""
         return self._table[0].device
 
     def trunk_parameters(self) -> list[nn.Parameter]:
@@ -138,7 +138,7 @@ class AdaptedModel(TalkingModel):
         adapter: Path | None = None,
         device: torch.device = CPU,
     ) -> None:
-        """With `adapter`, that one of PEFT's format, whatever its rank, and not to be trained; else a new one."""
+        """`adapter`, in PEFT's format and of any rank, is used and not trained; without one, a new adapter is made."""
         causal = load_causal(folder, device, checkpointing=checkpointing)
         super().__init__(causal, texts, rows, repeat_weight, horizons)
         if adapter is not None:
@@ -166,7 +166,7 @@ class AdaptedModel(TalkingModel):
         return scaled
 
     def save(self, folder: Path, strength: float = 1.0) -> None:
-        """In PEFT's format, times `strength`, in bf16."""
+        """Save the adapter times `strength`, in PEFT's format and bf16."""
         config = self.peft.active_peft_config
         trained = config.lora_alpha
         config.lora_alpha = trained * strength

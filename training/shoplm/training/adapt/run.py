@@ -111,7 +111,7 @@ class AdaptRun:
         return self._model.saved_as
 
     def train(self) -> None:
-        """To the last step; from the checkpoint, if there is one."""
+        """Train to the last step, from the checkpoint if there is one."""
         self._trainer.resume()
         self._trainer.run(self._watch)
 

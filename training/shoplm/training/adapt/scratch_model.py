@@ -27,7 +27,7 @@ _DEVIATION = 0.02
 
 @dataclass(frozen=True, slots=True)
 class ScratchSize:
-    """Of a Llama-shaped decoder with heads of 64."""
+    """Sizes of a Llama-shaped decoder with heads of 64."""
 
     layers: int
     heads: int
