@@ -23,6 +23,7 @@ from shoplm.model.base import Base
 from shoplm.model.shop_weights import load_shop_weights
 from shoplm.readout.targets import check_spec
 from shoplm.retrieval import read_knowledge
+from shoplm.served import check_base
 from shoplm.vocabulary import ShopVocabulary
 
 
@@ -62,7 +63,7 @@ def check_bundle(folder: Path, base: Base | None = None) -> tuple[Finding, ...]:
     if manifest.has_adapter:
         check("adapter", lambda: _adapter(folder, manifest))
     if base is not None:
-        check("base", lambda: _base(manifest, base))
+        check("base", lambda: _base(folder, manifest, base))
     return tuple(findings)
 
 
@@ -133,10 +134,6 @@ def _adapter(folder: Path, manifest: ShopManifest) -> str:
     return "a low-rank adapter of the base"
 
 
-def _base(manifest: ShopManifest, base: Base) -> str:
-    if manifest.base.fingerprint != base.fingerprint:
-        raise BundleError(
-            f"trained on {manifest.base.name} ({manifest.base.fingerprint[:12]}), "
-            f"not on {base.name} ({base.fingerprint[:12]})"
-        )
+def _base(folder: Path, manifest: ShopManifest, base: Base) -> str:
+    check_base(folder, manifest, base)
     return f"{base.name}, {base.fingerprint[:12]}"

@@ -115,7 +115,7 @@ def load_served(base: Base, bundle: Path | None, *, verify: bool = True) -> Serv
     if bundle is None:
         return Served(base, tokenizer, PromptBuilder(tokenizer, template), None)
     manifest = read_manifest(bundle, verify=verify)
-    _check_base(bundle, manifest, base)
+    check_base(bundle, manifest, base)
     _check_heads(bundle, manifest)
     catalog = read_catalog(bundle)
     vocabulary = ShopVocabulary(base.config.vocab_size, manifest.level_sizes, manifest.type_count)
@@ -135,12 +135,13 @@ def load_served(base: Base, bundle: Path | None, *, verify: bool = True) -> Serv
     return Served(base, tokenizer, PromptBuilder(tokenizer, template, manifest.prompt, vocabulary, codes), shop)
 
 
-def _check_base(bundle: Path, manifest: ShopManifest, base: Base) -> None:
+def check_base(bundle: Path, manifest: ShopManifest, base: Base) -> None:
+    """Raises BundleError where the bundle was trained on another base."""
     wanted = manifest.base
     if wanted.fingerprint != base.fingerprint:
         raise BundleError(
             f"{bundle}: was trained on {wanted.name} ({wanted.fingerprint[:12]}), not on {base.name} "
-            f"({base.fingerprint[:12]}); serve it with its own base, or train it again on this one"
+            f"({base.fingerprint[:12]}); name its own base with --base, or train it again on this one"
         )
     found = (base.config.hidden_size, base.config.vocab_size)
     if (wanted.hidden_size, wanted.vocab_size) != found:

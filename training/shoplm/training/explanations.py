@@ -15,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from shoplm.attribution import Floats, Forks, Part, gone_with, leave_out, parts_for, prefix_without
-from shoplm.bundle import HeadSpec, ShopManifest
-from shoplm.catalog.items import Catalog
+from shoplm.bundle import HeadSpec
 from shoplm.engine.engine import Engine
 from shoplm.features import dense_features
 from shoplm.history import SECONDS_PER_DAY, History
@@ -24,8 +23,6 @@ from shoplm.model.backend import Backend
 from shoplm.model.weights import DecoderWeights
 from shoplm.prompt import Prefix, PromptBuilder
 from shoplm.readout.answers import score_of
-from shoplm.readout.habits import HabitTable
-from shoplm.readout.rebuy import OwnItems, Rebuy, own_items
 from shoplm.request import (
     Explain,
     FailedOutput,
@@ -39,6 +36,7 @@ from shoplm.request import (
     token_ids,
 )
 from shoplm.scheduler.config import SchedulerConfig
+from shoplm.served import Shop as ServedShop
 from shoplm.training.report import Deletion, ExplanationResult, known
 from shoplm.training.shop import Shop
 
@@ -93,21 +91,14 @@ class Measured:
     asker: Asker
     randomised: Asker  # the same model with its weights shuffled
     builder: PromptBuilder
-    catalog: Catalog
-    manifest: ShopManifest
-    habits: HabitTable
-    rebuy: Rebuy | None
+    shop: ServedShop
 
     def other(self, history: History, rows: Sequence[int]) -> Floats:
         """What a score has beside the model's term that depends on the history."""
-        return self.habits.beside(self.own_items(history), rows).astype(np.float64)
-
-    def own_items(self, history: History) -> OwnItems:
-        score = self.manifest.score
-        return own_items(history, score.decay_days, self.rebuy, score.rebuy_weight)
+        return self.shop.habits.beside(self.shop.own_items(history), rows).astype(np.float64)
 
     def features(self, history: History) -> tuple[float, ...]:
-        return tuple(dense_features(history, self.catalog.prices).tolist())
+        return tuple(dense_features(history, self.shop.catalog.prices).tolist())
 
     def again(self, history: History, prefix: Prefix, gone: Sequence[NDArray[np.bool_]], rows: Sequence[int]) -> Floats:
         """The model's terms without these events, everything computed again: [cases, items]."""
@@ -148,10 +139,7 @@ class _Found:
 
 def measure_explanations(
     shop: Shop,
-    manifest: ShopManifest,
-    habits: HabitTable,
-    rebuy: Rebuy | None,
-    catalog: Catalog,
+    served: ServedShop,
     builder: PromptBuilder,
     backend: Backend,
     randomised: Backend,
@@ -162,9 +150,9 @@ def measure_explanations(
 ) -> ExplanationResult:
     """Measure explanations for random customers, seen from the moment when the test begins. `backend` serves the
     bundle, and `randomised` the same with weights that `shuffled` gave it."""
-    measured = Measured(Asker(backend), Asker(randomised), builder, catalog, manifest, habits, rebuy)
+    measured = Measured(Asker(backend), Asker(randomised), builder, served)
     generator = np.random.default_rng(seed)
-    found, done = _Found(predictions={spec.label: [] for spec in _targets(manifest)}), 0
+    found, done = _Found(predictions={spec.label: [] for spec in _targets(served)}), 0
     for history in _histories(shop, generator):
         if done == customers:
             break
@@ -190,22 +178,22 @@ def _histories(shop: Shop, generator: np.random.Generator) -> Iterator[History]:
             yield history
 
 
-def _targets(manifest: ShopManifest) -> tuple[HeadSpec, ...]:
+def _targets(shop: ServedShop) -> tuple[HeadSpec, ...]:
     """Chances and numbers of purchases at the longest horizon: shorter ones are read from the same values."""
-    longest = max((spec.horizon_days for spec in manifest.targets), default=0)
-    return tuple(spec for spec in manifest.targets if spec.horizon_days == longest)
+    longest = max((spec.horizon_days for spec in shop.targets), default=0)
+    return tuple(spec for spec in shop.targets if spec.horizon_days == longest)
 
 
 def _measure(measured: Measured, history: History, generator: np.random.Generator, found: _Found) -> bool:
     """One customer; False where no part of the history can be told apart."""
     prefix = measured.builder.prefix(history)
-    own = measured.own_items(history)
+    own = measured.shop.own_items(history)
     select = Select(ITEMS, ITEMS, own_items=own.items, own_counts=own.counts, own_terms=own.terms)
     selected = measured.asker.ask([(measured.builder.recommend(prefix, history), select)])[0].selected
     assert selected is not None
     rows = selected.items
     visits = measured.builder.visits(history, prefix)
-    parts = parts_for(rows, history, visits, measured.catalog.categories, items=ITEM_PARTS, lately=VISIT_PARTS)
+    parts = parts_for(rows, history, visits, measured.shop.catalog.categories, items=ITEM_PARTS, lately=VISIT_PARTS)
     forks = Forks.of(history, prefix, parts, measured.builder.recommend_suffix)
     if len(forks.parts) < LEAST_VISITS:
         return False
@@ -253,7 +241,7 @@ def _measure_predictions(
     gone: Sequence[NDArray[np.bool_]],
     found: _Found,
 ) -> None:
-    specs = _targets(measured.manifest)
+    specs = _targets(measured.shop)
     if not specs:
         return
     forks = Forks.of(history, prefix, parts, measured.builder.predict_suffix)

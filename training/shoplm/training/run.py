@@ -22,7 +22,7 @@ from shoplm.model.base import Base, bundle_base, resolve_base
 from shoplm.model.origin import Origin
 from shoplm.readout.habits import load_habits
 from shoplm.readout.rebuy import load_rebuy
-from shoplm.served import load_served
+from shoplm.served import check_base, load_served
 from shoplm.training import pipeline
 from shoplm.training.adapt.causal import CPU
 from shoplm.training.adapt.kept import measure_adapter
@@ -258,7 +258,8 @@ def evaluate_bundle(
     """
     manifest = read_manifest(folder)
     resolved = bundle_base(folder, base)
-    _check_base(manifest, resolved, folder)
+    check_base(folder, manifest, resolved)
+    _check_format(manifest, folder)
     card = msgspec.json.decode((folder / "metrics.json").read_bytes(), type=Sample)
     shop = shop_of_bundle(folder, manifest, log)
     if shop.fingerprint != card.log:
@@ -292,10 +293,7 @@ def explain_bundle(
     spec = EngineSpec(str(base.folder), str(folder), kv_cache_bytes=_KV_BYTES)
     return measure_explanations(
         shop,
-        served.shop.manifest,
-        served.shop.habits,
-        served.shop.rebuy,
-        served.shop.catalog,
+        served.shop,
         served.prompts,
         load_backend(spec),
         load_backend(spec, lambda weights: shuffled(weights, seed)),
@@ -347,11 +345,7 @@ def read_model(folder: Path, manifest: ShopManifest) -> Model:
     )
 
 
-def _check_base(manifest: ShopManifest, base: Base, folder: Path) -> None:
-    if manifest.base.fingerprint != base.fingerprint:
-        raise BundleError(
-            f"{folder} was trained on {manifest.base.name}, not on these weights of {base.name}; give --base"
-        )
+def _check_format(manifest: ShopManifest, folder: Path) -> None:
     if manifest.feature_version != FEATURE_VERSION:
         raise BundleError(
             f"{folder} has features of version {manifest.feature_version}, this code {FEATURE_VERSION}; train it again"

@@ -11,12 +11,13 @@ import torch
 from shoplm.bundle import read_manifest
 from shoplm.catalog.items import read_catalog
 from shoplm.engine.shop_texts import token_texts
-from shoplm.errors import BundleError, ConfigurationError
+from shoplm.errors import ConfigurationError
 from shoplm.model.base import resolve_base
 from shoplm.model.chat_template import ChatTemplate
 from shoplm.model.tokenizer import Tokenizer
 from shoplm.prompt import PromptBuilder
 from shoplm.retrieval import read_knowledge
+from shoplm.served import check_base
 from shoplm.training.adapt.causal import CPU
 from shoplm.training.adapt.conversations import FactWriter, talk_prompts
 from shoplm.training.adapt.kept import (
@@ -66,10 +67,7 @@ class AdaptRun:
             _check_adapter_place(request.out)
         manifest = read_manifest(request.bundle)
         base = self._base = resolve_base(request.base)
-        if manifest.base.fingerprint != base.fingerprint:
-            raise BundleError(
-                f"{request.bundle} was trained on {manifest.base.name}, not on these weights of {base.name}"
-            )
+        check_base(request.bundle, manifest, base)
         self._shop = shop_of_bundle(request.bundle, manifest, log)
         self._catalog = read_catalog(request.bundle)
         self._tokenizer = Tokenizer.from_folder(base.folder)
