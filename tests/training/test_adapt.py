@@ -174,7 +174,7 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(
 ) -> None:
     for module in ("run", "kept"):
         monkeypatch.setattr(f"shoplm.training.adapt.{module}.TALK_PROMPTS", 6)
-    monkeypatch.setattr("shoplm.training.adapt.kept.HELD_OUT_PROMPTS", 4)
+    monkeypatch.setattr("shoplm.training.adapt.chat_kept.HELD_OUT_PROMPTS", 4)
     monkeypatch.setattr(trainer, "CHECKPOINT_STEPS", 2)
     shell("adapt", "--bundle", bundle, "--out", tmp_path / "whole", "--steps", 3, "--rank", 2)
 
@@ -205,7 +205,7 @@ def test_all_layers_are_trained_to_a_base_of_its_own(
 ) -> None:
     for module in ("run", "kept"):
         monkeypatch.setattr(f"shoplm.training.adapt.{module}.TALK_PROMPTS", 6)
-    monkeypatch.setattr("shoplm.training.adapt.kept.HELD_OUT_PROMPTS", 4)
+    monkeypatch.setattr("shoplm.training.adapt.chat_kept.HELD_OUT_PROMPTS", 4)
     arguments = ["--out", tmp_path / "out", "--steps", 1, "--full", "--gradient-checkpointing"]
     assert "shoplm train --base" in " ".join(shell("adapt", "--bundle", bundle, *arguments).split())
     base = resolve_base(str(tmp_path / "out" / "base"))

@@ -23,7 +23,7 @@ from shoplm.model.base import Base
 from shoplm.model.shop_weights import load_shop_weights
 from shoplm.readout.targets import check_spec
 from shoplm.training.cli import evaluate, train
-from shoplm.training.exclusive import exclusive
+from shoplm.training.folder_lock import exclusive
 from shoplm.training.pipeline import prompt_schema
 from shoplm.training.report import Report
 from shoplm.vocabulary import ShopVocabulary

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import grpc.aio
 from shoplm.api.caller import caller
+from shoplm.api.customer_cache import Memo
 from shoplm.api.customers import CustomerReader
-from shoplm.api.recent import Memo
 from shoplm.api.warnings import Warnings
 from shoplm.config import ServerConfig
 from shoplm.errors import EngineUnavailableError, InvalidRequestError, NotServingError

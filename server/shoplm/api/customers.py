@@ -9,7 +9,7 @@ import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 from numpy.typing import NDArray
 from shoplm.api.caller import caller
-from shoplm.api.recent import Read, RecentCustomers
+from shoplm.api.customer_cache import Read, RecentCustomers
 from shoplm.api.validation import Violations, quote
 from shoplm.api.warnings import Warnings
 from shoplm.catalog.items import Catalog

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from shoplm.bundle_cli import table
 from shoplm.errors import ConfigurationError
-from shoplm.training.exclusive import exclusive
+from shoplm.training.folder_lock import exclusive
 from shoplm.training.terminal import errors, fail, print_problems, watching
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def train(
     """Train a bundle from a shop's event log."""
     from shoplm.training.adapt.causal import training_device
     from shoplm.training.run import Run, TrainRequest
-    from shoplm.training.tables import print_report
+    from shoplm.training.terminal_tables import print_report
 
     console = Console(stderr=True)
     chosen = name or re.sub(r"[^a-z0-9._-]+", "-", out.resolve().name.lower()).strip("-.") or "shop"
@@ -222,7 +222,7 @@ def evaluate(
     from shoplm.training.format_gate import Loss, weigh
     from shoplm.training.formats import UNROUNDED, Formats
     from shoplm.training.run import evaluate_bundle
-    from shoplm.training.tables import print_losses, print_report
+    from shoplm.training.terminal_tables import print_losses, print_report
 
     console = Console(stderr=True)
     folder = work or bundle.resolve().with_name(f".{bundle.resolve().name}.train")

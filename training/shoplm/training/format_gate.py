@@ -23,7 +23,7 @@ from shoplm.model.tokenizer import Tokenizer
 from shoplm.model.weights import DecoderWeights
 from shoplm.model.whole_prompt import whole_prompt
 from shoplm.prompt import PromptBuilder
-from shoplm.training.adapt.kept import held_out
+from shoplm.training.adapt.chat_kept import held_out
 from shoplm.training.formats import Formats
 from shoplm.training.log import ShopLog
 from shoplm.training.native_scorer import NativeScorer

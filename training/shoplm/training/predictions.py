@@ -21,6 +21,8 @@ from shoplm.features import dense_features
 from shoplm.history import SECONDS_PER_DAY, EventKind
 from shoplm.readout.targets import PROBABILITIES
 from shoplm.training.calibration import calibrated, growing, with_line
+from shoplm.training.feature_nets import FEWEST_ROWS as NET_ROWS
+from shoplm.training.feature_nets import fit_net_and_states
 from shoplm.training.heads import (
     Head,
     HeadData,
@@ -34,8 +36,6 @@ from shoplm.training.heads import (
 )
 from shoplm.training.histories import Histories
 from shoplm.training.labels import behaviour
-from shoplm.training.nets import FEWEST_ROWS as NET_ROWS
-from shoplm.training.nets import fit_net_and_states
 from shoplm.training.samples import HiddenTable, Sample, Task, Use
 from shoplm.training.timeline import Timeline
 

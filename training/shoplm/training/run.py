@@ -25,7 +25,7 @@ from shoplm.readout.rebuy import load_rebuy
 from shoplm.served import check_base, load_served
 from shoplm.training import pipeline
 from shoplm.training.adapt.causal import CPU
-from shoplm.training.adapt.kept import measure_adapter
+from shoplm.training.adapt.chat_kept import measure_adapter
 from shoplm.training.bundle_writer import Identity, choose_demo_customers, write_bundle
 from shoplm.training.card import render_card
 from shoplm.training.card_explanations import record

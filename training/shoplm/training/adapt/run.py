@@ -19,14 +19,14 @@ from shoplm.prompt import PromptBuilder
 from shoplm.retrieval import read_knowledge
 from shoplm.served import check_base
 from shoplm.training.adapt.causal import CPU
-from shoplm.training.adapt.conversations import FactWriter, talk_prompts
-from shoplm.training.adapt.kept import (
+from shoplm.training.adapt.chat_kept import (
     TALK_PROMPTS,
     held_out,
     measure_kept,
     some_prefixes,
     strength_that_keeps_chat,
 )
+from shoplm.training.adapt.conversations import FactWriter, talk_prompts
 from shoplm.training.adapt.model import AdaptedModel, TalkingModel, TunedModel
 from shoplm.training.adapt.replay import Replay, replays_of
 from shoplm.training.adapt.saved_base import check_place

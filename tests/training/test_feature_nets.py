@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from shoplm.readout.heads import Heads
+from shoplm.training.feature_nets import fit_net, fit_net_and_states
 from shoplm.training.heads import Head, HeadData, count_loss, fit_head, joined
-from shoplm.training.nets import fit_net, fit_net_and_states
 
 FEATURES = 3
 

@@ -7,8 +7,8 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from served_shop import ShopFolders
 from shoplm.api.caller import Caller, caller
+from shoplm.api.customer_cache import Memo, Read, RecentCustomers
 from shoplm.api.customers import CustomerReader
-from shoplm.api.recent import Memo, Read, RecentCustomers
 from shoplm.api.validation import Violations
 from shoplm.api.warnings import Warnings
 from shoplm.history import History
