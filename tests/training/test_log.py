@@ -40,7 +40,7 @@ def test_what_is_neither_true_nor_false_is_said(tmp_path: Path) -> None:
     items = 'item_id,in_stock,price\nx,sold out,1\ny,,"1,99"\n'
     log = read(tmp_path, f"{HEADER}\na,x,2021-03-01\na,y,2021-03-02\n", items)
     assert found(log)["in_stock", "neither true nor false, such as 'sold out'"] == (1, "taken as in stock")
-    assert found(log)["price", "negative or not a number"] == (1, "median price paid instead")
+    assert found(log)["price", "negative or not a number, such as '1,99'"] == (1, "median price paid instead")
 
 
 def test_kinds_of_events_that_tell_little_are_said(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_unusable_rows_are_dropped_and_counted(tmp_path: Path) -> None:
         "type": 1,
     }
     assert found(log)["time", "in the future"] == (1, "dropped")
-    assert found(log)["time", "empty or not a time"] == (1, "dropped")
+    assert found(log)["time", "empty or not a time, such as 'yesterday'"] == (1, "dropped")
     assert found(log)["time", "before 1970-01-02"] == (1, "dropped")
 
 

@@ -28,6 +28,8 @@ from tiny_log import NOW
         ("2021-03-01T10:00:00,250z", 1614592800.25),
         ("1614592800", 1614592800.0),
         ("1614592800000", 1614592800.0),
+        ("1614592800000000", 1614592800.0),
+        ("1614592800000000000", 1614592800.0),
     ],
 )
 def test_times_are_read_in_all_documented_forms(tmp_path: Path, text: str, seconds: float) -> None:
@@ -40,7 +42,17 @@ def test_small_numbers_are_no_times(tmp_path: Path, text: str) -> None:
     """Years, a spreadsheet's days: as seconds they would be of 1970, and stretch the log."""
     log = read(tmp_path, f"{HEADER}\na,x,2021-03-01\na,x,2021-03-02\na,x,{text}\n")
     assert len(log.events) == 2
-    assert found(log)["time", "empty or not a time"] == (1, "dropped")
+    assert found(log)["time", f"empty or not a time, such as '{text}'"] == (1, "dropped")
+
+
+def test_cells_that_could_not_be_read_are_shown(tmp_path: Path) -> None:
+    """The first few, so that a date of the wrong form or a currency's sign is seen for what it is."""
+    text = "".join(f"a,x,{day}/1/2021,€{day},{day} pcs\n" for day in range(1, 9))
+    log = read(tmp_path, f"{HEADER},price,quantity\na,x,2021-03-01,€1,1\na,x,2021-03-02,€1,{'?' * 99}\na,x,,,\n{text}")
+    said = {problem.column: (problem.rows, problem.found) for problem in log.problems}
+    assert found(log)["time", "empty or not a time, such as '1/1/2021', '2/1/2021', '3/1/2021'"] == (9, "dropped")
+    assert said["price"] == (2, "empty, negative or not a number, such as '€1', '€2', '€3'")
+    assert said["quantity"] == (1, f"empty, zero or not a number, such as '{'?' * 40}', '1 pcs', '2 pcs'")
 
 
 def test_dates_may_be_numbers(tmp_path: Path) -> None:
@@ -81,7 +93,7 @@ def test_an_hour_that_summer_time_skips_is_no_time(tmp_path: Path) -> None:
     text = f"{HEADER}\na,x,2021-03-28 02:30:00\na,x,2021-03-28 03:30:00\na,x,2021-10-31 02:30:00\n"
     log = read(tmp_path, text, timezone="Europe/Berlin")
     assert log.events["time"].to_list() == [1616895000.0, 1635640200.0]
-    assert found(log)["time", "empty or not a time"] == (1, "dropped")
+    assert found(log)["time", "empty or not a time, such as '2021-03-28 02:30:00'"] == (1, "dropped")
 
 
 def test_a_date_without_a_midnight_begins_when_it_does(tmp_path: Path) -> None:

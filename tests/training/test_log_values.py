@@ -133,3 +133,17 @@ def test_a_price_column_full_of_nulls_is_no_price(tmp_path: Path) -> None:
         log = read_log(tmp_path / "e.parquet", now=NOW)
         assert log.events["price"].is_nan().all() and log.items["price"].is_null().all()
         assert found(log)["price", "empty, negative or not a number"] == (2, "unknown price")
+
+
+def test_a_purchase_at_a_negative_price_is_a_return(tmp_path: Path) -> None:
+    rows = "a,x,2021-03-01,5,purchase\na,x,2021-03-02,-5,purchase\na,y,2021-03-03,-1,view\n"
+    log = read(tmp_path, f"{HEADER},price,type\n{rows}")
+    assert log.events["kind"].to_list() == [EventKind.PURCHASE, EventKind.RETURN, EventKind.VIEW]
+    assert found(log)["price", "negative, of a purchase"] == (1, "read as a return")
+    assert found(log)["price", "empty, negative or not a number"] == (2, "unknown price")
+
+
+def test_a_catalogue_of_other_ids_is_said(tmp_path: Path) -> None:
+    log = read(tmp_path, f"{HEADER}\na,007,2021-03-01\na,008,2021-03-02\n", "item_id,title\n7,Tea\n8,Ale\n")
+    text = "in the events but not in the items: none is; they are such as '007', the items' '7'"
+    assert found(log)["item_id", text] == (2, "added, with the id as the title")

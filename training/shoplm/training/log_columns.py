@@ -11,10 +11,11 @@ from shoplm.training.problems import Notes, Problem
 
 _MAX_AMOUNT = 1e9  # a quantity or price above this is a defect of the file, not a purchase
 _OLDEST = datetime(1970, 1, 2, tzinfo=UTC).timestamp()
-_EPOCH_MILLIS = 1e11  # numbers above this are milliseconds: as seconds they would lie in the year 5138
+# Unix times above these are finer than seconds, by so many parts: as coarser ones they would lie in the year 5138.
+_FINER = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
 _LEAST_SECONDS = 1e8  # numbers below this, years such as 2024 or spreadsheets' days, are no Unix time after March 1973
 _ZONED = r"^\d{4}-\d{2}-\d{2} .*(Z|[+-]\d{2}(:?\d{2})?)$"
-_EXAMPLES = 3
+_EXAMPLES, _EXAMPLE_CHARACTERS = 3, 40  # of what was not read: so many, so long
 _TRUE, _FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
 _ITEM_COLUMNS = ("title", "category", "product_type")
 _PAID = "_median_paid"
@@ -57,7 +58,7 @@ def note_unknown_flags(note: Notes, frame: pl.DataFrame, name: str, done: str) -
 
 def time_column(frame: pl.DataFrame, name: str, timezone: str, *, last: bool = False) -> pl.Expr:
     """The column as Unix seconds, null where it cannot be read: datetimes, dates (20240131, too), ISO 8601 text, or
-    Unix seconds (or milliseconds). A time without a zone is one of `timezone`; a local time that does not exist is
+    Unix seconds (or milli-, micro- or nanoseconds). A time without a zone is one of `timezone`; a local time that does not exist is
     null, midnight the first that does. A date is its first moment; with `last`, its end."""
     days = pl.duration(days=1 if last else 0)
     dtype = frame.schema[name]
@@ -104,6 +105,13 @@ def zoneless(frame: pl.DataFrame, name: str) -> int:
     return int(frame.select(dated.sum()).item() or 0)
 
 
+def _examples(cells: pl.Series, unread: pl.Series) -> str:
+    """`, such as 'a', 'b'`: the first of the cells that say something which was not read; nothing without any."""
+    text = cells.filter(unread).cast(pl.String).str.strip_chars()
+    said = text.filter(text != "").unique(maintain_order=True)[:_EXAMPLES].str.slice(0, _EXAMPLE_CHARACTERS)
+    return f", such as {', '.join(map(repr, said))}" if len(said) else ""
+
+
 def is_timezone(name: str) -> bool:
     """Whether there is a time zone of this name."""
     try:
@@ -119,7 +127,8 @@ def _time_text(name: str) -> pl.Expr:
 
 
 def _unix(number: pl.Expr) -> pl.Expr:
-    seconds = pl.when(number > _EPOCH_MILLIS).then(number / 1000.0).otherwise(number)
+    finer = (pl.when(number > least).then(number / parts) for least, parts in _FINER)
+    seconds = pl.coalesce(*finer, number)
     return pl.when(seconds.is_finite() & (seconds.abs() >= _LEAST_SECONDS)).then(seconds)
 
 
@@ -153,27 +162,31 @@ def cleaned_events(raw: pl.DataFrame, timezone: str, now: float, problems: list[
         pl.col("price").cast(pl.Float32, strict=False),
         text_column("basket_id").fill_null("").alias("basket"),
     )
+    unread = {"type": "kind", "time": "time", "quantity": "quantity", "price": "price"}
+    such = {name: _examples(raw[name], frame[made].is_null()) for name, made in unread.items()}
     frame = note.drop(frame, "customer_id", pl.col("customer_id").is_null(), "empty")
     frame = note.drop(frame, "item_id", pl.col("item_id").is_null(), "empty")
-    unknown = raw["type"].cast(pl.String).str.strip_chars()
-    unknown = unknown.filter(~unknown.str.to_lowercase().is_in([*EVENT_KINDS])).unique(maintain_order=True)[:_EXAMPLES]
-    such = f"not one of {', '.join(EVENT_KINDS)}, such as {', '.join(map(repr, unknown))}"
-    frame = note.drop(frame, "type", pl.col("kind").is_null(), such)
-    frame = note.drop(frame, "time", pl.col("time").is_null(), "empty or not a time")
+    kinds = f"not one of {', '.join(EVENT_KINDS)}{such['type']}"
+    frame = note.drop(frame, "type", pl.col("kind").is_null(), kinds)
+    frame = note.drop(frame, "time", pl.col("time").is_null(), f"empty or not a time{such['time']}")
     frame = note.drop(frame, "time", pl.col("time") > now, "in the future")
     frame = note.drop(frame, "time", pl.col("time") < _OLDEST, "before 1970-01-02")
     negative = pl.col("quantity") < 0
     count = frame.select(negative.sum()).item() or 0
     note.add("quantity", count, "negative", "read as a return of as many")
+    refund = ~negative.fill_null(False) & (pl.col("price") < 0) & (pl.col("kind") == int(EventKind.PURCHASE))
+    note.add("price", frame.select(refund.sum()).item() or 0, "negative, of a purchase", "read as a return")
     frame = frame.with_columns(
-        pl.when(negative).then(pl.lit(int(EventKind.RETURN), pl.Int8)).otherwise(pl.col("kind")).alias("kind"),
+        pl.when(negative | refund).then(pl.lit(int(EventKind.RETURN), pl.Int8)).otherwise(pl.col("kind")).alias("kind"),
         pl.col("quantity").abs(),
     )
     odd = pl.col("quantity").is_null() | (pl.col("quantity") == 0) | ~(pl.col("quantity") <= _MAX_AMOUNT)
-    note.add("quantity", frame.select(odd.sum()).item() or 0, "empty, zero or not a number", "set to 1")
+    count = frame.select(odd.sum()).item() or 0
+    note.add("quantity", count, f"empty, zero or not a number{such['quantity']}", "set to 1")
     known = pl.col("price").is_not_null() & (pl.col("price") >= 0) & (pl.col("price") <= _MAX_AMOUNT)
     if priced:
-        note.add("price", frame.select((~known).sum()).item() or 0, "empty, negative or not a number", "unknown price")
+        count = frame.select((~known).sum()).item() or 0
+        note.add("price", count, f"empty, negative or not a number{such['price']}", "unknown price")
     frame = frame.with_columns(
         pl.when(odd).then(1.0).otherwise(pl.col("quantity")).cast(pl.Float32).alias("quantity"),
         pl.when(known).then(pl.col("price")).otherwise(float("nan")).cast(pl.Float32).alias("price"),
@@ -200,7 +213,10 @@ def cleaned_items(raw: pl.DataFrame | None, events: pl.DataFrame, problems: list
     note.add("item_id", len(frame) - len(unique), "repeated", "first row kept")
     missing = events.select("item_id").unique().join(unique.select("item_id"), on="item_id", how="anti")
     if len(raw):
-        note.add("item_id", len(missing), "in the events but not in the items", "added, with the id as the title")
+        found = "in the events but not in the items"
+        if len(unique) and len(missing) == events["item_id"].n_unique():
+            found += f": none is; they are such as {missing['item_id'].min()!r}, the items' {unique['item_id'].min()!r}"
+        note.add("item_id", len(missing), found, "added, with the id as the title")
     frame = pl.concat([unique, missing], how="diagonal")
     for name in _ITEM_COLUMNS:
         if name not in frame.columns:
@@ -209,8 +225,9 @@ def cleaned_items(raw: pl.DataFrame | None, events: pl.DataFrame, problems: list
         frame = frame.with_columns(pl.lit(None, pl.Float64).alias("price"))
     price = pl.col("price").cast(pl.Float64, strict=False)
     valid = (price.is_finite() & (price >= 0)).fill_null(False)
-    bad = frame.select((text_column("price").is_not_null() & ~valid).sum()).item() or 0
-    note.add("price", bad, "negative or not a number", "median price paid instead")
+    bad = frame.select((text_column("price").is_not_null() & ~valid).alias("bad"))["bad"]
+    found = f"negative or not a number{_examples(frame['price'], bad)}"
+    note.add("price", bad.sum(), found, "median price paid instead")
     stock = pl.lit(True)
     if "in_stock" in frame.columns:
         stock = flag_column("in_stock")
