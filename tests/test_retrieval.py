@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from shoplm.errors import BundleError
-from shoplm.retrieval import MAX_PASSAGE_CHARACTERS, Knowledge, read_knowledge, split_passages
+from shoplm.retrieval import MAX_PASSAGE_CHARACTERS, Knowledge, read_knowledge, read_texts, split_passages
 
 TEXT = """Welcome to our shop.
 
@@ -87,3 +87,14 @@ def test_files_are_read_in_order_of_their_names(tmp_path: Path) -> None:
     (tmp_path / "knowledge" / "d.md").write_bytes(b"\xff\xfe")
     with pytest.raises(BundleError, match=r"d\.md"):
         read_knowledge(tmp_path)
+
+
+def test_texts_are_the_md_files_of_a_folder(tmp_path: Path) -> None:
+    """Not what a file system or an editor hid beside them; a mark of byte order is no part of the first heading."""
+    (tmp_path / "returns.md").write_bytes(b"\xef\xbb\xbf# Returns\n\nWithin 30 days.\n")
+    (tmp_path / "._returns.md").write_bytes(b"\x00\x05\x16\x07\xff")
+    (tmp_path / "drafts.md").mkdir()
+    (tmp_path / "notes.txt").write_text("# Notes\n\nNot for customers.\n")
+    assert [(passage.title, passage.text) for passage in read_texts(tmp_path).passages] == [
+        ("Returns", "Within 30 days.")
+    ]

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from shoplm.errors import BundleError
 
+TEXTS_FOLDER = "knowledge"  # of a bundle
 _HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*\s*$", re.MULTILINE)
 DECLINED = "I don't know. The shop's information does not say."  # what an adapted base says where no passage answers
 ITEMS_SOURCE = "items.parquet"  # of passages about items
@@ -122,15 +123,25 @@ class Knowledge:
 
 
 def read_knowledge(folder: Path) -> Knowledge:
-    """Read `knowledge/*.md` of a bundle folder; empty if there is none. Raises BundleError for an unreadable file."""
+    """The texts of a bundle folder; empty if there are none. Raises BundleError for an unreadable file."""
+    return read_texts(folder / TEXTS_FOLDER)
+
+
+def read_texts(folder: Path) -> Knowledge:
+    """The `.md` files of a folder, not those below it. Raises BundleError for an unreadable file."""
     passages: list[Passage] = []
-    for path in sorted((folder / "knowledge").glob("*.md")):
+    for path in text_files(folder):
         try:
-            text = path.read_text("utf-8")
+            text = path.read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise BundleError(f"{path}: {error}") from error
         passages += split_passages(path.name, text)
     return Knowledge(passages)
+
+
+def text_files(folder: Path) -> list[Path]:
+    """Its `.md` files, by name; none where there is no folder. Some systems write a hidden file beside each."""
+    return [path for path in sorted(folder.glob("*.md")) if not path.name.startswith(".") and not path.is_dir()]
 
 
 def split_passages(source: str, text: str) -> list[Passage]:

@@ -74,6 +74,7 @@ def trained(shell: Invoke, tiny_files: Path, tmp_path_factory: pytest.TempPathFa
     out = tmp_path_factory.mktemp("trained") / "my-shop"
     (tiny_files / "knowledge").mkdir()
     (tiny_files / "knowledge" / "returns.md").write_text("# Returns\nWithin 30 days.\n")
+    (tiny_files / "knowledge" / "salaries.csv").write_text("name,salary\n")
     paths = [part for flag, name in FILES for part in (flag, tiny_files / name)]
     (tiny_files / "notes.md").write_text(f"{NOTES}\n")
     knowledge = ["--knowledge", tiny_files / "knowledge", "--demo-customers", 4, "--explained", EXPLAINED]
@@ -116,7 +117,7 @@ def test_the_bundle_has_everything_the_server_reads(trained: Path, tiny_base: Ba
     assert [spec.campaign_type for spec in manifest.targets if spec.campaign_type] == ["A", "B"]
     assert manifest.prompt.attributes == ("age",)
     assert manifest.prompt.attribute_values == {"age": ("25-34", "45-54")}
-    assert (trained / "knowledge" / "returns.md").is_file()
+    assert [path.name for path in (trained / "knowledge").iterdir()] == ["returns.md"]
     demo = pl.read_parquet(trained / "customers.parquet")
     assert sorted(demo["customer_id"].unique().to_list()) == sorted(c.customer_id for c in manifest.customers)
     assert len(manifest.customers) == 4
@@ -313,6 +314,16 @@ def test_fatal_problems_come_as_a_table_before_any_work(shell: Invoke, tmp_path:
     said = shell("train", "--events", tmp_path / "events.csv", *quick(tmp_path / "shop"), code=2)
     assert "customer_id" in said and "the column is missing" in " ".join(said.split()) and "[/x]" in said
     assert not (tmp_path / "shop").exists()
+
+
+def test_texts_are_read_before_any_work(shell: Invoke, tiny_files: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "hours.md").write_bytes("# Öffnung\n".encode("latin-1"))
+    common = ["train", "--events", tiny_files / "events.parquet", "--dry-run", *quick(tmp_path / "out"), "--knowledge"]
+    assert "hours.md" in shell(*common, tmp_path / "texts", code=2).replace("\n", "")
+    shell(*common, tmp_path / "texts" / "hours.md", code=2)
+    (tmp_path / "texts" / "hours.md").unlink()
+    assert "0 passages for chat" in shell(*common, tmp_path / "texts")
 
 
 def test_a_folder_with_other_things_is_no_place_for_a_bundle(shell: Invoke, tiny_files: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from shoplm.features import FEATURE_VERSION
 from shoplm.history import EventKind, utc_moment
 from shoplm.model.base import Base
 from shoplm.model.origin import Origin
+from shoplm.retrieval import TEXTS_FOLDER, text_files
 from shoplm.training.adopting import adopt_tensors
 from shoplm.training.html_report import render_report
 from shoplm.training.model import Model
@@ -95,9 +96,10 @@ def write_bundle(
     if adapter is not None:
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.copyfile(adapter / name, partial / name)
-    source = knowledge if knowledge is not None else folder / "knowledge"
-    if source.is_dir():
-        shutil.copytree(source, partial / "knowledge")
+    texts = text_files(knowledge if knowledge is not None else folder / TEXTS_FOLDER)
+    for text in texts:
+        (partial / TEXTS_FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(text, partial / TEXTS_FOLDER / text.name)
     hashes = {name: file_hash(partial / name) for name in HASHED if (partial / name).exists()}
     manifest = _manifest(shop, base, schema, model, identity, hashes, demo_customers)
     write_manifest(partial, manifest)

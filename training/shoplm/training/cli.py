@@ -50,7 +50,9 @@ def train(
     adapter: Annotated[
         Path | None, typer.Option(help="LoRA adapter that `shoplm adapt` trained", exists=True, file_okay=False)
     ] = None,
-    knowledge: Annotated[Path | None, typer.Option(help="folder of .md files for chat", exists=True)] = None,
+    knowledge: Annotated[
+        Path | None, typer.Option(help="folder of .md files for chat", exists=True, file_okay=False)
+    ] = None,
     name: Annotated[str | None, typer.Option(help="the bundle's name; default: the folder's")] = None,
     title: Annotated[str | None, typer.Option(help="the shop's name for people")] = None,
     preamble: Annotated[str | None, typer.Option(help="first words of every prompt: who the assistant is")] = None,

@@ -22,6 +22,7 @@ from shoplm.model.base import Base, bundle_base, resolve_base
 from shoplm.model.origin import Origin
 from shoplm.readout.habits import load_habits
 from shoplm.readout.rebuy import load_rebuy
+from shoplm.retrieval import read_texts
 from shoplm.served import check_base, load_served
 from shoplm.training import pipeline
 from shoplm.training.adapt.causal import CPU
@@ -94,12 +95,16 @@ class Run:
     """One training run: everything is loaded and numbered here, computed in `train`."""
 
     def __init__(self, request: TrainRequest, log: ShopLog, watch: Watch) -> None:
-        """Raises ConfigurationError for a log that cannot be cut in time and a base that cannot be used."""
+        """Raises ConfigurationError for a log that cannot be cut in time and a base that cannot be used, BundleError
+        for a text that cannot be read."""
         torch.manual_seed(request.seed)
         self._request = request
         self._watch = watch
         size = scratch_size(request.base)
         base = None if size is not None else resolve_base(request.base)
+        if request.knowledge is not None:
+            passages = len(read_texts(request.knowledge))
+            watch.say(f"{passages:,} passages for chat in the .md files of {request.knowledge}")
         watch.say("numbering customers and items")
         self._shop = pipeline.prepare(log)
         self._schema = pipeline.prompt_schema(
