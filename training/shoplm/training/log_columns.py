@@ -58,8 +58,8 @@ def note_unknown_flags(note: Notes, frame: pl.DataFrame, name: str, done: str) -
 
 def time_column(frame: pl.DataFrame, name: str, timezone: str, *, last: bool = False) -> pl.Expr:
     """The column as Unix seconds, null where it cannot be read: datetimes, dates (20240131, too), ISO 8601 text, or
-    Unix seconds (or milli-, micro- or nanoseconds). A time without a zone is one of `timezone`; a local time that does not exist is
-    null, midnight the first that does. A date is its first moment; with `last`, its end."""
+    Unix seconds (or milli-, micro- or nanoseconds). A time without a zone is one of `timezone`; a local time that does
+    not exist is null, midnight the first that does. A date is its first moment; with `last`, its end."""
     days = pl.duration(days=1 if last else 0)
     dtype = frame.schema[name]
     column = pl.col(name)
