@@ -99,6 +99,8 @@ _KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda folder: (folder / ADAPTER_WEIGHTS).write_bytes(b"x"), "cannot be read as safetensors"),
         (_config({"peft_type": "IA3"}), "peft_type is 'IA3'"),
         (_config({"use_dora": True}), "use_dora is True"),
+        (_config({"alora_invocation_tokens": [5]}), r"alora_invocation_tokens is \[5\]"),
+        (_config({"init_lora_weights": "pissa_niter_4"}), "belongs to a base that was changed"),
         (_config({"bias": "all"}), "bias is 'all'"),
         (_tensors(lambda tensors: tensors[_KEY][0].fill_(torch.nan)), f"{_KEY} has values that are not finite"),
         (_tensors(lambda tensors: tensors.pop(_KEY)), "q_proj do not fit each other"),

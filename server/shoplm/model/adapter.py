@@ -24,7 +24,19 @@ from shoplm.model.config import read_json
 from torch import Tensor
 
 _KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
-_REFUSED = ("use_dora", "modules_to_save", "layer_replication", "megatron_config")
+_REFUSED = (
+    "use_dora",
+    "modules_to_save",
+    "layer_replication",
+    "megatron_config",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "use_bdlora",
+    "use_qalora",
+)
+# Beginnings that take their part out of the base: the adapter fits what is left of it, unless PEFT converted it.
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +130,11 @@ def read_adapter(folder: Path) -> Adapter:
             raise BaseModelError(f"{path}: {name} is {config[name]!r}, which is not supported")
     if config.get("bias", "none") != "none":
         raise BaseModelError(f"{path}: bias is {config['bias']!r}, only adapters that leave biases alone are supported")
+    if str(begun := config.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
+        raise BaseModelError(
+            f"{path}: init_lora_weights is {begun!r}, so the adapter belongs to a base that was changed "
+            "before training; save it with PEFT's path_initial_model_for_weight_conversion"
+        )
     try:
         tensors = load_file(folder / ADAPTER_WEIGHTS)
     except (SafetensorError, OSError) as error:
