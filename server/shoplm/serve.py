@@ -118,7 +118,8 @@ def ready_text(server: Server, seconds: float) -> str:
     customer = f" --customer {shlex.quote(next(iter(shop.demo)))}" if shop is not None and shop.demo else ""
     if shop is not None:
         lines.append(f"  shoplm recommend{customer}{where}")
-        lines.append(f"  shoplm predict{customer}{where}")
+        if shop.manifest.targets:
+            lines.append(f"  shoplm predict{customer}{where}")
     if served.base.origin is not Origin.SCRATCH:
         question = "How can I return something?" if shop is not None and len(shop.knowledge) else "What can you do?"
         lines.append(f"  shoplm chat{customer}{where} {shlex.quote(question)}")

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import grpc
+import msgspec
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from scripted_engine import ScriptedEngine
@@ -144,12 +145,17 @@ def test_the_ready_text_is_three_calls_to_copy(serve_scripted: Serve) -> None:
     assert all(f"--customer {DEMO_CUSTOMER} --address 127.0.0.1:{server.port}" in line for line in lines[3:])
 
 
-def test_the_ready_text_calls_no_service_that_has_no_words(serve_scripted: Serve) -> None:
+def test_the_ready_text_calls_no_service_that_has_no_words_or_foretells_nothing(serve_scripted: Serve) -> None:
     server = serve_scripted().server.server
     assert server.served is not None
     server.served = replace(server.served, base=replace(server.served.base, origin=Origin.SCRATCH))
     verbs = [line.split()[1] for line in ready_text(server, 1.0).splitlines()[3:]]
     assert verbs == ["recommend", "predict"]
+    shop = server.served.shop
+    assert shop is not None
+    silent = replace(shop, manifest=msgspec.structs.replace(shop.manifest, targets=()))
+    server.served = replace(server.served, shop=silent)
+    assert [line.split()[1] for line in ready_text(server, 1.0).splitlines()[3:]] == ["recommend"]
 
 
 def test_all_addresses_of_ipv6_are_those_of_ipv4_too(serve_scripted: Serve) -> None:
