@@ -283,6 +283,19 @@ def test_any_log_becomes_a_bundle(
     opened(tmp_path / "shop", tiny_base)
 
 
+def test_the_card_of_a_short_log_names_moments_and_no_heads(shell: Invoke, tmp_path: Path) -> None:
+    """Its cuts are not at midnight; and a cell that was not read may hold what parts the columns of a table."""
+    odd = pl.DataFrame({"customer_id": ["b"], "item_id": ["y"], "time": ["a|b"]})
+    pl.concat([three_events().cast({"time": pl.String}), odd]).write_csv(tmp_path / "events.csv")
+    shell("train", "--events", tmp_path / "events.csv", *quick(tmp_path / "shop"), "--epochs", 1)
+    card = (tmp_path / "shop" / "card.md").read_text()
+    test_at = read_manifest(tmp_path / "shop").trained_until
+    assert f"Tests: labels from {test_at} on." in card and not test_at.endswith("T00:00:00Z")
+    assert "Heads:" not in card
+    (row,) = [line for line in card.splitlines() if "not a time" in line]
+    assert row.count("|") == 6
+
+
 def test_chinese_titles_and_brackets(shell: Invoke, tiny_base: Base, tmp_path: Path) -> None:
     events(customers=10, days=50).write_parquet(tmp_path / "events.parquet")
     named = items().with_columns(

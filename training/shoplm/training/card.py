@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shoplm.bundle import HeadSpec, PromptSchema
-from shoplm.history import utc_day
+from shoplm.history import SECONDS_PER_DAY, utc_day, utc_moment
 from shoplm.model.base import Base
 from shoplm.model.origin import Origin
 from shoplm.training.card_tables import chat, limits, predictions, ranking
@@ -74,24 +74,33 @@ def _data(shop: Shop, report: Report) -> str:
             "popularity use everyone's events."
         )
     if log.problems:
-        rows = [f"| {p.table} | {p.column} | {p.rows:,} | {p.found} | {p.done} |" for p in log.problems]
+        found = ((p.table, p.column, f"{p.rows:,}", p.found, p.done) for p in log.problems)
+        rows = [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in found]
         lines.append("\n".join(["| file | column | rows | found | done |", "|---|---|---:|---|---|", *rows]))
     return "\n\n".join(lines)
 
 
 def _splits(shop: Shop) -> str:
     timeline = shop.timeline
-    tuned_at, test_at = utc_day(timeline.tuned_at), utc_day(timeline.test_at)
-    cuts = ", ".join(utc_day(moment) for moment in (*timeline.train_at, timeline.tuned_at))
+    tuned_at, test_at = _cut(timeline.tuned_at), _cut(timeline.test_at)
+    cuts = ", ".join(_cut(moment) for moment in (*timeline.train_at, timeline.tuned_at))
+    heads = (
+        f"Heads: all labels before {test_at} (cut-offs with hidden states {cuts}); chances and intervals are "
+        "calibrated on customers, or campaigns, that were held out of the fit in turns. "
+    )
     return (
         "## Splits\n\n"
-        f"Item rows and nets: labels before {tuned_at}. Score weights: labels from {tuned_at} to {test_at}. Heads: all "
-        f"labels before {test_at} (cut-offs with hidden states {cuts}); chances and intervals are calibrated on "
-        "customers, or campaigns, that were held out of the fit in turns. "
+        f"Item rows and nets: labels before {tuned_at}. Score weights: labels from {tuned_at} to {test_at}. "
+        f"{heads if timeline.horizons else ''}"
         f"Tests: labels from {test_at} on. The *global time split* asks at {test_at} for the next basket; "
         "the *last basket* split asks at the moment of each customer's last visit, where that lies after "
         f"{test_at}. **The served bundle is the measured one**: it was not fitted again on the test period."
     )
+
+
+def _cut(moment: float) -> str:
+    """Cuts of a long log are at midnight, UTC."""
+    return utc_moment(moment) if moment % SECONDS_PER_DAY else utc_day(moment)
 
 
 def _model(base: Base, schema: PromptSchema, weights: Weights, hidden_scales: dict[str, float], examples: int) -> str:
@@ -111,8 +120,10 @@ def _model(base: Base, schema: PromptSchema, weights: Weights, hidden_scales: di
         f"Base {base.name}, {state}. Output rows: fitted on {examples:,} "
         f"next baskets. History: the newest {schema.history_budget_tokens} tokens, dropped in blocks of "
         f"{schema.history_block_tokens}.",
-        f"score = {weights.score().formula}. Loyalty is the log-odds that a purchase of the item comes again.",
+        f"score = {weights.score().formula}.",
     ]
+    if weights.loyalty:
+        lines.append("Loyalty is the log-odds that a purchase of the item comes again.")
     if weights.goes_with:
         lines.append(
             "Neighbours are items of the same customers (ridge regression) and score what the customer has not bought "
