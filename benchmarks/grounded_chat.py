@@ -1,11 +1,12 @@
 """Does chat answer from the shop's facts? Asks a running server a list of questions, and compares by string.
 
     shoplm serve --bundle bundles/complete-journey
-    python benchmarks/grounded_chat.py benchmarks/questions/complete-journey.toml --customers 1800 441 569
+    python benchmarks/grounded_chat.py benchmarks/questions/complete-journey.toml --customers 1800 441 569 --after 3
 
 A question counts as right if the answer holds one of its expected strings, and as declined if it
 holds `DECLINED`'s first words. Greedy, at most 40 tokens; asked with grounding, and once more without,
-behind the history of each customer: one whom the shop does not know ends the run.
+behind the history of each customer: one whom the shop does not know ends the run. With `--after N` each is asked a
+third time, grounded, as the next turn behind N other questions and their answers.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import argparse
 import json
 import sys
 import tomllib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from shoplm.client import Client
+from shoplm.client import Client, Message
 from shoplm.retrieval import DECLINED
 
 MAX_TOKENS = 40
@@ -46,6 +48,7 @@ def main() -> int:
     parser.add_argument(
         "--customers", nargs="*", default=[], help="demo customers, whose history stands before each question"
     )
+    parser.add_argument("--after", type=int, default=0, metavar="N", help="ask again behind N other turns; 0: do not")
     parser.add_argument("--out", type=Path, help="write all answers here, as JSON")
     options = parser.parse_args()
     questions = tomllib.loads(options.questions.read_text("utf-8"))
@@ -60,6 +63,17 @@ def main() -> int:
             for name, grounding in (("on", True), ("off", False))
             for kind in ("answered", "unanswered")
         }
+        for kind in ("answered", "unanswered") if options.after else ():
+            alone = rows[f"{kind}, grounding on"]
+            count = len(questions[kind])
+            rows[f"{kind}, after {options.after} turns"] = [
+                asked
+                for at, customer in enumerate(options.customers or [None])
+                for asked in ask(
+                    *(client, questions[kind], customer, True),
+                    turns_before(alone[at * count : (at + 1) * count], options.after),
+                )
+            ]
     print(f"bundle version {version}, customers {', '.join(options.customers) or 'none'}")
     for name, asked in rows.items():
         right = sum(each.right for each in asked)
@@ -70,13 +84,37 @@ def main() -> int:
     return 0
 
 
-def ask(client: Client, questions: list[dict[str, object]], customer: str | None, grounding: bool) -> list[Asked]:
-    """All questions, a few at once. Without `expect`, declining is right."""
+def turns_before(asked: list[Asked], count: int) -> list[list[Message]]:
+    """For each question `count` others of the list, with their answers: spread over it, for neighbours are alike."""
+    step = max(1, len(asked) // (count + 1))
+    return [
+        [
+            message
+            for turn in range(1, count + 1)
+            for other in [asked[(at + turn * step) % len(asked)]]
+            for message in (Message("user", other.question), Message("assistant", other.answer))
+        ]
+        for at in range(len(asked))
+    ]
 
-    def one(entry: dict[str, object]) -> Asked:
+
+def ask(
+    client: Client,
+    questions: list[dict[str, object]],
+    customer: str | None,
+    grounding: bool,
+    before: Sequence[Sequence[Message]] = (),
+) -> list[Asked]:
+    """All questions, a few at once. Without `expect`, declining is right. `before`: the turns before each."""
+
+    def one(entry: dict[str, object], turns: Sequence[Message]) -> Asked:
         question, expect = str(entry["question"]), entry.get("expect")
         stream = client.chat(
-            question, customer=customer, max_tokens=MAX_TOKENS, grounding=grounding, timeout=_TIMEOUT_SECONDS
+            [*turns, Message("user", question)],
+            customer=customer,
+            max_tokens=MAX_TOKENS,
+            grounding=grounding,
+            timeout=_TIMEOUT_SECONDS,
         )
         answer = stream.text()
         if customer is not None and not stream.summary.usage.history_tokens:
@@ -88,7 +126,7 @@ def ask(client: Client, questions: list[dict[str, object]], customer: str | None
         return Asked(question, answer, right, cited, usage.cached_tokens, usage.prompt_tokens)
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return list(pool.map(one, questions))
+        return list(pool.map(one, questions, before or [()] * len(questions)))
 
 
 if __name__ == "__main__":

@@ -12,12 +12,16 @@ from collections.abc import Sequence
 
 
 def question_of(messages: Sequence[str]) -> str:
-    """The last of a customer's messages, oldest first, behind those that it follows up, back to the latest one with a
-    topic of its own."""
+    """The last of a customer's messages, oldest first, behind those that it follows up."""
+    return "\n".join(messages[latest_topic(messages) :])
+
+
+def latest_topic(messages: Sequence[str]) -> int:
+    """Which of a customer's messages, oldest first, is the latest with a topic of its own; the first where none has."""
     start = len(messages) - 1
     while start > 0 and _follows_up(messages[start]):
         start -= 1
-    return "\n".join(messages[start:])
+    return start
 
 
 def _follows_up(message: str) -> bool:

@@ -147,6 +147,40 @@ def test_a_follow_up_finds_what_the_question_before_it_was_about(serve_scripted:
     assert cited("How long?") == []
 
 
+def conversation(*texts: str, system: str = "", **fields: object) -> pb.ChatRequest:
+    """Turns of the user and the assistant, the user's last."""
+    turns = [pb.Message(role=("user", "assistant")[at % 2], content=text) for at, text in enumerate(texts)]
+    before = [pb.Message(role="system", content=system)] if system else []
+    return pb.ChatRequest(messages=[*before, *turns], **fields)  # type: ignore[arg-type]
+
+
+def test_what_passages_answer_is_read_without_earlier_topics(serve_scripted: Serve) -> None:
+    scripted = serve_scripted()
+    turns = ("Can I return something?", "Certainly so.", "And how long?", "A month.", "And how much is delivery?")
+    _, summary = answer(scripted, conversation(*turns, system="Speak plainly."))
+    read = prompt_text(scripted)
+    assert [citation.title for citation in summary.citations] == ["Delivery"]
+    assert "Speak plainly." in read and turns[-1] in read
+    assert not any(text in read for text in turns[:-1])
+    answer(scripted, conversation(*turns, "Not much.", "How long?"))  # of a follow-up, the topic's turns
+    read = prompt_text(scripted)
+    assert all(text in read for text in (turns[-1], "Not much.", "How long?"))
+    assert not any(text in read for text in turns[:-1])
+
+
+@pytest.mark.parametrize(
+    ("last", "grounding"), [("My name?", pb.GROUNDING_ON), ("And how much is delivery?", pb.GROUNDING_OFF)]
+)
+def test_without_passages_the_whole_conversation_is_read(
+    serve_scripted: Serve, last: str, grounding: pb.Grounding.ValueType
+) -> None:
+    scripted = serve_scripted()
+    turns = ("I am Ann.", "Hello Ann.", "Can I return something?", "Certainly so.", last)
+    _, summary = answer(scripted, conversation(*turns, grounding=grounding))
+    assert not summary.citations
+    assert all(text in prompt_text(scripted) for text in turns)
+
+
 def test_without_grounding_only_the_conversation_counts(serve_scripted: Serve) -> None:
     scripted = serve_scripted()
     _, summary = answer(scripted, ask("Can I return something?", grounding=pb.GROUNDING_OFF))

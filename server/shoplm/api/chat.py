@@ -14,7 +14,7 @@ from shoplm.api.core import Context, Core
 from shoplm.api.validation import Violations, quote, shown_outside
 from shoplm.api.warnings import Warnings
 from shoplm.errors import NotServingError
-from shoplm.followup import question_of
+from shoplm.followup import latest_topic, question_of
 from shoplm.grounding import Grounding
 from shoplm.history import History
 from shoplm.model.tokenizer import StopStrings, StreamDecoder
@@ -26,7 +26,7 @@ from shoplm.v1.chat_pb2_grpc import ChatServiceServicer
 
 Result = TypeVar("Result")
 
-ROLES = ("system", "user", "assistant")
+_SYSTEM, _USER, _ASSISTANT = ROLES = ("system", "user", "assistant")
 MAX_TEMPERATURE = 10.0
 MAX_STOP_BYTES = 256
 _SERVICE = Service.CHAT
@@ -48,6 +48,13 @@ class _Turn:
     stops: tuple[str, ...]
     grounding: Grounding | None  # None: not to be used
 
+    @property
+    def on_topic(self) -> list[tuple[str, str]]:
+        """What the last message is about: the messages from its topic on, and those of the system."""
+        asked = [at for at, (role, _) in enumerate(self.messages) if role == _USER]
+        start = asked[latest_topic([self.messages[at][1] for at in asked])]
+        return [message for at, message in enumerate(self.messages) if at >= start or message[0] == _SYSTEM]
+
 
 class ChatService(ChatServiceServicer):
     """See protos/shoplm/v1/chat.proto."""
@@ -60,8 +67,7 @@ class ChatService(ChatServiceServicer):
         core.check_chat()
         turn = self._read(request, warnings)
         # Without a customer, an empty history: the prompt has the shop's preamble alone, and that is no warning.
-        reads_items = core.served.shop is None or core.served.shop.manifest.prompt.chat_reads_item_tokens
-        prefix = core.prefix(turn.history) if reads_items else core.served.prompts.prefix(None)
+        prefix = core.prefix(turn.history) if self._reads_items else core.served.prompts.prefix(None)
         warnings.add("HISTORY_TRUNCATED", prefix.truncated_baskets)
         tokens, passages = await self._prompt(turn, prefix)
         room = core.ready().max_context_tokens - len(tokens)
@@ -106,27 +112,36 @@ class ChatService(ChatServiceServicer):
     async def _prompt(self, turn: _Turn, prefix: Prefix) -> tuple[tuple[int, ...], list[Passage]]:
         """Prompt tokens and the passages in them. Passages that do not fit are left out; they are an offer."""
         passages = await _aside(turn, lambda: self._passages(turn))
-        tokens = await self._encode(turn, prefix, passages)
+        # An adapter is taught single questions. Behind answers to others it repeats these instead of the passages.
+        on_topic = bool(passages) and self._reads_items
+        tokens = await self._encode(turn, prefix, turn.on_topic if on_topic else turn.messages, passages)
         if passages and len(tokens) >= self._core.ready().max_context_tokens:
             passages = []
-            tokens = await self._encode(turn, prefix, passages)
+            tokens = await self._encode(turn, prefix, turn.messages, passages)
         self._core.check_prompt("messages", len(tokens), produced=1)
         return tokens, passages
 
     def _passages(self, turn: _Turn) -> list[Passage]:
         if turn.grounding is None:
             return []
-        question = question_of([content for role, content in turn.messages if role == "user"])
+        question = question_of([content for role, content in turn.messages if role == _USER])
         passages = turn.grounding.search(question, turn.history, self._core.config.max_passages)
-        assert self._core.served.shop is not None
         # A base that cannot read the history gets it in words; not beside others, for a small one mixes them up.
-        if not passages and not self._core.served.shop.manifest.prompt.chat_reads_item_tokens:
+        if not passages and not self._reads_items:
             return turn.grounding.habits(turn.history)
         return passages
 
-    async def _encode(self, turn: _Turn, prefix: Prefix, passages: list[Passage]) -> tuple[int, ...]:
+    @property
+    def _reads_items(self) -> bool:
+        """Whether the base reads a customer's history: it was adapted to the shop, or there is none."""
+        shop = self._core.served.shop
+        return shop is None or shop.manifest.prompt.chat_reads_item_tokens
+
+    async def _encode(
+        self, turn: _Turn, prefix: Prefix, messages: list[tuple[str, str]], passages: list[Passage]
+    ) -> tuple[int, ...]:
         texts = [passage.line for passage in passages]
-        return await _aside(turn, lambda: self._core.served.prompts.chat(prefix, turn.messages, texts))
+        return await _aside(turn, lambda: self._core.served.prompts.chat(prefix, messages, texts))
 
     def _read(self, request: pb.ChatRequest, warnings: Warnings) -> _Turn:
         config, violations = self._core.config, Violations()
@@ -184,7 +199,7 @@ class ChatService(ChatServiceServicer):
             if message.role not in ROLES:
                 violations.add(f"messages[{index}].role", f"is {quote(message.role)}, expected {', '.join(ROLES)}")
         last = len(request.messages) - 1
-        if request.messages[last].role in ("system", "assistant"):
+        if request.messages[last].role in (_SYSTEM, _ASSISTANT):
             violations.add(
                 f"messages[{last}].role", f"is {request.messages[last].role!r}, but the last message is the user's"
             )
