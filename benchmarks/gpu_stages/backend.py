@@ -16,11 +16,12 @@ from shoplm.batch import Batch, Row, SampleReadout
 from shoplm.engine.direct import DirectRunner
 from shoplm.model.backend import Handle
 from shoplm.model.config import ModelConfig
+from shoplm.model.gpu import product_rate
 from shoplm.model.gpu_linear import WEIGHT_FORMATS
 from shoplm.model.kv_pool import KV_FORMATS
 from shoplm.model.rounded import rounded
 from shoplm.model.shop_weights import random_trie
-from shoplm.model.step_graphs import GraphLimits, graph_buckets, smallest_cover
+from shoplm.model.step_graphs import GraphLimits, graph_buckets, paying_tokens, smallest_cover
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.triton_backend import TritonBackend
 from shoplm.model.triton_step import StepBounds
@@ -186,7 +187,9 @@ def searches(stage: Stage) -> None:
 def _capture_searches(backend: TritonBackend, config: ModelConfig, groups: int, width: int) -> None:
     """The buckets that a server would have captured for one search and for `groups` at once, and no others."""
     steps, context = backend.graphs.state.parents.shape[1], backend.info.max_context_tokens
-    limits = GraphLimits(groups, context, backend.info.page_size, config.query_group, steps, groups * width)
+    paying = paying_tokens(config.layer_parameters, product_rate(backend.graphs.state.tokens.device))
+    most = min(groups * width, paying)
+    limits = GraphLimits(groups, context, backend.info.page_size, config.query_group, steps, most)
     lanes = (width, groups * width)
     wanted = [each for each in graph_buckets(limits) if each.row_tokens == 0 and each.lane_tokens in lanes]
     with torch.inference_mode():

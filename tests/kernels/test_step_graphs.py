@@ -19,9 +19,10 @@ from shoplm.batch import Batch
 from shoplm.engine.direct import Output
 from shoplm.engine.engine import Engine
 from shoplm.kernels.attention import PagedKv, RaggedRows, paged_attention
-from shoplm.model import step_graphs, triton_decoder
+from shoplm.model import step_graphs, triton_backend, triton_decoder
 from shoplm.model.backend import Backend, BackendInfo, Handle
-from shoplm.model.step_graphs import GraphLimits, StepGraphs, graph_buckets, smallest_cover
+from shoplm.model.gpu import product_rate
+from shoplm.model.step_graphs import GraphLimits, StepGraphs, graph_buckets, paying_tokens, smallest_cover
 from shoplm.model.triton_step import KernelStep, StepBounds
 from shoplm.request import (
     Embed,
@@ -93,6 +94,33 @@ def test_steps_of_prompts_alone_are_captured_up_to_where_their_work_is_what_cost
         assert (found and found.row_tokens) == taken
 
 
+def test_no_step_of_long_chunks_or_searches_is_padded_to_more_than_twice_its_size() -> None:
+    most = 2000
+    buckets = graph_buckets(replace(LIMITS, max_step_tokens=most))
+    for tokens in range(128, most + 1, 13):
+        prompts = smallest_cover(buckets, need(row_tokens=tokens, rows=2, query_len=tokens - 1, outputs=2))
+        lanes = need(groups=8, lane_tokens=tokens, lanes=128, steps=2, outputs=tokens)
+        searches = smallest_cover(buckets, lanes)
+        assert prompts is not None and prompts.row_tokens < 2 * tokens
+        assert searches is not None and searches.lane_tokens < 2 * tokens
+
+
+def test_the_larger_a_layer_the_fewer_tokens_pay() -> None:
+    """Qwen3-1.7B, its layers of 50 million, on an H100: 1,180 tokens are .3 ms a layer. SmolLM2-135M's are 3.5."""
+    h100 = product_rate(torch.device("cpu"))
+    qwen = paying_tokens(50_331_648, h100)
+    assert qwen == 1180 and 2 * 50_331_648 * qwen / h100 == pytest.approx(3e-4, rel=1e-3)
+    assert paying_tokens(3_538_944, h100) // qwen == 50_331_648 // 3_538_944
+    assert paying_tokens(10**9, h100) == 128  # weights that are read for so long that these cost nothing
+
+
+def test_a_backend_captures_no_more_tokens_than_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "paying_tokens", lambda *_: 130)
+    _, backend = backends(traits=False, layers=1, graph_seconds=600.0, max_step_tokens=200)
+    assert max(bucket.row_tokens for bucket in backend.graphs.buckets) == 130
+    assert max(bucket.lane_tokens for bucket in backend.graphs.buckets) == 130
+
+
 def test_searches_go_on_in_a_graph_whatever_is_read_beside_them() -> None:
     buckets = graph_buckets(replace(LIMITS, max_step_tokens=1024))
     for answers, chunks, lanes in itertools.product((0, 1, 40), ((100,), (300,), (40,) * 8), (10, 128, 500)):
@@ -109,7 +137,7 @@ def test_searches_go_on_in_a_graph_whatever_is_read_beside_them() -> None:
 def test_a_long_prompt_chunk_and_too_many_rows_are_not_captured() -> None:
     buckets = graph_buckets(LIMITS)
     assert smallest_cover(buckets, need(row_tokens=514, rows=2, query_len=513)) is None
-    assert smallest_cover(graph_buckets(replace(LIMITS, max_step_tokens=4096)), need(row_tokens=1025, rows=1)) is None
+    assert smallest_cover(graph_buckets(replace(LIMITS, max_step_tokens=4096)), need(row_tokens=4097, rows=1)) is None
     assert smallest_cover(buckets, need(row_tokens=300, rows=300, outputs=300)) is None
     assert smallest_cover(buckets, need(rows=1, kv_len=8193, pages=513)) is None
     assert smallest_cover(buckets, need(groups=9, lane_tokens=90, lanes=128, steps=1, outputs=90)) is None

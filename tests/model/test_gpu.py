@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from shoplm.engine.load import load_backend
 from shoplm.engine.spec import EngineSpec
 from shoplm.errors import ConfigurationError
 from shoplm.model import gpu
-from shoplm.model.gpu import check_device, free_memory, memory_for, pages_that_fit
+from shoplm.model.gpu import check_device, free_memory, memory_for, pages_that_fit, product_rate
 
 GIB = 1 << 30
 
@@ -80,6 +81,18 @@ def test_what_torch_keeps_is_given_back_before_free_memory_is_read(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (16 * GIB - reserved[-1], 16 * GIB))
     assert free_memory(torch.device("cuda")) == (14 * GIB, 16 * GIB)
     assert reserved == [5 * GIB, 3 * GIB]
+
+
+def test_a_card_multiplies_at_the_rate_of_the_newest_architecture_that_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates = {}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=100))
+    for capability in ((8, 0), (8, 7), (8, 9), (10, 3), (12, 1)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        rates[capability] = product_rate(torch.device("cuda"))
+    expected = {(8, 0): 116e12, (8, 7): 68e12, (8, 9): 84e12, (10, 3): 600e12, (12, 1): 108e12}
+    assert rates == pytest.approx(expected)
 
 
 def test_unknown_backends_are_named_with_the_known_ones() -> None:

@@ -90,6 +90,12 @@ class ModelConfig:
         """Query heads that share one key-value head."""
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def layer_parameters(self) -> int:
+        """Numbers in the four products of one layer."""
+        rows = self.qkv_size + self.num_heads * self.head_dim + 3 * self.intermediate_size
+        return rows * self.hidden_size
+
     def context_tokens(self, most: int | None) -> int:
         """Positions that are served: the model's, or `most` of them."""
         return min(most or self.max_positions, self.max_positions)

@@ -17,6 +17,10 @@ OLDEST_CAPABILITY = (8, 0)
 LEAST_MARGIN_BYTES = 1 << 30
 FP8_CAPABILITY = (8, 9)
 MARGIN_SHARE = 0.05  # of the whole memory: a step's activations, cuBLAS, the compiled kernels
+# Operations a second of one multiprocessor's tensor cores, dense and in 16 bits, by the data sheets of the A100, A10,
+# L4, H100, B200 and RTX PRO 6000; and the share of it that products of a few hundred rows come to, a rule of thumb.
+_PEAK_RATES = {(8, 0): 2.9e12, (8, 6): 1.7e12, (8, 9): 2.1e12, (9, 0): 7.5e12, (10, 0): 15e12, (12, 0): 2.7e12}
+_PRODUCT_SHARE = 0.4
 _SPENT = ("out of memory", "ALLOC_FAILED")  # as torch's allocator, CUDA and Triton say it, and as cuBLAS does
 
 
@@ -63,6 +67,16 @@ def check_fp8(flag: str, value: str, device: torch.device) -> None:
             f"{flag} fp8 needs compute capability 8.9 or later, but {torch.cuda.get_device_name(device)} has "
             f"{capability[0]}.{capability[1]}: use int8"
         )
+
+
+def product_rate(device: torch.device) -> float:
+    """Operations a second, roughly, of a layer's products in 16 bits on the card; on a CPU those of an H100."""
+    capability, multiprocessors = (9, 0), 132
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    newest = max(known for known in _PEAK_RATES if known <= capability)
+    return _PRODUCT_SHARE * _PEAK_RATES[newest] * multiprocessors
 
 
 def kv_page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:

@@ -27,13 +27,15 @@ log = logging.getLogger("shoplm.graphs")
 DECODE_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 384, 512)
 SHORT_TOKENS = (16, 64, 128)  # steps whose prompts lack a few tokens each: most prompts behind a cached history
 MIXED_ROWS = (16, 64, 256)  # chats beside the chunks of prompts
-PROMPT_TOKENS = (512, 1024)  # steps of prompts alone; of more tokens, the work takes longer than the launches
-PROMPTS = (8, 64)  # chunks of such a step; beside chats, the fewer
-LANE_TOKENS = (64, 128, 256, 512, 1024)
+LEAST_PROMPT_TOKENS = 128  # the smallest step of long chunks, alone and beside searches
+PROMPTS = (8, 64)  # chunks of a step of prompts alone; beside chats, the fewer
+LEAST_LANE_TOKENS = 64  # the smallest step of searches alone
+MIXED_LANE_TOKENS = (128, 256, 512)  # of searches beside prompts
 SEARCHES = 8
 SHORT_CONTEXT = 4096  # tokens: a grid for the longest context has many programs that only find out they are not needed
 REPORT_SECONDS = 5.0
 LEAST_FREE_BYTES = 512 << 20  # what a capture leaves to the steps that run launch by launch
+LAUNCH_SECONDS = 3e-4  # of the host for one layer's kernels and products
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,20 @@ class GraphLimits:
     page_size: int
     query_group: int  # query heads per KV head
     steps: int  # most codes of an item, but the last; 0: no beams
-    max_step_tokens: int  # and most lanes of a step
+    max_step_tokens: int  # of prompts, and most lanes; at most `paying_tokens`
     max_mixed_prompt_tokens: int = 0  # of prompts beside chats; 0: no such steps are captured
+
+
+def paying_tokens(layer_parameters: int, operations_per_second: float) -> int:
+    """Tokens up to which a padded step costs nothing: its products take the GPU no longer than its launches the host.
+
+        2 * layer_parameters * tokens / operations_per_second = LAUNCH_SECONDS
+
+    for each layer, so their number does not matter. Up to here the GPU would wait for the host, whatever the padding
+    adds; from here on launches run ahead of the GPU, and padding would cost. At least `LEAST_PROMPT_TOKENS`: about as
+    many are multiplied while a layer's weights are read.
+    """
+    return max(LEAST_PROMPT_TOKENS, int(LAUNCH_SECONDS * operations_per_second / (2 * layer_parameters)))
 
 
 def graph_buckets(limits: GraphLimits) -> tuple[StepBounds, ...]:
@@ -55,12 +69,10 @@ def graph_buckets(limits: GraphLimits) -> tuple[StepBounds, ...]:
     buckets = [_bounds(limits, kv_len, rows, rows, 1) for kv_len in contexts for rows in _up_to(DECODE_ROWS, limits)]
     buckets += [bounds for kv_len in contexts for bounds in _with_chunks(limits, kv_len)]
     query_len = max(1, SHORT_ROWS // limits.query_group)  # longer chunks take the prefill kernel
-    lane_sizes = sorted({min(size, limits.max_step_tokens) for size in LANE_TOKENS[1:-1]}) if limits.steps else []
+    lane_sizes = sorted({min(size, limits.max_step_tokens) for size in MIXED_LANE_TOKENS}) if limits.steps else []
     for kv_len in contexts:
         if limits.steps:
-            for tokens in sorted(
-                {*(min(size, limits.max_step_tokens) for size in LANE_TOKENS), limits.max_step_tokens}
-            ):
+            for tokens in _doubled(LEAST_LANE_TOKENS, limits.max_step_tokens):
                 buckets.append(_with_searches(_bounds(limits, kv_len, 0, 0, 0), limits, tokens))
         for tokens in SHORT_TOKENS:
             short = _bounds(limits, kv_len, tokens, min(tokens, limits.rows), query_len)
@@ -94,16 +106,25 @@ def _with_chunks(limits: GraphLimits, kv_len: int) -> list[StepBounds]:
         for chats in _up_to(MIXED_ROWS, limits):
             tokens, rows = min(chats + mixed, most), min(chats + PROMPTS[0], limits.rows)
             buckets.append(_bounds(limits, kv_len, tokens, min(rows, tokens), mixed))
-    for tokens in sorted({min(size, most) for size in PROMPT_TOKENS}):
+    for tokens in _doubled(LEAST_PROMPT_TOKENS, most):
         buckets += [_bounds(limits, kv_len, tokens, min(rows, tokens), tokens) for rows in _up_to(PROMPTS, limits)]
     return buckets
 
 
 def _beside_searches(limits: GraphLimits, kv_len: int) -> list[StepBounds]:
     """Chunks of prompts of any length, and chats: what is read and answered while searches go on."""
-    sizes = sorted({min(size, limits.max_step_tokens) for size in (SHORT_TOKENS[-1], *PROMPT_TOKENS)} - {0})
     rows = min(MIXED_ROWS[1] + PROMPTS[0], limits.rows)
+    sizes = _doubled(LEAST_PROMPT_TOKENS, limits.max_step_tokens)
     return [_bounds(limits, kv_len, tokens, min(rows, tokens), tokens) for tokens in sizes]
+
+
+def _doubled(least: int, most: int) -> list[int]:
+    """`least`, twice as much and so on below `most`, then `most`: no step is padded to more than twice its size."""
+    sizes = []
+    while least < most:
+        sizes.append(least)
+        least *= 2
+    return [*sizes, most]
 
 
 def _up_to(sizes: Sequence[int], limits: GraphLimits) -> list[int]:

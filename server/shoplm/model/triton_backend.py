@@ -24,11 +24,12 @@ from shoplm.model.gpu import (
     kv_page_bytes,
     memory_for,
     pages_that_fit,
+    product_rate,
 )
 from shoplm.model.queued import Queued, StepClock
 from shoplm.model.readouts import Readouts
 from shoplm.model.shop_weights import NamedTrie, ShopWeights
-from shoplm.model.step_graphs import GraphLimits, StepGraphs, graph_buckets
+from shoplm.model.step_graphs import GraphLimits, StepGraphs, graph_buckets, paying_tokens
 from shoplm.model.triton_decoder import TritonDecoder
 from shoplm.model.triton_program import StepProgram
 from shoplm.model.triton_step import KernelStep, StepBounds, fork_rows, plan_step, query_lens
@@ -60,9 +61,9 @@ class TritonBackend(LocalBackend):
         """The dtype is that of the weights: bf16, fp16 or fp32. `tries` are more catalogues: their tokens follow the
         shop's. `pages` None: as many as the GPU has room for. `max_step_tokens` bounds the lanes of one step, all
         selections together. It and `max_mixed_prompt_tokens`, of prompts beside answers, are the scheduler's bounds: up
-        to them graphs with long chunks of prompts are captured (0: none beside answers). `weight_format` of the layers'
-        products: see `gpu_linear`. `kv_format`: what the pool keeps, "model" (the weights' dtype), "int8" or "fp8".
-        `graph_seconds` is the time for capturing steps as CUDA graphs; 0: none.
+        to them, and as far as `paying_tokens`, graphs with long chunks of prompts are captured (0: none beside
+        answers). `weight_format` of the layers' products: see `gpu_linear`. `kv_format`: what the pool keeps, "model"
+        (the weights' dtype), "int8" or "fp8". `graph_seconds` is the time for capturing steps as CUDA graphs; 0: none.
 
         Allocates weights, pool and scratch on `device`: a GPU, or "cpu" where Triton interprets (TRITON_INTERPRET=1).
         Raises ConfigurationError, also where the memory does not suffice.
@@ -122,13 +123,14 @@ class TritonBackend(LocalBackend):
             self._program = StepProgram(decoder, self._pool, state, most_samples=state_slots)
         self._graphs = StepGraphs(self._program, state)
         if graph_seconds > 0:
+            paying = paying_tokens(config.layer_parameters, product_rate(self._device))
             limits = GraphLimits(
                 rows=state_slots,
                 kv_len=positions,
                 page_size=page_size,
                 query_group=config.query_group,
                 steps=state.parents.shape[1],
-                max_step_tokens=max_step_tokens,
+                max_step_tokens=min(max_step_tokens, paying),
                 max_mixed_prompt_tokens=max_mixed_prompt_tokens,
             )
             with torch.inference_mode():
