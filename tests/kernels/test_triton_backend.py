@@ -16,8 +16,9 @@ from shoplm.model import device_select
 from shoplm.model.torch_backend import TorchBackend
 from shoplm.model.triton_backend import TritonBackend
 from shoplm.model.triton_decoder import TritonDecoder
-from shoplm.request import Embed, Sampling, Select, SelectOutput
+from shoplm.request import Embed, Sampling, Select, SelectOutput, Task
 from toy_backend import (
+    ITEMS,
     PAGES,
     TOLERANCE,
     Recorder,
@@ -159,6 +160,28 @@ def test_how_many_items_a_deep_search_gives_compiles_nothing(monkeypatch: pytest
     assert set(classes) == {32}
     assert isinstance(few, SelectOutput) and isinstance(many, SelectOutput)
     assert few.items == many.items[:3] and len(few.items) == 3
+
+
+def test_many_selections_of_a_step_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their logits, filters and terms, a row of the catalogue each, would outgrow the memory that is left for a step."""
+    _, backend = backends(traits=False, layers=1)
+    kinds_of = (Select(4, 0, exclude_items=(3,)), Select(4, 0, candidates=(7, 2, 30)), Select(4, 4, trie="deep"))
+    jobs: list[tuple[list[int], Task]] = [([at, 2, 3], select) for at in range(3) for select in kinds_of]
+    rows: list[int] = []
+
+    def recorded(logits: torch.Tensor, first_row: torch.Tensor, *others: Any, **options: Any) -> Any:
+        rows.append(len(first_row))
+        return beam_step(logits, first_row, *others, **options)
+
+    monkeypatch.setattr(device_select, "beam_step", recorded)
+    whole = run(backend, 2048, jobs)[1]
+    assert rows[:2] == [3, 3]
+    rows.clear()
+    monkeypatch.setattr(device_select, "MOST_LOGITS", 2 * ITEMS)
+    parts = run(backend, 2048, jobs)[1]
+    assert rows[:4] == [1, 1, 1, 3]  # of six of the shop's trie, half of which are candidates, then the other trie's
+    for one, other in zip(whole, parts, strict=True):
+        assert_same(one, other)
 
 
 def test_a_failed_step_raises_from_its_result() -> None:

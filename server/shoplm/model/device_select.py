@@ -9,7 +9,7 @@ The cut of the last level is by the whole score: each request has a row of its i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,7 @@ from shoplm.request import Select, SelectOutput
 from torch import Tensor
 from torch.nn import functional
 
+MOST_LOGITS = 1 << 25  # of item codes at once, 128 MiB: as much again may be filters and terms of items, each
 LEAST_CLASS = 16  # widths are rounded up to powers of two from here on: each compiles its own kernels
 
 Finish = Callable[[NDArray[np.int32]], SelectOutput | None]
@@ -90,7 +91,7 @@ class DeviceSelector:
             raise ValueError(f"items have codes of {trie.depth} tokens: one state does not tell their probability")
         check_items(tuple(items), trie.items)
         (wanted,) = upload([np.asarray(items, np.int64)], self._device)
-        logits = product(hidden, self._rows[0]) + self._bias[0]
+        logits = product(hidden, self._rows[0]).add_(self._bias[0])
         return torch.log_softmax(logits[:, self._levels[0].child_code.long()], dim=-1)[:, wanted].contiguous()
 
     def launch(self, hidden: Tensor, jobs: Sequence[SelectJob], readback: Readback) -> list[Finish]:
@@ -99,7 +100,8 @@ class DeviceSelector:
         Each `Finish` turns the step's results into the items where this was the last level, else into None.
         """
         by_model = [job for job in jobs if not job.select.popularity_only]
-        from_model = iter(self._by_model(hidden, by_model, readback) if by_model else ())
+        parts = _parts(by_model, MOST_LOGITS // len(self._rows[jobs[0].level]))
+        from_model = (finish for part in parts for finish in self._by_model(hidden, part, readback))
         return [self._popular(job.select) if job.select.popularity_only else next(from_model) for job in jobs]
 
     def _popular(self, select: Select) -> Finish:
@@ -114,7 +116,7 @@ class DeviceSelector:
         counts = [job.count for job in jobs]
         wanted = np.concatenate([np.arange(job.first, job.first + job.count) for job in jobs])
         [index] = upload([wanted], self._device)
-        logits = product(hidden[index], self._rows[level]) + self._bias[level]
+        logits = product(hidden[index], self._rows[level]).add_(self._bias[level])
         first_rows = np.cumsum([0, *counts[:-1]])
         groups = [at for at, search in enumerate(searches) if search.width]
         lanes = [at for at, search in enumerate(searches) if len(search.forced)]
@@ -318,6 +320,20 @@ class DeviceSelector:
         return table.best(items, model, search.habits, select.count)
 
 
+def _parts(jobs: Sequence[SelectJob], most_rows: int) -> Iterator[list[SelectJob]]:
+    """The jobs in order, in parts of at most so many rows; a job that has more is one of its own."""
+    part: list[SelectJob] = []
+    rows = 0
+    for job in jobs:
+        if part and rows + job.count > most_rows:
+            yield part
+            part, rows = [], 0
+        part.append(job)
+        rows += job.count
+    if part:
+        yield part
+
+
 def product(hidden: Tensor, rows: Tensor) -> Tensor:
     """`hidden` [n, H] times `rows` [codes, H] transposed: fp32, also from bf16 operands (rounding to bf16 would make
     equals of scores that differ by less than one in 256)."""
@@ -367,6 +383,8 @@ def _stack(
 
 def _log_sum_exp(logits: Tensor, row: Tensor, node: Tensor, level: TrieTables) -> Tensor:
     """fp32 [n]: of the children of `node` [n], whose logits are in `row` [n]."""
+    if len(level.child_start) == 2:  # one node: no table of children for each row, of which there may be a million
+        return logits[row].index_select(1, level.child_code).logsumexp(1)
     start, end = level.child_start[node].long(), level.child_start[node + 1].long()
     child = start[:, None] + torch.arange(level.max_children, device=logits.device)
     inside = child < end[:, None]
