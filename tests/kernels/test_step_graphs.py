@@ -397,13 +397,15 @@ class NeverWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("graph_seconds", [0.0, 600.0], ids=["launches", "padded"])
 def test_no_step_waits_before_its_result_is_asked_for(graph_seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of all services, first meetings of a filter among them. `tolist` reads memory without an operator."""
+    """Steps of all services, first meetings of a filter among them. `tolist` reads memory without an operator, and a
+    number that is put at places of the device waits within one."""
     _, backend = backends(traits=False, layers=1, graph_seconds=graph_seconds)
     submit = backend.submit
 
     def watched(batch: Batch) -> Handle:
         with NeverWaiting(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "tolist", _no_list, raising=False)
+            patch.setattr(torch.Tensor, "__setitem__", _no_number)
             return submit(batch)
 
     monkeypatch.setattr(backend, "submit", watched)
@@ -417,3 +419,13 @@ def test_no_step_waits_before_its_result_is_asked_for(graph_seconds: float, monk
 
 def _no_list(tensor: torch.Tensor) -> None:
     raise AssertionError("a list of a tensor's numbers waits for the device")
+
+
+_set_item = torch.Tensor.__setitem__
+
+
+def _no_number(tensor: torch.Tensor, index: Any, value: Any) -> None:
+    places = index if isinstance(index, tuple) else (index,)
+    if not isinstance(value, torch.Tensor) and any(isinstance(place, torch.Tensor) for place in places):
+        raise AssertionError("a number put at places of the device is copied there from memory that is not pinned")
+    _set_item(tensor, index, value)

@@ -163,7 +163,7 @@ def test_how_many_items_a_deep_search_gives_compiles_nothing(monkeypatch: pytest
 
 
 def test_many_selections_of_a_step_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their logits, filters and terms, a row of the catalogue each, would outgrow the memory that is left for a step."""
+    """Their logits, filters and terms, a row of the catalogue each, would outgrow what memory is left for a step."""
     _, backend = backends(traits=False, layers=1)
     kinds_of = (Select(4, 0, exclude_items=(3,)), Select(4, 0, candidates=(7, 2, 30)), Select(4, 4, trie="deep"))
     jobs: list[tuple[list[int], Task]] = [([at, 2, 3], select) for at in range(3) for select in kinds_of]
