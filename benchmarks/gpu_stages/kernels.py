@@ -76,7 +76,8 @@ def pool(pages: int, model: ModelShape, dtype: torch.dtype, device: torch.device
 
 
 def ragged(rows: int, new: int, kv_len: int, device: torch.device, page: int = PAGE) -> RaggedRows:
-    """Rows of one length over random pages."""
+    """Rows of one length over random pages. Their new tokens are known, as where a server launches without a graph: no
+    kernel that they do not need is compiled or measured."""
     pages = -(-kv_len // page)
     return RaggedRows(
         page_table=torch.randperm(rows * pages, device=device).int().view(rows, pages),
@@ -84,6 +85,7 @@ def ragged(rows: int, new: int, kv_len: int, device: torch.device, page: int = P
         query_start=torch.arange(0, rows * new + 1, new, dtype=torch.int32, device=device),
         max_query_len=new,
         max_kv_len=kv_len,
+        query_lens=frozenset({new}),
     )
 
 
