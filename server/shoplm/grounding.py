@@ -20,8 +20,9 @@ _LEAST_TITLE_WORDS = 2  # a title of one word may be any word of a question
 _WORD = re.compile(r"\w+")
 _HABIT_WORDS = frozenset(("bought", "favorite", "favourite", "most", "often", "purchases", "usual", "usually"))
 _OWN_WORDS = frozenset(("i", "my", "me"))
+# Words that ask for an item, and name none.
 _ASKING = """aisle available buy carry category cheap cost costs department expensive find get got keep like look
-looking much need offer please price prices sell shelf shop show sold stock store today want"""  # words that ask for an item, and name none
+looking much need offer please price prices sell shelf shop show sold stock store today want"""
 
 Words = tuple[str, ...]
 Found = TypeVar("Found")
@@ -62,7 +63,8 @@ class Grounding:
         if titled:
             return [self.item(place) for place in titled][:count]
         wanted = self._wanted(question)
-        places = list(itertools.chain.from_iterable(_find(words, self._names, 1) or self._worded(wanted)))[:_MAX_ITEMS]
+        by_name = _find(words, self._names, 1) or self._worded(wanted)
+        places = [place for places in by_name for place in places][:_MAX_ITEMS]
         whole = self._hold(places, wanted)
         habits = [] if history is None else self._habits(words, history)
         found = [*habits, *[self.item(place, is_wanted=whole) for place in places][: max(count - 1, 0)]]

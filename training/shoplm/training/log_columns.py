@@ -227,7 +227,7 @@ def cleaned_items(raw: pl.DataFrame | None, events: pl.DataFrame, problems: list
     valid = (price.is_finite() & (price >= 0)).fill_null(False)
     bad = frame.select((text_column("price").is_not_null() & ~valid).alias("bad"))["bad"]
     found = f"negative or not a number{_examples(frame['price'], bad)}"
-    note.add("price", bad.sum(), found, "median price paid instead")
+    note.add("price", int(bad.sum()), found, "median price paid instead")
     stock = pl.lit(True)
     if "in_stock" in frame.columns:
         stock = flag_column("in_stock")
