@@ -84,13 +84,11 @@ def test_the_next_token_is_due_a_target_after_the_last_one_and_late_work_has_pat
 def test_tokens_are_charged_to_the_tenants_whose_they_are() -> None:
     answering = Answering(PAGE_SIZE)
     answers = [answer("a", "one"), answer("b", "two"), answer("c", "one")]
-    answers[1].is_late = True
     for each in answers:
         answering.join(each)
     served = answering.serve(answering.all(), 1.0)
     spent = dict.fromkeys((each.tenant for each in answers if each.tenant is not None), 0.0)
     one = COST.token + COST.row + COST.kv * (PROMPT + 1)
-    assert served.late_seconds(COST) == pytest.approx(one)
     assert served.charge(spent, COST) == {"chat": 3}
     assert list(spent.values()) == pytest.approx([2 * one, one])
     # What was planned for a tenant is charged once.

@@ -148,13 +148,74 @@ def test_work_of_lower_priority_of_the_same_tenant_is_not_foreseen_ahead(
         assert shop.refused("new").reason == "DEADLINE_UNREACHABLE"
 
 
+def test_what_an_idle_engine_cannot_do_in_time_counts_as_asked_for_by_nobody() -> None:
+    shop = Shop()
+    demand = shop.simulation.engine.scheduler.shares.demand
+    before = dict(demand.shares())
+    for number in range(20):
+        shop.submit(f"hopeless {number}", 400, Predict(()), within=0.2)
+    assert demand.shares() == pytest.approx(before)
+    shop.submit("possible", 400, Predict(()), within=8.0)
+    assert demand.shares()[Service.PREDICTION] > before[Service.PREDICTION]
+
+
+def test_late_work_is_found_behind_work_of_higher_priority_that_always_comes() -> None:
+    shop = Shop()
+    shop.submit("low", 20, Predict(()), priority=-1)
+    begun = shop.now
+    for number in range(200):
+        shop.submit(f"high {number}", 100, Predict(()), within=0.6, priority=5)
+        shop.submit(f"higher {number}", 100, Predict(()), within=0.7, priority=5)
+        shop.simulation.step()
+        if shop.simulation.records["low"].end is not None:
+            break
+    assert shop.now < begun + 3.0
+
+
+def test_answers_of_late_chats_leave_late_prompts_their_share() -> None:
+    """Answers go on in each step anyway: what they take is not what late prompts are owed."""
+    shop = Shop()
+    long_ago = shop.now - 5.0
+    for number in range(12):
+        shop.submit(f"chat {number}", 20, Generate(480), arrival_seconds=long_ago)
+    for _ in range(60):
+        shop.simulation.step()
+    begun = shop.now
+    for number in range(4):
+        shop.submit(f"late {number}", 60, Predict(()), arrival_seconds=long_ago)
+    for number in range(400):
+        for again in range(3):
+            shop.submit(f"timely {number} {again}", 60, Predict(()), within=0.6)
+        shop.simulation.step()
+        if all(shop.simulation.records[f"late {each}"].end is not None for each in range(4)):
+            break
+    assert shop.now < begun + 6.0
+
+
+@pytest.mark.parametrize(("weights", "goes_on"), [({}, True), ({Service.PREDICTION: 1.0}, False)])
+def test_what_has_begun_of_a_service_that_is_ahead_by_demand_goes_on(
+    weights: dict[Service, float], goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By demand it was counted when it began; by weights it counts as it is computed."""
+    shop = Shop(SchedulingPolicy(service_weights=weights))
+    shop.submit("begun", 400, Predict(()))
+    shop.simulation.step()
+    scheduler = shop.simulation.engine.scheduler
+    monkeypatch.setattr(scheduler.shares, "ahead", lambda: frozenset({Service.PREDICTION}))
+    for number in range(40):
+        shop.submit(f"other {number}", 100, Select(1, 1, trie="flat"))
+    while shop.simulation.records["begun"].end is None:
+        shop.simulation.step()
+    assert (sum(shop.simulation.records[f"other {number}"].end is not None for number in range(40)) < 20) == goes_on
+
+
 def test_other_tenants_take_their_turns_whatever_a_newcomers_priority() -> None:
     shop = Shop()
     for number in range(8):
         shop.submit(f"other {number}", 100, Predict(()), within=8.0, tenant="other")
         shop.submit(f"own {number}", 100, Predict(()), within=8.0, priority=-1)
     shop.submit("hasty", 100, Predict(()), within=0.2)  # 0.1 s of tokens, and half of the engine's
-    shop.submit("patient", 100, Predict(()), within=0.4)
+    shop.submit("patient", 100, Predict(()), within=0.45)
     shop.simulation.run()
     assert shop.refused("hasty").reason == "DEADLINE_UNREACHABLE"
     shop.served("patient")

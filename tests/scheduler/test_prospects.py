@@ -55,12 +55,25 @@ def test_each_service_leads_by_what_it_began_beyond_the_part_of_all() -> None:
         for service, seconds in ((Service.CHAT, 5e-3), (Service.RECOMMENDATION, 1e-3), (Service.PREDICTION, 1e-3)):
             demand.asked(service, seconds, 0.01 * moment)
             if service is not Service.CHAT or moment % 2:
-                demand.begun(service)
+                demand.begun(service, 0.01 * moment)
     leads = demand.leads()
     assert leads[Service.CHAT] < 0 < leads[Service.RECOMMENDATION] == pytest.approx(leads[Service.PREDICTION])
     assert sum(leads.values()) == pytest.approx(0.0, abs=1e-6)
     shares = demand.shares()
     assert shares[Service.CHAT] == pytest.approx(5 / 7)
+
+
+def test_who_waits_long_for_its_turn_has_no_more_begun_than_was_asked_for() -> None:
+    demand = Demand()
+    for moment in range(3_000):
+        now = 0.1 * moment
+        for service in (Service.CHAT, Service.PREDICTION):
+            demand.asked(service, 0.01, now)
+        demand.begun(Service.PREDICTION, now)
+        if now > 25.0:
+            demand.begun(Service.CHAT, now - 25.0)
+    leads = demand.leads()
+    assert leads[Service.CHAT] < -0.5 and leads[Service.PREDICTION] > 0.5
 
 
 def test_the_dearest_of_those_that_wait_is_found_and_who_has_left_is_forgotten() -> None:
@@ -88,7 +101,7 @@ def test_a_flood_of_one_service_leaves_a_tenth_to_another() -> None:
         demand.asked(Service.PREDICTION, 0.01, now)  # as much as the engine can do
         for _ in range(20):  # and twenty times that
             demand.asked(Service.CHAT, 0.01, now)
-        demand.begun(Service.CHAT)
+        demand.begun(Service.CHAT, now)
     leads = demand.leads()
     # A tenth of what was begun is due to predictions, more than their part of all that was asked for.
     total = leads[Service.CHAT] - leads[Service.PREDICTION]

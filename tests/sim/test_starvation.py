@@ -126,3 +126,55 @@ def test_what_has_missed_its_target_goes_on_beside_an_answer(history: int) -> No
         simulation.step()
     assert simulation.records["chat"].end is None
     assert simulation.clock.now < begun + 0.5
+
+
+def test_nobody_is_started_for_whom_a_step_has_no_time() -> None:
+    backend = CheckingBackend(Clock(), pages=4_000, page_size=16, max_context_tokens=2048, cost=CostCurve(5e-3, 1e-3))
+    simulation = Simulation(backend, SchedulerConfig())
+    for number in range(20):
+        tokens = token_ids(range(1_000 * number, 1_000 * number + 300))
+        simulation.submit(Request(f"{number}", Service.PREDICTION, tokens, Predict(()), 1e-6 * number))
+    for _ in range(12):  # the cost model knows by then
+        simulation.step()
+    while not simulation.engine.is_idle:
+        waited = {each.request.request_id for each in simulation.engine.scheduler.alive() if each.state_slot is None}
+        simulation.step()
+        for sequence in simulation.engine.scheduler.running():
+            assert sequence.computed or sequence.request.request_id not in waited
+
+
+def test_three_services_whose_clients_ask_again_once_they_are_answered_all_go_on() -> None:
+    """What they ask for depends on what they get: a service that is held back asks for less, and must not be held back
+    for that."""
+    backend = CheckingBackend(
+        Clock(), pages=4_000, page_size=16, max_context_tokens=2048, cost=CostCurve(5.9e-3, 1.4e-3, 3e-7)
+    )
+    simulation = Simulation(backend, SchedulerConfig())
+    tasks = {
+        Service.RECOMMENDATION: (6, 420, Select(8, 8, trie="flat")),
+        Service.CHAT: (5, 100, Generate(32)),
+        Service.PREDICTION: (5, 420, Predict(())),
+    }
+    numbers = itertools.count()
+    asked: dict[str, tuple[Service, float]] = {}
+
+    def ask(service: Service) -> None:
+        number, (_, length, task) = next(numbers), tasks[service]
+        tokens = token_ids(range(1_000 * number, 1_000 * number + length + 7 * number % 50))
+        asked[f"{number}"] = service, simulation.clock.now
+        simulation.submit(Request(f"{number}", service, tokens, task, simulation.clock.now))
+
+    for service, (clients, _, _) in tasks.items():
+        for _ in range(clients):
+            ask(service)
+    longest = dict.fromkeys(Service, 0.0)
+    while simulation.clock.now < 60.0:
+        simulation.step()
+        for name, (service, since) in list(asked.items()):
+            record = simulation.records[name]
+            if record.end is not None:
+                del asked[name]
+                ask(service)
+            if not record.tokens:
+                longest[service] = max(longest[service], simulation.clock.now - since)
+    assert max(longest.values()) < 25.0, longest

@@ -92,7 +92,8 @@ class Admission:
         """Why a request for which there is a place is not let in; None: it is. Then it may have been degraded."""
         if self._config.policy.order != "slack":
             return None
-        self._prospects.saw(sequence.request.service, self._forecast.whole_seconds(sequence), now)
+        if not self._is_hopeless(sequence):  # no share of the engine would have served it
+            self._prospects.saw(sequence.request.service, self._forecast.whole_seconds(sequence), now)
         return self._too_late(sequence, load, now)
 
     def displaced(self, sequence: Sequence, newcomer: Sequence, load: Load) -> Refusal:
@@ -180,11 +181,12 @@ class Admission:
         return Refusal(FailureKind.OVERLOADED, "TOO_COSTLY_NOW", message, retry)
 
     def _retry_seconds(self, sequence: Sequence, wait: float) -> float:
+        return 0.0 if self._is_hopeless(sequence) else min(max(wait, _LEAST_RETRY), _MOST_RETRY)
+
+    def _is_hopeless(self, sequence: Sequence) -> bool:
+        """Whether even an idle engine would not be in time."""
         limit = sequence.limit_seconds
-        allowed = 0.0 if limit is None else limit - sequence.request.arrival_seconds
-        if self._forecast.alone_seconds(sequence) > allowed:
-            return 0.0
-        return min(max(wait, _LEAST_RETRY), _MOST_RETRY)
+        return limit is not None and self._forecast.alone_seconds(sequence) > limit - sequence.request.arrival_seconds
 
     # ---- smaller answers -------------------------------------------------------------------------------------------
 

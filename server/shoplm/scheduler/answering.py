@@ -26,7 +26,6 @@ class Served:
     sequences: Collection[Sequence] = ()
     starts: list[int] = field(default_factory=list)  # the positions of these tokens
     keys: int = 0  # that these tokens read
-    holds_late: bool = False  # some may be late work
     tenants: list[Tenant] = field(default_factory=list)  # whose they are, with what was planned for each
 
     def charge(self, spent: dict[Tenant, float], cost: Coefficients) -> dict[str, int]:
@@ -38,13 +37,6 @@ class Served:
             rows[service] = rows.get(service, 0) + count
             tenant.planned_answers = tenant.planned_keys = 0
         return rows
-
-    def late_seconds(self, cost: Coefficients) -> float:
-        """Seconds of the late ones among them."""
-        if not self.holds_late:
-            return 0.0
-        late = [start for sequence, start in zip(self.sequences, self.starts, strict=True) if sequence.is_late]
-        return (cost.token + cost.row) * len(late) + cost.kv * (sum(late) + len(late))
 
 
 class Answering:
@@ -102,7 +94,7 @@ class Answering:
 
     def serve(self, sequences: Collection[Sequence], now: float) -> Served:
         """The next token of each of these: all that is known before it is computed, or in flight."""
-        served = Served(sequences, holds_late=self._late > 0)
+        served = Served(sequences)
         starts, tenants, size = served.starts, served.tenants, self._page_size
         complete: list[Sequence] = []
         for sequence in sequences:

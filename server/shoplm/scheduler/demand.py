@@ -44,9 +44,10 @@ class Demand:
         self._asked[service] += 1
         self._leads = None
 
-    def begun(self, service: Service) -> None:
-        """A request was started."""
-        self._begun[service] += 1
+    def begun(self, service: Service, asked: float) -> None:
+        """A request was started that was asked for at `asked`. It counts as it does among those: who waits long would
+        seem to have more begun than asked for, and wait longer."""
+        self._begun[service] += math.exp(min(asked - self._now, 0.0) / _FORGET_SECONDS)
         self._leads = None
 
     def leads(self) -> Mapping[Service, float]:

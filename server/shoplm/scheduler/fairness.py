@@ -133,7 +133,7 @@ class Shares:
             service: ServiceShare(service, weight / mean, tenant_weights) for service, weight in weights.items()
         }
         self.demand = Demand()
-        self._by_demand = not service_weights
+        self.by_demand = not service_weights
         self._fixed = {service: weight / sum(weights.values()) for service, weight in weights.items()}
 
     def charge(self, tenant: Tenant, seconds: float) -> None:
@@ -156,10 +156,10 @@ class Shares:
         waiting = [service for service, each in self.services.items() if each.waiting]
         if not waiting:
             return frozenset()
-        leads = self.demand.leads() if self._by_demand else {s: each.virtual for s, each in self.services.items()}
+        leads = self.demand.leads() if self.by_demand else {s: each.virtual for s, each in self.services.items()}
         bound = min(leads[service] for service in waiting) + WINDOW_SECONDS
         return frozenset(service for service, lead in leads.items() if lead > bound)
 
     def fractions(self) -> Mapping[Service, float]:
         """The shares of the services while all of them are busy."""
-        return self.demand.shares() if self._by_demand else self._fixed
+        return self.demand.shares() if self.by_demand else self._fixed

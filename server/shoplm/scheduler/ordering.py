@@ -130,7 +130,9 @@ class SlackOrder:
         if sequence.is_late:
             self._late[request.service].push(sequence, request.arrival_seconds - earlier)
         else:
-            if sequence.patient_until < math.inf:
+            if sequence.limit_seconds is None:  # to be found late wherever it stands among the timely
+                self._late[request.service].push(sequence, request.arrival_seconds - earlier)
+            elif sequence.patient_until < math.inf:
                 self._patient[request.service].push(sequence, sequence.patient_until)
             cached = self._forecast.cost.work_seconds(sequence.expected_cached, 0, 0)
             earlier += min(cached, _MOST_AFFINITY_SECONDS)
@@ -156,7 +158,7 @@ class SlackOrder:
             if not share.waiting or service in self._held:
                 continue
             timely, patient, late = self._timely[service], self._patient[service], self._late[service]
-            for head in (self._timely_head(service, now), patient.head(), late.head()):
+            for head in (self._head(timely, now), patient.head(), self._head(late, now)):
                 if head is not None and (best is None or self.before(head, best)):
                     best = head
             share.begin_turn((timely.virtual, patient.virtual, late.virtual))
@@ -177,12 +179,16 @@ class SlackOrder:
         return left < right
 
     def _rank(self, sequence: Sequence) -> tuple[bool, int, float]:
-        ahead = sequence.request.service in self._ahead
+        arrival = sequence.request.arrival_seconds
         if sequence.is_late:
-            return (ahead, 2 if self._late_credit <= 0 else 0, sequence.request.arrival_seconds)
-        if self.has_credit(sequence):
-            return (ahead, 0, sequence.request.arrival_seconds)
-        return (ahead, 1, sequence.due_seconds)
+            place, moment = (0, arrival) if self._late_credit > 0 else (2, arrival)
+        else:
+            place, moment = (0, arrival) if self.has_credit(sequence) else (1, sequence.due_seconds)
+        ahead = sequence.request.service in self._ahead
+        if ahead and self._shares.by_demand:
+            # What was begun has been counted whole: held back, it would wait for others to begin as much.
+            ahead = place > 0 and sequence.state_slot is None and not sequence.epoch
+        return ahead, place, moment
 
     def has_credit(self, sequence: Sequence) -> bool:
         return sequence.patient_until <= self._now and self._patient_credit > 0
@@ -208,9 +214,8 @@ class SlackOrder:
         self._late_credit = _bounded(self._late_credit + LATE_SHARE * total - late_seconds)
         self._patient_credit = _bounded(self._patient_credit + PATIENT_SHARE * total - credited_seconds)
 
-    def _timely_head(self, service: Service, now: float) -> Sequence | None:
-        """The first that can be on time. One that has missed its target but not its deadline is due at that one."""
-        turns = self._timely[service]
+    def _head(self, turns: _Turns, now: float) -> Sequence | None:
+        """The first that is in its place: one that has missed its target is due at its deadline, or is late."""
         while (head := turns.head()) is not None and self.overdue(head, now):
             self.push(head)
         return head

@@ -150,6 +150,8 @@ class Planner:
         while budget.prompt_tokens > 0 and budget.tokens > 0 and (budget.seconds > 0 or first):
             running = prompts[at] if at < len(prompts) else None
             if waiting is not None and (running is None or self._order.before(waiting, running)):
+                if not first and not self._has_time(waiting, waiting.expected_cached, budget):
+                    return  # nobody is started for whom there is no time
                 if self._start(waiting, now):
                     prompts.insert(at, waiting)
                     to_come.add(waiting)
@@ -167,7 +169,7 @@ class Planner:
             within = self._budgeter.tokens_within(budget.seconds, running.computed)
             if within < min(LEAST_CHUNK, running.pending):
                 if not first:
-                    return  # nobody is started for whom there is no time
+                    return
                 within = LEAST_CHUNK  # whoever comes first goes on in each step, however much it reads
             first = False
             most = min(budget.tokens, budget.prompt_tokens, within)
@@ -175,6 +177,11 @@ class Planner:
             row = next_tokens(running, 1 if again else min(self._memory.computable(running), most), again=again)
             rows.append(row)
             budget.take_prompt(row.count, self._budgeter.row_seconds(row))
+
+    def _has_time(self, sequence: Sequence, start: int, budget: StepBudget) -> bool:
+        """Whether what is left of a step holds a chunk of a prompt, from `start` on, that is worth a row."""
+        within = self._budgeter.tokens_within(budget.seconds, start)
+        return within >= min(LEAST_CHUNK, sequence.length - start)
 
     def _whose_turn(self, prompt: Sequence | None, to_come: set[Sequence]) -> Sequence | None:
         """The prompt itself, or where it waits for a page, whoever computes that, to whom it lends its place; None: the
@@ -214,8 +221,7 @@ class Planner:
         each = self._cost.coefficients
         spent: defaultdict[Tenant, float] = defaultdict(float)
         answers_of = served.charge(spent, each)
-        late = served.late_seconds(each)
-        tokens, keys, reads, credited = len(served.starts), served.keys, 0, 0.0
+        tokens, keys, reads, late, credited = len(served.starts), served.keys, 0, 0.0, 0.0
         for row in rows:
             sequence, count, read, drafted = row.sequence, row.count, row.keys, len(row.draft)
             sequence.unread += not row.draws

@@ -35,4 +35,4 @@ class Queue:
         """It runs."""
         self.drop(sequence)
         if sequence.epoch == 0:
-            self._shares.demand.begun(sequence.request.service)
+            self._shares.demand.begun(sequence.request.service, sequence.request.arrival_seconds)
