@@ -9,6 +9,7 @@ import pytest
 from shoplm.scheduler.cost import PRIOR, Coefficients, CostModel, StepLoad, kv_tokens
 
 LAPTOP = Coefficients(step=14e-3, token=9e-4, kv=4e-7, row=1.5e-3)
+LARGE = Coefficients(step=50e-3, token=2e-5, kv=1e-9, row=1e-4)
 GPU = Coefficients(step=2.5e-3, token=9e-6, kv=2e-9, row=5e-6)
 
 
@@ -90,6 +91,18 @@ def test_no_coefficient_falls_below_zero_when_steps_are_all_alike() -> None:
     assert error < 0.01
     # And a longer prompt is still predicted to take longer.
     assert model.seconds(StepLoad(508, 130_000, 9)) > 1.5 * model.seconds(StepLoad(8, 800, 8))
+
+
+@pytest.mark.parametrize("truth", [LAPTOP, GPU, LARGE], ids=["laptop", "gpu", "large"])
+def test_what_was_learnt_stays_known_while_steps_are_all_alike(truth: Coefficients) -> None:
+    generator = random.Random(3)
+    model = CostModel()
+    teach(model, truth, 400, generator)
+    for number in range(5_000):
+        answers = generator.choice((7, 8, 9))
+        load = StepLoad(answers, answers * (100 + number % 200), answers)
+        model.observe(load, truth.seconds(load) * generator.lognormvariate(0.0, 0.05))
+    assert typical_error(model, truth, generator) < 0.15
 
 
 def test_the_error_that_is_returned_is_that_of_the_prediction_before() -> None:

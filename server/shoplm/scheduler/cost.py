@@ -3,9 +3,11 @@
     seconds = step + token * tokens + kv * kv_tokens + row * rows
 
 `kv_tokens` are keys that the step's queries read, summed over the queries: the work of attention. The coefficients
-minimise the squared error relative to what was measured, old steps forgotten exponentially, with a weak pull towards a
-prior and none below zero. Steps that fit badly weigh less (Huber's weights), and a slow spell of the machine, which
-scales everything, is followed by one factor instead of being learnt into the coefficients.
+minimise the squared error relative to what was measured, old steps forgotten exponentially, with a weak pull towards
+what was known before, at first a prior, and none below zero. So what steps that are all alike do not tell stays as it
+was learnt. Pulled to the prior, where the constant part is long, tokens would seem dear again and steps be kept small,
+from which nothing else could be learnt. Steps that fit badly weigh less (Huber's weights), and a slow spell of the
+machine, which scales everything, is followed by one factor instead of being learnt into the coefficients.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import NamedTuple
 
 MIN_SAMPLES = 8  # steps before the predictions count as such
 _FORGET = 0.995  # per step
-_PULL = 0.02  # weight of the prior, in steps
+_PULL = 0.002  # weight of what was known before, in steps
 _SWEEPS = 6  # of coordinate descent per step; it starts from the last solution
 _HUBER = 2.5  # errors up to so many times the typical one count in full
 _LEAST_HUBER = 0.05
@@ -111,9 +113,9 @@ class CostModel:
             row = gram[i]
             for j in range(4):
                 row[j] = _FORGET * row[j] + weight * share * shares[j]
-            # The prior is not forgotten.
+            # What was known is not forgotten where nothing new is seen.
             row[i] += (1 - _FORGET) * _PULL
-            moment[i] = _FORGET * moment[i] + weight * share * target + (1 - _FORGET) * _PULL
+            moment[i] = _FORGET * moment[i] + weight * share * target + (1 - _FORGET) * _PULL * z[i]
         for _ in range(_SWEEPS):
             for i in range(4):
                 row = gram[i]
