@@ -22,6 +22,8 @@ ATTAINABLE = 0.8  # of the token target that answers may take of a step; the res
 PROMPT_FLOOR = 0.15  # of the token target that prompts get of a step, however urgent the answers are
 LEAST_CHUNK = 16  # tokens of a prompt that are worth a row, unless fewer end it
 _RECENT_SECONDS = 5.0  # how long a service that asked counts as one that may ask any moment
+_CHEAP = 0.25  # of a step's constant part: answers that add no more to it are not kept out for each other's sake
+_LEAST_CUT = 2.0  # the same of a step that ends early for the most urgent prompt: others' work would fit in, too
 _LEAST_STEPS = 4.0  # a step is never bounded below so many times its constant part: efficiency
 
 
@@ -87,11 +89,13 @@ class Budgeter:
         if answers.requests and self.attainable(answers.seconds):
             seconds = max(min(seconds, answers.first_due - now), constant + answers.seconds + least)
         elif answers.requests:
-            prompt_tokens = config.max_mixed_prompt_tokens
+            # Where prompts are cheap, so many of them as make the step twice as long; else the engine would stand idle.
+            cheap = self.tokens_within(constant + answers.seconds, 0)
+            prompt_tokens = max(config.max_mixed_prompt_tokens, min(cheap, config.max_step_tokens))
             seconds = max(seconds, constant + 2 * least)
         if urgent is not None and not urgent.is_late:
             need, room = self._forecast.alone_seconds(urgent), urgent.due_seconds - now
-            if need <= room < seconds:
+            if max(need, _LEAST_CUT * constant) <= room < seconds:
                 answers_first = need + answers.seconds <= room or answers.first_due <= urgent.due_seconds
                 seconds = max(room, need + answers.seconds) if answers_first else room
         return StepBudget(
@@ -108,12 +112,13 @@ class Budgeter:
         return self._cost.coefficients.step + answers_seconds <= ATTAINABLE * self._config.policy.token_target_seconds
 
     def may_answer(self, sequence: Sequence, answers: Answers) -> bool:
-        """Whether one answer more still leaves those that go on their tokens in time. Late ones are not protected, and
-        a target that even a single answer misses protects none."""
+        """Whether one answer more still leaves those that go on their tokens in time, or all are cheap beside the constant
+        part of a step. Late ones are not protected, and a target that even a single answer misses protects none."""
         if not self.uses_time or answers.first_due == math.inf or not isinstance(sequence.request.task, Generate):
             return True
         one = self._cost.work_seconds(1, sequence.prompt_length, 1)
-        return self.attainable(answers.seconds + one) or not self.attainable(one)
+        work, constant = answers.seconds + one, self._cost.coefficients.step
+        return work <= _CHEAP * constant or self.attainable(work) or not self.attainable(one)
 
     def longest_step_seconds(self, now: float) -> float:
         """Half of the shortest target among the services that have asked of late: who arrives during a step can still
