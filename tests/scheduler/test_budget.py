@@ -72,7 +72,7 @@ def test_a_step_that_is_mostly_its_constant_part_does_not_end_early_for_one_prom
         assert seconds >= LARGE.step
 
 
-@pytest.mark.parametrize(("step", "running", "may"), [(0.047, 60, True), (0.047, 150, False), (0.005, 60, False)])
+@pytest.mark.parametrize(("step", "running", "may"), [(0.047, 60, True), (0.047, 250, False), (0.005, 60, False)])
 def test_answers_that_cost_little_beside_a_steps_constant_part_keep_no_others_out(
     step: float, running: int, may: bool
 ) -> None:

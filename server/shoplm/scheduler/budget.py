@@ -22,7 +22,7 @@ ATTAINABLE = 0.8  # of the token target that answers may take of a step; the res
 PROMPT_FLOOR = 0.15  # of the token target that prompts get of a step, however urgent the answers are
 LEAST_CHUNK = 16  # tokens of a prompt that are worth a row, unless fewer end it
 _RECENT_SECONDS = 5.0  # how long a service that asked counts as one that may ask any moment
-_CHEAP = 0.25  # of a step's constant part: answers that add no more to it are not kept out for each other's sake
+_CHEAP = 0.5  # of a step's constant part: answers that add no more to it are not kept out for each other's sake
 _LEAST_CUT = 2.0  # the same of a step that ends early for the most urgent prompt: others' work would fit in, too
 _LEAST_STEPS = 4.0  # a step is never bounded below so many times its constant part: efficiency
 
@@ -112,8 +112,8 @@ class Budgeter:
         return self._cost.coefficients.step + answers_seconds <= ATTAINABLE * self._config.policy.token_target_seconds
 
     def may_answer(self, sequence: Sequence, answers: Answers) -> bool:
-        """Whether one answer more still leaves those that go on their tokens in time, or all are cheap beside the constant
-        part of a step. Late ones are not protected, and a target that even a single answer misses protects none."""
+        """Whether one answer more still leaves those that go on their tokens in time, or all are cheap beside a step's
+        constant part. Late ones are not protected, and a target that even a single answer misses protects none."""
         if not self.uses_time or answers.first_due == math.inf or not isinstance(sequence.request.task, Generate):
             return True
         one = self._cost.work_seconds(1, sequence.prompt_length, 1)
