@@ -33,11 +33,6 @@ class Line:
 
 def line_chart(lines: Sequence[Line], x_title: str, y_title: str, bounds: Bounds) -> str:
     """A drawing with its legend. Points outside the bounds are drawn at the edge."""
-    return _framed(line_drawing(lines, x_title, y_title, bounds), [line.name for line in lines])
-
-
-def line_drawing(lines: Sequence[Line], x_title: str, y_title: str, bounds: Bounds) -> str:
-    """The SVG element alone."""
     x_low, x_high, y_low, y_high = bounds
     parts = [_grid(bounds, x_title, y_title)]
     for index, line in enumerate(lines):
@@ -52,7 +47,7 @@ def line_drawing(lines: Sequence[Line], x_title: str, y_title: str, bounds: Boun
             parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
             if line.marks:
                 parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in at]
-    return _drawing(parts)
+    return _framed(parts, [line.name for line in lines])
 
 
 def bar_chart(groups: Sequence[str], series: Mapping[str, Sequence[float]], x_title: str, y_title: str) -> str:
@@ -74,7 +69,7 @@ def bar_chart(groups: Sequence[str], series: Mapping[str, Sequence[float]], x_ti
             )
         middle = left + 0.4 * room
         parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - _BOTTOM + 14}" class="middle">{escape(group)}</text>')
-    return _framed(_drawing(parts), list(series))
+    return _framed(parts, list(series))
 
 
 def _place(value: float, low: float, high: float, start: float, end: float) -> float:
@@ -104,11 +99,8 @@ def _grid(bounds: Bounds, x_title: str, y_title: str, *, numbers: bool = True) -
     return "".join(parts)
 
 
-def _drawing(parts: Sequence[str]) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
-
-
-def _framed(drawing: str, names: Sequence[str]) -> str:
+def _framed(parts: Sequence[str], names: Sequence[str]) -> str:
+    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
     legend = "".join(
         f'<span><i style="background:{COLOURS[index % len(COLOURS)]}"></i>{escape(name)}</span>'
         for index, name in enumerate(names)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from shoplm.charts import STYLE, Bounds, Line, line_chart, line_drawing
+from shoplm.charts import STYLE, Bounds, Line, line_chart
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,6 @@ def page(title: str, note: str, charts: Sequence[Chart]) -> str:
         f"<style>body {{ font: 15px system-ui, sans-serif; max-width: 600px; margin: 2em auto; color: #222 }}\n{STYLE}"
         f"</style><h1>{escape(title)}</h1><p>{escape(note)}</p>\n{body}\n</html>\n"
     )
-
-
-def svg(chart: Chart) -> str:
-    """One chart, without title and legend."""
-    return line_drawing(*_shape(chart))
 
 
 def _shape(chart: Chart) -> tuple[list[Line], str, str, Bounds]:

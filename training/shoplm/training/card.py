@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from shoplm.bundle import HeadSpec, PromptSchema
+from shoplm.bundle import PromptSchema
 from shoplm.history import SECONDS_PER_DAY, utc_day, utc_moment
 from shoplm.model.base import Base
 from shoplm.model.origin import Origin
+from shoplm.training.bundle_writer import Identity
 from shoplm.training.card_tables import chat, limits, predictions, ranking
+from shoplm.training.pipeline import Fitted
 from shoplm.training.report import Report
-from shoplm.training.scoring import Weights
 from shoplm.training.shop import Shop
 
 
@@ -18,23 +17,19 @@ def render_card(
     shop: Shop,
     base: Base,
     schema: PromptSchema,
-    weights: Weights,
+    fitted: Fitted,
     report: Report,
-    targets: Sequence[HeadSpec],
-    hidden_scales: dict[str, float],
-    *,
-    title: str,
-    notice: str,
+    identity: Identity,
     notes: str,
-    examples: int,
 ) -> str:
     """card.md as text."""
+    predictor = fitted.model.predictor
     parts = [
-        f"# {title}",
-        notice,
+        f"# {identity.title}",
+        identity.notice,
         _data(shop, report),
         _splits(shop),
-        _model(base, schema, weights, hidden_scales, examples),
+        _model(base, schema, fitted),
         "## Recommendation",
         "Next basket, top ten, ranked against all items with a token of their own; means over customers. Recall is the "
         "share of the basket that was found; repeat and explore recall are those of items that the customer had or had "
@@ -43,7 +38,7 @@ def render_card(
         *(ranking(result) for result in report.rankings),
         *(["Too few events after the cut to measure recommendations."] if not report.rankings else []),
         "## Prediction",
-        *predictions(report, targets),
+        *predictions(report, predictor.specs if predictor is not None else ()),
         chat(report),
         _privacy(),
         limits(report, _origin(base, schema)),
@@ -62,16 +57,14 @@ def _data(shop: Shop, report: Report) -> str:
         f"{len(log.events):,} events of {len(log.customer_ids):,} customers and {len(log.item_ids):,} known items, "
         f"{utc_day(shop.timeline.start)} to {utc_day(shop.timeline.end)}.",
         f"{len(items.row_item):,} items have a token of their own: those with at least {items.minimum_count} "
-        f"{items.label_kind.name.lower()} events before the test, {items.covered_share:.1%} of "
-        "these events. The others "
-        f"stand for their product type ({len(items.types):,} types) and are not recommended.",
+        f"{items.label_kind.name.lower()} events before the test, {items.covered_share:.1%} of these events. The "
+        f"others stand for their product type ({len(items.types):,} types) and are not recommended.",
     ]
     if report.customers < report.customers_in_log:
         lines.append(
-            f"Hidden states were computed for {report.customers:,} of the "
-            f"{report.customers_in_log:,} customers, drawn at "
-            "random: the model was fitted on these and measured on these. Item counts and "
-            "popularity use everyone's events."
+            f"Hidden states were computed for {report.customers:,} of the {report.customers_in_log:,} customers, drawn "
+            "at random: the model was fitted on these and measured on these. Item counts and popularity use everyone's "
+            "events."
         )
     if log.problems:
         found = ((p.table, p.column, f"{p.rows:,}", p.found, p.done) for p in log.problems)
@@ -103,8 +96,9 @@ def _cut(moment: float) -> str:
     return utc_moment(moment) if moment % SECONDS_PER_DAY else utc_day(moment)
 
 
-def _model(base: Base, schema: PromptSchema, weights: Weights, hidden_scales: dict[str, float], examples: int) -> str:
-    kept = [f"{name.replace('_', ' ')} {'yes' if scale else 'no'}" for name, scale in hidden_scales.items()]
+def _model(base: Base, schema: PromptSchema, fitted: Fitted) -> str:
+    weights = fitted.model.weights
+    kept = [f"{name.replace('_', ' ')} {'yes' if scale else 'no'}" for name, scale in fitted.hidden_scales.items()]
     origin = _origin(base, schema)
     if origin is Origin.SCRATCH:
         config = base.config
@@ -117,9 +111,8 @@ def _model(base: Base, schema: PromptSchema, weights: Weights, hidden_scales: di
         state = f"{tuned if origin is Origin.ADAPTED else 'frozen'}. Input rows: mean embedding of each item's words"
     lines = [
         "## Model",
-        f"Base {base.name}, {state}. Output rows: fitted on {examples:,} "
-        f"next baskets. History: the newest {schema.history_budget_tokens} tokens, dropped in blocks of "
-        f"{schema.history_block_tokens}.",
+        f"Base {base.name}, {state}. Output rows: fitted on {fitted.ranking_examples:,} next baskets. History: the "
+        f"newest {schema.history_budget_tokens} tokens, dropped in blocks of {schema.history_block_tokens}.",
         f"score = {weights.score().formula}.",
     ]
     if weights.loyalty:

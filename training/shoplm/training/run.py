@@ -210,19 +210,8 @@ class Run:
                 shop, self._catalog, base, self._schema, request.adapter, request.work, request.seed, watch
             )
             report = msgspec.structs.replace(report, chat=chat)
-        card = render_card(
-            shop,
-            base,
-            self._schema,
-            fitted.model.weights,
-            report,
-            fitted.model.predictor.specs if fitted.model.predictor is not None else (),
-            fitted.hidden_scales,
-            title=request.title,
-            notice=request.notice,
-            notes=request.notes,
-            examples=fitted.ranking_examples,
-        )
+        identity = Identity(request.name, request.title, request.currency, request.notice)
+        card = render_card(shop, base, self._schema, fitted, report, identity, request.notes)
         write_bundle(
             request.out,
             shop,
@@ -230,7 +219,7 @@ class Run:
             self._schema,
             fitted.model,
             report,
-            Identity(request.name, request.title, request.currency, request.notice),
+            identity,
             card=card,
             watch=watch,
             adapter=request.adapter,
