@@ -51,6 +51,21 @@ def test_the_hidden_state_is_read_where_it_helps() -> None:
     assert np.abs(head.weight[0, HIDDEN]) > 10 * np.abs(head.weight[0, :HIDDEN]).max()
 
 
+@pytest.mark.parametrize("seed", [10, 11, 12])
+def test_features_that_say_nothing_of_few_customers_move_little(seed: int) -> None:
+    """As in a small shop: as many features as heads read, a few hundred rows, and nothing to foretell."""
+    random = np.random.default_rng(seed)
+    customers, moments, features = 150, 4, 48
+    own = random.normal(size=(customers, 1, features)) + 0.3 * random.normal(size=(customers, moments, features))
+    standard = own.reshape(-1, features).astype(np.float32)
+    who = np.repeat(np.arange(customers, dtype=np.int32), moments)
+    rows = HeadData(who, np.zeros((len(who), 0), np.float32), standard)
+    visits = torch.from_numpy(random.poisson(1.0, len(who)).astype(np.float32))
+    head, _ = fit_head(rows, 1, lambda at: count_loss(visits[at]), initial=[0.0], seed=0)
+    fresh = random.normal(size=(1000, features)).astype(np.float32)
+    assert head.values(np.zeros((1000, 0), np.float32), fresh).std() < 0.2
+
+
 def test_spend_intervals_cover_nine_in_ten_on_new_customers() -> None:
     def spend(made: HeadData, seed: int) -> np.ndarray:
         random = np.random.default_rng(seed)
@@ -66,6 +81,21 @@ def test_spend_intervals_cover_nine_in_ten_on_new_customers() -> None:
     low, high = intervals(spec, values)
     assert ((truth >= low) & (truth <= high)).mean() == pytest.approx(0.9, abs=0.03)
     assert point_amounts(spec, values).mean() == pytest.approx(truth.mean(), rel=0.1)
+
+
+def test_the_spend_of_customers_who_rarely_buy_is_the_expected_one() -> None:
+    """Nothing would be off by the least, and would be said of each."""
+    random = np.random.default_rng(13)
+    rows = data(3000, 13)
+    share = 0.2 / (1.0 + np.exp(-2.0 * rows.standard[:, 0]))
+    spend = np.where(random.random(3000) < share, np.exp(3.0 + 0.5 * random.normal(size=3000)), 0.0)
+    paid = torch.from_numpy(spend.astype(np.float32))
+    head, _ = fit_head(rows, 3, lambda at: spend_loss(paid[at]), initial=[0.0, 3.0, 0.0], seed=0)
+    values = head.values(rows.hidden, rows.standard)
+    spec = calibrated(HeadSpec("spend", "zero_inflated_lognormal", (0, 1, 2), 0.0, 30), values, spend)
+    amounts = point_amounts(spec, values)
+    assert amounts.mean() == pytest.approx(spend.mean(), rel=0.05)
+    assert np.corrcoef(amounts, share)[0, 1] > 0.8
 
 
 def test_count_intervals_cover_at_least_nine_in_ten() -> None:

@@ -39,9 +39,12 @@ def calibrated(spec: HeadSpec, values: NDArray[np.float64], truth: NDArray[np.fl
         parameters["dispersion"] = max(excess, 0.0)
     draft = msgspec.structs.replace(spec, parameters=parameters)
     if spec.transform == "zero_inflated_lognormal":
-        # The median is what is off by the least; the fitted one is not where the true one is.
-        off = [float(np.abs(quantiles(draft, values, level) - truth).mean()) for level in AMOUNT_LEVELS]
-        parameters["level_amount"] = AMOUNT_LEVELS[int(np.argmin(off))]
+        # The median is what is off by the least; the fitted one is not where the true one is. Where that is nothing for
+        # most customers, it tells them not apart, and the expected amount does.
+        tried = [quantiles(draft, values, level) for level in AMOUNT_LEVELS]
+        best = int(np.argmin([float(np.abs(amounts - truth).mean()) for amounts in tried]))
+        if float(np.median(tried[best])) > 0.0:
+            parameters["level_amount"] = AMOUNT_LEVELS[best]
     # y < low exactly where F(y) < level_low, and y > high exactly where F(just below y) >= level_high.
     at = distribution(draft, values, truth)
     below = np.where(truth > 0, at, 0.0)

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 HIDDEN_SCALES = (0.0, 0.02, 0.05, 0.1)
-PENALTIES = (1e-4, 1e-3, 1e-2)
-_HELD_OUT = 0.25
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # with the largest, features that say nothing move an answer little
+_PARTS = 4  # of the customers: each is held out in turn, until enough rows were judged
+_ENOUGH_ROWS = 1000
 
 Loss = Callable[[Tensor], Tensor]  # raw values [N, P] -> loss per row [N]
 
@@ -137,27 +138,40 @@ def fit_head(
 def _best_strength(
     data: HeadData, outputs: int, loss_of: Callable[[NDArray[np.intp]], Loss], initial: list[float], seed: int
 ) -> Strength:
-    rows, people = np.arange(len(data)), np.unique(data.customer)
-    held = np.random.default_rng(seed).permutation(people)[: int(_HELD_OUT * len(people))]
-    outside = np.isin(data.customer, held)
-    known, unknown = rows[~outside], rows[outside if data.judged is None else outside & data.judged]
-    if not len(known) or not len(unknown):
-        return Strength(0.0, PENALTIES[0])
+    folds = _folds(data, seed)
+    if not folds:
+        return Strength(0.0, PENALTIES[-1])
     best: tuple[float, Strength] | None = None
     states = Standard.fit(data.hidden)(data.hidden)
     for scale in HIDDEN_SCALES if data.hidden.shape[1] else (0.0,):
         for penalty in PENALTIES:
             strength = Strength(scale, penalty)
-            inputs = _inputs(data, states, strength)
-            weight, bias = _fit(inputs[known], outputs, loss_of(known), strength, initial)
-            with torch.no_grad():
-                quality = float(loss_of(unknown)(inputs[unknown] @ weight.T + bias).mean())
+            inputs, quality = _inputs(data, states, strength), 0.0
+            for known, unknown in folds:
+                weight, bias = _fit(inputs[known], outputs, loss_of(known), strength, initial)
+                with torch.no_grad():
+                    quality += float(loss_of(unknown)(inputs[unknown] @ weight.T + bias).sum())
             if best is None or quality < best[0]:
                 best = quality, strength
             if scale == 0.0 and not data.standard.shape[1]:
                 break  # nothing to penalise
     assert best is not None
     return best[1]
+
+
+def _folds(data: HeadData, seed: int) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """Rows to fit on, and rows of other customers to judge by. A quarter of a small shop says little of a strength: it
+    is judged by all of its customers, each of which the fit did not know."""
+    rows, people = np.arange(len(data)), np.random.default_rng(seed).permutation(np.unique(data.customer))
+    folds: list[tuple[NDArray[np.intp], NDArray[np.intp]]] = []
+    for part in np.array_split(people, _PARTS):
+        outside = np.isin(data.customer, part)
+        known, unknown = rows[~outside], rows[outside if data.judged is None else outside & data.judged]
+        if len(known) and len(unknown):
+            folds.append((known, unknown))
+        if sum(len(judged) for _, judged in folds) >= _ENOUGH_ROWS:
+            break
+    return folds
 
 
 def _inputs(data: HeadData, states: NDArray[np.float32], strength: Strength) -> Tensor:
