@@ -166,7 +166,9 @@ def _amount(row: AmountRow) -> tuple[str, ...]:
 _FROZEN = (
     "- The base is frozen: it has never seen this shop, so most of what ranks items is counting.\n"
     "- Chat gets the customer's habits in words, not as item tokens: the frozen base cannot go on in words behind\n"
-    "  those. So chat does not share the cached history of the other two services."
+    "  those. So chat does not share the cached history of the other two services.\n"
+    "- What no passage answers, a frozen base makes up, prices included: adapt it (`shoplm adapt`) before customers\n"
+    "  chat."
 )
 _ADAPTED = (
     "- The base was adapted to the shop, yet most of what ranks items is still counting.\n"
