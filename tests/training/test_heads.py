@@ -96,6 +96,9 @@ def test_the_spend_of_customers_who_rarely_buy_is_the_expected_one() -> None:
     amounts = point_amounts(spec, values)
     assert amounts.mean() == pytest.approx(spend.mean(), rel=0.05)
     assert np.corrcoef(amounts, share)[0, 1] > 0.8
+    low, high = intervals(spec, values)
+    assert not low.any(), "four in five spend nothing, the likeliest to buy among them"
+    assert ((spend >= low) & (spend <= high)).mean() == pytest.approx(0.95, abs=0.02)
 
 
 def test_count_intervals_cover_at_least_nine_in_ten() -> None:

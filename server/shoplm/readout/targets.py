@@ -14,7 +14,7 @@ Probabilities are then calibrated (Platt scaling): s(slope * logit(p) + intercep
 `scale`. Where `level_amount` is given, the amount is that quantile and not the mean: the one that is off by the least
 on a later window than the fit's, which for skewed spend is far from the mean. An interval runs from quantile
 `level_low` to `level_high` of the fitted distribution; the levels are chosen on the same window so that 5 % of the
-customers lie below and 5 % above it.
+customers lie below and 5 % above it, the lower one at most a quarter: it leaves out no likelier amount.
 """
 
 from __future__ import annotations

@@ -20,6 +20,9 @@ from shoplm.readout.targets import (
 )
 
 _LEVEL_BOUNDS = (0.001, 0.999)
+# Where most customers do nothing, 5 % of them lie below a lower end only if it is above nothing for those likeliest to
+# buy, most of whom do nothing, too. An interval of nine in ten does not leave out what has a chance of one in four.
+_LARGEST_LOW = 0.25
 AMOUNT_LEVELS = tuple(round(0.4 + 0.02 * step, 2) for step in range(18))  # 0.4 to 0.74
 _STEPS = tuple(0.5**halvings for halvings in range(20))
 
@@ -52,6 +55,7 @@ def calibrated(spec: HeadSpec, values: NDArray[np.float64], truth: NDArray[np.fl
         below = np.where(truth > 0, distribution(draft, values, truth - 1.0), 0.0)
     levels = float(np.quantile(at, 0.05)), float(np.quantile(below, 0.95))
     low, high = (float(np.clip(level, *_LEVEL_BOUNDS)) for level in levels)
+    low = min(low, _LARGEST_LOW)
     return msgspec.structs.replace(spec, parameters={**parameters, "level_low": low, "level_high": max(high, low)})
 
 
