@@ -83,13 +83,15 @@ def _merge_packed_row(
     acc = tl.zeros([HEAD_DIM_PADDED], tl.float32)
     total = tl.full([1], 0.0, tl.float32)
     top = tl.full([1], float("-inf"), tl.float32)
+    first = (row.to(tl.int64) * splits * KV_HEADS + kv_head) * PACKED + packed  # of the splits; one row's fit an int32
     for first_split in range(0, count, BLOCK_S):
         split = first_split + tl.arange(0, BLOCK_S)
         exists = split < count
-        index = ((row.to(tl.int64) * splits + split) * KV_HEADS + kv_head) * PACKED + packed
-        lse = tl.load(partial_lse_ptr + index, mask=exists, other=float("-inf"))
+        index = split * (KV_HEADS * PACKED)
+        lse = tl.load(partial_lse_ptr + first + index, mask=exists, other=float("-inf"))
         mask = exists[:, None] & (dims[None, :] < HEAD_DIM)
-        part = tl.load(partial_ptr + index[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+        parts = partial_ptr + first * HEAD_DIM + (index * HEAD_DIM)[:, None] + dims[None, :]
+        part = tl.load(parts, mask=mask, other=0.0)
         new_top = tl.maximum(top, tl.max(lse, 0))
         # Early tokens of a chunk see nothing of the last splits; all -inf so far must not become NaN.
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
