@@ -25,13 +25,13 @@ from shoplm.kernels.reference_ops import E4M3_MAX
 from shoplm.kernels.tile_config import SUPPORTED_HEAD_DIMS
 
 INT8_MAX = 127.0
+BLOCK_HEADS = 8  # of a token, in one program
 
 
-def _tile(head_dim: int) -> tuple[int, int, int]:
-    """(HALF_BLOCK, BLOCK_HEADS, num_warps): about eight elements of each half a thread."""
+def _tile(head_dim: int) -> tuple[int, int]:
+    """(HALF_BLOCK, num_warps): eight elements of each half a thread."""
     half_block = triton.next_power_of_2(head_dim // 2)
-    block_heads = 4 if head_dim > 128 else 8
-    return half_block, block_heads, max(1, half_block * block_heads // 256)
+    return half_block, half_block * BLOCK_HEADS // 256
 
 
 def kv_write(
@@ -82,8 +82,8 @@ def kv_write(
     if tokens == 0:
         return q_out
     kv_heads = k.shape[1]
-    half_block, block_heads, num_warps = _tile(head_dim)
-    blocks = triton.cdiv(q_heads, block_heads) + triton.cdiv(kv_heads, block_heads)
+    half_block, num_warps = _tile(head_dim)
+    blocks = triton.cdiv(q_heads, BLOCK_HEADS) + triton.cdiv(kv_heads, BLOCK_HEADS)
     kv_write_kernel[(tokens, blocks)](
         q,
         k,
@@ -109,7 +109,7 @@ def kv_write(
         KV_HEADS=kv_heads,
         HALF=head_dim // 2,
         HALF_BLOCK=half_block,
-        BLOCK_HEADS=block_heads,
+        BLOCK_HEADS=BLOCK_HEADS,
         PAGE_SIZE=kv.page_size,
         HAS_TABLE=cos is not None,
         HAS_NORM=q_norm_weight is not None,
@@ -209,7 +209,7 @@ def aot_cells(arch: int, *, full: bool = False) -> list[AotCell]:
 
 
 def _cell(arch: int, head_dim: int, cache: torch.dtype, norm: bool, table: bool) -> AotCell:
-    half_block, block_heads, num_warps = _tile(head_dim)
+    half_block, num_warps = _tile(head_dim)
     element = pointer(torch.bfloat16)
     types = {"position_ptr": "*i32", "slot_ptr": "*i64", "k_cache_ptr": pointer(cache), "v_cache_ptr": pointer(cache)}
     types |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_out_ptr", "q_weight_ptr", "k_weight_ptr"), element)
@@ -220,7 +220,7 @@ def _cell(arch: int, head_dim: int, cache: torch.dtype, norm: bool, table: bool)
         "KV_HEADS": 8,
         "HALF": head_dim // 2,
         "HALF_BLOCK": half_block,
-        "BLOCK_HEADS": block_heads,
+        "BLOCK_HEADS": BLOCK_HEADS,
         "PAGE_SIZE": 64,
         "HAS_TABLE": table,
         "HAS_NORM": norm,
