@@ -21,7 +21,7 @@ from shoplm.model.adapter import read_adapter
 from shoplm.model.base import Base, resolve_base
 from shoplm.model.origin import Origin
 from shoplm.retrieval import DECLINED, Knowledge, Passage
-from shoplm.training.adapt import kept, trainer
+from shoplm.training.adapt import chat_kept, trainer
 from shoplm.training.adapt.conversations import FactWriter, talk_prompts
 from shoplm.training.adapt.model import AdaptedModel
 from shoplm.training.adapt.questions import about_sentence
@@ -172,7 +172,7 @@ def _holds(passage: Passage, answer: str) -> bool:
 def test_a_stopped_run_ends_where_an_uninterrupted_one_does(
     shell: Shell, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("run", "kept"):
+    for module in ("run", "chat_kept"):
         monkeypatch.setattr(f"shoplm.training.adapt.{module}.TALK_PROMPTS", 6)
     monkeypatch.setattr("shoplm.training.adapt.chat_kept.HELD_OUT_PROMPTS", 4)
     monkeypatch.setattr(trainer, "CHECKPOINT_STEPS", 2)
@@ -203,7 +203,7 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(
 def test_all_layers_are_trained_to_a_base_of_its_own(
     shell: Shell, bundle: Path, tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("run", "kept"):
+    for module in ("run", "chat_kept"):
         monkeypatch.setattr(f"shoplm.training.adapt.{module}.TALK_PROMPTS", 6)
     monkeypatch.setattr("shoplm.training.adapt.chat_kept.HELD_OUT_PROMPTS", 4)
     arguments = ["--out", tmp_path / "out", "--steps", 1, "--full", "--gradient-checkpointing"]
@@ -252,7 +252,7 @@ def test_an_adapter_is_kept_at_the_strength_that_keeps_chat() -> None:
     found = {}
     for harm in (0.0, 0.04, 0.06, 5.0):  # in nats, all but: log 1.05 is .0488, which .06 is at .81
         model.harm = harm
-        found[harm] = kept.strength_that_keeps_chat(model, builder, replays, watch)  # type: ignore[arg-type]
+        found[harm] = chat_kept.strength_that_keeps_chat(model, builder, replays, watch)  # type: ignore[arg-type]
     assert found == {0.0: 1.0, 0.04: 1.0, 0.06: 0.8, 5.0: 0.5}
 
 

@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 from shoplm.readout.targets import point_amounts, probabilities
+from shoplm.training import feature_nets, predictions
 from shoplm.training import heads as heads_module
-from shoplm.training import nets, predictions
 from shoplm.training.calibration import calibrated, growing
 from shoplm.training.heads import Standard
 from shoplm.training.predictions import Observed, draft, fit_behaviour
@@ -56,7 +56,7 @@ def test_folds_calibrate_the_kind_of_head_that_is_served(monkeypatch: pytest.Mon
 
     def counting(*arguments: object, **options: object) -> object:
         fitted.append(len(arguments[0]))  # type: ignore[arg-type]
-        return nets.fit_net_and_states(*arguments, **options)  # type: ignore[arg-type]
+        return feature_nets.fit_net_and_states(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(predictions, "fit_net_and_states", counting)
     heads, _, _ = fit_behaviour(train, train, HORIZONS, Standard.fit(train.features), 0)
