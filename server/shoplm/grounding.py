@@ -49,8 +49,8 @@ class Grounding:
                 places = self._names.setdefault(_words(item.title.split(",")[0]), [])
                 if len(places) < _MAX_ITEMS:
                     places.append(place)
-        self._places_of_names = list(self._names.values())
-        self._index = WordIndex([" ".join(name) for name in self._names]) if self._names else None
+        self._places_of_names = [(" ".join(name), places) for name, places in self._names.items()]  # as indexed
+        self._index = WordIndex([name for name, _ in self._places_of_names]) if self._names else None
         self._asking = frozenset(self._index.words(_ASKING)) if self._index is not None else frozenset[str]()
 
     def search(self, question: str, history: History | None, count: int) -> list[Passage]:
@@ -64,7 +64,7 @@ class Grounding:
             return [self.item(place) for place in titled][:count]
         wanted = self._wanted(question)
         by_name = _find(words, self._names, 1) or self._worded(wanted)
-        places = [place for places in by_name for place in places][:_MAX_ITEMS]
+        places = [place for same in by_name for place in same][:_MAX_ITEMS]
         whole = self._hold(places, wanted)
         habits = [] if history is None else self._habits(words, history)
         found = [*habits, *[self.item(place, is_wanted=whole) for place in places][: max(count - 1, 0)]]
@@ -77,9 +77,8 @@ class Grounding:
 
     def _hold(self, places: list[int], wanted: list[str]) -> bool:
         """Whether there are items, and each of these words stands in the title of one of them."""
-        if self._index is None or not places:
-            return False
-        return set(wanted) <= set(self._index.words(" ".join(self._facts[place].title for place in places)))
+        titles = " ".join(self._facts[place].title for place in places)
+        return self._index is not None and bool(places) and self._index.holds(titles, wanted)
 
     def _worded(self, wanted: list[str]) -> list[list[int]]:
         """Places of the names that hold all of these words, the closest first."""
@@ -87,7 +86,8 @@ class Grounding:
         if index is None or not wanted or index.known(wanted) != wanted:
             return []
         best = np.argsort(-index.scores(wanted), kind="stable")[:_MAX_TRIED].tolist()
-        return [self._places_of_names[at] for at in best if index.holds(at, wanted)]
+        tried = [self._places_of_names[at] for at in best]
+        return [places for name, places in tried if index.holds(name, wanted)]
 
     def habits(self, history: History) -> list[Passage]:
         """What the customer buys most; nothing where nothing is known."""

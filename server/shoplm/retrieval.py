@@ -55,7 +55,6 @@ class WordIndex:
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for DEBUG when it is imported
         self._bm25s = bm25s
         self._stemmer = Stemmer.Stemmer("english")
-        self._documents = tuple(documents)
         self._index = bm25s.BM25()
         stems = self._stems(documents)
         self._known = frozenset(itertools.chain.from_iterable(stems))
@@ -79,9 +78,9 @@ class WordIndex:
         scores: NDArray[np.float32] = self._index.get_scores(words)
         return scores
 
-    def holds(self, document: int, words: list[str]) -> bool:
-        """Whether all of them stand in one document."""
-        return set(words) <= set(self.words(self._documents[document]))
+    def holds(self, text: str, words: list[str]) -> bool:
+        """Whether all of these stems stand in the text."""
+        return set(words) <= set(self.words(text))
 
     def _stems(self, texts: Sequence[str], stopwords: str | None = None) -> list[list[str]]:
         stems: list[list[str]] = self._bm25s.tokenize(

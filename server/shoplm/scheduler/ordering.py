@@ -127,13 +127,11 @@ class SlackOrder:
         request = sequence.request
         sequence.ticket = next(self._tickets)
         earlier = PRIORITY_SECONDS * request.priority
-        if sequence.is_late:
+        if sequence.is_late or sequence.limit_seconds is None:  # to be found late wherever it stands among the timely
             self._late[request.service].push(sequence, request.arrival_seconds - earlier)
-        else:
-            if sequence.limit_seconds is None:  # to be found late wherever it stands among the timely
-                self._late[request.service].push(sequence, request.arrival_seconds - earlier)
-            elif sequence.patient_until < math.inf:
-                self._patient[request.service].push(sequence, sequence.patient_until)
+        elif sequence.patient_until < math.inf:
+            self._patient[request.service].push(sequence, sequence.patient_until)
+        if not sequence.is_late:
             cached = self._forecast.cost.work_seconds(sequence.expected_cached, 0, 0)
             earlier += min(cached, _MOST_AFFINITY_SECONDS)
             self._timely[request.service].push(sequence, sequence.due_seconds - earlier)

@@ -150,7 +150,7 @@ class Planner:
         while budget.prompt_tokens > 0 and budget.tokens > 0 and (budget.seconds > 0 or first):
             running = prompts[at] if at < len(prompts) else None
             if waiting is not None and (running is None or self._order.before(waiting, running)):
-                if not first and not self._has_time(waiting, waiting.expected_cached, budget):
+                if not first and not self._has_time(waiting, budget):
                     return  # nobody is started for whom there is no time
                 if self._start(waiting, now):
                     prompts.insert(at, waiting)
@@ -178,10 +178,10 @@ class Planner:
             rows.append(row)
             budget.take_prompt(row.count, self._budgeter.row_seconds(row))
 
-    def _has_time(self, sequence: Sequence, start: int, budget: StepBudget) -> bool:
-        """Whether what is left of a step holds a chunk of a prompt, from `start` on, that is worth a row."""
-        within = self._budgeter.tokens_within(budget.seconds, start)
-        return within >= min(LEAST_CHUNK, sequence.length - start)
+    def _has_time(self, waiting: Sequence, budget: StepBudget) -> bool:
+        """Whether what is left of a step holds a chunk of the prompt that is worth a row."""
+        start = waiting.expected_cached
+        return self._budgeter.tokens_within(budget.seconds, start) >= min(LEAST_CHUNK, waiting.length - start)
 
     def _whose_turn(self, prompt: Sequence | None, to_come: set[Sequence]) -> Sequence | None:
         """The prompt itself, or where it waits for a page, whoever computes that, to whom it lends its place; None: the

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from google.protobuf.json_format import MessageToDict
@@ -28,7 +28,19 @@ from shoplm.client import render
 from shoplm.client.cli_connection import connected
 from shoplm.client.customer_file import read_customer
 from shoplm.client.sync_client import Client
-from shoplm.client.types import Customer, ItemFilter, Message, Target, TargetKind
+from shoplm.client.types import (
+    Customer,
+    ItemFilter,
+    Message,
+    ModelInfo,
+    Predictions,
+    Ranking,
+    Recommendations,
+    Target,
+    TargetKind,
+)
+
+Answer = TypeVar("Answer", Recommendations, Ranking, Predictions, ModelInfo)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 CustomerId = Annotated[str | None, typer.Option("--customer", help="Whom; left out: the server's first demo customer.")]
@@ -73,10 +85,7 @@ def recommend(
     answer = client.recommend(
         whom, count=count, filter=item_filter, explain=explain, allow_degraded=allow_degraded, priority=priority
     )
-    if as_json:
-        _print_json(answer.raw)
-    else:
-        render.recommendations(_stdout(), answer)
+    _show(answer, render.recommendations, as_json=as_json)
 
 
 @connected
@@ -93,10 +102,7 @@ def rank(
     """Put items of your choice in a customer's order, best first."""
     whom = _customer(client, customer, history)
     answer = client.rank(whom, items, explain=explain, allow_degraded=allow_degraded, priority=priority)
-    if as_json:
-        _print_json(answer.raw)
-    else:
-        render.recommendations(_stdout(), answer)
+    _show(answer, render.recommendations, as_json=as_json)
 
 
 @connected
@@ -120,10 +126,7 @@ def predict(
     targets = [parse_target(text) for text in target or ()]
     whom = _customer(client, customer, history)
     answer = client.predict(whom, targets, explain=explain, allow_degraded=allow_degraded, priority=priority)
-    if as_json:
-        _print_json(answer.raw)
-    else:
-        render.predictions(_stdout(), answer)
+    _show(answer, render.predictions, as_json=as_json)
 
 
 @connected
@@ -180,10 +183,7 @@ def model(
 ) -> None:
     """Show what a server serves: bundle, base model, targets, limits and demo customers."""
     answer = client.get_model()
-    if as_json:
-        _print_json(answer.raw)
-    else:
-        render.model_info(_stdout(), answer)
+    _show(answer, render.model_info, as_json=as_json)
 
 
 def register(app: typer.Typer) -> None:
@@ -243,9 +243,12 @@ def _stderr() -> Console:
     return Console(stderr=True)
 
 
+def _show(answer: Answer, as_people_read: Callable[[Console, Answer], None], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(_as_dict(answer.raw), ensure_ascii=False, indent=2))
+    else:
+        as_people_read(_stdout(), answer)
+
+
 def _as_dict(message: ProtobufMessage) -> dict[str, Any]:
     return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-
-
-def _print_json(message: ProtobufMessage) -> None:
-    typer.echo(json.dumps(_as_dict(message), ensure_ascii=False, indent=2))
